@@ -1,0 +1,379 @@
+"""Every option of a run and of a study: frozen dataclasses that hold the defaults and check themselves.
+
+A config file is YAML 1.2 and states only what differs from the defaults below. Unknown keys, wrong types and impossible
+combinations raise `UserError` with one line that names the key. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from tiedjax.errors import UserError
+
+_STRICT = {"extra": "forbid", "strict": True}
+ConfigT = TypeVar("ConfigT")
+
+
+def _option(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A field with its default, its meaning (shown by --help) and its limits (None is exempt from them)."""
+    limits = {">=": at_least, ">": above, "<": below, "<=": at_most}
+    metadata = {"meaning": meaning, "limits": {k: v for k, v in limits.items() if v is not None}}
+    return field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Checks every field's limits; a subclass adds what involves several fields in `_check`."""
+
+    __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        holds = {">=": lambda v, b: v >= b, ">": lambda v, b: v > b, "<": lambda v, b: v < b, "<=": lambda v, b: v <= b}
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{f.name}: must be finite, got {value}")
+            for sign, bound in f.metadata.get("limits", {}).items():
+                if value is not None and not holds[sign](value, bound):
+                    raise UserError(f"{f.name}: must be {sign} {bound}, got {value}")
+        self._check()
+
+    def _check(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """The transformer's shape and arithmetic."""
+
+    layers: int = _option(4, "decoder layers", at_least=1)
+    d_model: int = _option(128, "model width D", at_least=1)
+    heads: int = _option(4, "query heads H", at_least=1)
+    kv_heads: int | None = _option(None, "key/value heads G; null: as many as query heads", at_least=1)
+    d_ff: int = _option(512, "MLP hidden width F (of each of gate and up under swiglu)", at_least=1)
+    seq_len: int = _option(128, "positions T", at_least=1)
+    vocab_size: int = _option(4096, "token ids that can occur", at_least=2)
+    vocab_multiple: int = _option(1, "the tables' rows V are vocab_size rounded up to a multiple of this", at_least=1)
+    norm: Literal["nonparametric_layernorm", "layernorm", "rmsnorm"] = _option(
+        "nonparametric_layernorm", "normalisation before each block and at the end"
+    )
+    norm_eps: float = _option(1e-5, "added to the variance before its square root", above=0)
+    qk_norm: bool = _option(False, "normalise queries and keys per head (RMSNorm with a scale)")
+    position: Literal["rope", "none"] = _option("rope", "how attention sees positions")
+    rope_theta: float = _option(10_000.0, "base of the rotary frequencies", above=0)
+    mlp: Literal["swiglu", "gelu"] = _option("swiglu", "the MLP's form")
+    dtype: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto", "compute dtype; auto: bfloat16 on accelerators, float32 on CPU; parameters are always float32"
+    )
+    scan_layers: bool = _option(False, "one compiled layer in a loop: compiles faster, parameters stacked over layers")
+    remat: Literal["none", "dots", "full"] = _option(
+        "none", "what the backward pass recomputes per layer: nothing, all but matrix products, everything"
+    )
+
+    @property
+    def head_width(self) -> int:
+        """Width K of one head."""
+        return self.d_model // self.heads
+
+    @property
+    def groups(self) -> int:
+        """Number G of key/value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def table_rows(self) -> int:
+        """Rows V of the tables: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def _check(self) -> None:
+        if self.d_model % self.heads:
+            raise UserError(f"heads: {self.heads} does not divide d_model {self.d_model}")
+        if self.heads % self.groups:
+            raise UserError(f"kv_heads: {self.groups} does not divide heads {self.heads}")
+        if self.position == "rope" and self.head_width % 2:
+            raise UserError(f"heads: rope needs an even head width, got d_model / heads = {self.head_width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TyingConfig(_Checked):
+    """How the two tables share parameters, and how much each role's gradient counts."""
+
+    scheme: Literal["tied", "untied"] = _option("tied", "one table for both roles, or one for each")
+    input_grad_scale: float = _option(1.0, "factor on the table's gradient from its input role", at_least=0)
+    output_grad_scale: float = _option(1.0, "factor on the table's gradient from its output role", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Checked):
+    """AdamW with linear warmup and cosine decay; the same for both roles and all schemes."""
+
+    learning_rate: float = _option(3e-4, "peak learning rate", at_least=0)
+    warmup_steps: int = _option(100, "steps of linear warmup from 0", at_least=0)
+    final_fraction: float = _option(
+        0.1, "learning rate at the last step, as a fraction of the peak", at_least=0, at_most=1
+    )
+    b1: float = _option(0.9, "decay of the first moment", at_least=0, below=1)
+    b2: float = _option(0.95, "decay of the second moment", at_least=0, below=1)
+    eps: float = _option(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = _option(0.1, "decoupled weight decay of matrices (never of norm scales)", at_least=0)
+    decay_tables: bool = _option(True, "whether weight decay applies to the tables")
+    clip_norm: float | None = _option(1.0, "largest global L2 norm of the gradient; null: no clipping", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Checked):
+    """Where the text comes from and how it becomes batches."""
+
+    source: str = _option("embedded", "embedded | tfds:NAME[/CONFIG] | text:GLOB | tokens:GLOB")
+    tokenizer: str = _option(
+        "bpe",
+        "bpe: train a byte-level BPE of model.vocab_size entries; or the path of a tokenizer.json; "
+        "tokens: sources may leave it at bpe and have none",
+    )
+    text_field: str = _option("text", "the field that holds the text, in TFDS examples and .jsonl lines")
+    max_documents: int | None = _option(None, "read at most this many documents; null: all", at_least=2)
+    holdout: float = _option(0.02, "share of the documents kept for evaluation", above=0, below=1)
+    batch_size: int = _option(16, "sequences per step, over all devices", at_least=1)
+    microbatches: int = _option(1, "gradient accumulation: parts that a batch is cut into", at_least=1)
+    workers: int | None = _option(None, "processes that prepare and threads that read; null: one per core", at_least=1)
+    cache: str | None = _option(None, "folder of prepared data; null: $TIEDJAX_CACHE or ~/.cache/tiedjax")
+
+    def _check(self) -> None:
+        if self.batch_size % self.microbatches:
+            raise UserError(f"microbatches: {self.microbatches} does not divide batch_size {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig(_Checked):
+    """Devices per mesh axis; their product is the number of devices."""
+
+    data: int = _option(-1, "devices that split the batch only; -1: all that fsdp and tensor leave", at_least=-1)
+    fsdp: int = _option(1, "devices that split the batch and the parameters", at_least=1)
+    tensor: int = _option(1, "devices that split heads, MLP and vocabulary", at_least=1)
+
+    def _check(self) -> None:
+        if self.data == 0:
+            raise UserError("data: must be -1 or at least 1, got 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Checked):
+    """How long, how often, from which seed."""
+
+    steps: int = _option(1000, "optimizer steps; also the length of the learning-rate schedule", at_least=1)
+    stop_at: int | None = _option(
+        None, "end at this step as an interruption would; the schedule is that of `steps`", at_least=1
+    )
+    seed: int = _option(0, "seeds parameters and data order", at_least=0)
+    z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
+    log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)
+    eval_every: int | None = _option(None, "steps between evaluations; null: only at the end", at_least=1)
+    eval_batches: int | None = _option(None, "batches per evaluation; null: all held-out windows", at_least=1)
+    checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
+    keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
+    snapshot_every: int = _option(100, "steps between table snapshots, after 0, 1, 2, 4, 8, ...", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    tying: TyingConfig = TyingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    train: TrainConfig = TrainConfig()
+
+    def _check(self) -> None:
+        model, mesh, tensor = self.model, self.mesh, self.mesh.tensor
+        for name, size in [
+            ("heads", model.heads),
+            ("kv_heads", model.groups),
+            ("d_ff", model.d_ff),
+            ("vocab_size (padded)", model.table_rows),
+        ]:
+            if size % tensor:
+                raise UserError(f"mesh.tensor: {tensor} does not divide model.{name} = {size}")
+        if model.d_model % mesh.fsdp:
+            raise UserError(f"mesh.fsdp: {mesh.fsdp} does not divide model.d_model = {model.d_model}")
+        known = max(mesh.data, 1) * mesh.fsdp
+        rows = self.data.batch_size // self.data.microbatches
+        if rows % known:
+            raise UserError(
+                f"mesh: data x fsdp = {known} does not divide the {rows} sequences of a microbatch "
+                f"(data.batch_size {self.data.batch_size} / data.microbatches {self.data.microbatches})"
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(_Checked):
+    """Twin runs: every arm is `base` with its own overrides, trained from every seed."""
+
+    base: str = _option("", "the run config that all arms share, relative to the study file")
+    overrides: dict[str, Any] = field(default_factory=dict, metadata={"meaning": "changes to base for every arm"})
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict, metadata={"meaning": "name: changes to base"})
+    reference: str = _option("untied", "the arm whose two tables the others are compared with")
+    baseline: str = _option("tied", "the arm that the interventions are compared with")
+    seeds: tuple[int, ...] = _option((0, 1), "every arm is trained once from each")
+
+    def _check(self) -> None:
+        for role, name in [("reference", self.reference), ("baseline", self.baseline)]:
+            if name not in self.arms:
+                raise UserError(
+                    f"{role}: no arm is named {name!r}; the arms are {', '.join(map(repr, self.arms)) or 'none'}"
+                )
+        for name in self.arms:
+            if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
+                raise UserError(f"arms: {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UserError(f"seeds: must be distinct and at least one, got {list(self.seeds)}")
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One leaf of a config: its dotted key, type, default and meaning."""
+
+    key: str
+    type: str
+    default: Any
+    meaning: str
+
+
+def leaf_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
+    """Every leaf field of a config class, in order, with dotted keys."""
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from leaf_fields(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            yield FieldInfo(prefix + f.name, str(f.type), default, f.metadata["meaning"])
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return _mapping(_parse_yaml(text, str(path)), str(path))
+
+
+def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
+    """Dotted keys with YAML scalars as text, to a nested mapping."""
+    tree: dict[str, Any] = {}
+    for key, text in pairs.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = _parse_yaml(text, f"--{key}")
+    return tree
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def structure(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
+    """A checked config from a nested mapping; errors start with `where`."""
+    import pydantic  # here, so that help and training with a ready config do not pay for it
+
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(tree))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{where}: {_explain(first, [f.key for f in leaf_fields(cls)])}") from None
+    except (TypeError, ValueError) as error:  # what JSON cannot hold: dates, infinities
+        raise UserError(f"{where}: {error}") from None
+
+
+def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
+    """A run's config from a YAML file and dotted overrides ({"train.steps": "200"})."""
+    return structure(RunConfig, merge(read_yaml(path), parse_overrides(overrides or {})), str(path))
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Nested plain mapping of every field."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """YAML text of every field; reads back equal."""
+    stream = io.StringIO()
+    _yaml().dump(to_tree(config), stream)
+    return stream.getvalue()
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """'; did you mean X?' or, when nothing is near, nothing."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[attr-defined]
+    return yaml
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return _yaml().load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{where}:{place} is not YAML: {' '.join(str(problem).split())}") from None
+
+
+def _mapping(tree: Any, where: str) -> dict[str, Any]:
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: must hold a mapping of keys to values, got {type(tree).__name__}")
+    return tree
+
+
+def _explain(error: Any, valid: list[str]) -> str:
+    key = ".".join(map(str, error["loc"]))
+    kind, given = error["type"], error["input"]
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        return f"unknown key {key!r}{nearest(key, valid)}"
+    if kind == "value_error":  # raised by a config's own check, which names the field
+        return f"{key}.{error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    if kind == "literal_error":
+        return f"{key}: must be {error['ctx']['expected']}, got {given!r}{nearest(str(given), error['ctx']['expected'].split(chr(39)))}"
+    wanted = error["msg"].removeprefix("Input should be ").rstrip(".")
+    return f"{key}: must be {wanted}, got {given!r}"
