@@ -374,6 +374,7 @@ def _explain(error: Any, valid: list[str]) -> str:
     if kind == "value_error":  # raised by a config's own check, which names the field
         return f"{key}.{error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if kind == "literal_error":
-        return f"{key}: must be {error['ctx']['expected']}, got {given!r}{nearest(str(given), error['ctx']['expected'].split(chr(39)))}"
+        expected = error["ctx"]["expected"]
+        return f"{key}: must be {expected}, got {given!r}{nearest(str(given), expected.split(chr(39)))}"
     wanted = error["msg"].removeprefix("Input should be ").rstrip(".")
     return f"{key}: must be {wanted}, got {given!r}"
