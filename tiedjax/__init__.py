@@ -1,0 +1,19 @@
+"""Train tied and untied language models, split every table gradient by role, and measure what tying does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiedjax.run import Run, RunTables, load_run
+
+__all__ = ["Run", "RunTables", "load_run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:  # imported when first asked for: `tiedjax --help` must not wait for JAX
+        from tiedjax import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'tiedjax' has no attribute {name!r}")

@@ -316,7 +316,9 @@ def structure(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> Config
 
 def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
     """A run's config from a YAML file and dotted overrides ({"train.steps": "200"})."""
-    return structure(RunConfig, merge(read_yaml(path), parse_overrides(overrides or {})), str(path))
+    tree = read_yaml(path)
+    structure(RunConfig, tree, str(path))  # so that an error of the file is not blamed on the overrides
+    return structure(RunConfig, merge(tree, parse_overrides(overrides or {})), "overrides")
 
 
 def to_tree(config: Any) -> dict[str, Any]:

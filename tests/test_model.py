@@ -1,0 +1,171 @@
+"""The body against a float64 re-computation in NumPy, and the laws it must obey."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import small_config
+
+from tiedjax.config import ModelConfig
+from tiedjax.model import Transformer, init_body, lookup
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "olmo": {},
+    "llama": {"norm": "rmsnorm", "heads": 4, "kv_heads": 2, "rope_theta": 500.0},
+    "layernorm-gelu-nope": {"norm": "layernorm", "mlp": "gelu", "position": "none"},
+    "qk-norm": {"norm": "rmsnorm", "qk_norm": True, "kv_heads": 1},
+}
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    return small_config(**{**OPTIONS[name], **changes}).model
+
+
+def body_and_input(cfg: ModelConfig, dtype: Any = np.float32) -> tuple[Any, np.ndarray]:
+    """Parameters with random norm scales, so that a scale left out or used twice shows."""
+    rng = np.random.default_rng(0)
+    body = nn.unbox(init_body(cfg, jax.random.key(0)))
+    noisy = lambda path, leaf: leaf * rng.uniform(0.5, 2, leaf.shape) if path[-1].key == "scale" else leaf
+    body = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), jax.tree_util.tree_map_with_path(noisy, body))
+    return body, rng.standard_normal((2, cfg.seq_len, cfg.d_model)).astype(dtype)
+
+
+def recompute(cfg: ModelConfig, body: Any, x: np.ndarray) -> list[np.ndarray]:
+    """Every state of the residual stream, then the normed last one: NumPy, one head and one position at a time."""
+    p = jax.tree.map(np.asarray, body)["params"]
+
+    def norm(x: np.ndarray, kind: str, scale: dict[str, Any] | None) -> np.ndarray:
+        x = x - x.mean(-1, keepdims=True) if "layernorm" in kind else x
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * (scale or {"scale": 1.0})["scale"]
+
+    def rotated(x: np.ndarray) -> np.ndarray:  # [T, K] as complex numbers, one frequency for each pair
+        if cfg.position == "none":
+            return x
+        T, K = x.shape
+        z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(
+            1j * np.arange(T)[:, None] / cfg.rope_theta ** (np.arange(K // 2) * 2 / K)
+        )
+        return np.concatenate([z.real, z.imag], axis=1)
+
+    def attention(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:  # [T, D]
+        T, K = len(x), cfg.head_width
+        mixed = np.zeros((T, cfg.heads * K))
+        for h in range(cfg.heads):
+            g = h // (cfg.heads // cfg.groups)
+            q = x @ p["query"]["kernel"][:, h * K : (h + 1) * K]
+            k = x @ p["key"]["kernel"][:, g * K : (g + 1) * K]
+            v = x @ p["value"]["kernel"][:, g * K : (g + 1) * K]
+            if cfg.qk_norm:
+                q, k = norm(q, "rmsnorm", p["query_norm"]), norm(k, "rmsnorm", p["key_norm"])
+            q, k = rotated(q), rotated(k)
+            for t in range(T):
+                w = np.exp(q[t] @ k[: t + 1].T / np.sqrt(K))
+                mixed[t, h * K : (h + 1) * K] = w / w.sum() @ v[: t + 1]
+        return mixed @ p["out"]["kernel"]
+
+    def mlp(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
+        up = x @ p["up"]["kernel"]
+        if cfg.mlp == "gelu":
+            inner = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        else:
+            gate = x @ p["gate"]["kernel"]
+            inner = up * gate / (1 + np.exp(-gate))
+        return inner @ p["down"]["kernel"]
+
+    states = [x]
+    for i in range(cfg.layers):
+        layer = p[f"layer_{i}"]
+        x = x + np.stack([attention(a, layer["attention"]) for a in norm(x, cfg.norm, layer.get("attention_norm"))])
+        x = x + mlp(norm(x, cfg.norm, layer.get("mlp_norm")), layer["mlp"])
+        states.append(x)
+    return [*states, norm(x, cfg.norm, p.get("final_norm"))]
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_hidden_state_agrees_with_numpy(name: str) -> None:
+    cfg = model_config(name)
+    body, x_BTD = body_and_input(cfg, np.float64)
+    h_BTD, states_LBTD = Transformer(cfg).apply(body, x_BTD, hidden_states=True)
+    for got, expected in zip([*states_LBTD, h_BTD], recompute(cfg, body, x_BTD), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_position_sees_a_later_one(name: str) -> None:
+    """The gradient of the state at position t with respect to inputs after t is exactly 0, and at t it is not."""
+    cfg = model_config(name)
+    body, x_BTD = body_and_input(cfg)
+    t = 3
+    gradient = jax.grad(lambda x: jnp.sum(jnp.square(Transformer(cfg).apply(body, x)[:, t])))(x_BTD)
+    assert not np.any(gradient[:, t + 1 :])
+    assert np.all(np.linalg.norm(gradient[:, : t + 1], axis=-1) > 0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_layers": True, "remat": "full"}])
+def test_scan_and_remat_change_nothing(name: str, change: dict[str, Any]) -> None:
+    plain, changed = model_config(name, layers=3), model_config(name, layers=3, **change)
+    start, other = (nn.unbox(init_body(cfg, jax.random.key(0))) for cfg in (plain, changed))
+    x_BTD = body_and_input(plain)[1]
+    stacked = lambda tree: stack_layers(tree) if changed.scan_layers else tree
+    jax.tree.map(np.testing.assert_array_equal, stacked(start), other)
+
+    def value_and_gradient(cfg: ModelConfig, body: Any) -> Any:
+        f = lambda body, x: jnp.sum(jnp.sin(Transformer(cfg).apply(body, x)))
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(body, x_BTD)
+
+    value, (d_body, d_x) = value_and_gradient(plain, start)
+    other_value, (d_other, d_other_x) = value_and_gradient(changed, other)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    close(value, other_value)
+    close(d_x, d_other_x)
+    jax.tree.map(close, stacked(d_body), d_other)
+
+
+def stack_layers(body: Any) -> Any:
+    params = dict(body["params"])
+    layers = [params.pop(name) for name in sorted(n for n in params if n.startswith("layer_"))]
+    return {"params": {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
+
+
+def test_lookup_gathers_rows_and_accumulates_their_gradient_in_float32() -> None:
+    rng = np.random.default_rng(0)
+    E_VD = rng.standard_normal((5, 4)).astype(np.float32)
+    tokens_BT = np.array([[0, 3, 3], [3, 1, 0]])
+    x_BTD, pull = jax.vjp(lambda E: lookup(E, tokens_BT, jnp.bfloat16), E_VD)
+    np.testing.assert_array_equal(x_BTD, E_VD.astype("bfloat16")[tokens_BT])
+    cotangent = rng.standard_normal(x_BTD.shape).astype("bfloat16")
+    expected = np.zeros((5, 4))
+    np.add.at(expected, tokens_BT, cotangent.astype(np.float64))
+    (gradient,) = pull(jnp.asarray(cotangent))
+    assert gradient.dtype == np.float32
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_an_id_outside_the_table_is_loud() -> None:
+    assert np.all(np.isnan(lookup(jnp.ones((5, 4)), jnp.array([[5]]), jnp.float32)))
+
+
+def test_grouped_queries_equal_repeated_keys() -> None:
+    grouped = model_config("llama")
+    full = dataclasses.replace(grouped, kv_heads=4)
+    body, x_BTD = body_and_input(grouped)
+    K = grouped.head_width
+
+    def repeat(path: Any, leaf: jax.Array) -> jax.Array:
+        if {"key", "value"} & {entry.key for entry in path}:
+            heads = leaf.reshape(leaf.shape[0], 2, 1, K)
+            return jnp.broadcast_to(heads, (leaf.shape[0], 2, 2, K)).reshape(leaf.shape[0], 4 * K)
+        return leaf
+
+    wide = jax.tree_util.tree_map_with_path(repeat, body)
+    np.testing.assert_allclose(
+        Transformer(grouped).apply(body, x_BTD), Transformer(full).apply(wide, x_BTD), rtol=1e-5, atol=1e-5
+    )

@@ -1,0 +1,178 @@
+"""The laws of the split: what reaches the table, from which role, and what scaling may touch."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_tokens, small_config
+
+from tiedjax import lm, model, step, tying
+from tiedjax.config import DataConfig, RunConfig, TyingConfig
+from tiedjax.sharding import make_mesh
+from tiedjax.tying import SCHEMES, Tables
+
+
+def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
+    params = nn.unbox(lm.init_params(cfg, jax.random.key(3)))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def split_gradients(cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1) -> Any:
+    """((params gradient, role gradients), mean loss) of one batch, as the train step computes them."""
+    scheme = SCHEMES[cfg.tying.scheme]
+    total = step.accumulated(lm.summed_loss(cfg, model.unconstrained, 0.0), parts)
+    tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
+
+    def mean_loss(params: Any, zeros: Any) -> jax.Array:
+        tables = tying.split_gradient(scheme.tables(params["tables"]), zeros, scale)
+        loss, weight = total(tables, params["body"], tokens_BS, weights_B)
+        return loss / weight
+
+    zeros = tying.zero_taps(scheme.tables(params["tables"])) if taps else None
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1)))(params, zeros)
+    return grads, value
+
+
+def ones() -> Tables:
+    return Tables(jnp.float32(1), jnp.float32(1))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("parts", [1, 4])
+def test_the_tied_gradient_is_the_sum_of_its_roles(parts: int) -> None:
+    cfg = small_config("tied")
+    (grads, roles), _ = split_gradients(cfg, params_of(cfg), ones(), parts=parts)
+    np.testing.assert_allclose(grads["tables"]["shared"], roles.input + roles.output, rtol=0, atol=1e-12)
+    assert np.linalg.norm(roles.input) > 1e-3
+    assert np.linalg.norm(roles.output) > 1e-3
+
+
+@pytest.mark.usefixtures("float64")
+def test_role_gradients_are_those_of_two_separate_tables() -> None:
+    cfg = small_config("tied")
+    params = params_of(cfg)
+    (_, roles), _ = split_gradients(cfg, params, ones())
+    total, shared = lm.summed_loss(cfg, model.unconstrained, 0.0), params["tables"]["shared"]
+    tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
+    mean = lambda E, U: total(Tables(E, U), params["body"], tokens_BS, weights_B)[0] / tokens_BS[:, 1:].size
+    separate = jax.grad(mean, argnums=(0, 1))(shared, shared + 0.0)
+    for role, expected in zip(roles, separate, strict=True):
+        np.testing.assert_allclose(role, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_output_role_is_the_closed_form() -> None:
+    """dL/dU = (softmax(h U^T) - onehot)^T h / N, in NumPy."""
+    cfg = small_config("untied")
+    params = params_of(cfg)
+    (_, roles), _ = split_gradients(cfg, params, ones())
+    tokens_BS = random_tokens(cfg)
+    E, U = (np.asarray(params["tables"][name]) for name in ("input", "output"))
+    h = np.asarray(model.Transformer(cfg.model).apply(params["body"], E[tokens_BS[:, :-1]])).reshape(-1, E.shape[1])
+    logits = h @ U.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    p[np.arange(len(p)), tokens_BS[:, 1:].reshape(-1)] -= 1
+    np.testing.assert_allclose(roles.output, p.T @ h / len(p), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+def test_output_columns_sum_to_zero_and_absent_inputs_have_no_gradient() -> None:
+    cfg = small_config("tied")
+    (_, roles), _ = split_gradients(cfg, params_of(cfg), ones())
+    np.testing.assert_allclose(roles.output.sum(0), 0, atol=1e-12)
+    absent = np.setdiff1d(np.arange(cfg.model.table_rows), random_tokens(cfg)[:, :-1])
+    assert len(absent) >= 8
+    assert not np.any(roles.input[absent])
+    present = np.unique(random_tokens(cfg)[:, :-1])
+    assert np.all(np.linalg.norm(roles.input[present], axis=1) > 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_microbatches_change_nothing(scheme: str, parts: int) -> None:
+    cfg = small_config(scheme)
+    params = params_of(cfg)
+    whole, loss = split_gradients(cfg, params, ones())
+    cut, cut_loss = split_gradients(cfg, params, ones(), parts=parts)
+    np.testing.assert_allclose(cut_loss, loss, rtol=1e-14)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), cut, whole)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_observing_with_scales_of_one_is_bit_identical_to_no_split(scheme: str) -> None:
+    cfg = small_config(scheme)
+    params = params_of(cfg, jnp.float32)
+    (observed, _), loss = split_gradients(cfg, params, ones())
+    (plain, nothing), plain_loss = split_gradients(cfg, params, None, taps=False)
+    assert nothing is None
+    assert loss == plain_loss
+    jax.tree.map(np.testing.assert_array_equal, observed, plain)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> None:
+    cfg = small_config(scheme)
+    params = params_of(cfg, jnp.float32)
+    (plain, roles), _ = split_gradients(cfg, params, ones())
+    scale = Tables(jnp.float32(4), jnp.float32(0.5))  # powers of two: products are exact
+    (scaled, raw), _ = split_gradients(cfg, params, scale)
+    (unobserved, _), _ = split_gradients(cfg, params, scale, taps=False)
+    jax.tree.map(np.testing.assert_array_equal, scaled["body"], plain["body"])
+    jax.tree.map(np.testing.assert_array_equal, raw, roles)
+    jax.tree.map(np.testing.assert_array_equal, scaled, unobserved)
+    transpose = jax.linear_transpose(SCHEMES[scheme].tables, params["tables"])
+    (expected,) = transpose(Tables(4 * roles.input, 0.5 * roles.output))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), scaled["tables"], expected)
+
+
+def test_a_tied_table_stays_one_array_through_real_steps() -> None:
+    cfg = small_config("tied", data=DataConfig(batch_size=8, microbatches=2))
+    steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    state = steps.init(jax.random.key(0))
+    before = np.asarray(state.params["tables"]["shared"])
+    for i in range(4):
+        state, _ = steps.train(state, random_tokens(cfg, i), ones(), np.zeros(cfg.model.table_rows, np.int32))
+    assert list(state.params["tables"]) == ["shared"]
+    tables = SCHEMES["tied"].tables(state.params["tables"])
+    assert tables.input is tables.output
+    assert np.abs(np.asarray(tables.input) - before).max() > 1e-3
+
+
+def test_each_switch_changes_one_thing_at_step_0() -> None:
+    tied, untied = (nn.unbox(lm.init_params(small_config(s, d_model=256), jax.random.key(1))) for s in SCHEMES)
+    jax.tree.map(np.testing.assert_array_equal, tied["body"], untied["body"])
+    tables = [tied["tables"]["shared"], untied["tables"]["input"], untied["tables"]["output"]]
+    for i, a in enumerate(tables):
+        assert a.shape == (32, 256)
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(np.std(a), 256**-0.5, rtol=0.05)
+        for b in tables[:i]:
+            cosine = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
+            assert abs(cosine) < 4 / np.sqrt(a.size)
+
+
+def test_the_config_names_every_scheme() -> None:
+    assert set(typing.get_args(typing.get_type_hints(TyingConfig)["scheme"])) == set(SCHEMES)
+
+
+def test_role_metrics_agree_with_numpy() -> None:
+    rng = np.random.default_rng(0)
+    roles = Tables(*(rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2)))
+    decile_V = np.arange(40, dtype=np.int32) % 11 - 1
+    got = jax.device_get(jax.jit(step.role_metrics)(roles, decile_V))
+    a, b = (np.asarray(g, np.float64) for g in roles)
+    norms = np.linalg.norm(a), np.linalg.norm(b)
+    np.testing.assert_allclose(got["input_grad_norm"], norms[0], rtol=1e-6)
+    np.testing.assert_allclose(got["output_grad_share"], norms[1] / sum(norms), rtol=1e-6)
+    np.testing.assert_allclose(got["role_grad_cosine"], np.sum(a * b) / np.prod(norms), rtol=1e-5)
+    for decile in range(10):
+        expected = np.linalg.norm(b[decile_V == decile])
+        np.testing.assert_allclose(got["output_grad_norm_deciles"][decile], expected, rtol=1e-6)

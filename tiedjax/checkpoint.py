@@ -1,0 +1,115 @@
+"""The only file that imports Orbax: full states to resume from, and snapshots of the tables to look at later.
+
+Orbax keeps no checksum of values and restores flipped bits silently, so every save carries a fingerprint of each leaf
+and every restore compares it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tiedjax.errors import UserError
+
+
+def is_snapshot_step(step: int, every: int, last: int) -> bool:
+    """Whether tables are saved after `step` updates: 0, 1, 2, 4, ... below `every`, its multiples, and the last."""
+    early = step < every and step & (step - 1) == 0
+    return early or step % every == 0 or step == last
+
+
+@jax.jit
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize])
+    bits = bits.astype(jnp.uint32)
+    position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    # Sums modulo 2^32 do not depend on their order, hence neither on the number of devices; the second one sees swaps.
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (2 * position + 1))])
+
+
+def fingerprints(tree: Any) -> dict[str, list[int]]:
+    """Two uint32 sums over the bit pattern of every leaf, by its path; the same on any mesh."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return {name: [int(x) for x in pair] for name, pair in zip(names, sums, strict=True)}
+
+
+class Checkpoints:
+    """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
+
+    All processes of a cluster call every method together. `keep` limits how many are kept, newest first; None keeps
+    all.
+    """
+
+    def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False):
+        self.directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps whose save is complete, ascending."""
+        self._manager.wait_until_finished()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, tree: Any, about: dict[str, Any]) -> None:
+        """Starts saving `tree` (arrays) and `about` (JSON); raises here or in `close` if an earlier save failed."""
+        record = {**about, "fingerprints": fingerprints(tree)}
+        items = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(record))
+        if not self._manager.save(step, args=items, force=True):
+            raise RuntimeError(f"{self.directory / str(step)}: Orbax declined to save")
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What was said when this step was saved."""
+        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """The saved leaves of `abstract` (ShapeDtypeStructs with shardings; without, as NumPy), which may be a part.
+
+        Raises UserError if the shapes or dtypes differ from what was saved, or the values from their fingerprints.
+        """
+        where = self.directory / str(step)
+        saved = self.about(step)["fingerprints"]
+        names = {
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(abstract)
+        }
+        if missing := sorted(names - saved.keys()):
+            raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
+        how = jax.tree.map(_restore_args, abstract)
+        request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
+        try:
+            tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
+        except (ValueError, OSError) as error:
+            raise UserError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
+        for name, pair in fingerprints(tree).items():
+            if pair != saved[name]:
+                raise UserError(
+                    f"{where}: is damaged: {name!r} is not what was saved; remove this folder to use an older one"
+                )
+        return tree
+
+    def delete_after(self, step: int) -> None:
+        """Removes the saves of later steps."""
+        for later in [s for s in self.steps() if s > step]:
+            self._manager.delete(later)
+
+    def close(self) -> None:
+        """Waits for what is being saved and raises its errors."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    # strict: Orbax would otherwise cut or pad an array of another shape.
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)

@@ -1,0 +1,132 @@
+"""The command line. Heavy imports wait until a command runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tiedjax
+from tiedjax.analysis import command as analyze_command
+from tiedjax.config import RunConfig, leaf_fields, nearest
+from tiedjax.data import command as data_command
+from tiedjax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0 done, 1 training failed, 2 bad input, 128 + N signal N."""
+    try:
+        args = _parse(sys.argv[1:] if argv is None else list(argv))
+        return args.run(args)
+    except UserError as error:
+        print(f"tiedjax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tiedjax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="tiedjax", description=tiedjax.__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, meaning: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub.set_defaults(run=run)
+        return sub
+
+    study = command("study", "train every run of a study, analyse them, write the report", _study)
+    study.add_argument("config", nargs="?", metavar="STUDY.yaml", help="study file; default: the quick study")
+    study.add_argument("--out", type=Path, metavar="DIR", help="study directory; default: studies/NAME")
+    _add_cluster(study)
+    _add_overrides(study)
+
+    train = command("train", "train one run, or continue it", _train)
+    train.add_argument("config", metavar="CONFIG.yaml", help="run config")
+    train.add_argument("--out", type=Path, metavar="DIR", help="run directory; default: runs/NAME")
+    _add_cluster(train)
+    _add_overrides(train)
+
+    data_command.add_arguments(command("data", "turn text into token shards", data_command.run))
+    analyze_command.add_arguments(command("analyze", "run one instrument on tables or runs", analyze_command.run))
+
+    report = command("report", "redraw the report of a study from its results.json", _report)
+    report.add_argument("directory", type=Path, metavar="DIR", help="study directory")
+
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        keys = [f"--{field.key}" for field in leaf_fields(RunConfig)]
+        raise UserError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], keys)}")
+    return args
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", "SLURM and TPU slices are recognised without these")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    groups: dict[str, Any] = {}
+    for field in leaf_fields(RunConfig):
+        section = field.key.split(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"{section} (override the config file)")
+        default = "null" if field.default is None else str(field.default).lower()
+        meaning = f"{field.meaning} [{default}]".replace("%", "%%")
+        kind = field.type.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        groups[section].add_argument(
+            f"--{field.key}", dest=f"set {field.key}", metavar=f"<{kind}>", default=argparse.SUPPRESS, help=meaning
+        )
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, str]:
+    return {name.removeprefix("set "): text for name, text in vars(args).items() if name.startswith("set ")}
+
+
+def _train(args: argparse.Namespace) -> int:
+    from tiedjax.config import load_run_config
+
+    cfg = load_run_config(args.config, _overrides(args))
+    return _with_cluster(args, lambda loop: loop.train(cfg, args.out or Path("runs") / Path(args.config).stem))
+
+
+def _study(args: argparse.Namespace) -> int:
+    from tiedjax import study
+
+    path = Path(args.config) if args.config else study.quick_study()
+    plan = study.load_study(path, _overrides(args))
+    return _with_cluster(args, lambda _: study.run_study(plan, args.out or Path("studies") / path.stem))
+
+
+def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
+    from tiedjax import loop, process
+
+    process.join_cluster(args.coordinator, args.processes, args.process_id)
+    try:
+        outcome = work(loop)
+    except loop.TrainingError as error:
+        print(f"tiedjax: {error}", file=sys.stderr)
+        return 1
+    if outcome.signal is None:
+        return 0
+    print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
+    return 128 + outcome.signal
+
+
+def _report(args: argparse.Namespace) -> int:
+    from tiedjax.study import draw_report
+
+    print(draw_report(args.directory))
+    return 0

@@ -1,0 +1,45 @@
+"""Writing files so that nothing is half-written and nobody else writes the same folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tiedjax.errors import UserError
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replaces the file by one with this content (text as UTF-8), whole or not at all; or raises UserError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Creates the folder and holds it: two jobs that write one run would mix their weights.
+
+    Raises UserError if it cannot be written or another live process holds it; the hold ends with the process, however
+    it ends.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{directory}: another process is writing this run; wait for it or choose another --out"
+            ) from None
+        yield

@@ -1,0 +1,43 @@
+"""The language model as a whole: its parameters, and its loss as a function of the two tables and the body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tiedjax import loss, model, tying
+from tiedjax.config import RunConfig
+from tiedjax.rng import key_for
+from tiedjax.tying import Tables
+
+# (tables, body, tokens_BS, weights_B) -> (sum of the weighted losses, sum of the weights); S = T + 1
+SummedLoss = Callable[[Tables, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
+    """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme."""
+    V, D = cfg.model.table_rows, cfg.model.d_model
+    law = model.truncated_normal(D**-0.5)
+    table = lambda key: nn.LogicallyPartitioned(law(key, (V, D)), names=("vocab", "embed"))
+    scheme = tying.SCHEMES[cfg.tying.scheme]
+    return {
+        "tables": tying.init_tables(scheme, root, table),
+        "body": model.init_body(cfg.model, key_for(root, "body")),
+    }
+
+
+def summed_loss(cfg: RunConfig, constrain: model.Constrain, z_loss: float) -> SummedLoss:
+    """The loss of the whole model on the tables that a scheme provides."""
+    transformer, dtype = model.Transformer(cfg.model, constrain), model.compute_dtype(cfg.model)
+
+    def total(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
+        h_BTD = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype))
+        weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
+        return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss)
+
+    return total

@@ -1,0 +1,242 @@
+"""One training run, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+import signal
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tiedjax import process, sharding, tying
+from tiedjax.checkpoint import Checkpoints, is_snapshot_step
+from tiedjax.config import RunConfig, load_run_config, to_tree, to_yaml
+from tiedjax.data.batches import Batches, eval_batches
+from tiedjax.data.prepare import Prepared, prepare
+from tiedjax.errors import UserError
+from tiedjax.files import sole_writer, write_atomically
+from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
+from tiedjax.rng import key_for
+from tiedjax.step import Steps, TrainState, make_steps
+
+# What may differ between the command that began a run and the one that continues it: none of it changes the training.
+MAY_CHANGE = {
+    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every"),
+}
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and its config is at fault: one line that says where and what to try."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended: updates done, whether that is all of them, the signal that stopped it."""
+
+    step: int
+    finished: bool
+    signal: signal.Signals | None = None
+
+
+def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
+    """Trains `cfg` in the run directory `out`, from its newest checkpoint if it has one.
+
+    All processes of a cluster call it together, with one folder that all can write. Raises UserError for what the
+    caller can mend, TrainingError if the loss stops being finite.
+    """
+    label = label or out.name
+    with ExitStack() as held:
+        # ---- Refuse what cannot work, before anything slow ----
+        mesh = sharding.make_mesh(cfg.mesh)
+        steps = make_steps(cfg, mesh)
+        if process.is_main():
+            held.enter_context(sole_writer(out))
+        _refuse_another_run(cfg, out)
+
+        # ---- Data ----
+        prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
+        batches = Batches(
+            prepared,
+            seq_len=cfg.model.seq_len,
+            batch_size=cfg.data.batch_size,
+            seed=cfg.train.seed,
+            rows=sharding.local_rows(mesh, cfg.data.batch_size),
+            workers=cfg.data.workers,
+        )
+        counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
+        if process.is_main():
+            _describe(cfg, out, prepared, counts_2V)
+
+        # ---- State: new or restored ----
+        keep = cfg.train.keep_checkpoints
+        checkpoints = held.enter_context(closing(Checkpoints(out / "checkpoints", keep=keep)))
+        snapshots = held.enter_context(closing(Checkpoints(out / "snapshots")))
+        about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
+        state, start = _begin(cfg, steps, checkpoints, about)
+        last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
+        if start >= last:
+            _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
+            return Outcome(start, start >= cfg.train.steps)
+        snapshots.delete_after(start)
+        if start == 0:
+            snapshots.save(0, state.params["tables"], about)
+
+        # ---- Steps ----
+        everywhere = lambda x: jax.device_put(x, steps.replicated)
+        role_scale = everywhere(tying.role_scale(cfg.tying))
+        decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
+        evaluation = _Evaluation(cfg, steps, prepared)
+        recorder = _Recorder(cfg, out, label, start)
+        held.callback(recorder.close)
+        stop = held.enter_context(process.StopRequest())
+        stopped_by: int | None = None
+        for step, tokens_BS in zip(range(start + 1, last + 1), batches.iterate(start), strict=False):
+            state, metrics = steps.train(state, _global(tokens_BS, steps, cfg.data.batch_size), role_scale, decile_V)
+            stopped_by = stop.at(step)
+            ends = step == last or stopped_by is not None
+            evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
+            checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
+            snaps = is_snapshot_step(step, cfg.train.snapshot_every, cfg.train.steps)
+            recorder.record(step, metrics, deciles=snaps)
+            if evaluates or checks or snaps:
+                recorder.flush(evaluation(state) if evaluates else None)
+            if snaps:
+                snapshots.save(step, state.params["tables"], about)
+            if checks:
+                checkpoints.save(step, state._asdict(), about)
+            if ends:
+                break
+    return Outcome(step, step >= cfg.train.steps, None if stopped_by is None else signal.Signals(stopped_by))
+
+
+def _say(line: str) -> None:
+    if process.is_main():
+        print(line, flush=True)
+
+
+def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
+    path = out / "config.yaml"
+    if not path.exists():
+        return
+    old, new = (dict(_leaves(to_tree(each))) for each in (load_run_config(path), cfg))
+    for key in sorted(old.keys() - MAY_CHANGE):
+        if old[key] != new[key]:
+            raise UserError(
+                f"{out}: holds a run with {key} = {old[key]!r}, not {new[key]!r}; choose another --out or go back to it"
+            )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Any:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, counts_2V)
+    write_atomically(out / "token_counts.npy", buffer.getvalue())
+    if prepared.tokenizer_path:
+        shutil.copyfile(prepared.tokenizer_path, out / "tokenizer.json")
+    write_atomically(out / "config.yaml", to_yaml(cfg))
+
+
+def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any]) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a new one; and how many steps it has behind it."""
+    saved = checkpoints.steps()
+    if not saved:
+        return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
+    then = checkpoints.about(saved[-1])
+    for what in ("data", "tokenizer"):
+        if then[what] != about[what]:
+            raise UserError(
+                f"{checkpoints.directory / str(saved[-1])}: was trained on another {what} "
+                f"({then[what]}, now {about[what]}); bring that back or choose another --out"
+            )
+    return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
+
+
+def _global(local: np.ndarray, steps: Steps, batch_size: int) -> jax.Array:
+    """The global array over all processes from the rows that this one holds."""
+    first = sharding.local_rows(steps.batch.mesh, batch_size).start
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch_size)
+        return local[start - first : stop - first]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), steps.batch, part)
+
+
+class _Evaluation:
+    """Mean cross-entropy in nats over the held-out windows, without z-loss."""
+
+    def __init__(self, cfg: RunConfig, steps: Steps, prepared: Prepared):
+        self._cfg, self._steps, self._prepared = cfg, steps, prepared
+
+    def __call__(self, state: TrainState) -> float:
+        size = self._cfg.data.batch_size
+        rows = sharding.local_rows(self._steps.batch.mesh, size)
+        sums = [
+            self._steps.evaluate(state.params, *(_global(x, self._steps, size) for x in (tokens_BS, weights_B)))
+            for tokens_BS, weights_B in eval_batches(
+                self._prepared, self._cfg.model.seq_len, size, rows, self._cfg.train.eval_batches
+            )
+        ]
+        loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        return float(loss / weight)
+
+
+class _Recorder:
+    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
+
+    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
+        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
+        self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
+        self._pending: tuple[int, dict[str, jax.Array], bool] | None = None
+        self._read = (start, time.monotonic())
+
+    def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
+        """Takes the metrics of a step that was dispatched, and reads those of the step before."""
+        self.flush(None)
+        self._pending = (step, metrics, deciles)
+
+    def flush(self, eval_loss: float | None) -> None:
+        """Reads what is pending; raises TrainingError if its loss is not finite."""
+        if self._pending is None:
+            return
+        (step, metrics, deciles), self._pending = self._pending, None
+        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
+        if self._log is None or self._progress is None:
+            return
+        per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
+        row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
+        if not deciles:
+            row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
+        if eval_loss is not None:
+            row["eval_loss"] = eval_loss
+        if step % self._cfg.train.log_every == 0 or deciles or eval_loss is not None:
+            (before, then), now = self._read, time.monotonic()
+            row["tokens_per_second"] = (step - before) * per_step / (now - then)
+            self._read = (step, now)
+            self._log.write(row)
+        shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
+        self._progress.update(step, shown + ("" if eval_loss is None else f"  held-out {eval_loss:.3f}"))
+
+    def close(self) -> None:
+        """Closes the log; what is pending was flushed by the checkpoint that ends every call."""
+        if self._log and self._progress:
+            self._log.close()
+            self._progress.end()

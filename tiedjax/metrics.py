@@ -1,0 +1,118 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard, and progress for the person who waits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from tiedjax.files import write_atomically
+from tiedjax.run import read_metrics
+
+NO_DECILE = -1
+
+
+def frequency_deciles(counts_V: np.ndarray, bins: int = 10) -> np.ndarray:
+    """int32 [V]: 0 (rarest tenth of the tokens that occur) to 9 (most frequent); -1 for tokens that never occur."""
+    seen = np.flatnonzero(counts_V)
+    order = seen[np.argsort(counts_V[seen], kind="stable")]
+    deciles = np.full(len(counts_V), NO_DECILE, np.int32)
+    deciles[order] = np.arange(len(order)) * bins // max(len(order), 1)
+    return deciles
+
+
+class MetricsLog:
+    """metrics.jsonl and, if tensorboardX is installed, tensorboard/ of one run, from the line after `step` on."""
+
+    def __init__(self, directory: Path, step: int):
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one step; non-finite numbers become null."""
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in row.items():
+                if name != "step" and not isinstance(value, list):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """One line that renews itself on a terminal, a plain line now and then elsewhere.
+
+    `total` steps in all, of which `done` are done; the time left is extrapolated from what happens after that.
+    """
+
+    def __init__(self, label: str, total: int, done: int = 0, *, stream: TextIO | None = None):
+        self._label, self._total, self._start = label, total, done
+        self._stream = stream or sys.stdout
+        self._live = self._stream.isatty()
+        self._every = 0.2 if self._live else 5.0
+        self._began = self._shown = time.monotonic()
+        self._first_done: tuple[int, float] | None = None  # the first step compiles; it says nothing about the rest
+
+    def update(self, done: int, text: str) -> None:
+        """Says where things stand, unless it was said just now."""
+        now = time.monotonic()
+        if self._first_done is None:
+            self._first_done = (done, now)
+        if now - self._shown < self._every and done != self._total:
+            return
+        self._shown = now
+        line = f"{self._label}  {done}/{self._total}  {text}{self._left(done, now)}"
+        if self._live:
+            self._stream.write(f"\r\x1b[2K{line}" + ("\n" if done == self._total else ""))
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Leaves the renewed line behind."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _left(self, done: int, now: float) -> str:
+        first, at = self._first_done or (done, now)
+        if done <= first or done == self._total:
+            return ""
+        return f"  {duration((now - at) / (done - first) * (self._total - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 42 s, 3 min 05 s, 2 h 07 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"

@@ -1,0 +1,257 @@
+"""The transformer body in Flax Linen: hidden states in, hidden states out; it never sees a table.
+
+Axes: B batch, T position, S position attended to, N = B*T, D width, H query heads, G key/value heads, M = H / G, K head
+width, F MLP width, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax.config import ModelConfig
+
+# Names the logical axes of an activation and returns it, perhaps with a sharding constraint.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+def unconstrained(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """The `Constrain` of a single device: the identity."""
+    return x
+
+
+def compute_dtype(cfg: ModelConfig) -> jnp.dtype:
+    """The dtype of activations: as configured; `auto` is bfloat16 on accelerators, float32 on CPU."""
+    if cfg.dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(cfg.dtype)
+
+
+def wide(dtype: Any) -> jnp.dtype:
+    """The dtype of sums and softmaxes over values of `dtype`: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def truncated_normal(std: float) -> Callable[..., jax.Array]:
+    """Normal of this standard deviation, cut at three of them, not rescaled (OLMo's `mitchell` initialisation)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return std * jax.random.truncated_normal(key, -3.0, 3.0, shape, dtype)
+
+    return init
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The tokens' rows, [B, T, D] in `dtype`; an id outside the table gives NaN, so that it cannot pass unseen.
+
+    The gradient with respect to E_VD is accumulated in E_VD's own float32.
+    """
+    return jnp.take(E_VD, tokens_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
+
+
+def _lookup_forward(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    return lookup(E_VD, tokens_BT, dtype), (E_VD, tokens_BT)
+
+
+def _lookup_backward(dtype: Any, residuals: Any, dx_BTD: jax.Array) -> tuple[jax.Array, None]:
+    E_VD, tokens_BT = residuals
+    dE_VD = jnp.zeros_like(E_VD).at[tokens_BT].add(dx_BTD.astype(E_VD.dtype), mode="drop")
+    # Unless it is kept whole, XLA may scatter into the output role's gradient when nobody looks at the parts: other
+    # rounding.
+    return jax.lax.optimization_barrier(dE_VD), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class Dense(nn.Module):
+    """A linear map without bias."""
+
+    features: int
+    axes: tuple[str, str]
+    std: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        # One matrix product over all positions: XLA:CPU is several times slower on the batched form's backward pass.
+        y_N = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        return y_N.reshape(*x.shape[:-1], self.features)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+
+    kind: str
+    eps: float
+    dtype: Any
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(wide(x.dtype))
+        if self.kind != "rmsnorm":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        if self.kind != "nonparametric_layernorm":
+            init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
+            scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+            y = y * scale.reshape((1,) * (y.ndim - 1) + (-1,))
+        return y.astype(self.dtype)
+
+
+def rotate(x_BTHK: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) on halves of the head width; computed in float32."""
+    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    frequency_K2 = theta ** (-np.arange(0, K, 2) / K)
+    angle_1T1K2 = (np.arange(T)[:, None] * frequency_K2)[None, :, None, :]
+    cos, sin = (jnp.asarray(f(angle_1T1K2), wide(x_BTHK.dtype)) for f in (np.cos, np.sin))
+    a, b = jnp.split(x_BTHK.astype(wide(x_BTHK.dtype)), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHK.dtype)
+
+
+def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(K)) v over the positions up to one's own, [B, T, H, K]; softmax in float32."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BTGK.shape[2]
+    q_BTGMK = q_BTHK.reshape(B, T, G, H // G, K) * jnp.asarray(K**-0.5, q_BTHK.dtype)
+    score_BGMTS = jnp.einsum("btgmk,bsgk->bgmts", q_BTGMK, k_BTGK, preferred_element_type=wide(q_BTHK.dtype))
+    visible_TS = np.tril(np.ones((1, 1, 1, T, T), bool))
+    weight_BGMTS = jax.nn.softmax(jnp.where(visible_TS, score_BGMTS, -jnp.inf), axis=-1).astype(v_BTGK.dtype)
+    return jnp.einsum("bgmts,bsgk->btgmk", weight_BGMTS, v_BTGK).reshape(B, T, H, K)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    cfg: ModelConfig
+    layer: int
+    dtype: Any
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        cfg, K = self.cfg, self.cfg.head_width
+        B, T, D = x_BTD.shape
+
+        def heads(name: str, axis: str, n: int) -> jax.Array:
+            y_BTHK = Dense(n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD).reshape(B, T, n, K)
+            return self.constrain(y_BTHK, ("batch", None, axis, None))
+
+        q_BTHK, k_BTGK = heads("query", "heads", cfg.heads), heads("key", "kv_heads", cfg.groups)
+        v_BTGK = heads("value", "kv_heads", cfg.groups)
+        if cfg.qk_norm:
+            q_BTHK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="query_norm")(q_BTHK)
+            k_BTGK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="key_norm")(k_BTGK)
+        if cfg.position == "rope":
+            q_BTHK, k_BTGK = rotate(q_BTHK, cfg.rope_theta), rotate(k_BTGK, cfg.rope_theta)
+        y_BTD = causal_attention(q_BTHK, k_BTGK, v_BTGK).reshape(B, T, cfg.heads * K)
+        std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
+        return Dense(D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202) or GELU."""
+
+    cfg: ModelConfig
+    layer: int
+    dtype: Any
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = x_BTD.shape[-1], self.cfg.d_ff
+        y_BTF = Dense(F, ("embed", "mlp"), D**-0.5, self.dtype, name="up")(x_BTD)
+        if self.cfg.mlp == "swiglu":
+            y_BTF = y_BTF * jax.nn.silu(Dense(F, ("embed", "mlp"), D**-0.5, self.dtype, name="gate")(x_BTD))
+        else:
+            y_BTF = jax.nn.gelu(y_BTF)
+        y_BTF = self.constrain(y_BTF, ("batch", None, "mlp"))
+        return Dense(D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer; returns its output twice, as carry and as value of a scan."""
+
+    cfg: ModelConfig
+    layer: int
+    dtype: Any
+    constrain: Constrain
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, _: None = None) -> tuple[jax.Array, jax.Array]:
+        cfg, parts = self.cfg, (self.cfg, self.layer, self.dtype, self.constrain)
+        x_BTD = x_BTD + Attention(*parts, name="attention")(
+            Norm(cfg.norm, cfg.norm_eps, self.dtype, name="attention_norm")(x_BTD)
+        )
+        x_BTD = x_BTD + MLP(*parts, name="mlp")(Norm(cfg.norm, cfg.norm_eps, self.dtype, name="mlp_norm")(x_BTD))
+        x_BTD = self.constrain(x_BTD, ("batch", None, None))
+        return x_BTD, x_BTD
+
+
+class Transformer(nn.Module):
+    """The body: `Transformer(cfg).apply(body, x_BTD) -> h_BTD`, to be multiplied by the output table.
+
+    With `hidden_states=True` also returns x_LBTD, the L + 1 states of the residual stream: the input, then the output
+    of every layer, the last one before the final norm.
+    """
+
+    cfg: ModelConfig
+    constrain: Constrain = unconstrained
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, hidden_states: bool = False) -> Any:
+        cfg, dtype = self.cfg, compute_dtype(self.cfg)
+        block: Any = Block
+        if cfg.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=not cfg.scan_layers)
+        x_BTD = first_BTD = self.constrain(x_BTD.astype(dtype), ("batch", None, None))
+        if cfg.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=cfg.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x_BTD, each_LBTD = scanned(cfg, 0, dtype, self.constrain, name="layers")(x_BTD, None)
+        else:
+            each = []
+            for i in range(cfg.layers):
+                x_BTD, _ = block(cfg, i, dtype, self.constrain, name=f"layer_{i}")(x_BTD, None)
+                each.append(x_BTD)
+        h_BTD = Norm(cfg.norm, cfg.norm_eps, dtype, name="final_norm")(x_BTD)
+        if not hidden_states:
+            return h_BTD
+        each_LBTD = each_LBTD if cfg.scan_layers else jnp.stack(each)
+        return h_BTD, jnp.concatenate([first_BTD[None], each_LBTD])
+
+
+def init_body(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The body's Flax variables, float32, boxed with logical axes; a layer starts the same scanned or not."""
+    unrolled = Transformer(dataclasses.replace(cfg, scan_layers=False, remat="none"))
+    params = dict(unrolled.init(key, jnp.zeros((1, 2, cfg.d_model)))["params"])
+    if cfg.scan_layers:
+        layers = [params.pop(f"layer_{i}") for i in range(cfg.layers)]
+        params["layers"] = jax.tree.map(_stack, *layers, is_leaf=_boxed)
+    return {"params": params}
+
+
+def _boxed(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
+
+
+def _stack(*boxes: nn.LogicallyPartitioned) -> nn.LogicallyPartitioned:
+    stacked = jnp.stack([box.value for box in boxes])
+    return boxes[0].replace(value=stacked, names=("layers", *boxes[0].names))

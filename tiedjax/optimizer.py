@@ -1,0 +1,46 @@
+"""AdamW with warmup and cosine decay, built from optax; the update is given the role gradients apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from tiedjax.config import OptimizerConfig
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear from 0 to the peak over `warmup_steps`, then cosine to `final_fraction` of it at `steps`."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=cfg.learning_rate,
+        warmup_steps=cfg.warmup_steps,
+        decay_steps=steps,
+        end_value=cfg.final_fraction * cfg.learning_rate,
+    )
+
+
+def decay_mask(params: Any, *, tables: bool) -> Any:
+    """True for the leaves that weight decay applies to: every matrix of the body, and the tables if asked."""
+
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return tables if names[0] == "tables" else "kernel" in names
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The optimizer over {"tables", "body"}.
+
+    `update` takes, beside the gradient of the parameters, `role_grads`: `Tables` of the raw [V, D] gradient of each
+    role. AdamW has no use for them; a transformation in this chain that treats the roles apart needs no other channel.
+    """
+    chain = [
+        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, lambda params: decay_mask(params, tables=cfg.decay_tables)),
+        optax.scale_by_learning_rate(learning_rate(cfg, steps)),
+    ]
+    return optax.with_extra_args_support(optax.chain(*chain))

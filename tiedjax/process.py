@@ -1,0 +1,83 @@
+"""Membership of a cluster of processes, and requests to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from tiedjax.errors import UserError
+
+
+def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of the job, if there are any; must come before JAX is used.
+
+    Explicit flags win; otherwise a SLURM job of several tasks or a TPU slice of several hosts is recognised by what
+    its launcher puts in the environment, and JAX reads the rest from there. Raises UserError if the flags are
+    incomplete or nobody answers.
+    """
+    flags = (coordinator, processes, process_id)
+    if any(flag is not None for flag in flags):
+        if coordinator is None or processes is None or process_id is None:
+            raise UserError(
+                "--coordinator HOST:PORT, --processes N and --process-id I belong together; give all three or none"
+            )
+        if not 0 <= process_id < processes:
+            raise UserError(
+                f"--process-id: must be from 0 to {processes - 1} (--processes {processes}), got {process_id}"
+            )
+        if ":" not in coordinator:
+            raise UserError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
+    elif not _launched_as_one_of_many():
+        return
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
+
+
+def _launched_as_one_of_many() -> bool:
+    slurm = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    tpu = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+    return slurm or tpu
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes files."""
+    return jax.process_index() == 0
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one stops at once.
+
+    In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM
+    to any of them); there SIGINT keeps its meaning.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self._received = number
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)  # type: ignore[arg-type]
+
+    def at(self, step: int) -> int | None:
+        """The signal to stop for after this step, or None. All processes ask at every step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            return signal.SIGTERM
+        return self._received

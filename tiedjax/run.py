@@ -1,0 +1,150 @@
+"""Reading a run directory, on any machine, whatever it was trained on."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from tiedjax import tying
+from tiedjax.checkpoint import Checkpoints
+from tiedjax.config import RunConfig, load_run_config
+from tiedjax.errors import UserError
+from tiedjax.lm import init_params
+from tiedjax.model import Transformer
+
+
+class RunTables(NamedTuple):
+    """The two tables of a run at one step: NumPy float32 [V, D] each, and whether they are one and the same."""
+
+    input: np.ndarray
+    output: np.ndarray
+    tied: bool
+
+
+class Run:
+    """A run directory. Nothing is read before it is asked for.
+
+    Raises UserError if `path` holds no run.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.name = self.path.absolute().name
+        if not (self.path / "config.yaml").is_file():
+            raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The resolved config."""
+        return load_run_config(self.path / "config.yaml")
+
+    @cached_property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Columns of metrics.jsonl as float64 arrays (step: int64); NaN where a line has no value.
+
+        Columns of deciles are [steps, 10].
+        """
+        rows = read_metrics(self.path / "metrics.jsonl")
+        columns = {}
+        for name in dict.fromkeys(key for row in rows for key in row):
+            values = [row.get(name) for row in rows]
+            width = max((len(v) for v in values if isinstance(v, list)), default=0)
+            blank = [None] * width if width else None
+            column = np.array([blank if v is None else v for v in values], dtype=np.float64)
+            columns[name] = column.astype(np.int64) if name == "step" else column
+        return columns
+
+    @cached_property
+    def snapshot_steps(self) -> list[int]:
+        """Steps at which the tables were saved, ascending."""
+        return _steps(self.path / "snapshots")
+
+    @cached_property
+    def checkpoint_steps(self) -> list[int]:
+        """Steps at which the full state was saved and kept, ascending."""
+        return _steps(self.path / "checkpoints")
+
+    @cached_property
+    def token_counts(self) -> np.ndarray:
+        """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
+        return np.load(self.path / "token_counts.npy")
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The run's tokenizer.json; None if it was trained on ready token ids."""
+        path = self.path / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def tables(self, step: int | None = None) -> RunTables:
+        """The tables after `step` updates; by default the last snapshot."""
+        step = self._choose(step, self.snapshot_steps, "snapshot")
+        abstract = _without_sharding(self._abstract_params()["tables"])
+        saved = _open(self.path / "snapshots").restore(step, abstract)
+        tables = tying.SCHEMES[self.config.tying.scheme].tables(saved)
+        return RunTables(tables.input, tables.output, tables.input is tables.output)
+
+    def params(self, step: int | None = None) -> dict[str, Any]:
+        """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
+        step = self._choose(step, self.checkpoint_steps, "checkpoint")
+        abstract = {"params": _without_sharding(self._abstract_params())}
+        return _open(self.path / "checkpoints").restore(step, abstract)["params"]
+
+    def model(self) -> Transformer:
+        """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`."""
+        return Transformer(self.config.model)
+
+    def _abstract_params(self) -> dict[str, Any]:
+        return nn.unbox(jax.eval_shape(lambda: init_params(self.config, jax.random.key(0))))
+
+    def _choose(self, step: int | None, steps: list[int], kind: str) -> int:
+        if not steps:
+            raise UserError(f"{self.path}: holds no {kind}")
+        if step is not None and step not in steps:
+            raise UserError(f"{self.path}: no {kind} of step {step}; there are {', '.join(map(str, steps))}")
+        return steps[-1] if step is None else step
+
+
+def load_run(path: str | Path) -> Run:
+    """Opens a run directory for reading."""
+    return Run(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out.
+
+    Raises UserError for a file that is missing or damaged elsewhere.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+    return rows
+
+
+def _open(directory: Path) -> Checkpoints:
+    return Checkpoints(directory, read_only=True)
+
+
+def _steps(directory: Path) -> list[int]:
+    return _open(directory).steps() if directory.is_dir() else []
+
+
+def _without_sharding(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

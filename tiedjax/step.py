@@ -1,0 +1,175 @@
+"""The train step and the eval step: pure functions of arrays, compiled once, without I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from tiedjax import sharding, tying
+from tiedjax.config import RunConfig
+from tiedjax.errors import UserError
+from tiedjax.lm import SummedLoss, init_params, summed_loss
+from tiedjax.optimizer import learning_rate, make_optimizer
+from tiedjax.tying import Tables
+
+DECILES = 10
+
+
+class TrainState(NamedTuple):
+    """What a step reads and writes: updates done, {"tables", "body"} in float32, optimizer state."""
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of one config on one mesh, and the shardings of what they take.
+
+    Attributes:
+      init: (key) -> TrainState, made in place on the mesh.
+      train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state.
+      evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
+      abstract: TrainState of ShapeDtypeStructs with their shardings.
+      batch: the sharding of tokens and weights.
+      replicated: the sharding of role_scale, decile_V and metrics.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    train: Callable[[TrainState, jax.Array, Tables, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    abstract: TrainState
+    batch: NamedSharding
+    replicated: NamedSharding
+
+
+def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
+    """The same loss and gradient, `parts` microbatches one after the other in the memory of one.
+
+    The gradients are summed in the forward rule, with respect to the tables and the body: whatever lies between the
+    tables and their parameters (scheme, split) is differentiated once a step, not once a microbatch.
+    """
+    if parts == 1:
+        return total
+    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+
+    def cut(x_B: jax.Array) -> jax.Array:
+        # Row r goes to microbatch r % parts: every device keeps its own rows and none are exchanged.
+        return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
+
+    @jax.custom_vjp
+    def summed(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
+        return jax.tree.map(jnp.sum, sums)
+
+    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> Any:
+        def add(carry: Any, part: Any) -> tuple[Any, None]:
+            (loss_sum, weight), grads = gradient(tables, body, *part)
+            return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
+
+        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[:1], weights_B[:1])
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
+        start = (sums, jax.tree.map(jnp.zeros_like, (tables, body)))
+        return jax.lax.scan(add, start, (cut(tokens_BS), cut(weights_B)))[0]
+
+    def backward(grads: Any, cotangents: Any) -> Any:
+        return *jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads), None, None
+
+    summed.defvjp(forward, backward)
+    return summed
+
+
+def role_metrics(role_grads: Tables, decile_V: jax.Array) -> dict[str, jax.Array]:
+    """Norms, share and cosine of the two [V, D] role gradients, and their norms by frequency decile of the rows.
+
+    `decile_V` holds 0 (rarest) to 9, or -1 for rows that count in no decile. The share is output / (input + output).
+    """
+    square_V = jax.tree.map(lambda g_VD: jnp.sum(jnp.square(g_VD), axis=-1), role_grads)
+    norm = jax.tree.map(lambda s_V: jnp.sqrt(jnp.sum(s_V)), square_V)
+    by_decile = jax.tree.map(lambda s_V: jnp.sqrt(jax.ops.segment_sum(s_V, decile_V, DECILES)), square_V)
+    return {
+        "input_grad_norm": norm.input,
+        "output_grad_norm": norm.output,
+        "output_grad_share": norm.output / (norm.input + norm.output),
+        "role_grad_cosine": jnp.sum(role_grads.input * role_grads.output) / (norm.input * norm.output),
+        "input_grad_norm_deciles": by_decile.input,
+        "output_grad_norm_deciles": by_decile.output,
+    }
+
+
+def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
+    """Everything that runs on the devices for `cfg` on `mesh`; compiles nothing yet.
+
+    Raises UserError if the mesh does not divide a microbatch.
+    """
+    rows, split = cfg.data.batch_size // cfg.data.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split:
+        raise UserError(
+            f"mesh: data x fsdp = {split} devices do not divide the {rows} sequences of a microbatch "
+            f"(data.batch_size {cfg.data.batch_size} / data.microbatches {cfg.data.microbatches})"
+        )
+    scheme = tying.SCHEMES[cfg.tying.scheme]
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
+    schedule = learning_rate(cfg.optimizer, cfg.train.steps)
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.partition_spec(axes)))
+
+    training = accumulated(summed_loss(cfg, constrain, cfg.train.z_loss), cfg.data.microbatches)
+    evaluation = summed_loss(cfg, constrain, z_loss=0.0)
+
+    def init(root: jax.Array) -> TrainState:
+        params = init_params(cfg, root)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def train(
+        state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        weights_B = jnp.ones(tokens_BS.shape[0])
+
+        def mean_loss(params: dict[str, Any], taps: Tables) -> jax.Array:
+            tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
+            total, weight = training(tables, params["body"], tokens_BS, weights_B)
+            return total / weight
+
+        taps = tying.zero_taps(scheme.tables(state.params["tables"]))
+        value, (grads, role_grads) = jax.value_and_grad(mean_loss, argnums=(0, 1))(state.params, taps)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, role_grads=role_grads)
+        metrics = {
+            "loss": value,
+            "learning_rate": schedule(state.step),
+            "grad_norm": optax.tree.norm(grads),
+            **role_metrics(role_grads, decile_V),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    def evaluate(params: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return evaluation(scheme.tables(params["tables"]), params["body"], tokens_BS, weights_B)
+
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    placed, everywhere = sharding.shardings(boxed, mesh), sharding.replicated(mesh)
+    batch = sharding.batch_sharding(mesh)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
+    )
+    return Steps(
+        init=jax.jit(lambda root: nn.unbox(init(root)), out_shardings=placed),
+        train=jax.jit(
+            train,
+            donate_argnums=0,
+            in_shardings=(placed, batch, everywhere, everywhere),
+            out_shardings=(placed, everywhere),
+        ),
+        evaluate=jax.jit(evaluate, in_shardings=(placed.params, batch, batch), out_shardings=everywhere),
+        abstract=abstract,
+        batch=batch,
+        replicated=everywhere,
+    )

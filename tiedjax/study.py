@@ -1,0 +1,126 @@
+"""A study: twin runs over several seeds, then their results and report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tiedjax import process
+from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_yaml
+from tiedjax.errors import UserError
+from tiedjax.files import sole_writer, write_atomically
+from tiedjax.loop import Outcome, train
+from tiedjax.metrics import duration
+from tiedjax.run import load_run
+
+REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with the resolved config of each of its runs, by (arm, seed), in the order of training."""
+
+    name: str
+    study: StudyConfig
+    runs: dict[tuple[str, int], RunConfig]
+
+
+def quick_study() -> Path:
+    """The file of the quick study: of the source tree, or of the installed package."""
+    package = Path(__file__).parent
+    for folder in (package.parent, package):
+        path = folder / "configs" / "studies" / "quick.yaml"
+        if path.is_file():
+            return path
+    raise UserError("configs/studies/quick.yaml: not found beside the package; name a study file")
+
+
+def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> Plan:
+    """Resolves a study file; `overrides` ({"train.steps": "50"}) apply to every run, after its arm."""
+    path = Path(path)
+    study = structure(StudyConfig, read_yaml(path), str(path))
+    base_path = path.parent / study.base
+    base = read_yaml(base_path)
+    structure(RunConfig, base, str(base_path))
+    last = parse_overrides(overrides or {})
+    if "seed" in last.get("train", {}):
+        raise UserError("--train.seed: a study sets it from its own seeds; change them in the study file")
+    runs = {}
+    for seed in study.seeds:
+        for arm, changes in study.arms.items():
+            tree = merge(merge(merge(base, study.overrides), changes), last)
+            runs[arm, seed] = structure(RunConfig, merge(tree, {"train": {"seed": seed}}), f"{path}: arm {arm!r}")
+    return Plan(path.stem, study, runs)
+
+
+def run_study(plan: Plan, out: Path) -> Outcome:
+    """Trains what is not yet trained, then writes results.json, report.html and figures/ in `out`.
+
+    Returns the outcome of the run that was stopped, or else of the last one.
+    """
+    began = time.monotonic()
+    if process.is_main():
+        with sole_writer(out):
+            write_atomically(out / "study.yaml", to_yaml(plan.study))
+    for number, ((arm, seed), cfg) in enumerate(plan.runs.items(), 1):
+        left = (time.monotonic() - began) / max(number - 1, 1) * (len(plan.runs) - number + 1)
+        name = f"{arm}-{seed}"
+        if process.is_main():
+            print(
+                f"run {number} of {len(plan.runs)}: {name}" + (f"; about {duration(left)} left" if number > 1 else "")
+            )
+        outcome = train(cfg, out / "runs" / name)
+        if not outcome.finished:
+            return outcome
+    if process.is_main():
+        print("analysing ...", flush=True)
+        _analyse(plan, out, time.monotonic() - began)
+        print(draw_report(out))
+    return outcome
+
+
+def draw_report(out: Path) -> str:
+    """Redraws the report from results.json; returns the answer and where the report is."""
+    from tiedjax.analysis.report import write_report
+
+    path = out / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax study` writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    write_report(results, out)
+    return f"{results['answer']}\nreport: {out / 'report.html'}"
+
+
+def _analyse(plan: Plan, out: Path, seconds: float) -> None:
+    from tiedjax.analysis.summary import summarize
+
+    runs = {key: load_run(out / "runs" / f"{key[0]}-{key[1]}") for key in plan.runs}
+    environment = environment_now() | {"study_seconds": seconds}
+    results = summarize(plan.study, runs) | {"name": plan.name, "environment": environment}
+    write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+
+
+def environment_now() -> dict[str, Any]:
+    """Versions, devices and date of this process."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in REPORTED_PACKAGES},
+    }
