@@ -8,13 +8,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from runs import arguments, write_text
 
-from tiedjax import model
+from tiedjax import cli, model
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,3 +50,20 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(model, "compute_dtype", lambda cfg: np.dtype("float64"))
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small .jsonl of documents; for the whole session prepared data is cached in a folder of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIEDJAX_CACHE", str(folder / "cache"))
+        yield write_text(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="session")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of an uninterrupted run of one device, to be read and copied, never written."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert cli.main(arguments(out, text)) == 0
+    return out

@@ -37,22 +37,25 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:
     """Two uint32 sums over the bit pattern of every leaf, by its path; the same on any mesh."""
+    sums = jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+    return {name: [int(x) for x in pair] for name, pair in zip(_names(tree), sums, strict=True)}
+
+
+def _names(tree: Any) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return {name: [int(x) for x in pair] for name, pair in zip(names, sums, strict=True)}
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
     All processes of a cluster call every method together. `keep` limits how many are kept, newest first; None keeps
-    all.
+    all. The folder is made if it is to be written.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, read_only: bool = False):
+    def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=not read_only, read_only=read_only)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -78,11 +81,8 @@ class Checkpoints:
         """
         where = self.directory / str(step)
         saved = self.about(step)["fingerprints"]
-        names = {
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path(abstract)
-        }
-        if missing := sorted(names - saved.keys()):
+        names = _names(abstract)
+        if missing := sorted(set(names) - saved.keys()):
             raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
@@ -90,6 +90,12 @@ class Checkpoints:
             tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
         except (ValueError, OSError) as error:
             raise UserError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
+        for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
+            if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+                raise UserError(
+                    f"{where}: {name!r} is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}; "
+                    "it was saved from another model"
+                )
         for name, pair in fingerprints(tree).items():
             if pair != saved[name]:
                 raise UserError(
@@ -111,5 +117,5 @@ class Checkpoints:
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
-    # strict: Orbax would otherwise cut or pad an array of another shape.
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+    # strict: Orbax would otherwise cut or pad an array of another shape. No dtype: it would cast.
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, strict=True)

@@ -138,7 +138,7 @@ class OptimizerConfig(_Checked):
 class DataConfig(_Checked):
     """Where the text comes from and how it becomes batches."""
 
-    source: str = _option("embedded", "embedded | tfds:NAME[/CONFIG] | text:GLOB | tokens:GLOB")
+    source: str = _option("embedded", "embedded | tfds:NAME[/CONFIG] | text:GLOB | tokens:GLOB | prepared:DIR")
     tokenizer: str = _option(
         "bpe",
         "bpe: train a byte-level BPE of model.vocab_size entries; or the path of a tokenizer.json; "
@@ -146,10 +146,12 @@ class DataConfig(_Checked):
     )
     text_field: str = _option("text", "the field that holds the text, in TFDS examples and .jsonl lines")
     max_documents: int | None = _option(None, "read at most this many documents; null: all", at_least=2)
-    holdout: float = _option(0.02, "share of the documents kept for evaluation", above=0, below=1)
+    holdout: float = _option(
+        0.02, "share of the documents (tokens: of each file) kept for evaluation", above=0, below=1
+    )
     batch_size: int = _option(16, "sequences per step, over all devices", at_least=1)
     microbatches: int = _option(1, "gradient accumulation: parts that a batch is cut into", at_least=1)
-    workers: int | None = _option(None, "processes that prepare and threads that read; null: one per core", at_least=1)
+    workers: int | None = _option(None, "threads that tokenize and threads that read; null: one per core", at_least=1)
     cache: str | None = _option(None, "folder of prepared data; null: $TIEDJAX_CACHE or ~/.cache/tiedjax")
 
     def _check(self) -> None:
@@ -178,7 +180,7 @@ class TrainConfig(_Checked):
     stop_at: int | None = _option(
         None, "end at this step as an interruption would; the schedule is that of `steps`", at_least=1
     )
-    seed: int = _option(0, "seeds parameters and data order", at_least=0)
+    seed: int = _option(0, "seeds parameters and data order", at_least=0, below=2**32)
     z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
     log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)
     eval_every: int | None = _option(None, "steps between evaluations; null: only at the end", at_least=1)
@@ -263,9 +265,9 @@ def leaf_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
     hints = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[f.name]):
-            yield from leaf_fields(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            yield from leaf_fields(hints[f.name], f"{prefix}{f.name}.")
         else:
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+            default = f.default_factory() if callable(f.default_factory) else f.default
             yield FieldInfo(prefix + f.name, str(f.type), default, f.metadata["meaning"])
 
 
@@ -342,9 +344,9 @@ def nearest(name: str, valid: list[str]) -> str:
 def _yaml() -> Any:
     from ruamel.yaml import YAML
 
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[attr-defined]
+    yaml.sort_base_mapping_type_on_output = False
     return yaml
 
 

@@ -36,7 +36,7 @@ def summed_loss(cfg: RunConfig, constrain: model.Constrain, z_loss: float) -> Su
 
     def total(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        h_BTD = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype))
+        h_BTD: Any = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
         return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss)
 

@@ -7,13 +7,17 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tiedjax import process, sharding, tying
 from tiedjax.checkpoint import Checkpoints, is_snapshot_step
@@ -94,13 +98,15 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
         everywhere = lambda x: jax.device_put(x, steps.replicated)
         role_scale = everywhere(tying.role_scale(cfg.tying))
         decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
-        evaluation = _Evaluation(cfg, steps, prepared)
+        evaluation = _Evaluation(cfg, mesh, steps, prepared)
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
         stop = held.enter_context(process.StopRequest())
         stopped_by: int | None = None
         for step, tokens_BS in zip(range(start + 1, last + 1), batches.iterate(start), strict=False):
-            state, metrics = steps.train(state, _global(tokens_BS, steps, cfg.data.batch_size), role_scale, decile_V)
+            state, metrics = steps.train(
+                state, sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size), role_scale, decile_V
+            )
             stopped_by = stop.at(step)
             ends = step == last or stopped_by is not None
             evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
@@ -108,7 +114,9 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
             snaps = is_snapshot_step(step, cfg.train.snapshot_every, cfg.train.steps)
             recorder.record(step, metrics, deciles=snaps)
             if evaluates or checks or snaps:
-                recorder.flush(evaluation(state) if evaluates else None)
+                recorder.flush(partial(evaluation, state) if evaluates else None)
+            if (checks or snaps) and not _all_finite(state):
+                raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
             if snaps:
                 snapshots.save(step, state.params["tables"], about)
             if checks:
@@ -116,6 +124,11 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
             if ends:
                 break
     return Outcome(step, step >= cfg.train.steps, None if stopped_by is None else signal.Signals(stopped_by))
+
+
+@jax.jit
+def _all_finite(state: TrainState) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
 def _say(line: str) -> None:
@@ -167,33 +180,20 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
 
 
-def _global(local: np.ndarray, steps: Steps, batch_size: int) -> jax.Array:
-    """The global array over all processes from the rows that this one holds."""
-    first = sharding.local_rows(steps.batch.mesh, batch_size).start
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(batch_size)
-        return local[start - first : stop - first]
-
-    return jax.make_array_from_callback((batch_size, *local.shape[1:]), steps.batch, part)
-
-
 class _Evaluation:
     """Mean cross-entropy in nats over the held-out windows, without z-loss."""
 
-    def __init__(self, cfg: RunConfig, steps: Steps, prepared: Prepared):
-        self._cfg, self._steps, self._prepared = cfg, steps, prepared
+    def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps, prepared: Prepared):
+        self._cfg, self._mesh, self._steps, self._prepared = cfg, mesh, steps, prepared
 
     def __call__(self, state: TrainState) -> float:
-        size = self._cfg.data.batch_size
-        rows = sharding.local_rows(self._steps.batch.mesh, size)
-        sums = [
-            self._steps.evaluate(state.params, *(_global(x, self._steps, size) for x in (tokens_BS, weights_B)))
-            for tokens_BS, weights_B in eval_batches(
-                self._prepared, self._cfg.model.seq_len, size, rows, self._cfg.train.eval_batches
-            )
-        ]
-        loss, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        size, limit = self._cfg.data.batch_size, self._cfg.train.eval_batches
+        rows = sharding.local_rows(self._mesh, size)
+        sums = []
+        for batch in eval_batches(self._prepared, self._cfg.model.seq_len, size, rows, limit):
+            tokens_BS, weights_B = (sharding.global_batch(local, self._mesh, size) for local in batch)
+            sums.append(self._steps.evaluate(state.params, tokens_BS, weights_B))
+        loss, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(loss / weight)
 
 
@@ -211,29 +211,30 @@ class _Recorder:
         self.flush(None)
         self._pending = (step, metrics, deciles)
 
-    def flush(self, eval_loss: float | None) -> None:
-        """Reads what is pending; raises TrainingError if its loss is not finite."""
+    def flush(self, evaluate: Callable[[], float] | None) -> None:
+        """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
         if self._pending is None:
             return
         (step, metrics, deciles), self._pending = self._pending, None
         values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        (before, then), now = self._read, time.monotonic()
         if not math.isfinite(values["loss"]):
             raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
-        if self._log is None or self._progress is None:
-            return
         per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
         row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
         if not deciles:
             row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
-        if eval_loss is not None:
-            row["eval_loss"] = eval_loss
-        if step % self._cfg.train.log_every == 0 or deciles or eval_loss is not None:
-            (before, then), now = self._read, time.monotonic()
-            row["tokens_per_second"] = (step - before) * per_step / (now - then)
-            self._read = (step, now)
-            self._log.write(row)
+        row["tokens_per_second"] = (step - before) * per_step / (now - then)
         shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
-        self._progress.update(step, shown + ("" if eval_loss is None else f"  held-out {eval_loss:.3f}"))
+        if evaluate:
+            row["eval_loss"] = evaluate()
+            shown += f"  held-out {row['eval_loss']:.3f}"
+        if self._log and self._progress:
+            self._progress.update(step, shown)
+        if step % self._cfg.train.log_every == 0 or deciles or evaluate:
+            self._read = (step, time.monotonic() if evaluate else now)
+            if self._log:
+                self._log.write(row)
 
     def close(self) -> None:
         """Closes the log; what is pending was flushed by the checkpoint that ends every call."""

@@ -69,40 +69,42 @@ def _finite(value: Any) -> Any:
 class Progress:
     """One line that renews itself on a terminal, a plain line now and then elsewhere.
 
-    `total` steps in all, of which `done` are done; the time left is extrapolated from what happens after that.
+    The time left is extrapolated from the steps after the first.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, *, stream: TextIO | None = None):
-        self._label, self._total, self._start = label, total, done
+    def __init__(self, label: str, total: int, *, stream: TextIO | None = None):
+        self._label, self._total = label, total
         self._stream = stream or sys.stdout
         self._live = self._stream.isatty()
         self._every = 0.2 if self._live else 5.0
-        self._began = self._shown = time.monotonic()
-        self._first_done: tuple[int, float] | None = None  # the first step compiles; it says nothing about the rest
+        self._shown_at = float("-inf")
+        self._unshown: str | None = None
+        self._first: tuple[int, float] | None = None  # the first step compiles; it says nothing about the rest
 
     def update(self, done: int, text: str) -> None:
         """Says where things stand, unless it was said just now."""
         now = time.monotonic()
-        if self._first_done is None:
-            self._first_done = (done, now)
-        if now - self._shown < self._every and done != self._total:
-            return
-        self._shown = now
-        line = f"{self._label}  {done}/{self._total}  {text}{self._left(done, now)}"
-        if self._live:
-            self._stream.write(f"\r\x1b[2K{line}" + ("\n" if done == self._total else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        self._first = self._first or (done, now)
+        self._unshown = f"{self._label}  {done}/{self._total}  {text}{self._left(done, now)}"
+        if now - self._shown_at >= self._every:
+            self._shown_at = now
+            self._show()
 
     def end(self) -> None:
-        """Leaves the renewed line behind."""
-        if self._live:
+        """Says where things ended, if that was not said yet."""
+        if self._unshown:
+            self._show()
+        if self._live and self._first:
             self._stream.write("\n")
             self._stream.flush()
 
+    def _show(self) -> None:
+        self._stream.write(f"\r\x1b[2K{self._unshown}" if self._live else f"{self._unshown}\n")
+        self._stream.flush()
+        self._unshown = None
+
     def _left(self, done: int, now: float) -> str:
-        first, at = self._first_done or (done, now)
+        first, at = self._first or (done, now)
         if done <= first or done == self._total:
             return ""
         return f"  {duration((now - at) / (done - first) * (self._total - done))} left"

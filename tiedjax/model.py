@@ -1,7 +1,7 @@
 """The transformer body in Flax Linen: hidden states in, hidden states out; it never sees a table.
 
-Axes: B batch, T position, S position attended to, N = B*T, D width, H query heads, G key/value heads, M = H / G, K head
-width, F MLP width, L layers.
+Axes: B batch, T position, S position attended to, D width, H query heads, G key/value heads, M = H / G queries for
+each, K head width, F MLP width, L layers, N several axes laid flat.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        kernel: Any = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # One matrix product over all positions: XLA:CPU is several times slower on the batched form's backward pass.
         y_N = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
         return y_N.reshape(*x.shape[:-1], self.features)
@@ -105,7 +105,7 @@ class Norm(nn.Module):
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
         if self.kind != "nonparametric_layernorm":
             init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
-            scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+            scale: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
             y = y * scale.reshape((1,) * (y.ndim - 1) + (-1,))
         return y.astype(self.dtype)
 
@@ -124,11 +124,15 @@ def causal_attention(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) ->
     """softmax(q k / sqrt(K)) v over the positions up to one's own, [B, T, H, K]; softmax in float32."""
     B, T, H, K = q_BTHK.shape
     G = k_BTGK.shape[2]
-    q_BTGMK = q_BTHK.reshape(B, T, G, H // G, K) * jnp.asarray(K**-0.5, q_BTHK.dtype)
-    score_BGMTS = jnp.einsum("btgmk,bsgk->bgmts", q_BTGMK, k_BTGK, preferred_element_type=wide(q_BTHK.dtype))
+    M = H // G
+    # Plain matrix products, batched over B and G: XLA:CPU is much slower on the einsum over [B, T, H, K].
+    q_BGNK = (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype)).swapaxes(1, 2).reshape(B, G, M * T, K)
+    k_BGKS, v_BGSK = k_BTGK.transpose(0, 2, 3, 1), v_BTGK.swapaxes(1, 2)
+    score_BGMTS = jnp.matmul(q_BGNK, k_BGKS, preferred_element_type=wide(q_BTHK.dtype)).reshape(B, G, M, T, T)
     visible_TS = np.tril(np.ones((1, 1, 1, T, T), bool))
     weight_BGMTS = jax.nn.softmax(jnp.where(visible_TS, score_BGMTS, -jnp.inf), axis=-1).astype(v_BTGK.dtype)
-    return jnp.einsum("bgmts,bsgk->btgmk", weight_BGMTS, v_BTGK).reshape(B, T, H, K)
+    y_BGNK = weight_BGMTS.reshape(B, G, M * T, T) @ v_BGSK
+    return y_BGNK.reshape(B, H, T, K).swapaxes(1, 2)
 
 
 class Attention(nn.Module):

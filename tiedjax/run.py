@@ -66,12 +66,12 @@ class Run:
     @cached_property
     def snapshot_steps(self) -> list[int]:
         """Steps at which the tables were saved, ascending."""
-        return _steps(self.path / "snapshots")
+        return self._snapshots.steps() if self._snapshots else []
 
     @cached_property
     def checkpoint_steps(self) -> list[int]:
         """Steps at which the full state was saved and kept, ascending."""
-        return _steps(self.path / "checkpoints")
+        return self._checkpoints.steps() if self._checkpoints else []
 
     @cached_property
     def token_counts(self) -> np.ndarray:
@@ -86,31 +86,40 @@ class Run:
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates; by default the last snapshot."""
-        step = self._choose(step, self.snapshot_steps, "snapshot")
+        step, snapshots = self._choose(step, self._snapshots, "snapshot")
         abstract = _without_sharding(self._abstract_params()["tables"])
-        saved = _open(self.path / "snapshots").restore(step, abstract)
+        saved = snapshots.restore(step, abstract)
         tables = tying.SCHEMES[self.config.tying.scheme].tables(saved)
         return RunTables(tables.input, tables.output, tables.input is tables.output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
-        step = self._choose(step, self.checkpoint_steps, "checkpoint")
+        step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
         abstract = {"params": _without_sharding(self._abstract_params())}
-        return _open(self.path / "checkpoints").restore(step, abstract)["params"]
+        return checkpoints.restore(step, abstract)["params"]
 
     def model(self) -> Transformer:
         """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`."""
         return Transformer(self.config.model)
 
+    @cached_property
+    def _snapshots(self) -> Checkpoints | None:
+        return _existing(self.path / "snapshots")
+
+    @cached_property
+    def _checkpoints(self) -> Checkpoints | None:
+        return _existing(self.path / "checkpoints")
+
     def _abstract_params(self) -> dict[str, Any]:
         return nn.unbox(jax.eval_shape(lambda: init_params(self.config, jax.random.key(0))))
 
-    def _choose(self, step: int | None, steps: list[int], kind: str) -> int:
-        if not steps:
+    def _choose(self, step: int | None, saves: Checkpoints | None, kind: str) -> tuple[int, Checkpoints]:
+        steps = saves.steps() if saves else []
+        if saves is None or not steps:
             raise UserError(f"{self.path}: holds no {kind}")
         if step is not None and step not in steps:
             raise UserError(f"{self.path}: no {kind} of step {step}; there are {', '.join(map(str, steps))}")
-        return steps[-1] if step is None else step
+        return (steps[-1] if step is None else step), saves
 
 
 def load_run(path: str | Path) -> Run:
@@ -138,12 +147,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _open(directory: Path) -> Checkpoints:
-    return Checkpoints(directory, read_only=True)
-
-
-def _steps(directory: Path) -> list[int]:
-    return _open(directory).steps() if directory.is_dir() else []
+def _existing(directory: Path) -> Checkpoints | None:
+    return Checkpoints(directory, create=False) if directory.is_dir() else None
 
 
 def _without_sharding(tree: Any) -> Any:

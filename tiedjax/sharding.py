@@ -84,3 +84,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = [index[0].indices(batch_size) for index in held if index is not None]
     return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
+
+
+def global_batch(local: np.ndarray, mesh: Mesh, batch_size: int) -> jax.Array:
+    """The array [batch_size, ...] over all processes, of which this one holds the rows `local_rows`."""
+    first = local_rows(mesh, batch_size).start
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        start, stop, _ = (index or (slice(None),))[0].indices(batch_size)
+        return local[start - first : stop - first]
+
+    return jax.make_array_from_callback((batch_size, *local.shape[1:]), batch_sharding(mesh), part)

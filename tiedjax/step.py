@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from tiedjax import sharding, tying
-from tiedjax.config import RunConfig
+from tiedjax import model, sharding, tying
+from tiedjax.config import DataConfig, RunConfig, TrainConfig, TyingConfig
 from tiedjax.errors import UserError
 from tiedjax.lm import SummedLoss, init_params, summed_loss
 from tiedjax.optimizer import learning_rate, make_optimizer
@@ -105,11 +106,47 @@ def role_metrics(role_grads: Tables, decile_V: jax.Array) -> dict[str, jax.Array
     }
 
 
-def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
-    """Everything that runs on the devices for `cfg` on `mesh`; compiles nothing yet.
+def loss_and_gradients(cfg: RunConfig, constrain: model.Constrain = model.unconstrained) -> Callable[..., Any]:
+    """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients)).
 
-    Raises UserError if the mesh does not divide a microbatch.
+    The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params has the role scales
+    in it, the role gradients, `Tables` of [V, D], do not.
     """
+    scheme = tying.SCHEMES[cfg.tying.scheme]
+    summed = accumulated(summed_loss(cfg, constrain, cfg.train.z_loss), cfg.data.microbatches)
+
+    def mean_loss(params: dict[str, Any], taps: Tables, tokens_BS: jax.Array, role_scale: Tables) -> jax.Array:
+        tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
+        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]))
+        return total / weight
+
+    def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
+        taps = tying.zero_taps(scheme.tables(params["tables"]))
+        return jax.value_and_grad(mean_loss, argnums=(0, 1))(params, taps, tokens_BS, role_scale)
+
+    return compute
+
+
+def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
+    """Everything that runs on the devices for `cfg` on `mesh`; compiles when first called.
+
+    Runs that differ only in what a step is given (seed, role scales, data source) share what was compiled. Raises
+    UserError if the mesh does not divide a microbatch.
+    """
+    return _make_steps(
+        RunConfig(
+            model=cfg.model,
+            tying=TyingConfig(scheme=cfg.tying.scheme),
+            optimizer=cfg.optimizer,
+            data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
+            train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
+        ),
+        mesh,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     rows, split = cfg.data.batch_size // cfg.data.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split:
         raise UserError(
@@ -123,7 +160,7 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.partition_spec(axes)))
 
-    training = accumulated(summed_loss(cfg, constrain, cfg.train.z_loss), cfg.data.microbatches)
+    gradients = loss_and_gradients(cfg, constrain)
     evaluation = summed_loss(cfg, constrain, z_loss=0.0)
 
     def init(root: jax.Array) -> TrainState:
@@ -133,15 +170,7 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        weights_B = jnp.ones(tokens_BS.shape[0])
-
-        def mean_loss(params: dict[str, Any], taps: Tables) -> jax.Array:
-            tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
-            total, weight = training(tables, params["body"], tokens_BS, weights_B)
-            return total / weight
-
-        taps = tying.zero_taps(scheme.tables(state.params["tables"]))
-        value, (grads, role_grads) = jax.value_and_grad(mean_loss, argnums=(0, 1))(state.params, taps)
+        value, (grads, role_grads) = gradients(state.params, tokens_BS, role_scale)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, role_grads=role_grads)
         metrics = {
             "loss": value,

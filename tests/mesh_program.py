@@ -1,0 +1,61 @@
+"""Run by test_sharding.py on 8 fake devices: losses, gradients and steps on several meshes, against one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import random_tokens, small_config
+
+from tiedjax import sharding, step, tying
+from tiedjax.config import DataConfig, MeshConfig, RunConfig
+
+
+def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Loss, every gradient and every parameter after two steps, by path."""
+    mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+    steps = step.make_steps(cfg, mesh)
+
+    def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, jax.NamedSharding(mesh, sharding.partition_spec(axes)))
+
+    state = steps.init(jax.random.key(0))
+    check_sharded(state, mesh)
+    scale = tying.role_scale(cfg.tying)
+    tokens = [jax.device_put(random_tokens(cfg, i), steps.batch) for i in range(2)]
+    found = {"gradients": jax.jit(step.loss_and_gradients(cfg, constrain))(state.params, tokens[0], scale)}
+    for each in tokens:
+        state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32))
+    found |= {"params": state.params, "loss": metrics["loss"]}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def check_sharded(state: step.TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Every matrix, and both of its moments, must really be cut over fsdp and tensor."""
+    cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.ndim == 2:
+            held = leaf.addressable_shards[0].data.size
+            assert held * cut == leaf.size, f"{jax.tree_util.keystr(path)} is not cut into {cut}"
+
+
+def largest_difference(cfg: RunConfig, shape: tuple[int, int, int]) -> float:
+    one, many = gradients_on(cfg, (1, 1, 1)), gradients_on(cfg, shape)
+    assert one.keys() == many.keys()
+    return max(float(np.abs(one[k] - many[k]).max()) for k in one)
+
+
+if __name__ == "__main__":
+    results = {}
+    for scheme in tying.SCHEMES:
+        cfg = small_config(scheme, vocab_size=32)
+        for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+            results[f"{scheme} {shape}"] = largest_difference(cfg, shape)
+        cut = dataclasses.replace(cfg, data=DataConfig(batch_size=8, microbatches=2))
+        results[f"{scheme} 2 microbatches (2, 2, 1)"] = largest_difference(cut, (2, 2, 1))
+        scanned = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=True, remat="full"))
+        results[f"{scheme} scanned (1, 4, 2)"] = largest_difference(scanned, (1, 4, 2))
+    print(json.dumps(results))

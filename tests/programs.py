@@ -1,0 +1,47 @@
+"""Running the real thing in a process of its own: fake devices are chosen before JAX starts, and signals need a target."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+REPOSITORY = TESTS.parent
+
+
+def environment(devices: int = 1, **more: str) -> dict[str, str]:
+    """The environment of a child with this many fake CPU devices."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return {**os.environ, **flags, **more}
+
+
+def start(
+    args: Sequence[str | Path], *, devices: int = 1, cwd: Path = REPOSITORY, **more: str
+) -> subprocess.Popen[str]:
+    """Starts `python ARGS` with its output piped."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)], cwd=cwd, env=environment(devices, **more), text=True, **pipes
+    )
+
+
+def finish(process: subprocess.Popen[str], *, seconds: float = 240, status: int = 0) -> tuple[str, str]:
+    """(standard output, standard error) of a process that must end in time with this exit status."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {seconds} s\n{out}\n{err}") from None
+    assert process.returncode == status, f"exit {process.returncode}, not {status}\n{out}\n{err}"
+    return out, err
+
+
+def tiedjax(
+    *args: str | Path, status: int = 0, devices: int = 1, cwd: Path = REPOSITORY, **more: str
+) -> tuple[str, str]:
+    """Runs the command line and returns (standard output, standard error)."""
+    return finish(start(["-m", "tiedjax", *args], devices=devices, cwd=cwd, **more), status=status)

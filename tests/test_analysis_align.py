@@ -1,0 +1,214 @@
+"""Alignment: its laws, its agreement with plain float64 NumPy and SciPy, and its floor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+
+from tiedjax.analysis.align import FITS, _Pair, align, closed_form_floor, row_cosines
+from tiedjax.errors import UserError
+
+
+def tables(V: int, D: int, seed: int = 0, E: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(V, D))
+    return X, X @ rng.normal(size=(D, E or D)) / np.sqrt(D) + 1.5 * rng.normal(size=(V, E or D))
+
+
+def rotation(D: int, seed: int = 1) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0]
+
+
+def oracle(X: np.ndarray, Y: np.ndarray, fit: str) -> float:
+    """The definition, written down as plainly as NumPy and SciPy allow."""
+    X = X.astype(np.float64) - X.astype(np.float64).mean(axis=0)
+    Y = Y.astype(np.float64) - Y.astype(np.float64).mean(axis=0)
+    if fit == "orthogonal":
+        X = X @ scipy.linalg.orthogonal_procrustes(X, Y)[0]
+    elif fit == "linear":
+        X = X @ np.linalg.lstsq(X, Y, rcond=None)[0]
+    return float(np.mean(np.sum(X * Y, axis=1) / (np.linalg.norm(X, axis=1) * np.linalg.norm(Y, axis=1))))
+
+
+def oracle_floor(X: np.ndarray, Y: np.ndarray, fit: str, draws: int) -> float:
+    rng = np.random.default_rng(0)
+    return float(np.mean([oracle(X, Y[rng.permutation(len(Y))], fit) for _ in range(draws)]))
+
+
+def hostile(name: str) -> tuple[np.ndarray, np.ndarray]:
+    X, Y = tables(300, 24, seed=5)
+    rng = np.random.default_rng(6)
+    return {
+        "float32": (X.astype(np.float32), Y.astype(np.float32)),
+        "far from the origin": (X + 1e4, Y - 3e3),
+        "columns from 1e-6 to 1e6": (X * np.logspace(-6, 6, 24), Y),
+        "rows from 1e-6 to 1e6": (X * np.logspace(-6, 6, 300)[:, None], Y),
+        "condition 1e10": (X @ rotation(24) @ np.diag(np.logspace(0, -10, 24)) @ rotation(24, 2), Y),
+        "rank 5 onto full": (X[:, :5] @ rng.normal(size=(5, 24)), Y),
+        "full onto rank 5": (Y, X[:, :5] @ rng.normal(size=(5, 24))),
+        "two equal columns": (np.hstack([X[:, :23], X[:, :1]]), Y),
+        "a constant column": (np.hstack([X[:, :23], np.ones((300, 1))]), Y),
+        "one column": (X[:, :1], Y[:, :1]),
+        "fewer rows than columns": (X[:16], Y[:16]),
+        "as many rows as columns": (X[:24], Y[:24]),
+        "two rows": (X[:2], Y[:2]),
+    }[name]
+
+
+HOSTILE = [
+    "float32",
+    "far from the origin",
+    "columns from 1e-6 to 1e6",
+    "rows from 1e-6 to 1e6",
+    "condition 1e10",
+    "rank 5 onto full",
+    "full onto rank 5",
+    "two equal columns",
+    "a constant column",
+    "one column",
+    "fewer rows than columns",
+    "as many rows as columns",
+    "two rows",
+]
+
+
+@pytest.mark.parametrize(("V", "D"), [(50, 3), (300, 24), (700, 64), (2000, 17)])
+def test_scores_and_floors_are_those_of_the_definition(V, D):
+    X, Y = tables(V, D)
+    found = align(X, Y, draws=3)
+    for fit in FITS:
+        assert found.scores[fit].score == pytest.approx(oracle(X, Y, fit), abs=1e-9)
+        assert found.scores[fit].floor == pytest.approx(oracle_floor(X, Y, fit, 3), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("swap", [False, True])
+def test_ill_conditioned_tables_agree_with_the_definition(name, swap):
+    X, Y = hostile(name)
+    X, Y = (Y, X) if swap else (X, Y)
+    found = align(X, Y, draws=2)
+    for fit in FITS:
+        assert found.scores[fit].score == pytest.approx(oracle(X, Y, fit), abs=1e-6), fit
+        assert found.scores[fit].floor == pytest.approx(oracle_floor(X, Y, fit, 2), abs=1e-6), fit
+
+
+def test_the_scale_of_a_table_does_not_matter_even_where_squares_would_overflow():
+    X, Y = tables(100, 8)
+    plain, scaled = align(X, Y), align(X * 1e200, Y * 1e-200)
+    for fit in FITS:
+        assert scaled.scores[fit].score == pytest.approx(plain.scores[fit].score, abs=1e-12)
+
+
+@pytest.mark.parametrize("D", [1, 2, 16])
+def test_a_planted_rotation_is_recovered(D):
+    X, _ = tables(200, D)
+    found = align(X, 3.0 * X @ rotation(D) + np.arange(D))
+    assert found.scores["orthogonal"].score == pytest.approx(1, abs=1e-12)
+    assert found.scores["linear"].score == pytest.approx(1, abs=1e-12)
+    assert found.scores["orthogonal"].corrected == pytest.approx(1, abs=1e-12)
+
+
+def test_a_planted_linear_map_is_recovered_by_the_linear_fit_only():
+    X, _ = tables(400, 12)
+    found = align(X, X @ np.random.default_rng(3).normal(size=(12, 7)), fits=["linear"])
+    assert found.scores["linear"].score == pytest.approx(1, abs=1e-12)
+    skewed = align(X, X @ np.diag(np.logspace(0, 2, 12)))
+    assert skewed.scores["linear"].score == pytest.approx(1, abs=1e-9)
+    assert skewed.scores["orthogonal"].score < 0.99
+
+
+def test_permuting_the_rows_of_both_changes_nothing():
+    X, Y = tables(300, 20)
+    order = np.random.default_rng(9).permutation(300)
+    for fit in FITS:
+        one, other = row_cosines(X, Y, fit), row_cosines(X[order], Y[order], fit)
+        np.testing.assert_allclose(other, one[order], atol=1e-10)
+
+
+def test_the_orthogonal_and_identity_scores_are_symmetric():
+    X, Y = tables(300, 20)
+    for fit in ("identity", "orthogonal"):
+        assert align(X, Y).scores[fit].score == pytest.approx(align(Y, X).scores[fit].score, abs=1e-10)
+
+
+def test_a_freer_map_never_leaves_a_larger_residual():
+    # The guarantee is of least squares, not of the mean cosine, which usually but not always follows.
+    pair = _Pair(*tables(200, 15, seed=4), None)
+    residual = {fit: np.linalg.norm(pair._mapped(fit, pair.y) - pair.y) for fit in FITS}
+    assert residual["linear"] < residual["orthogonal"] < residual["identity"]
+
+
+@pytest.mark.parametrize(("V", "D"), [(4096, 32), (6000, 96)])
+def test_unrelated_tables_score_the_closed_form_floor(V, D):
+    rng = np.random.default_rng(8)
+    found = align(rng.normal(size=(V, D)), rng.normal(size=(V, D)), draws=8)
+    for fit, score in found.scores.items():
+        deviation = score.floor_standard_error * np.sqrt(score.floor_draws)
+        # The closed forms are of order D/V off; 5 standard deviations of a draw for the score itself.
+        assert score.floor == pytest.approx(
+            score.floor_closed_form, abs=0.01 * score.floor_closed_form + 4 * deviation
+        ), fit
+        assert abs(score.score - score.floor) < 5 * deviation
+        assert abs(score.corrected) < 0.02
+
+
+def test_closed_forms_at_the_size_of_the_paper():
+    assert closed_form_floor("orthogonal", 50_304, 2048) == pytest.approx(0.171, abs=5e-4)
+    assert closed_form_floor("linear", 50_304, 2048) == pytest.approx(0.202, abs=5e-4)
+    assert closed_form_floor("identity", 50_304, 2048) == 0
+
+
+def test_where_chance_reaches_1_nothing_is_corrected():
+    X, Y = tables(10, 20)
+    linear = align(X, Y).scores["linear"]
+    assert linear.score == pytest.approx(1)
+    assert linear.floor == pytest.approx(1)
+    assert linear.corrected is None
+
+
+def test_rows_without_direction_are_left_out_and_counted():
+    X, Y = tables(200, 10)
+    X[7] = X[np.arange(200) != 7].mean(axis=0)  # then row 7 is the mean, and zero once centred
+    found = align(X, Y)
+    assert [s.rows_left_out for s in found.scores.values()] == [1, 1, 1]
+    cosines = row_cosines(X, Y, "orthogonal")
+    assert np.flatnonzero(np.isnan(cosines)).tolist() == [7]
+    assert found.scores["orthogonal"].score == pytest.approx(np.nanmean(cosines), abs=1e-14)
+
+
+def test_constant_tables_have_no_score_but_say_so():
+    found = align(np.full((50, 4), 0.1), tables(50, 4)[0])
+    for score in found.scores.values():
+        assert (score.score, score.floor, score.corrected, score.rows_left_out) == (None, None, None, 50)
+
+
+def test_masked_rows_do_not_count_at_all():
+    X, Y = tables(300, 12)
+    mask = np.arange(300) % 3 > 0
+    wild = X.copy()
+    wild[~mask] = 1e6
+    assert align(wild, Y, rows=mask) == align(X[mask], Y[mask])
+
+
+def test_unequal_widths_are_for_the_linear_fit():
+    X, Y = tables(100, 6, E=9)
+    found = align(X, Y, fits=["linear"])
+    assert (found.width, found.target_width) == (6, 9)
+    assert found.scores["linear"].score == pytest.approx(oracle(X, Y, "linear"), abs=1e-10)
+    with pytest.raises(UserError, match="orthogonal fit needs equal widths, got 6 and 9"):
+        align(X, Y, fits=["orthogonal"])
+
+
+@pytest.mark.parametrize(
+    ("X", "Y", "fits", "message"),
+    [
+        (np.ones((3, 2)), np.ones((4, 2)), FITS, "same rows, got 3 and 4"),
+        (np.ones(3), np.ones((3, 1)), FITS, "first table must have 2 dimensions"),
+        (np.ones((3, 2)), np.ones((3, 2)), ["rigid"], "no fit is named 'rigid'"),
+    ],
+)
+def test_misuse_is_one_clear_line(X, Y, fits, message):
+    with pytest.raises(UserError, match=message) as error:
+        align(X, Y, fits=fits)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,270 @@
+"""A study's results: what is in them, what holds, and that they are plain JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tiedjax.analysis.align import align
+from tiedjax.analysis.records import write_json
+from tiedjax.analysis.summary import summarize
+from tiedjax.config import RunConfig, StudyConfig, TyingConfig
+from tiedjax.errors import UserError
+
+ARMS = {
+    "untied": {"tying": {"scheme": "untied"}},
+    "tied": {"tying": {"scheme": "tied"}},
+    "tied-x5": {"tying": {"scheme": "tied", "input_grad_scale": 5.0}},
+}
+STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 100, 200, 300, 400]
+
+
+class FakeRun:
+    """What `tiedjax.load_run` gives, made up: tables that leave their start for a learned structure."""
+
+    def __init__(
+        self, arm: str, seed: int, mix: float | None, V: int, D: int, steps: list[int], tokenizer: Path | None
+    ):
+        self.name, self.path, self.snapshot_steps, self.tokenizer_path = f"{arm}-{seed}", Path(arm), steps, tokenizer
+        tying = TyingConfig(
+            scheme="untied" if mix is None else "tied", input_grad_scale=5.0 if arm.endswith("5") else 1.0
+        )
+        self.config = replace(RunConfig(), tying=tying)
+        self._mix, self._D = mix, D
+        shared = np.random.default_rng(7)  # what the data teach either role, the same for every run
+        self._lesson = {"input": shared.normal(size=(V, D)), "output": shared.normal(size=(V, D))}
+        rng = np.random.default_rng([seed, *arm.encode()])
+        self._start = {role: rng.normal(size=(V, D)) for role in ("input", "output")}
+        self._noise = {role: rng.normal(size=(V, D)) for role in ("input", "output")}
+        counts = (200_000 / (np.arange(V) + 2.7) ** 1.1).astype(np.int64)
+        counts[-V // 10 :] = 0  # padding
+        self.token_counts = np.stack([counts, counts * (1 + np.arange(V) % 3)])
+        self.metrics = self._metrics(np.random.default_rng([seed, 3, *arm.encode()]), steps)
+
+    def tables(self, step: int | None = None) -> SimpleNamespace:
+        step = self.snapshot_steps[-1] if step is None else step
+        E, U = self._table("input", step), self._table("output", step)
+        if self._mix is None:
+            return SimpleNamespace(input=E, output=U, tied=False)
+        lesson = self._mix * self._lesson["output"] + (1 - self._mix) * self._lesson["input"]
+        shared = self._grown(self._start["input"], lesson + 0.6 * self._noise["input"], step, 0.02)
+        return SimpleNamespace(input=shared, output=shared, tied=True)
+
+    def _table(self, role: str, step: int) -> np.ndarray:
+        return self._grown(
+            self._start[role], self._lesson[role] + 0.6 * self._noise[role], step, 0.02 if role == "output" else 0.004
+        )
+
+    def _grown(self, start: np.ndarray, goal: np.ndarray, step: int, rate: float) -> np.ndarray:
+        weight = 1 - np.exp(-rate * step)
+        length = 1 + 0.6 * np.log10(self.token_counts[1] + 1)[:, None] * weight
+        return (length * ((1 - weight) * start + weight * goal) / np.sqrt(self._D)).astype(np.float32)
+
+    def _metrics(self, rng: np.random.Generator, snapshots: list[int]) -> dict[str, np.ndarray]:
+        step = np.arange(1, snapshots[-1] + 1)
+        input_norm = 0.05 + 0.25 * (1 - np.exp(-step / 120)) * np.exp(rng.normal(0, 0.08, len(step)))
+        output_norm = (0.3 + 1.2 * np.exp(-step / 60)) * np.exp(rng.normal(0, 0.06, len(step)))
+        snap = np.isin(step, snapshots)[:, None]
+        fall = np.linspace(0.3, 1.7, 10) / 10
+        nothing = np.full(len(step), np.nan)
+        return {
+            "step": step,
+            "tokens": step * 2048,
+            "loss": 4 + 4.3 * np.exp(-step / 80),
+            "eval_loss": np.where(step == step[-1], 4.1 + 0.02 * rng.normal(), nothing),
+            "input_grad_norm": input_norm,
+            "output_grad_norm": output_norm,
+            "output_grad_share": output_norm / (input_norm + output_norm),
+            "role_grad_cosine": 0.03 * rng.normal(size=len(step)),
+            "tokens_per_second": np.full(len(step), 9_500.0),
+            "input_grad_norm_deciles": np.where(snap, input_norm[:, None] * fall, np.nan),
+            "output_grad_norm_deciles": np.where(snap, output_norm[:, None] * fall**0.5, np.nan),
+        }
+
+
+def fake_study(
+    seeds: tuple[int, ...] = (0, 1, 2),
+    mixes: tuple[float, float] = (0.8, 0.6),
+    V: int = 256,
+    D: int = 16,
+    steps: list[int] = STEPS,
+    tokenizer: Path | None = None,
+) -> tuple[StudyConfig, dict[tuple[str, int], FakeRun]]:
+    study = StudyConfig(arms=ARMS, seeds=seeds)
+    mix = {"untied": None, "tied": mixes[0], "tied-x5": mixes[1]}
+    return study, {(a, s): FakeRun(a, s, mix[a], V, D, steps, tokenizer) for a in ARMS for s in seeds}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    study, runs = fake_study()
+    return summarize(study, runs, environment={"device": "made up", "date": "2026-01-01"})
+
+
+def test_it_is_json_without_nan_and_reads_back_equal(found, tmp_path):
+    write_json(tmp_path / "results.json", found)
+    json.dumps(found, allow_nan=False)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_every_seed_role_and_fit_is_compared_once(found):
+    keys = [(c["arm"], c["seed"], c["subject_role"], c["reference_role"], c["fit"]) for c in found["comparisons"]]
+    assert (
+        len(keys) == len(set(keys)) == 3 * (2 * 2 + 1) * 3
+    )  # seeds x (two arms to two tables, untied to itself) x fits
+    for c in found["comparisons"]:
+        assert c["reference_seed"] == c["seed"]
+        assert c["corrected"] == pytest.approx((c["score"] - c["floor"]) / (1 - c["floor"]))
+
+
+def test_comparisons_are_of_the_right_tables(found):
+    _, runs = fake_study()
+    twin, subject = runs["untied", 1].tables(), runs["tied-x5", 1].tables()
+    seen = runs["untied", 1].token_counts.sum(axis=0) > 0
+    assert 0 < seen.sum() < len(seen)
+    for role in ("input", "output"):
+        wanted = align(getattr(twin, role), subject.input, rows=seen).scores["linear"]
+        record = {"arm": "tied-x5", "seed": 1, "reference_role": role, "fit": "linear"}
+        (c,) = [c for c in found["comparisons"] if record.items() <= c.items()]
+        assert (c["score"], c["floor"], c["rows"]) == (wanted.score, wanted.floor, seen.sum())
+
+
+def test_the_headline_is_the_paired_difference_of_corrected_scores(found):
+    def corrected(role):
+        wanted = {"arm": "tied", "reference_role": role, "fit": "orthogonal"}
+        return np.array([c["corrected"] for c in found["comparisons"] if wanted.items() <= c.items()])
+
+    differences = corrected("output") - corrected("input")
+    low, high = stats.t.interval(0.95, 2, loc=differences.mean(), scale=stats.sem(differences))
+    margin = found["headline"]["margin"]
+    assert (margin["mean"], margin["low"], margin["high"]) == pytest.approx((differences.mean(), low, high))
+    statement = found["statements"]["tied_nearer_output"]
+    assert statement["holds"] is True
+    assert statement["margin"] == margin["mean"] > statement["half_width"] > 0
+    assert statement["interval"] == [margin["low"], margin["high"]]
+    assert found["arms"]["tied"]["margin"]["shared"]["orthogonal"] == margin
+
+
+def test_what_an_intervention_does_is_paired_by_seed(found):
+    change = found["changes"]["tied-x5"]["vs_output"]["orthogonal"]
+    cells = [found["arms"][arm]["alignment"]["shared"]["vs_output"]["orthogonal"] for arm in ("tied-x5", "tied")]
+    assert change["mean"] == pytest.approx(cells[0]["corrected"]["mean"] - cells[1]["corrected"]["mean"])
+    statement = found["statements"]["tied-x5_lowers_vs_output"]
+    assert statement["holds"] is True
+    assert statement["margin"] == -change["mean"] > 0
+    assert statement["interval"] == pytest.approx([-change["high"], -change["low"]])
+    assert found["statements"]["tied-x5_raises_vs_input"]["holds"] is True
+
+
+@pytest.mark.parametrize(
+    ("mixes", "start", "holds"),
+    [
+        ((0.8, 0.6), "Yes.", True),
+        ((0.2, 0.6), "No, the opposite.", False),
+        ((0.5, 0.5), "Not shown.", False),
+    ],
+)
+def test_the_answer_says_what_holds(mixes, start, holds):
+    study, runs = fake_study(mixes=mixes, steps=[0, 400])
+    results = summarize(study, runs)
+    assert results["answer"].startswith(start)
+    assert results["statements"]["tied_nearer_output"]["holds"] is holds
+
+
+def test_one_seed_claims_nothing():
+    study, runs = fake_study(seeds=(3,), steps=[0, 400])
+    results = summarize(study, runs)
+    assert results["headline"]["margin"]["low"] is None
+    assert results["statements"]["tied_nearer_output"] | {"margin": 0, "claim": ""} == {
+        "claim": "",
+        "holds": False,
+        "margin": 0,
+        "interval": None,
+        "half_width": None,
+        "confidence": 0.95,
+        "n": 1,
+        "note": "one seed: no interval, so it cannot be said to hold",
+    }
+    assert results["answer"].startswith("One seed, so only a hint")
+    assert any("One seed" in note for note in results["notes"])
+
+
+def test_gradients_are_given_per_step_and_per_window(found):
+    flow = found["gradients"][0]
+    assert len(flow["steps"]) == len(flow["output_share"]) == 400
+    assert [d["step"] for d in flow["deciles"]] == STEPS[1:]
+    per_seed = [g["windows"][1]["output_share"] for g in found["gradients"] if g["arm"] == "tied"]
+    window = found["arms"]["tied"]["output_share_windows"][1]
+    assert (window["first"], window["last"]) == (11, 50)
+    assert window["output_share"]["mean"] == pytest.approx(np.mean(per_seed))
+    assert found["headline"]["early_output_share"]["mean"] > 0.8
+
+
+def test_alignment_is_followed_over_the_snapshots_from_chance_on(found):
+    wanted = {"arm": "tied", "seed": 0, "reference_role": "output"}
+    (curve,) = [c for c in found["alignment_over_steps"] if wanted.items() <= c.items()]
+    assert curve["steps"] == STEPS
+    assert curve["corrected"][0] == pytest.approx(0, abs=0.1)
+    assert curve["corrected"][-1] > 0.4
+
+
+def test_evolution_norms_and_examples_cover_every_distinct_table(found):
+    for section in ("evolution", "norms"):
+        assert {(r["arm"], r["role"]) for r in found[section]} == {
+            ("untied", "input"), ("untied", "output"), ("tied", "shared"), ("tied-x5", "shared")
+        }  # fmt: skip
+        assert len(found[section]) == 3 * 4
+    moved = {r["role"]: r["to_start"][6] for r in found["evolution"] if r["arm"] == "untied"}
+    assert moved["output"] < moved["input"]
+    first = found["examples"]["tokens"][0]
+    assert first["token"] == f"[{fake_study()[1]['untied', 0].token_counts[1].argmax()}]" == "[2]"
+    assert set(first["arms"]["untied"]) == {"input", "output"}
+
+
+def test_runs_say_their_size_loss_and_time(found):
+    (run,) = [r for r in found["runs"] if r["name"] == "tied-2"]
+    assert (run["steps"], run["tokens"]) == (400, 400 * 2048)
+    assert run["eval_loss"] == pytest.approx(4.1, abs=0.1)
+    assert run["training_seconds"] == pytest.approx(400 * 2048 / 9500)
+    untied = next(r for r in found["runs"] if r["name"] == "untied-2")
+    assert untied["parameters"] - run["parameters"] == 4096 * 128
+    assert found["arms"]["tied-x5"]["differs_from_reference"] == {
+        "tying.scheme": ["untied", "tied"],
+        "tying.input_grad_scale": [1.0, 5.0],
+    }
+
+
+def test_missing_runs_are_named_and_the_rest_is_used():
+    study, runs = fake_study(steps=[0, 400])
+    del runs["tied", 1], runs["tied-x5", 0]
+    results = summarize(study, runs)
+    assert any("tied-1, tied-x5-0" in note for note in results["notes"])
+    assert results["headline"]["margin"]["n"] == 2
+    assert results["changes"]["tied-x5"]["vs_output"]["orthogonal"]["n"] == 1
+    for seed in study.seeds:
+        del runs["untied", seed]
+    with pytest.raises(UserError, match="no run of the reference arm 'untied'"):
+        summarize(study, runs)
+
+
+def test_only_common_snapshots_are_compared():
+    study, runs = fake_study(seeds=(0, 1), steps=[0, 8, 400])
+    runs["tied", 0].snapshot_steps = [0, 8, 100]
+    results = summarize(study, runs)
+    last = {(c["arm"], c["seed"]): c["step"] for c in results["comparisons"]}
+    assert last["tied", 0] == 8
+    assert last["tied", 1] == 400
+
+
+def test_study_without_the_baseline_says_not_measured():
+    study, runs = fake_study(seeds=(0, 1), steps=[0, 400])
+    results = summarize(study, {key: run for key, run in runs.items() if key[0] == "untied"})
+    assert results["answer"].startswith("Not measured")
+    assert results["changes"] == {}
+    assert results["statements"]["tied_nearer_output"]["note"] == "not measured"

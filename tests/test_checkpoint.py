@@ -1,0 +1,218 @@
+"""What is restored is what was saved, or nothing is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import finish, start
+from runs import STEPS
+
+import tiedjax
+from tiedjax.checkpoint import Checkpoints, fingerprints, is_snapshot_step
+from tiedjax.errors import UserError
+
+
+def some_tree(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        "a": {"kernel": jnp.asarray(rng.standard_normal((6, 10)), jnp.float32), "scale": jnp.ones(10)},
+        "half": jnp.asarray(rng.standard_normal((4, 3, 2)), jnp.bfloat16),
+        "bytes": jnp.asarray(rng.integers(0, 255, 7), jnp.uint8),
+        "count": jnp.asarray(3, jnp.int32),
+    }
+
+
+def shapes(tree: Any, *, on_device: bool = False) -> Any:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if on_device else None
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the saves 3 and 5 of `some_tree`."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder)
+    for step in (3, 5):
+        checkpoints.save(step, some_tree(step), {"note": step})
+    checkpoints.close()
+    return folder
+
+
+def test_a_round_trip_keeps_every_bit_on_the_device_and_as_numpy(saved: Path) -> None:
+    checkpoints = Checkpoints(saved, read_only=True)
+    assert checkpoints.steps() == [3, 5]
+    assert checkpoints.about(3)["note"] == 3
+    for on_device, kind in ((True, jax.Array), (False, np.ndarray)):
+        tree = checkpoints.restore(5, shapes(some_tree(), on_device=on_device))
+        assert jax.tree.structure(tree) == jax.tree.structure(some_tree())
+        for leaf, expected in zip(jax.tree.leaves(tree), jax.tree.leaves(some_tree(5)), strict=True):
+            assert isinstance(leaf, kind)
+            assert leaf.dtype == expected.dtype
+            assert np.asarray(leaf).tobytes() == np.asarray(expected).tobytes()
+
+
+def test_a_part_can_be_restored_and_what_was_not_saved_cannot(saved: Path) -> None:
+    checkpoints = Checkpoints(saved, read_only=True)
+    part = checkpoints.restore(3, {"a": {"kernel": shapes(some_tree())["a"]["kernel"]}})
+    assert jax.tree.structure(part) == jax.tree.structure({"a": {"kernel": 0}})
+    np.testing.assert_array_equal(part["a"]["kernel"], some_tree(3)["a"]["kernel"])
+    with pytest.raises(UserError, match=r"3: holds no 'a/bias'; it was saved from another model"):
+        checkpoints.restore(3, {"a": {"bias": jax.ShapeDtypeStruct((10,), jnp.float32)}})
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((10, 6), "float32"), ((6, 9), "float32"), ((7, 10), "float32"), ((6, 10), "bfloat16"), ((6, 10), "int32")],
+)
+def test_another_shape_or_dtype_is_refused(
+    saved: Path, shape: tuple[int, ...], dtype: str, on_device: bool
+) -> None:
+    """Orbax alone would cut, pad or cast without a word."""
+    wrong = shapes({"a": {"kernel": jnp.zeros(shape, dtype)}}, on_device=on_device)
+    with pytest.raises(UserError) as caught:
+        Checkpoints(saved, read_only=True).restore(3, wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_single_flipped_bit_changes_the_fingerprint() -> None:
+    tree = jax.tree.map(np.asarray, some_tree())
+    whole = fingerprints(tree)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        bits = np.frombuffer(leaf.tobytes(), np.uint8)
+        for bit in range(0, 8 * len(bits), 1 if len(bits) <= 16 else 37):
+            flipped = bits.copy()
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged = np.frombuffer(flipped.tobytes(), leaf.dtype).reshape(leaf.shape)
+            assert fingerprints({name: damaged})[name] != whole[name], (name, bit)
+
+
+def test_swapped_values_change_the_fingerprint() -> None:
+    tree = {"x": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    for swapped in (tree["x"][::-1], tree["x"][:, [1, 0, 2, 3]], tree["x"].T.reshape(3, 4)):
+        assert fingerprints({"x": swapped.copy()}) != fingerprints(tree)
+
+
+FINGERPRINTS = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tiedjax.checkpoint import fingerprints
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+found = [fingerprints({"x": x})]
+for spec in (P(), P("a"), P(None, "b"), P("b", "a"), P(("a", "b"))):
+    found.append(fingerprints({"x": jax.device_put(x, NamedSharding(mesh, spec))}))
+print(json.dumps(found))
+"""
+
+
+def test_the_fingerprint_is_the_same_on_any_number_of_devices() -> None:
+    out, _ = finish(start(["-c", FINGERPRINTS], devices=4))
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    assert json.loads(out.splitlines()[-1]) == [fingerprints({"x": x})] * 6
+
+
+def test_values_that_changed_on_disk_are_noticed(tmp_path: Path) -> None:
+    """Orbax stores no checksum: another save's values under this save's fingerprint restore without a word."""
+    checkpoints = Checkpoints(tmp_path)
+    for step in (3, 5):
+        tree = some_tree(3)
+        tree["a"]["kernel"] = tree["a"]["kernel"].at[2, 2].add(1e-6 * (step - 3))
+        checkpoints.save(step, tree, {})
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "3" / "tree")
+    shutil.copytree(tmp_path / "5" / "tree", tmp_path / "3" / "tree")
+    with pytest.raises(UserError, match=r"3: is damaged: 'a/kernel' is not what was saved"):
+        Checkpoints(tmp_path, read_only=True).restore(3, shapes(some_tree()))
+
+
+def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
+    """Bytes of the largest data file are flipped one place at a time: never restored as if nothing had happened."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    data = max((run / "checkpoints" / str(STEPS) / "tree").rglob("d/*"), key=lambda path: path.stat().st_size)
+    whole = data.read_bytes()
+    rng = np.random.default_rng(0)
+    expected = tiedjax.load_run(finished).params()
+    refused = 0
+    for place in rng.integers(0, len(whole), 12):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        data.write_bytes(damaged)
+        try:
+            params = tiedjax.load_run(run).params()
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # the bit belonged to the optimizer state, which was not asked for
+            jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert refused >= 1
+
+
+KILLED_WHILE_SAVING = """
+import os, pathlib, signal, sys
+import jax.numpy as jnp
+from tiedjax.checkpoint import Checkpoints
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]))
+checkpoints.save(1, {"x": jnp.arange(4.0)}, {})
+assert checkpoints.steps() == [1]
+def die(event, args):
+    if event == "os.rename" and pathlib.Path(args[1]).name == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+checkpoints.save(2, {"x": jnp.arange(4.0) + 1}, {})
+checkpoints.close()
+"""
+
+
+def test_an_unfinished_save_is_invisible_and_can_be_done_again(tmp_path: Path) -> None:
+    """A process is killed at the moment in which the save of step 2 would become visible."""
+    finish(start(["-c", KILLED_WHILE_SAVING, tmp_path / "saves"]), status=-signal.SIGKILL)
+    assert len(list((tmp_path / "saves").iterdir())) == 2  # the scratch of step 2 was left behind
+    assert Checkpoints(tmp_path / "saves", read_only=True).steps() == [1]
+    checkpoints = Checkpoints(tmp_path / "saves")
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, {"x": jnp.arange(4.0) + 2}, {})
+    checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "saves")) == ["1", "2"]
+    restored = Checkpoints(tmp_path / "saves", read_only=True).restore(2, {"x": jax.ShapeDtypeStruct((4,), "float32")})
+    np.testing.assert_array_equal(restored["x"], [2, 3, 4, 5])
+
+
+def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+    assert checkpoints.steps() == [2, 3]
+    checkpoints.delete_after(2)
+    assert checkpoints.steps() == [2]
+    checkpoints.save(3, {"x": jnp.full(3, 30)}, {})
+    checkpoints.close()
+    restored = Checkpoints(tmp_path, read_only=True).restore(3, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
+    np.testing.assert_array_equal(restored["x"], [30, 30, 30])
+
+
+def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": jnp.zeros(3)}, {})
+    checkpoints.steps()
+    with pytest.raises(Exception, match="1"):
+        checkpoints.save(1, {"x": jnp.ones(3)}, {})
+    checkpoints.close()
+    restored = Checkpoints(tmp_path, read_only=True).restore(1, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    np.testing.assert_array_equal(restored["x"], np.zeros(3))
+
+
+def test_the_snapshot_schedule_is_dense_early() -> None:
+    steps = [step for step in range(36) if is_snapshot_step(step, 10, 35)]
+    assert steps == [0, 1, 2, 4, 8, 10, 20, 30, 35]

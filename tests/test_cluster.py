@@ -1,0 +1,193 @@
+"""Two real processes are one run; and the launchers start, stop and end exactly what they should."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from programs import REPOSITORY, environment, finish
+from runs import STEPS, arguments, assert_same_run, rows
+
+import tiedjax
+
+LAUNCH = REPOSITORY / "launch"
+
+
+def launch(script: str, *args: str | Path, devices: int = 1, path: Path | None = None) -> subprocess.Popen[str]:
+    """Starts a launcher in a process group of its own, with `path` or this Python's programs found first."""
+    first = path or Path(sys.executable).parent
+    return subprocess.Popen(
+        ["bash", str(LAUNCH / script), *map(str, args)],
+        cwd=REPOSITORY,
+        env=environment(devices, PATH=f"{first}{os.pathsep}{os.environ['PATH']}"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(holds: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Waits until `holds()`, while the process lives."""
+    assert callable(holds)
+    end = time.monotonic() + seconds
+    while not holds():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"waited in vain; exit {process.returncode}\n{out}\n{err}")
+        time.sleep(0.05)
+
+
+# ---- A run of two processes ----
+
+
+def test_two_processes_are_the_run_of_one(finished: Path, text: Path, tmp_path: Path) -> None:
+    """Parameters cut over both processes, two devices each: every line and parameter agrees to 1e-5."""
+    out = tmp_path / "run"
+    argv = arguments(out, text, {"mesh.fsdp": 4})[1:]
+    stdout, stderr = finish(launch("local.sh", 2, *argv, devices=2))
+    assert f"run  {STEPS}/{STEPS}" in stdout
+    assert f"  {STEPS}/{STEPS}" not in stderr  # process 1 leaves speaking to process 0
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in finished.iterdir())
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [str(STEPS)]
+    two, one = tiedjax.load_run(out), tiedjax.load_run(finished)
+    assert two.snapshot_steps == one.snapshot_steps
+    assert two.metrics.keys() == one.metrics.keys()
+    for name in two.metrics.keys() - {"tokens_per_second"}:
+        np.testing.assert_allclose(two.metrics[name], one.metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), two.params(), one.params())
+    np.testing.assert_array_equal(two.tables(0).input, one.tables(0).input)
+    np.testing.assert_array_equal(two.token_counts, one.token_counts)
+
+
+def test_sigterm_stops_both_processes_at_one_step_and_the_run_continues(text: Path, tmp_path: Path) -> None:
+    changes = {"train.steps": 100_000, "train.snapshot_every": 100_000, "train.eval_batches": 1}
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    process = launch("local.sh", 2, *arguments(stopped, text, changes)[1:])
+    until(lambda: (stopped / "metrics.jsonl").exists() and len(rows_so_far(stopped)) >= 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = finish(process, status=128 + signal.SIGTERM)
+    assert stderr.count("stopped by SIGTERM; the same command continues") == 2
+    (step,) = (int(p.name) for p in (stopped / "checkpoints").iterdir())
+    assert [row["step"] for row in rows(stopped)] == list(range(1, step + 1))
+    last = {**changes, "train.stop_at": step + 3}
+    finish(launch("local.sh", 2, *arguments(stopped, text, last)[1:]))
+    finish(launch("local.sh", 2, *arguments(whole, text, last)[1:]))
+    assert_same_run(stopped, whole, step + 3)
+
+
+def rows_so_far(run: Path) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
+
+
+# ---- The launchers themselves, with a stand-in for tiedjax ----
+
+
+def stand_in(folder: Path, body: str) -> Path:
+    """A folder with a `tiedjax` that notes its pid in pid-I, I being its --process-id (its last argument)."""
+    program = folder / "bin" / "tiedjax"
+    program.parent.mkdir()
+    program.write_text(f'#!/usr/bin/env bash\nfor last; do :; done\necho $$ > "{folder}/pid-$last"\n{body}\n')
+    program.chmod(0o755)
+    return program.parent
+
+
+def pids(folder: Path, number: int) -> list[int]:
+    return [int(text) for i in range(number) if (text := (folder / f"pid-{i}").read_text().strip())]
+
+
+def started(folder: Path, number: int) -> bool:
+    return all((folder / f"pid-{i}").exists() for i in range(number)) and len(pids(folder, number)) == number
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_first_failure_ends_the_others_and_is_passed_on(tmp_path: Path) -> None:
+    waits = "sleep 600 & child=$!; trap 'kill $child; exit 143' TERM; wait"
+    folder = stand_in(tmp_path, f'if ((last == 1)); then echo broken >&2; sleep 0.5; exit 7; fi\n{waits}')
+    process = launch("local.sh", 3, "config.yaml", path=folder)
+    _, stderr = finish(process, seconds=60, status=7)
+    assert "[1] broken" in stderr
+    assert not any(alive(pid) for pid in pids(tmp_path, 3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Signals) -> None:
+    """As a terminal does it: Ctrl-C goes to the whole process group; SIGTERM to the launcher alone."""
+    body = "trap 'echo asked; kill $child; exit 143' TERM\nsleep 600 & child=$!\necho ready\nwait"
+    process = launch("local.sh", 2, "config.yaml", path=stand_in(tmp_path, body))
+    until(lambda: started(tmp_path, 2), process)
+    time.sleep(0.3)  # the traps are set just after the pids are noted
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    stdout, stderr = finish(process, seconds=60, status=143)
+    assert stdout.splitlines() == ["ready", "asked"]
+    assert stderr.splitlines() == ["[1] ready", "[1] asked"]
+    assert not any(alive(pid) for pid in pids(tmp_path, 2))
+
+
+def test_local_runs_what_its_dry_run_prints(tmp_path: Path) -> None:
+    args = ["2", "a config.yaml", "--train.steps", "3", "--data.source", "text:*.txt"]
+    stdout, _ = finish(launch("local.sh", "--dry-run", *args))
+    printed = [shlex.split(line) for line in stdout.splitlines()]
+    body = f'printf "%s\\n" "$@" > "{tmp_path}/args-$last"'
+    finish(launch("local.sh", *args, path=stand_in(tmp_path, body)))
+    assert len(printed) == 2
+    for i, command in enumerate(printed):
+        at = command.index("--coordinator") + 1
+        assert command[:2] == ["tiedjax", "train"]
+        assert command[2:at] == [*args[1:], "--coordinator"]
+        assert command[at].startswith("127.0.0.1:")
+        assert command[at + 1 :] == ["--processes", "2", "--process-id", str(i)]
+        ran = (tmp_path / f"args-{i}").read_text().splitlines()
+        assert [*ran[: at - 1], *ran[at:]] == [*command[1:at], *command[at + 1 :]]
+    assert printed[0][at] == printed[1][at]
+
+
+def test_the_other_launchers_print_what_they_would_run() -> None:
+    stdout, _ = finish(launch("slurm.sbatch", "--dry-run", "configs/tiny.yaml", "--out", "a b"))
+    (command,) = (shlex.split(line) for line in stdout.splitlines())
+    assert command[0] == "srun"
+    assert command[command.index("tiedjax") :] == ["tiedjax", "train", "configs/tiny.yaml", "--out", "a b"]
+    stdout, _ = finish(launch("tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "configs/tiny.yaml", "--out", "/mnt/a b"))
+    *setup, last = (shlex.split(line) for line in stdout.splitlines())
+    assert [command[0] for command in setup] == ["git", "gcloud", "gcloud"]
+    assert last[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+    assert last[5:-1] == ["pod", "--zone=us-east5-a", "--worker=all"]
+    on_the_worker = shlex.split(last[-1].removeprefix("--command="))
+    assert on_the_worker == ["cd", "tiedjax", "&&", ".venv/bin/tiedjax", "train", "configs/tiny.yaml", "--out", "/mnt/a b"]
+
+
+@pytest.mark.parametrize(
+    ("script", "args"),
+    [
+        ("local.sh", []),
+        ("local.sh", ["2"]),
+        ("local.sh", ["configs/tiny.yaml", "2"]),
+        ("local.sh", ["0", "configs/tiny.yaml", "--dry-run"]),
+        ("slurm.sbatch", ["--dry-run"]),
+        ("tpu_vm.sh", ["pod", "us-east5-a"]),
+    ],
+)
+def test_a_launcher_that_is_called_wrongly_says_so_in_one_line(script: str, args: list[str]) -> None:
+    stdout, stderr = finish(launch(script, *args), status=2)
+    assert stdout == ""
+    assert stderr.count("\n") == 1
+    assert f"usage: {'sbatch ' if script == 'slurm.sbatch' else ''}launch/{script}" in stderr

@@ -1,0 +1,320 @@
+"""A run through the real command line: complete, resumable bit for bit, and stopped by whatever stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from programs import finish
+from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
+
+import tiedjax
+from tiedjax import cli, metrics
+from tiedjax.config import load_run_config, to_tree
+from tiedjax.data.prepare import prepare
+
+REQUIRED = {
+    *("step", "loss", "tokens", "learning_rate", "grad_norm", "input_grad_norm", "output_grad_norm"),
+    *("output_grad_share", "role_grad_cosine", "tokens_per_second"),
+}
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("tiedjax: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+# ---- What a run leaves ----
+
+
+def test_the_run_directory_is_complete(finished: Path) -> None:
+    cfg = load_run_config(finished / "config.yaml")
+    assert cfg.train.steps == STEPS
+    assert cfg.model.vocab_size == 320
+    assert json.loads((finished / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+    assert any((finished / "tensorboard").iterdir())
+    assert sorted(int(p.name) for p in (finished / "snapshots").iterdir()) == [0, 1, 2, 4, 6, 8]
+    assert [p.name for p in (finished / "checkpoints").iterdir()] == [str(STEPS)]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
+    for row in lines:
+        assert row.keys() >= REQUIRED
+        assert row["tokens"] == row["step"] * 8 * 16
+        share = row["output_grad_norm"] / (row["input_grad_norm"] + row["output_grad_norm"])
+        assert row["output_grad_share"] == pytest.approx(share, rel=1e-6)
+        assert ("input_grad_norm_deciles" in row) == (row["step"] in {1, 2, 4, 6, 8})
+        assert ("eval_loss" in row) == (row["step"] == STEPS)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert not [p for p in finished.rglob("*") if "tmp" in p.name and "tensorboard" not in p.parts]
+
+
+def test_load_run_reads_what_the_contract_names(finished: Path) -> None:
+    run = tiedjax.load_run(str(finished))
+    assert run.name == finished.name
+    assert run.config == load_run_config(finished / "config.yaml")
+    assert run.snapshot_steps == [0, 1, 2, 4, 6, 8]
+    assert run.metrics["step"].dtype == np.int64
+    assert list(run.metrics["step"]) == list(range(1, STEPS + 1))
+    assert run.metrics["loss"].dtype == np.float64
+    assert run.metrics["input_grad_norm_deciles"].shape == (STEPS, 10)
+    assert np.isnan(run.metrics["eval_loss"][:-1]).all()
+    assert np.isfinite(run.metrics["eval_loss"][-1])
+    assert run.tokenizer_path == finished / "tokenizer.json"
+    first, last = run.tables(step=0), run.tables()
+    for tables in (first, last):
+        assert tables.tied
+        assert tables.input is tables.output
+        assert type(tables.input) is np.ndarray
+        assert tables.input.dtype == np.float32
+        assert tables.input.shape == (320, 16)
+    assert not np.array_equal(first.input, last.input)
+    params = run.params(step=STEPS)
+    assert params.keys() == {"tables", "body"}
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+    np.testing.assert_array_equal(params["tables"]["shared"], last.input)
+    h_BTD = run.model().apply(params["body"], jnp.zeros((1, 4, 16)))
+    assert h_BTD.shape == (1, 4, 16)
+    with pytest.raises(tiedjax.run.UserError, match="no snapshot of step 3; there are 0, 1, 2, 4, 6, 8"):
+        run.tables(step=3)
+    with pytest.raises(tiedjax.run.UserError, match=r"holds no config\.yaml"):
+        tiedjax.load_run(finished / "snapshots")
+
+
+def test_token_counts_are_those_of_the_training_windows(finished: Path) -> None:
+    run = tiedjax.load_run(finished)
+    windows = prepare(run.config.data, 320, report=lambda line: None).windows("train", 16)
+    tokens_NS = windows.read(range(len(windows)))
+    expected = [np.bincount(part.ravel(), minlength=320) for part in (tokens_NS[:, :-1], tokens_NS[:, 1:])]
+    np.testing.assert_array_equal(run.token_counts, expected)
+
+
+def test_saved_parameters_give_the_logged_held_out_loss(finished: Path) -> None:
+    """Recomputed from the checkpoint with a NumPy float64 softmax over all held-out windows that were used."""
+    run = tiedjax.load_run(finished)
+    windows = prepare(run.config.data, 320, report=lambda line: None).windows("eval", 16)
+    tokens_NS = windows.read(range(min(len(windows), 3 * 8)))
+    params = run.params()
+    x_NTD = params["tables"]["shared"][tokens_NS[:, :-1]]
+    h_NTD = np.asarray(run.model().apply(params["body"], x_NTD), np.float64)
+    logits_NTV = h_NTD @ params["tables"]["shared"].T.astype(np.float64)
+    log_sum_NT = np.log(np.exp(logits_NTV).sum(-1))
+    target_NT = np.take_along_axis(logits_NTV, tokens_NS[:, 1:, None], axis=-1)[..., 0]
+    assert run.metrics["eval_loss"][-1] == pytest.approx((log_sum_NT - target_NT).mean(), abs=1e-5)
+
+
+def test_a_tied_snapshot_is_one_array_and_an_untied_one_two(finished: Path, text: Path, tmp_path: Path) -> None:
+    assert cli.main(arguments(tmp_path / "untied", text, {"tying.scheme": "untied", "train.stop_at": 1})) == 0
+    tied, untied = saved_state(finished, STEPS), saved_state(tmp_path / "untied", 1)
+    assert [name for name in tied if name.startswith("params/tables")] == ["params/tables/shared"]
+    names = ["params/tables/input", "params/tables/output"]
+    assert [name for name in untied if name.startswith("params/tables")] == names
+    tables = tiedjax.load_run(tmp_path / "untied").tables(step=0)
+    assert not tables.tied
+    assert abs(np.sum(tables.input * tables.output)) < 0.1 * np.sum(tables.input**2)
+
+
+# ---- Interrupted and continued ----
+
+
+def test_continuing_is_bit_identical_on_one_device(finished: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.stop_at": 4})) == 0
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["4"]
+    assert cli.main(arguments(out, text)) == 0
+    assert_same_run(out, finished)
+
+
+def test_continuing_is_bit_identical_on_eight_devices(finished: Path, text: Path, tmp_path: Path) -> None:
+    mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    commands = [
+        arguments(whole, text, mesh),
+        arguments(parts, text, {**mesh, "train.stop_at": 4}),
+        arguments(parts, text, mesh),
+    ]
+    finish(start_commands(commands, devices=8))
+    assert sorted(p.name for p in (parts / "checkpoints").iterdir()) == ["4", "8"]
+    assert_same_run(whole, parts)
+    # The run of eight devices reads on one, and is the run of one device up to rounding.
+    eight, one = tiedjax.load_run(whole), tiedjax.load_run(finished)
+    np.testing.assert_allclose(eight.metrics["loss"], one.metrics["loss"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(eight.metrics["eval_loss"], one.metrics["eval_loss"], rtol=0, atol=1e-5)
+    assert eight.tables().tied
+    np.testing.assert_array_equal(eight.tables(step=0).input, one.tables(step=0).input)
+    assert jax.tree.map(np.shape, eight.params()) == jax.tree.map(np.shape, one.params())
+
+
+def test_sigterm_checkpoints_and_the_same_command_continues(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, write = tmp_path / "run", metrics.MetricsLog.write
+
+    def write_and_ask(self: metrics.MetricsLog, row: dict[str, object]) -> None:
+        write(self, row)
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsLog, "write", write_and_ask)
+        assert cli.main(arguments(out, text)) == 128 + signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
+    (stopped,) = (int(p.name) for p in (out / "checkpoints").iterdir())
+    assert 2 < stopped < STEPS
+    assert [row["step"] for row in rows(out)] == list(range(1, stopped + 1))
+    assert cli.main(arguments(out, text)) == 0
+    assert_same_run(out, finished)
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(finished: Path, text: Path, tmp_path: Path) -> None:
+    """Killed without warning after step 7: 4 is the last checkpoint, and what came after it is done again."""
+    out = tmp_path / "run"
+    argv = arguments(out, text, {"train.checkpoint_every": 4})
+    killer = f"""
+import os, pathlib, signal, time
+from tiedjax import metrics
+write = metrics.MetricsLog.write
+def write_and_die(self, row):
+    write(self, row)
+    while row["step"] == 7:
+        if all(pathlib.Path({str(out)!r}, name).is_dir() for name in ("checkpoints/4", "snapshots/6")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+metrics.MetricsLog.write = write_and_die
+"""
+    finish(start_commands([argv], before=killer), status=-signal.SIGKILL)
+    assert [row["step"] for row in rows(out)] == list(range(1, 8))
+    speeds = [json.loads(line)["tokens_per_second"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for step in ("4", "6"):
+        (out / "snapshots" / step / "marker").touch()
+    assert cli.main(argv) == 0
+    assert_same_run(out, finished)
+    again = [json.loads(line)["tokens_per_second"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert again[:4] == speeds[:4]
+    assert again[4:7] != speeds[4:7]
+    assert (out / "snapshots" / "4" / "marker").exists()
+    assert not (out / "snapshots" / "6" / "marker").exists()
+
+
+# ---- Refused ----
+
+
+def test_a_second_writer_of_one_run_directory_is_refused(
+    finished: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "run")
+    hold = f"""
+import pathlib, sys
+from tiedjax.files import sole_writer
+with sole_writer(pathlib.Path({str(out)!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        assert "another process is writing this run" in refused(arguments(out, text), capsys)
+    finally:
+        holder.kill()  # a hold must not outlive its process
+        holder.communicate(timeout=30)
+    assert cli.main(arguments(out, text)) == 0
+    assert "nothing to do, 8 of 8 steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("optimizer.learning_rate", "1e-3", "optimizer.learning_rate = 0.003, not 0.001"),
+        ("tying.input_grad_scale", "5", "tying.input_grad_scale = 1.0, not 5.0"),
+        ("tying.scheme", "untied", "tying.scheme = 'tied', not 'untied'"),
+        ("train.steps", "9", "train.steps = 8, not 9"),
+        ("train.seed", "1", "train.seed = 0, not 1"),
+    ],
+)
+def test_another_config_in_the_same_directory_is_refused(
+    finished: Path, text: Path, capsys: pytest.CaptureFixture[str], key: str, value: str, shown: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert shown in refused(arguments(finished, text, {key: value}), capsys)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == {
+        path: time for path, time in before.items() if path.name != ".lock"
+    }
+
+
+def test_how_often_things_are_written_may_change(finished: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.stop_at": 2, "train.log_every": 3})) == 0
+    assert cli.main(arguments(out, text, {"train.log_every": 3, "train.eval_every": 7, "mesh.data": 1})) == 0
+    assert_same_state_with_fewer_lines(out, finished)
+
+
+def assert_same_state_with_fewer_lines(out: Path, whole: Path) -> None:
+    a, b = saved_state(out, STEPS), saved_state(whole, STEPS)
+    assert all(a[name].tobytes() == b[name].tobytes() for name in b)
+    expected = {row["step"]: row for row in rows(whole)}
+    found = {row["step"]: row for row in rows(out)}
+    assert list(found) == [1, 2, 3, 4, 6, 7, 8]  # every third, every snapshot, every evaluation
+    assert "eval_loss" in found[7]
+    for step, row in found.items():
+        assert {key: value for key, value in row.items() if key != "eval_loss" or step != 7} == expected[step]
+
+
+def test_other_text_under_the_same_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, out = write_text(tmp_path / "text.jsonl", seed=1), tmp_path / "run"
+    assert cli.main(arguments(out, own, {"train.stop_at": 1})) == 0
+    write_text(own, seed=2)
+    capsys.readouterr()
+    assert cli.main(arguments(out, own)) == 2
+    err = capsys.readouterr().err
+    assert "was trained on another data" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.learning_rate": 1e37},  # the loss of step 2 is NaN
+        {"optimizer.learning_rate": 1e37, "optimizer.weight_decay": 1e6},  # that of step 1 is not, its update is
+    ],
+    ids=["loss", "update"],
+)
+def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float]
+) -> None:
+    out = tmp_path / "run"
+    argv = arguments(out, text, {**changes, "optimizer.warmup_steps": 0, "train.checkpoint_every": 1})
+    capsys.readouterr()
+    assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("tiedjax: step ")
+    assert "learning_rate" in err
+    assert err.count("\n") == 1
+    for step in (out / "checkpoints").iterdir():
+        state = saved_state(out, int(step.name))
+        assert all(np.isfinite(leaf).all() for leaf in state.values()), f"checkpoint {step.name}"
+    for step in (out / "snapshots").iterdir():
+        assert np.isfinite(tiedjax.load_run(out).tables(int(step.name)).input).all(), f"snapshot {step.name}"
+
+
+def test_the_resolved_config_is_saved(finished: Path, text: Path) -> None:
+    """What the run says of itself is what was asked for, defaults included, and starts the same run again."""
+    cfg = load_run_config(finished / "config.yaml")
+    argv = arguments(finished, text)
+    asked = cli._overrides(cli._parse(argv))
+    assert to_tree(load_run_config(argv[1], asked)) == to_tree(cfg)

@@ -1,0 +1,140 @@
+"""The report: drawn from results.json alone, the same every time, and text stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_analysis_summary import fake_study
+
+from tiedjax.analysis import words
+from tiedjax.analysis.records import write_json
+from tiedjax.analysis.report import write_report
+from tiedjax.analysis.summary import summarize
+from tiedjax.errors import UserError
+
+SCRIPT = "<script>alert('x')</script>"
+
+
+def drawn(results: dict, out: Path) -> str:
+    write_report(results, out)
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict:
+    study, runs = fake_study(steps=[0, 1, 4, 16, 64, 400])
+    found = summarize(study, runs, environment={"device": SCRIPT, "packages": {"jax": "0.0"}, "study_seconds": 240.0})
+    found["examples"]["tokens"][0]["token"] = SCRIPT
+    found["examples"]["tokens"][1]["token"] = " \n\t$x_1$ &amp;"
+    path = tmp_path_factory.mktemp("study") / "results.json"
+    write_json(path, found)
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def out(results, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    drawn(results, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(out) -> str:
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_script_in_a_token_or_a_device_is_shown_not_run(page):
+    assert "<script" not in page.lower()
+    assert page.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") == 2
+    assert "␣⏎⇥$x_1$␣&amp;amp;" in page
+
+
+def test_the_page_asks_nothing_of_the_network(page):
+    assert not re.findall(r"""(?:src|href|action)\s*=\s*["'](?!#|https://arxiv\.org)[^"']*""", page)
+    assert not re.findall(r"url\((?!#)", page)
+    assert "@import" not in page
+
+
+def test_the_page_is_well_formed_and_ids_are_unique(page):
+    class Balanced(HTMLParser):
+        void = {"meta", "link", "br", "img", "hr"}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.open: list[str] = []
+            self.ids: list[str] = []
+
+        def handle_starttag(self, tag, attrs):
+            self.ids += [value for name, value in attrs if name == "id"]
+            if tag not in self.void:
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_startendtag(self, tag, attrs):
+            self.ids += [value for name, value in attrs if name == "id"]
+
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert len(parser.ids) == len(set(parser.ids))
+
+
+def test_redrawing_from_saved_results_gives_the_same_page(results, page, tmp_path):
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red"}):  # whatever the caller's style
+        again = drawn(json.loads(json.dumps(results)), tmp_path)
+    assert again == page
+
+
+def test_figures_are_files_too(out):
+    names = {"alignment", "alignment_over_steps", "gradient_share", "gradient_deciles", "evolution", "norms"}
+    assert {p.name for p in (out / "figures").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "pdf")}
+    for path in (out / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
+
+
+def test_the_numbers_of_the_results_are_in_the_page(results, page):
+    head = results["headline"]
+    assert results["answer"] in page
+    for span in (head["vs_output"], head["vs_input"], head["margin"]):
+        assert words.spread(span) in page
+    for comparison in results["arms"]["tied"]["alignment"]["shared"].values():
+        for cell in comparison.values():
+            assert f"<td>{words.number(cell['score']['mean'])}</td>" in page
+            assert f"<td>{words.number(cell['floor']['mean'])}</td>" in page
+    assert "0.669" in page  # the paper's, beside ours
+    assert "tying.input_grad_scale" in page
+
+
+def test_it_is_drawn_from_a_single_run(tmp_path):
+    study, runs = fake_study(seeds=(0,), steps=[0, 1, 400])
+    found = summarize(study, {("untied", 0): runs["untied", 0]})
+    page = drawn(json.loads(json.dumps(found)), tmp_path)
+    assert found["answer"] in page
+    assert "±" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+
+
+def test_results_of_something_else_are_refused(tmp_path):
+    with pytest.raises(UserError, match="not the results of a study"):
+        write_report({"instrument": "align"}, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report({"kind": "study"}, tmp_path / "file")
+
+
+def test_numbers_for_people():
+    assert words.number(-0.0004) == "0.000"
+    assert words.number(-0.12) == "−0.120"
+    assert words.number(None) == "–"
+    assert words.spread({"mean": 0.5, "low": 0.4, "high": 0.6}) == "0.500\u00a0±\u00a00.100"
+    assert words.spread({"mean": 0.5, "low": None, "high": None}) == "0.500"
+    assert words.percent({"mean": 0.5, "low": None, "high": None}) == "50\u00a0%"
+    assert [words.duration(s) for s in (None, 42.4, 150, 8000)] == ["–", "42 s", "2.5 min", "2.2 h"]
+    assert words.visible("\x00a ") == "�a␣"

@@ -1,0 +1,45 @@
+"""The mesh changes where arrays are, never what they are."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+from conftest import small_config
+from programs import TESTS, finish, start
+
+from tiedjax import sharding, step
+from tiedjax.config import DataConfig, MeshConfig
+from tiedjax.errors import UserError
+
+
+def test_every_mesh_gives_the_loss_and_gradients_of_one_device() -> None:
+    out, _ = finish(start([TESTS / "mesh_program.py"], devices=8))
+    differences = json.loads(out.splitlines()[-1])
+    assert len(differences) == 10
+    for case, difference in differences.items():
+        assert difference <= 1e-5, case
+
+
+def test_colliding_axes_raise() -> None:
+    assert sharding.partition_spec(["vocab", "embed"]) == jax.P("tensor", "fsdp")
+    with pytest.raises(ValueError, match="claim a mesh axis twice"):
+        sharding.partition_spec(["heads", "mlp"])
+    with pytest.raises(KeyError):
+        sharding.partition_spec(["no such axis"])
+
+
+def test_a_mesh_that_does_not_fit_is_refused() -> None:
+    one = jax.devices()[:1]
+    assert sharding.make_mesh(MeshConfig(), one).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    for cfg in (MeshConfig(fsdp=2), MeshConfig(data=2), MeshConfig(data=1, tensor=3)):
+        with pytest.raises(UserError, match="does not fit 1 devices"):
+            sharding.make_mesh(cfg, one)
+
+
+def test_a_microbatch_must_be_divisible() -> None:
+    cfg = small_config(data=DataConfig(batch_size=8, microbatches=8))
+    mesh = jax.sharding.AbstractMesh((2, 1, 1), sharding.MESH_AXES)
+    with pytest.raises(UserError, match="2 devices do not divide the 1 sequences"):
+        step.make_steps(cfg, mesh)

@@ -1,0 +1,40 @@
+"""Values published with arXiv 2603.26663, to stand beside ours: facts with their source, used for nothing else."""
+
+from __future__ import annotations
+
+SOURCE = "arXiv 2603.26663"
+
+# (table that is mapped, table it is compared with): identity, orthogonal, linear. Uncorrected, all rows, in sample.
+ALIGNMENT_PAIR = "OLMo-1B (tied) and OLMo-1B-0724 (untied); V = 50,304, D = 2,048"
+ALIGNMENT_SHAPE = (50_304, 2_048)
+ALIGNMENT = {
+    ("input", "output"): {"identity": 0.012, "orthogonal": 0.440, "linear": 0.574},
+    ("output", "tied"): {"identity": 0.014, "orthogonal": 0.669, "linear": 0.719},
+    ("input", "tied"): {"identity": 0.001, "orthogonal": 0.420, "linear": 0.525},
+}
+
+# Input-gradient scale: (step, orthogonal vs input, orthogonal vs output).
+SCALING = {1: (10_000, 0.216, 0.384), 5: (10_000, 0.222, 0.369)}
+
+# (first step, last step): output share of the gradient norms, tied OLMo-1B.
+OUTPUT_SHARE = {
+    (1, 10): 0.874,
+    (11, 50): 0.928,
+    (51, 100): 0.888,
+    (101, 200): 0.825,
+    (201, 500): 0.718,
+    (501, 1000): 0.630,
+    (1001, 2000): 0.614,
+    (5001, 10_000): 0.629,
+}
+OUTPUT_SHARE_CAVEAT = (
+    "There the input norm is of the gradient of activations, the output norm of the [V, D] weight gradient; "
+    "here both are of [V, D] gradients."
+)
+
+# Mean cosine to step 0, untied: model, step, input, output.
+EVOLUTION = (
+    ("OLMo-1B-0724", 20_000, 0.865, 0.561),
+    ("OLMo-7B-0424", 50_000, 0.752, 0.366),
+    ("Pythia-1B", 15_000, 0.320, 0.210),
+)

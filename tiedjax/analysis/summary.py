@@ -1,0 +1,258 @@
+"""Everything a study's runs say, as one dict that JSON can hold: results.json.
+
+The subject table of every run is compared with the two tables of the reference arm's run of the same seed. Such twins
+share the body's initialisation and the data order, but all their tables start independent, so what alignment there is
+has been learned. Alignment maps the reference table onto the subject's, over the tokens that both runs saw in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis import tokens, verdict, words
+from tiedjax.analysis.align import DRAWS, FITS, align
+from tiedjax.analysis.evolution import Trail
+from tiedjax.analysis.gradients import gradient_flow
+from tiedjax.analysis.norms import norms_by_count
+from tiedjax.analysis.records import to_plain
+from tiedjax.analysis.tables import ROLES, content_hash, seen_rows
+from tiedjax.config import StudyConfig, to_tree
+from tiedjax.errors import UserError
+
+SCHEMA = 1
+EXAMPLES = 12
+
+Runs = Mapping[tuple[str, int], Any]
+
+
+def summarize(
+    study: StudyConfig,
+    runs: Runs,
+    *,
+    environment: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """results.json of a study, from its runs by (arm, seed).
+
+    `environment` (device, date, command, ...) is added to the versions and platform found here; `facts` holds what the
+    caller knows of each run (parameters, wall_seconds, ...). Pairs without a run are named in `notes`. UserError when
+    no seed has a run of the reference arm.
+    """
+    seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
+    if not seeds:
+        raise UserError(f"study: no run of the reference arm {study.reference!r}; nothing can be compared with it")
+    ids = tokens.most_frequent(runs[study.reference, seeds[0]].token_counts, EXAMPLES)
+    walk = _Walk(ids)
+    for seed in study.seeds:
+        walk.through(study, {arm: runs[arm, seed] for arm in study.arms if (arm, seed) in runs}, seed)
+    final = [r for r in walk.comparisons if r["final"]]
+    flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
+    arms = {
+        arm: verdict.arm_summary(arm, final, {seed: flow for (a, seed), flow in flows.items() if a == arm})
+        | {"overrides": study.arms[arm], "differs_from_reference": _differences(study, runs, arm, seeds[0])}
+        for arm in study.arms
+        if any(a == arm for a, _ in runs)
+    }
+    results = {
+        "schema": SCHEMA,
+        "kind": "study",
+        "headline": verdict.headline(study, arms, final),
+        "statements": verdict.statements(study, arms, final),
+        "changes": verdict.changes(study, arms, final),
+        "arms": arms,
+        "comparisons": [_without(r, "final") for r in final],
+        "alignment_over_steps": _over_steps(walk.comparisons),
+        "gradients": [_key(key) | to_plain(flow) for key, flow in flows.items()],
+        "evolution": walk.evolution,
+        "norms": walk.norms,
+        "examples": _examples(study, runs, seeds[0], walk),
+        "runs": [_run_facts(key, run) for key, run in runs.items()],
+        "study": {
+            "reference": study.reference,
+            "baseline": study.baseline,
+            "seeds": list(study.seeds),
+            "arms": dict(study.arms),
+            "config": to_tree(runs[study.reference, seeds[0]].config),
+        },
+        "environment": dict(environment or {}),
+        "notes": _notes(study, runs),
+    }
+    plain = to_plain(results)
+    answer, *findings = words.answer(plain)
+    return {"answer": answer, "findings": findings, **plain}
+
+
+def roles_of(tables: Any) -> dict[str, np.ndarray]:
+    """A run's distinct tables: {"shared": ...} when both roles are one array, else {"input": ..., "output": ...}."""
+    return {"shared": tables.input} if tables.tied else {"input": tables.input, "output": tables.output}
+
+
+class _Walk:
+    """One pass over the snapshots, each read once: what several instruments make of them."""
+
+    def __init__(self, ids: list[int]):
+        self.ids = ids
+        self.comparisons: list[dict[str, Any]] = []
+        self.evolution: list[dict[str, Any]] = []
+        self.norms: list[dict[str, Any]] = []
+        self.examples: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def through(self, study: StudyConfig, runs: Mapping[str, Any], seed: int) -> None:
+        """Takes every snapshot of one seed's runs, by arm."""
+        seen = {arm: seen_rows(run.token_counts) for arm, run in runs.items()}
+        trails: dict[tuple[str, str], Trail] = {}
+        first: dict[str, dict[str, np.ndarray]] = {}
+        for step in sorted({step for run in runs.values() for step in run.snapshot_steps}):
+            tables = {arm: run.tables(step) for arm, run in runs.items() if step in run.snapshot_steps}
+            for arm, both in tables.items():
+                distinct, steps = roles_of(both), runs[arm].snapshot_steps
+                for role, table in distinct.items():
+                    trails.setdefault((arm, role), Trail(seen[arm])).add(step, table)
+                    if step == steps[-1]:
+                        self._measure_norms((arm, seed), role, table, runs[arm].token_counts)
+                chosen = {role: table[self.ids] for role, table in distinct.items()}
+                first.setdefault(arm, chosen)
+                if step == steps[-1]:
+                    self.examples[arm, seed] = tokens.token_rows(first[arm], chosen)
+            if study.reference in tables:
+                for arm, both in tables.items():
+                    common = set(runs[study.reference].snapshot_steps) & set(runs[arm].snapshot_steps)
+                    twin = None if arm == study.reference else both
+                    rows = seen[study.reference] & seen[arm]
+                    where = {**_key((arm, seed)), "reference_seed": seed, "step": step, "final": step == max(common)}
+                    self.comparisons += _compared(tables[study.reference], twin, rows, where)
+        for (arm, role), trail in trails.items():
+            self.evolution.append(_key((arm, seed)) | {"role": role} | to_plain(trail.result()))
+
+    def _measure_norms(self, key: tuple[str, int], role: str, table: np.ndarray, counts: np.ndarray) -> None:
+        rows = seen_rows(counts)
+        found = norms_by_count(table[rows], counts[1][rows])
+        about = {"role": role, "sha256": content_hash(table), "counts": "as target"}
+        self.norms.append(_key(key) | about | to_plain(found))
+
+
+def _compared(reference: Any, twin: Any | None, rows: np.ndarray, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
+    fits, draws = (FITS, DRAWS) if where["final"] else (("orthogonal",), 1)
+    for subject_role, reference_role, x, y in _pairs(reference, twin):
+        found = align(x, y, fits=fits, rows=rows, draws=draws)
+        roles = {"subject_role": subject_role, "reference_role": reference_role}
+        for fit, score in found.scores.items():
+            about = {"fit": fit, "rows": found.rows, "width": found.width}
+            yield {**where, **roles, **about, **to_plain(score)}
+
+
+def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+    """(subject role, reference role, reference table, subject table)."""
+    if twin is None:
+        yield "output", "input", reference.input, reference.output
+        return
+    for subject_role, table in roles_of(twin).items():
+        for reference_role in ROLES:
+            yield subject_role, reference_role, getattr(reference, reference_role), table
+
+
+def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    curves: dict[tuple[Any, ...], dict[str, Any]] = {}
+    names = ("arm", "seed", "subject_role", "reference_role")
+    for record in comparisons:
+        if record["fit"] != "orthogonal":
+            continue
+        key = tuple(record[name] for name in names)
+        empty: dict[str, list[Any]] = {"steps": [], "score": [], "floor": [], "corrected": []}
+        curve = curves.setdefault(key, dict(zip(names, key, strict=True)) | {"fit": "orthogonal"} | empty)
+        curve["steps"].append(record["step"])
+        for name in ("score", "floor", "corrected"):
+            curve[name].append(record[name])
+    return list(curves.values())
+
+
+def _examples(study: StudyConfig, runs: Runs, seed: int, walk: _Walk) -> dict[str, Any]:
+    reference = runs[study.reference, seed]
+    texts = tokens.token_texts(reference.tokenizer_path, walk.ids)
+    found = [
+        {
+            "id": i,
+            "token": texts[n],
+            "count": int(reference.token_counts[1][i]),
+            "arms": {arm: walk.examples[arm, seed][n] for arm in study.arms if (arm, seed) in walk.examples},
+        }
+        for n, i in enumerate(walk.ids)
+    ]
+    return {"seed": seed, "tokens": found}
+
+
+def _run_facts(key: tuple[str, int], run: Any) -> dict[str, Any]:
+    metrics = run.metrics
+    return _key(key) | {
+        "name": run.name,
+        "steps": int(metrics["step"][-1]),
+        "tokens": int(metrics["tokens"][-1]),
+        "train_loss": _last(metrics.get("loss")),
+        "eval_loss": _last(metrics.get("eval_loss")),
+        "parameters": _parameters(run.config),
+        "training_seconds": _training_seconds(metrics),
+    }
+
+
+def _parameters(config: Any) -> int:
+    """How many numbers a run trains: the body's and the tables', a shared table once."""
+    import jax
+
+    from tiedjax.lm import init_params
+
+    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _training_seconds(metrics: Mapping[str, np.ndarray]) -> float | None:
+    """The time that the logged lines took, from their tokens and tokens per second; pauses do not count."""
+    if "tokens_per_second" not in metrics:
+        return None
+    seconds = np.diff(metrics["tokens"], prepend=0) / metrics["tokens_per_second"]
+    return float(seconds[np.isfinite(seconds)].sum())
+
+
+def _last(column: np.ndarray | None) -> float | None:
+    known = [] if column is None else np.asarray(column, np.float64)[np.isfinite(column)]
+    return float(known[-1]) if len(known) else None
+
+
+def _differences(study: StudyConfig, runs: Runs, arm: str, seed: int) -> dict[str, Any]:
+    """Dotted key: [the reference's value, the arm's value], from the configs that the runs resolved to."""
+    if (arm, seed) not in runs:
+        return {}
+    ours = dict(_leaves(to_tree(runs[arm, seed].config)))
+    theirs = dict(_leaves(to_tree(runs[study.reference, seed].config)))
+    return {key: [theirs[key], value] for key, value in ours.items() if theirs[key] != value}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _notes(study: StudyConfig, runs: Runs) -> list[str]:
+    notes = [
+        "Each subject is compared with the reference run of the same seed: same body initialisation and data order, "
+        "independent initial tables."
+    ]
+    if len(study.seeds) == 1:
+        notes.append("One seed: no interval over seeds can be given.")
+    missing = [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds if (arm, seed) not in runs]
+    if missing:
+        notes.append(f"Not among the results: {', '.join(missing)}.")
+    return notes
+
+
+def _key(key: tuple[str, int]) -> dict[str, Any]:
+    return {"arm": key[0], "seed": key[1]}
+
+
+def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k != name}

@@ -1,0 +1,219 @@
+"""A study's results in words and rows: what the report and the command line say, from results.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tiedjax.analysis import published
+from tiedjax.analysis.align import closed_form_floor
+
+Results = Mapping[str, Any]
+Span = Mapping[str, Any]  # statistics.Interval as JSON
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: fixed digits, a real minus sign, a dash for none."""
+    if value is None:
+        return NONE
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def spread(span: Span | None, digits: int = 3) -> str:
+    """mean ± half the interval's width; the mean alone where there is no interval."""
+    if span is None or span["mean"] is None:
+        return NONE
+    if span["low"] is None:
+        return number(span["mean"], digits)
+    # No-break spaces, so that a number and its uncertainty stay on one line.
+    return f"{number(span['mean'], digits)}\u00a0±\u00a0{number((span['high'] - span['low']) / 2, digits)}"
+
+
+def percent(span: Span) -> str:
+    """A share as a percentage, with its interval where there is one."""
+    scaled = {k: None if span[k] is None else 100 * span[k] for k in ("mean", "low", "high")}
+    return f"{spread(scaled, 0 if scaled['low'] is None else 1)}\u00a0%"
+
+
+def answer(results: Results) -> list[str]:
+    """The answer: the finding first, then the gradients' share, then each intervention; worded by what holds."""
+    return [_main_sentence(results), *_share_sentence(results), *_intervention_sentences(results)]
+
+
+def basis(results: Results) -> str:
+    """What the uncertainties are."""
+    n = max(results["headline"][name]["n"] for name in ("margin", "reference_input_vs_output"))
+    if n == 1:
+        return "One seed: no uncertainty can be given, and nothing is claimed to hold."
+    level = round(100 * results["headline"]["margin"]["confidence"])
+    return f"± is half of a {level} % Student-t interval over {n} seeds, paired by seed where two runs are compared."
+
+
+def _main_sentence(results: Results) -> str:
+    head = results["headline"]
+    arm, reference = head["arm"], head["reference"]
+    holds = results["statements"][f"{arm}_nearer_output"]["holds"]
+    margin = head["margin"]
+    if margin["mean"] is None:
+        return f"Not measured: there is no pair of a {arm} and an {reference} run with the same seed."
+    numbers = (
+        f"{spread(head['vs_output'])} to the output table against {spread(head['vs_input'])} to the input table "
+        f"(0 is chance, 1 is identical; difference {spread(margin)})"
+    )
+    if holds:
+        nearer = f"nearer to its {reference} twin’s output table than to its input table"
+        return f"Yes. The {arm} table lies {nearer}: {numbers}."
+    if margin["low"] is None:
+        side = "output" if margin["mean"] > 0 else "input"
+        return (
+            f"One seed, so only a hint: the {arm} table lies nearer to its {reference} twin’s {side} table: {numbers}."
+        )
+    if margin["high"] < 0:
+        return f"No, the opposite. The {arm} table lies nearer to its {reference} twin’s input table: {numbers}."
+    return f"Not shown. The {arm} table is not measurably nearer to either of its {reference} twin’s tables: {numbers}."
+
+
+def _share_sentence(results: Results) -> Iterator[str]:
+    head = results["headline"]
+    if head["early_output_share"]["mean"] is not None:
+        first, last = head["early_steps"]
+        yield (
+            f"Over steps {first} to {last}, {percent(head['early_output_share'])} of the norm of the {head['arm']} "
+            f"table’s gradient comes from its output role; over the whole run, "
+            f"{percent(results['arms'][head['arm']]['overall_output_share'])}."
+        )
+
+
+def _intervention_sentences(results: Results) -> Iterator[str]:
+    for arm, change in results["changes"].items():
+        output, input_ = change["vs_output"]["orthogonal"], change["vs_input"]["orthogonal"]
+        baseline = results["headline"]["arm"]
+        yield (
+            f"With {arm} instead of {baseline}, nearness to the output table {_moved(output)} and nearness to "
+            f"the input table {_moved(input_)}."
+        )
+
+
+def _moved(change: Span) -> str:
+    if change["mean"] is None:
+        return "was not measured"
+    size = spread({"mean": abs(change["mean"])} | _ends(change))
+    if change["low"] is None:
+        return f"{'rises' if change['mean'] > 0 else 'falls'} by {size} (one seed)"
+    if change["low"] > 0:
+        return f"rises by {size}"
+    if change["high"] < 0:
+        return f"falls by {size}"
+    return f"does not measurably change ({spread(change)})"
+
+
+def _ends(change: Span) -> dict[str, float | None]:
+    """The ends of the interval of |x|, for an x whose interval does not contain 0."""
+    if change["low"] is None:
+        return {"low": None, "high": None}
+    low, high = sorted((abs(change["low"]), abs(change["high"])))
+    return {"low": low, "high": high}
+
+
+def verdicts(results: Results) -> list[dict[str, str]]:
+    """Each statement with its verdict in words and its margin."""
+    rows = []
+    for statement in results["statements"].values():
+        if statement["holds"]:
+            verdict = "holds"
+        elif statement["interval"] is None:
+            verdict = "open"
+        else:
+            verdict = "does not hold"
+        low, high = statement["interval"] or (None, None)
+        span = {"mean": statement["margin"], "low": low, "high": high}
+        rows.append({"claim": statement["claim"], "verdict": verdict, "margin": spread(span)})
+    return rows
+
+
+def alignment_groups(results: Results) -> list[dict[str, Any]]:
+    """Per arm and table that it is compared with: the score, floor and corrected score of every fit."""
+    groups = []
+    reference = results["headline"]["reference"]
+    for arm, summary in results["arms"].items():
+        for role, compared in summary["alignment"].items():
+            for target, fits in sorted(compared.items(), reverse=True):
+                name = arm if role == "shared" else f"{arm} {role} table"
+                other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
+                rows = [
+                    {
+                        "fit": fit,
+                        "score": number(cell["score"]["mean"]),
+                        "floor": number(cell["floor"]["mean"]),
+                        "corrected": spread(cell["corrected"]),
+                        "main": fit == results["headline"]["fit"],
+                    }
+                    for fit, cell in fits.items()
+                ]
+                groups.append({"arm": arm, "title": f"{name} and {other}", "rows": rows})
+    return groups
+
+
+def paper_alignment(results: Results) -> list[dict[str, Any]]:
+    """Per pair of tables: uncorrected scores, the paper's beside the closed-form floor and ours beside its own."""
+    head = results["headline"]
+    arms = results["arms"]
+    ours = {
+        ("input", "output"): arms[head["reference"]]["alignment"].get("output", {}).get("vs_input"),
+        ("output", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get("shared", {}).get("vs_output"),
+        ("input", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get("shared", {}).get("vs_input"),
+    }
+    names = {
+        ("input", "output"): f"{head['reference']} input → {head['reference']} output",
+        ("output", "tied"): f"{head['reference']} output → {head['arm']}",
+        ("input", "tied"): f"{head['reference']} input → {head['arm']}",
+    }
+    groups = []
+    for pair, values in published.ALIGNMENT.items():
+        mine = ours[pair]
+        if mine is not None:
+            rows = [
+                {
+                    "fit": fit,
+                    "paper": number(value),
+                    "paper_floor": number(closed_form_floor(fit, *published.ALIGNMENT_SHAPE)),
+                    "ours": number(mine[fit]["score"]["mean"]),
+                    "ours_floor": number(mine[fit]["floor"]["mean"]),
+                }
+                for fit, value in values.items()
+            ]
+            groups.append({"pair": names[pair], "rows": rows})
+    return groups
+
+
+def paper_shares(results: Results) -> list[dict[str, str]]:
+    """Output share of the gradient norms per window of steps, the paper's and ours for the baseline arm."""
+    arm = results["arms"].get(results["headline"]["arm"])
+    if arm is None:
+        return []
+    theirs = {first: (last, value) for (first, last), value in published.OUTPUT_SHARE.items()}
+    rows = []
+    for window in arm["output_share_windows"]:
+        last, value = theirs.get(window["first"], (window["last"], None))
+        steps = f"{window['first']:,}–{window['last']:,}"
+        if last != window["last"]:
+            steps += f" (paper: to {last:,})"
+        rows.append({"steps": steps, "paper": number(value), "ours": spread(window["output_share"])})
+    return rows
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as a person reads them."""
+    if seconds is None:
+        return NONE
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def visible(text: str) -> str:
+    """A token's text with its white space made visible."""
+    return "".join({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}.get(c, c if c.isprintable() else "�") for c in text)

@@ -1,0 +1,94 @@
+"""Batches as a pure function of (seed, step), the same for any number of processes. The only file that knows Grain."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from tiedjax.data.prepared import Prepared, Windows
+from tiedjax.errors import UserError
+
+
+class Batches:
+    """This process's rows of every global training batch.
+
+    The windows of epoch after epoch, each epoch in an order of its own drawn from `seed`, form one endless sequence;
+    batch `step` is its items step * batch_size ... (step + 1) * batch_size - 1. `rows` selects this process's share of
+    each batch, so that the shares of all processes, one after the other, are the global batch. UserError where an
+    epoch holds less than one batch, or where nothing was held out for evaluation.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        rows: slice | None = None,
+        workers: int | None = None,
+    ) -> None:
+        import grain
+
+        if not 0 <= seed < 2**32:
+            raise UserError(f"train.seed: must be 0 .. {2**32 - 1} to order the data, got {seed}")
+        self._windows = prepared.windows("train", seq_len)
+        prepared.windows("eval", seq_len)  # fails now rather than at the first evaluation
+        count = len(self._windows)
+        if count < batch_size:
+            raise UserError(
+                f"data.batch_size: {batch_size} is more than the {count} training windows of {seq_len + 1} tokens in "
+                f"{prepared.source}; lower it or give more text"
+            )
+        self._batch_size = batch_size
+        self._rows = range(*(rows or slice(None)).indices(batch_size))
+        self._workers = workers or os.cpu_count() or 1
+        self._order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        self.fingerprint: dict[str, str | int | list[int]] = {
+            "data": prepared.fingerprint,
+            "seq_len": seq_len,
+            "batch_size": batch_size,
+            "seed": seed,
+            "windows": count,
+            "first_windows": [int(self._order[i]) for i in range(min(count, 8))],  # notices another shuffle in Grain
+        }
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches until every training window was seen once."""
+        return len(self._windows) / self._batch_size
+
+    def at(self, step: int) -> npt.NDArray[np.int32]:
+        """This process's rows of batch `step` (0 is the first): int32 [rows, T + 1]."""
+        first = step * self._batch_size
+        return self._windows.read([self._order[first + row] for row in self._rows])
+
+    def iterate(self, start_step: int = 0) -> Iterator[npt.NDArray[np.int32]]:
+        """at(start_step), at(start_step + 1), ... without end, read ahead by background threads."""
+        import grain
+
+        steps = grain.MapDataset.range(start_step, sys.maxsize)
+        ahead = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=max(8, 2 * self._workers))
+        return iter(steps.map(self.at).to_iter_dataset(ahead))
+
+
+def eval_batches(
+    prepared: Prepared, seq_len: int, batch_size: int, rows: slice | None = None, limit: int | None = None
+) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+    """Every held-out window once, in order: (tokens int32 [rows, T + 1], weights float32 [rows]) per batch.
+
+    `rows` selects this process's share of each batch of batch_size; all processes get equally many batches. The last
+    batch is filled up with rows of weight 0. At most `limit` batches.
+    """
+    windows = prepared.windows("eval", seq_len)
+    selected = np.arange(batch_size)[rows or slice(None)]
+    for first in range(0, len(windows), batch_size)[:limit]:
+        yield _padded(windows, first + selected)
+
+
+def _padded(windows: Windows, wanted: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    weights = (wanted < len(windows)).astype(np.float32)
+    return windows.read(np.minimum(wanted, len(windows) - 1)), weights

@@ -1,0 +1,58 @@
+"""`tiedjax data prepare SOURCE --out DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments that `run` reads."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="embedded | tfds:NAME[/CONFIG] | text:GLOB (.txt, .jsonl, each also .gz or .zst) | "
+        "tokens:GLOB (.npy, raw uint16 or uint32)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="new folder for the result; train on it with data.source prepared:DIR",
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096, help="token ids that may occur (default: %(default)s)")
+    parser.add_argument(
+        "--tokenizer",
+        default="bpe",
+        metavar="PATH",
+        help="bpe: train a byte-level BPE of --vocab-size entries; or a tokenizer.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--holdout", type=float, default=0.02, help="share of the documents kept for evaluation (default: %(default)s)"
+    )
+    parser.add_argument("--max-documents", type=int, help="read at most this many documents (default: all)")
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of the text in .jsonl lines and TFDS examples (default: %(default)s)",
+    )
+    parser.add_argument("--workers", type=int, help="threads that tokenize (default: one per core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares args.source into args.out, with progress on standard error; prints the folder's summary. UserError."""
+    from tiedjax.config import DataConfig
+    from tiedjax.data.prepare import prepare
+
+    data = DataConfig(
+        source=args.source,
+        tokenizer=args.tokenizer,
+        text_field=args.text_field,
+        max_documents=args.max_documents,
+        holdout=args.holdout,
+        workers=args.workers,
+    )
+    prepare(data, args.vocab_size, report=lambda line: print(line, file=sys.stderr, flush=True), out=args.out)
+    print(f"data.source: prepared:{args.out}")
+    return 0

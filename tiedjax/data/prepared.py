@@ -1,0 +1,220 @@
+"""What preparation leaves behind: token memmaps per split, their tokenizer and counts, and windows cut from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tiedjax.errors import UserError
+
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
+META = "meta.json"
+FORMAT = 1
+_CHUNK = 2**24  # tokens counted at a time
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens in a file; `file` is relative to the prepared folder where the tokens were written there."""
+
+    file: str
+    file_bytes: int  # its size when it was prepared
+    dtype: str
+    offset: int  # bytes before the file's first token
+    start: int  # first and
+    stop: int  # last + 1 token of this run
+    sha256: str  # of all tokens in the file
+
+    def tokens(self, directory: Path) -> npt.NDArray[Any]:
+        """The tokens [stop - start], mapped read-only."""
+        dtype = np.dtype(self.dtype)
+        offset = self.offset + self.start * dtype.itemsize
+        mapped = np.memmap(directory / self.file, dtype, "r", offset=offset, shape=(self.stop - self.start,))
+        return mapped.view(np.ndarray)  # slices of the subclass cost several times more
+
+
+class Windows:
+    """Every window of T + 1 tokens of one split, by number.
+
+    Neighbours share one token, the last target of one being the first input of the next, so that every token is
+    predicted once. No window spans two segments; fewer than T tokens at the end of each are left out.
+    """
+
+    def __init__(self, arrays: list[npt.NDArray[Any]], seq_len: int) -> None:
+        self.seq_len = seq_len
+        self._arrays = arrays
+        self._ends = np.cumsum([max(len(array) - 1, 0) // seq_len for array in arrays], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, indices: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Windows `indices` [N] as int32 [N, T + 1]; IndexError outside 0 .. len - 1."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"windows are 0 .. {len(self) - 1}, asked for {wanted.min()} .. {wanted.max()}")
+        rows = np.empty((len(wanted), self.seq_len + 1), np.int32)
+        segments = np.searchsorted(self._ends, wanted, side="right")
+        for row, index, segment in zip(rows, wanted.tolist(), segments.tolist(), strict=True):
+            first = int(self._ends[segment - 1]) if segment else 0
+            start = (index - first) * self.seq_len
+            row[:] = self._arrays[segment][start : start + self.seq_len + 1]
+        return rows
+
+    def counts(self, rows: int) -> npt.NDArray[np.int64]:
+        """How often each id 0 .. rows - 1 is an input and a target over all windows: int64 [2, rows]."""
+        counts = np.zeros((2, rows), np.int64)
+        for array in self._arrays:
+            covered = max(len(array) - 1, 0) // self.seq_len * self.seq_len
+            for role in (0, 1):  # inputs are the tokens 0 .. covered - 1, targets are one further
+                for start in range(role, covered + role, _CHUNK):
+                    tokens = array[start : min(start + _CHUNK, covered + role)]
+                    counts[role] += np.bincount(tokens.astype(np.int64, copy=False), minlength=rows)
+        return counts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token shards of a training and a held-out split; the files are mapped when they are first read."""
+
+    directory: Path
+    source: str
+    key: str  # sha256 of what the preparation was asked for
+    fingerprint: str  # sha256 of the tokens themselves, their split and their tokenizer: the same on every machine
+    vocab_size: int  # every id is below this
+    end_id: int | None  # the id after each document; None: not known
+    tokenizer_path: Path | None
+    tokenizer_hash: str | None
+    documents: dict[Split, int | None]  # None: not known
+    segments: dict[Split, tuple[Segment, ...]]
+
+    def num_tokens(self, split: Split) -> int:
+        """Tokens in a split."""
+        return sum(segment.stop - segment.start for segment in self.segments[split])
+
+    @functools.cached_property
+    def _arrays(self) -> dict[Split, list[npt.NDArray[Any]]]:
+        return {split: [segment.tokens(self.directory) for segment in self.segments[split]] for split in SPLITS}
+
+    def arrays(self, split: Split) -> list[npt.NDArray[Any]]:
+        """The token shards of a split, each a read-only memmap [N]."""
+        return self._arrays[split]
+
+    def windows(self, split: Split, seq_len: int) -> Windows:
+        """The windows of seq_len + 1 tokens of a split; UserError where there is not one."""
+        windows = Windows(self.arrays(split), seq_len)
+        if not len(windows):
+            more = "; raise data.holdout or give more text" if split == "eval" else "; give more text"
+            raise UserError(
+                f"data.source: {self.source}: too little text: the {self.num_tokens(split):,} {split} tokens hold no "
+                f"window of model.seq_len + 1 = {seq_len + 1}{more}"
+            )
+        return windows
+
+    def token_counts(self, seq_len: int, vocab_rows: int) -> npt.NDArray[np.int64]:
+        """How often each id is an input (row 0) and a target (row 1) over all training windows: int64 [2, vocab_rows].
+
+        Kept beside the shards after the first time, where that folder can be written.
+        """
+        self.check_vocabulary(vocab_rows)
+        path = self.directory / f"counts-{seq_len}.npy"
+        if path.exists():
+            counts = np.load(path)
+        else:
+            counts = self.windows("train", seq_len).counts(self.vocab_size)
+            if os.access(self.directory, os.W_OK):
+                scratch = path.with_name(f".{path.name}.{os.getpid()}")
+                with open(scratch, "wb") as file:
+                    np.save(file, counts)
+                os.replace(scratch, path)
+        return np.pad(counts, ((0, 0), (0, vocab_rows - self.vocab_size)))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """UserError where an id does not fit into vocab_size."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"model.vocab_size: {vocab_size} is less than the {self.vocab_size} token ids of {self.source} "
+                f"({self.directory})"
+            )
+
+
+def save_meta(
+    directory: Path,
+    *,
+    source: str,
+    key: str,
+    vocab_size: int,
+    end_id: int | None,
+    tokenizer: str | None,
+    documents: dict[Split, int | None],
+    segments: dict[Split, list[Segment]],
+) -> None:
+    """Writes tokenizer.json (`tokenizer` is its text) and meta.json, which makes a folder of shards a prepared one."""
+    tokenizer_hash = None if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest()
+    if tokenizer is not None:
+        (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
+    meta = {
+        "format": FORMAT,
+        "source": source,
+        "key": key,
+        "fingerprint": sha256_of([FORMAT, runs, end_id, tokenizer_hash]),
+        "vocab_size": vocab_size,
+        "end_id": end_id,
+        "tokenizer_hash": tokenizer_hash,
+        "documents": documents,
+        "segments": {split: [dataclasses.asdict(segment) for segment in segments[split]] for split in SPLITS},
+    }
+    (directory / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+
+
+def load_prepared(directory: str | Path) -> Prepared:
+    """The finished preparation in a folder; UserError where there is none, or where its files have changed size."""
+    directory = Path(directory).expanduser().resolve()
+    try:
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{directory}: holds no prepared data; make some with: tiedjax data prepare") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / META}: cannot be read: {error}") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{directory}: was prepared by another version of tiedjax; prepare it again")
+    segments = {split: tuple(Segment(**segment) for segment in meta["segments"][split]) for split in SPLITS}
+    for segment in (*segments["train"], *segments["eval"]):
+        _check_size(directory / segment.file, segment.file_bytes)
+    tokenizer = directory / "tokenizer.json" if meta["tokenizer_hash"] else None
+    if tokenizer:
+        text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else ""
+        if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_hash"]:
+            raise UserError(f"{tokenizer}: is not the tokenizer that the tokens beside it were made with")
+    return Prepared(
+        directory=directory,
+        tokenizer_path=tokenizer,
+        segments=segments,
+        **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id")},
+        **{name: meta[name] for name in ("tokenizer_hash", "documents")},
+    )
+
+
+def sha256_of(tree: Any) -> str:
+    """sha256 of plain JSON, in hex."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _check_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: prepared tokens cannot be read: {error.strerror}; prepare them again") from None
+    if size != expected:
+        raise UserError(f"{path}: has {size:,} bytes, {expected:,} when it was prepared; prepare it again")

@@ -1,0 +1,131 @@
+"""Token files that others have published: read where they are, never copied.
+
+`.npy` files with NumPy's header say what they hold. Everything else, also what OLMo publishes under the name .npy, is
+taken as raw little-endian ids: uint16 or uint32 where the ending is .u16/.uint16 or .u32/.uint32, else uint16 when
+model.vocab_size is at most 65,536 and uint32 otherwise.
+
+The last `holdout` share of each file is held out. Where the tokenizer, and so the end marker, is known the cut lies
+behind one, so that no document is in both splits; a file that holds a single document is then all for training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiedjax.data.prepared import Segment, Split
+from tiedjax.data.progress import Progress
+from tiedjax.errors import UserError
+
+_ENDINGS = {".u16": "<u2", ".uint16": "<u2", ".u32": "<u4", ".uint32": "<u4"}
+_MAGIC = b"\x93NUMPY"
+_CHUNK = 2**22  # tokens looked at at a time
+_PEEK = 2**16  # tokens that the guess of a raw file's type is checked on
+
+
+@dataclass(frozen=True)
+class TokenFiles:
+    """What a scan of token files found: the runs of each split, and how many documents they hold (None: not known)."""
+
+    segments: dict[Split, list[Segment]]
+    documents: dict[Split, int | None]
+
+
+def scan(
+    files: list[Path],
+    vocab_size: int,
+    end_id: int | None,
+    holdout: float,
+    workers: int,
+    report: Callable[[str], None],
+) -> TokenFiles:
+    """Checks every id of every file against vocab_size, hashes them, and cuts each file into its two splits."""
+    progress = Progress(f"read {len(files):,} token files", report)
+    segments: dict[Split, list[Segment]] = {"train": [], "eval": []}
+    ends: dict[Split, int] = {"train": 0, "eval": 0}
+    with ThreadPoolExecutor(workers) as pool:  # hashing and comparing release the GIL
+        for whole in pool.map(lambda path: _checked(_describe(path, vocab_size), vocab_size), files):
+            tokens = whole.tokens(Path())
+            cut = _cut(tokens, holdout, end_id)
+            parts: list[tuple[Split, int, int]] = [("train", 0, cut), ("eval", cut, whole.stop)]
+            for split, start, stop in parts:
+                if start < stop:
+                    segments[split].append(replace(whole, start=start, stop=stop))
+                    ends[split] += 0 if end_id is None else _count(tokens[start:stop], end_id)
+            progress.add(0, whole.stop)
+    progress.done()
+    return TokenFiles(segments, {split: None if end_id is None else ends[split] for split in segments})
+
+
+def _describe(path: Path, vocab_size: int) -> Segment:
+    """All tokens of one file, not yet hashed."""
+    try:
+        with open(path, "rb") as file:
+            has_header = file.read(len(_MAGIC)) == _MAGIC
+        size = path.stat().st_size
+        if has_header:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}; tokens are one row of integers")
+            dtype, offset, count = array.dtype, array.offset, len(array)
+        else:
+            dtype = np.dtype(_ENDINGS.get(path.suffix.lower(), "<u2" if vocab_size <= 2**16 else "<u4"))
+            offset, (count, rest) = 0, divmod(size, dtype.itemsize)
+            if rest:
+                raise UserError(f"{path}: {size:,} bytes are no whole number of raw {dtype.name} tokens")
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as tokens: {error}") from None
+    if not count:
+        raise UserError(f"{path}: holds no tokens")
+    whole = Segment(str(path), size, dtype.str, offset, 0, count, "")
+    start = whole.tokens(Path())[: min(count, _PEEK)]
+    if not has_header and dtype.itemsize == 2 and count >= 16 and not start[1::2].any():
+        raise UserError(f"{path}: every second uint16 is 0, so these are uint32 tokens; name the file .u32 or .uint32")
+    return whole
+
+
+def _checked(whole: Segment, vocab_size: int) -> Segment:
+    tokens = whole.tokens(Path())
+    digest = hashlib.sha256()
+    for start in range(0, len(tokens), _CHUNK):
+        part = tokens[start : start + _CHUNK]
+        least, most = int(part.min()), int(part.max())
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            raise UserError(
+                f"{whole.file}: token id {wrong} does not fit model.vocab_size {vocab_size} "
+                f"(read as {tokens.dtype.name}; ids are 0 .. {vocab_size - 1})"
+            )
+        digest.update(np.ascontiguousarray(part).data)
+    return replace(whole, sha256=digest.hexdigest())
+
+
+def _cut(tokens: npt.NDArray[Any], holdout: float, end_id: int | None) -> int:
+    """Where the held-out part of a file starts."""
+    cut = min(max(round(len(tokens) * (1 - holdout)), 1), len(tokens))
+    if end_id is None:
+        return cut
+    for start in range(cut - 1, len(tokens) - 1, _CHUNK):  # the next document after the cut, or the one around it
+        found = np.flatnonzero(tokens[start : min(start + _CHUNK, len(tokens) - 1)] == end_id)
+        if len(found):
+            return start + int(found[0]) + 1
+    for stop in range(cut, 0, -_CHUNK):
+        start = max(stop - _CHUNK, 0)
+        found = np.flatnonzero(tokens[start:stop] == end_id)
+        if len(found) and start + found[-1] + 1 < len(tokens):
+            return start + int(found[-1]) + 1
+    return len(tokens)
+
+
+def _count(tokens: npt.NDArray[Any], end_id: int) -> int:
+    parts = range(0, len(tokens), _CHUNK)
+    return sum(int(np.count_nonzero(tokens[start : start + _CHUNK] == end_id)) for start in parts)

@@ -1,0 +1,147 @@
+"""Byte-level BPE: trained here, or read from an existing tokenizer.json. The only file that knows `tokenizers`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiedjax.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_MARKER = "<|endoftext|>"
+_OTHER_END_MARKERS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_SMALLEST = 257  # 256 bytes and the end marker
+_CHUNK_CHARACTERS = 2**18  # text that a worker tokenizes at a time
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size entries (fewer where the text has no more pairs); the same every time.
+
+    Every byte is an entry, so any text round-trips; id 0 is END_MARKER. UserError where vocab_size is under 257.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < _SMALLEST:
+        raise UserError(f"model.vocab_size: a byte-level BPE needs at least {_SMALLEST}, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_MARKER],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return parse_tokenizer(tokenizer.to_str(), "the trained tokenizer")
+
+
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json holds, set to encode whole documents and to trust nothing in them."""
+    from tokenizers import Tokenizer
+
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not a tokenizer.json: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise UserError(f"{where}: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)")
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # text that spells the end marker must not end its document
+    return tokenizer
+
+
+def read_tokenizer_json(path: str | Path) -> str:
+    """The text of a tokenizer.json; UserError where there is none."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"data.tokenizer: {path}: cannot be read: {reason}; give 'bpe' or the path of a tokenizer.json"
+        ) from None
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json; UserError where there is none."""
+    return parse_tokenizer(read_tokenizer_json(path), str(path))
+
+
+def end_id(tokenizer: Tokenizer, where: str) -> int:
+    """The id that ends a document; UserError where the tokenizer has none that is known."""
+    for marker in (END_MARKER, *_OTHER_END_MARKERS):
+        found = tokenizer.token_to_id(marker)
+        if found is not None:
+            return found
+    raise UserError(f"{where}: the tokenizer has no end marker; it needs one of {END_MARKER}, {_OTHER_END_MARKERS}")
+
+
+def id_bound(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: the rows a table needs (ids may have gaps, so not the number of entries)."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def tokenizer_hash(text: str) -> str:
+    """sha256 of a tokenizer.json's text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer: Tokenizer, end: int, dtype: np.dtype, workers: int
+) -> Iterator[npt.NDArray[Any]]:
+    """The ids of every document with `end` after them, in order, tokenized by `workers` threads."""
+
+    def encode(texts: list[str]) -> list[npt.NDArray[Any]]:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, end], dtype) for encoding in encodings]
+
+    waiting: deque[Future[list[npt.NDArray[Any]]]] = deque()
+    with _one_thread_per_call(), ThreadPoolExecutor(workers) as pool:  # the tokenizer releases the GIL
+        for texts in _chunks(documents):
+            waiting.append(pool.submit(encode, texts))
+            if len(waiting) > 2 * workers:  # bounds memory
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in documents:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@contextlib.contextmanager
+def _one_thread_per_call() -> Iterator[None]:
+    """Keeps `tokenizers` from starting threads of its own in each of our workers."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
