@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -35,9 +36,8 @@ def launch(script: str, *args: str | Path, devices: int = 1, path: Path | None =
     )
 
 
-def until(holds: object, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     """Waits until `holds()`, while the process lives."""
-    assert callable(holds)
     end = time.monotonic() + seconds
     while not holds():
         if process.poll() is not None or time.monotonic() > end:
@@ -93,20 +93,17 @@ def rows_so_far(run: Path) -> list[str]:
 
 
 def stand_in(folder: Path, body: str) -> Path:
-    """A folder with a `tiedjax` that notes its pid in pid-I, I being its --process-id (its last argument)."""
+    """A folder with a `tiedjax`; its `note` writes its pid to pid-I, I being its --process-id (its last argument)."""
     program = folder / "bin" / "tiedjax"
     program.parent.mkdir()
-    program.write_text(f'#!/usr/bin/env bash\nfor last; do :; done\necho $$ > "{folder}/pid-$last"\n{body}\n')
+    note = f'for last; do :; done\nnote() {{ echo $$ > "{folder}/pid-$last"; }}'
+    program.write_text(f"#!/usr/bin/env bash\n{note}\n{body}\n")
     program.chmod(0o755)
     return program.parent
 
 
-def pids(folder: Path, number: int) -> list[int]:
-    return [int(text) for i in range(number) if (text := (folder / f"pid-{i}").read_text().strip())]
-
-
-def started(folder: Path, number: int) -> bool:
-    return all((folder / f"pid-{i}").exists() for i in range(number)) and len(pids(folder, number)) == number
+def pids(folder: Path) -> list[int]:
+    return [int(text) for path in folder.glob("pid-*") if (text := path.read_text().strip())]
 
 
 def alive(pid: int) -> bool:
@@ -118,21 +115,21 @@ def alive(pid: int) -> bool:
 
 
 def test_the_first_failure_ends_the_others_and_is_passed_on(tmp_path: Path) -> None:
-    waits = "sleep 600 & child=$!; trap 'kill $child; exit 143' TERM; wait"
-    folder = stand_in(tmp_path, f'if ((last == 1)); then echo broken >&2; sleep 0.5; exit 7; fi\n{waits}')
+    fails = f"until [[ -s {tmp_path}/pid-0 && -s {tmp_path}/pid-2 ]]; do sleep 0.05; done; echo broken >&2; exit 7"
+    waits = "sleep 600 & child=$!; trap 'kill $child; exit 143' TERM; note; wait"
+    folder = stand_in(tmp_path, f"if ((last == 1)); then note; {fails}; fi\n{waits}")
     process = launch("local.sh", 3, "config.yaml", path=folder)
     _, stderr = finish(process, seconds=60, status=7)
     assert "[1] broken" in stderr
-    assert not any(alive(pid) for pid in pids(tmp_path, 3))
+    assert not any(alive(pid) for pid in pids(tmp_path))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Signals) -> None:
     """As a terminal does it: Ctrl-C goes to the whole process group; SIGTERM to the launcher alone."""
-    body = "trap 'echo asked; kill $child; exit 143' TERM\nsleep 600 & child=$!\necho ready\nwait"
+    body = "sleep 600 & child=$!\ntrap 'echo asked; kill $child; exit 143' TERM\necho ready; note\nwait"
     process = launch("local.sh", 2, "config.yaml", path=stand_in(tmp_path, body))
-    until(lambda: started(tmp_path, 2), process)
-    time.sleep(0.3)  # the traps are set just after the pids are noted
+    until(lambda: len(pids(tmp_path)) == 2, process)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
@@ -140,7 +137,7 @@ def test_a_signal_reaches_every_process_once(tmp_path: Path, number: signal.Sign
     stdout, stderr = finish(process, seconds=60, status=143)
     assert stdout.splitlines() == ["ready", "asked"]
     assert stderr.splitlines() == ["[1] ready", "[1] asked"]
-    assert not any(alive(pid) for pid in pids(tmp_path, 2))
+    assert not any(alive(pid) for pid in pids(tmp_path))
 
 
 def test_local_runs_what_its_dry_run_prints(tmp_path: Path) -> None:

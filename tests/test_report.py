@@ -111,6 +111,9 @@ def test_the_numbers_of_the_results_are_in_the_page(results, page):
             assert f"<td>{words.number(cell['floor']['mean'])}</td>" in page
     assert "0.669" in page  # the paper's, beside ours
     assert "tying.input_grad_scale" in page
+    for row in words.paper_others(results):
+        assert row["ours"] in page
+    assert len(words.paper_others(results)) == 4
 
 
 def test_it_is_drawn_from_a_single_run(tmp_path):

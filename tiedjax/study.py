@@ -101,7 +101,7 @@ def draw_report(out: Path) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
     write_report(results, out)
-    return f"{results['answer']}\nreport: {out / 'report.html'}"
+    return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
 
 
 def _analyse(plan: Plan, out: Path, seconds: float) -> None:
@@ -109,7 +109,7 @@ def _analyse(plan: Plan, out: Path, seconds: float) -> None:
 
     runs = {key: load_run(out / "runs" / f"{key[0]}-{key[1]}") for key in plan.runs}
     environment = environment_now() | {"study_seconds": seconds}
-    results = summarize(plan.study, runs) | {"name": plan.name, "environment": environment}
+    results = summarize(plan.study, runs, environment=environment) | {"name": plan.name}
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
 
 

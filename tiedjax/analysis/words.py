@@ -205,6 +205,39 @@ def paper_shares(results: Results) -> list[dict[str, str]]:
     return rows
 
 
+def paper_others(results: Results) -> list[dict[str, str]]:
+    """Input-gradient scaling and evolution: what was measured, the paper's value, ours."""
+    head, arms = results["headline"], results["arms"]
+    rows = []
+    for arm, summary in arms.items():
+        scale = summary["differs_from_reference"].get("tying.input_grad_scale", (None, None))[1]
+        if scale in published.SCALING and scale != 1 and arm in results["changes"]:
+            for role, theirs in published.SCALING[scale].items():
+                ours = [
+                    arms[a]["alignment"]["shared"][f"vs_{role}"]["orthogonal"]["score"]["mean"]
+                    for a in (head["arm"], arm)
+                ]
+                rows.append(
+                    {
+                        "what": f"orthogonal score with {head['reference']} {role}, input gradients ×1 → ×{scale:g}",
+                        "paper": f"{number(published.SCALING[1][role])} → {number(theirs)}",
+                        "ours": f"{number(ours[0])} → {number(ours[1])}",
+                    }
+                )
+    for role, theirs in published.EVOLUTION.items():
+        ends = [e for e in results["evolution"] if e["arm"] == head["reference"] and e["role"] == role]
+        if ends:
+            mean = sum(e["to_start"][-1] for e in ends) / len(ends)
+            rows.append(
+                {
+                    "what": f"cosine of {head['reference']} {role} rows to step 0",
+                    "paper": f"{number(theirs)} at step {published.EVOLUTION_STEP:,}",
+                    "ours": f"{number(mean)} at step {ends[0]['steps'][-1]:,}",
+                }
+            )
+    return rows
+
+
 def duration(seconds: float | None) -> str:
     """Seconds as a person reads them."""
     if seconds is None:

@@ -1,0 +1,262 @@
+"""Every option has one default, one meaning and one line for whoever gets it wrong; every config file works."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+from programs import REPOSITORY
+
+from tiedjax import config, lm, study
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields, load_run_config, read_yaml, structure, to_yaml
+from tiedjax.errors import UserError
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
+SECTIONS = [cls for cls in vars(config).values() if dataclasses.is_dataclass(cls) and issubclass(cls, config._Checked)]
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def complaint(path: Path, overrides: dict[str, str] | None = None) -> str:
+    """The one line with which a config is refused."""
+    with pytest.raises(UserError) as caught:
+        load_run_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- The files in configs/ ----
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path) -> None:
+    cfg = load_run_config(path)
+    assert load_run_config(written(tmp_path, to_yaml(cfg))) == cfg
+    assert parameters(cfg) > 0
+    command = f"tiedjax train configs/{path.name}"
+    assert command in path.read_text(), "the header must say how the file is used"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path) -> None:
+    plan = study.load_study(path)
+    assert structure(StudyConfig, read_yaml(written(tmp_path, to_yaml(plan.study))), "again") == plan.study
+    assert len(plan.runs) == len(plan.study.arms) * len(plan.study.seeds)
+    for (_, seed), cfg in plan.runs.items():
+        assert cfg.train.seed == seed
+        assert parameters(cfg) > 0
+    assert f"configs/studies/{path.name}" in path.read_text(), "the header must say how the file is used"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_arms_of_a_study_are_twins(path: Path) -> None:
+    """They differ in what the study file lists and in nothing else: never in data, schedule or body."""
+    plan = study.load_study(path)
+    for seed in plan.study.seeds:
+        arms = [cfg for (_, s), cfg in plan.runs.items() if s == seed]
+        for name in ("model", "data", "optimizer", "train"):
+            assert len({getattr(cfg, name) for cfg in arms}) == 1, name
+
+
+def parameters(cfg: RunConfig) -> int:
+    """Their number, from shapes alone."""
+    shapes = nn.unbox(jax.eval_shape(lambda: lm.init_params(cfg, jax.random.key(0))))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("olmo_60m", 57.1), ("olmo_300m", 320.0), ("olmo_1b", 1176.8), ("olmo_7b", 6682.4)]
+)
+def test_the_model_sizes_are_those_of_olmo(name: str, millions: float) -> None:
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    tied, untied = (parameters(load_run_config(path, {"tying.scheme": s})) for s in ("tied", "untied"))
+    assert tied / 1e6 == pytest.approx(millions, abs=0.05)
+    cfg = load_run_config(path)
+    assert cfg.model.vocab_size == 50280
+    assert cfg.model.table_rows == 50304
+    assert untied - tied == 50304 * cfg.model.d_model
+
+
+# ---- Defaults and fields ----
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load_run_config(written(tmp_path, "")) == RunConfig()
+    defaults = {f.key: f.default for f in leaf_fields(RunConfig)}
+    for key, default in defaults.items():
+        section, name = key.split(".")
+        assert getattr(getattr(RunConfig(), section), name) == default
+
+
+def test_every_field_is_frozen_and_explained() -> None:
+    for cls in SECTIONS:
+        assert cls.__dataclass_params__.frozen, cls  # type: ignore[attr-defined]
+    for cls in (RunConfig, StudyConfig):
+        for f in leaf_fields(cls):
+            assert f.meaning, f.key
+
+
+def test_every_field_is_read_by_some_code() -> None:
+    """An option that nothing reads is a lie; a read is an attribute of that name outside config.py."""
+    read = set()
+    for path in (REPOSITORY / "tiedjax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        inside = path.name == "config.py"
+        for node in ast.walk(tree):
+            # In config.py only what a property returns counts, such as the rows of a table; checks do not.
+            if inside and not is_property(node):
+                continue
+            for each in ast.walk(node) if inside else [node]:
+                if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Load):
+                    read.add(each.attr)
+    names = {f.name for cls in SECTIONS for f in dataclasses.fields(cls)}
+    assert names - read == set()
+
+
+def is_property(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(d, ast.Name) and d.id == "property" for d in node.decorator_list
+    )
+
+
+def test_no_default_is_written_twice() -> None:
+    """No code gives a config field a second default through getattr or get."""
+    for path in (REPOSITORY / "tiedjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr":
+                names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+                fields = {f.name for cls in SECTIONS for f in dataclasses.fields(cls)}
+                assert not (len(node.args) == 3 and names and names[0] in fields), f"{path}: line {node.lineno}"
+
+
+# ---- YAML ----
+
+
+def test_yaml_reads_as_people_write_it(tmp_path: Path) -> None:
+    text = "optimizer:\n  learning_rate: 1e-3\n  clip_norm: null\ndata:\n  text_field: no\n  source: 'text:*.txt'\n"
+    cfg = load_run_config(written(tmp_path, text))
+    assert cfg.optimizer.learning_rate == 0.001
+    assert cfg.optimizer.clip_norm is None
+    assert cfg.data.text_field == "no"
+    overridden = load_run_config(
+        written(tmp_path, text), {"optimizer.learning_rate": "2E-4", "model.qk_norm": "true", "data.text_field": "on"}
+    )
+    assert overridden.optimizer.learning_rate == 0.0002
+    assert overridden.model.qk_norm is True
+    assert overridden.data.text_field == "on"
+    assert overridden.optimizer.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train:\n  steps: 3\ntrain:\n  seed: 1\n", "train"),
+        ("train:\n  steps: 3\n  steps: 4\n", "steps"),
+        ("train: [1, 2\n", "line"),
+        ("- 1\n- 2\n", "mapping"),
+        ("train: 3\n", "train"),
+        ("train:\n  steps: 2026-01-01\n", "config.yaml"),
+        ("train:\n  steps: .inf\n", "config.yaml"),
+        ("optimizer:\n  learning_rate: .nan\n", "learning_rate"),
+        ("data:\n  source: !!python/object/apply:os.system ['true']\n", "config.yaml"),
+        ("\x00", "config.yaml"),
+    ],
+)
+def test_what_is_not_a_config_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    line = complaint(written(tmp_path, text))
+    assert says in line
+    assert "config.yaml" in line
+
+
+def test_unreadable_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    assert "no such file" in complaint(tmp_path / "missing.yaml")
+    assert "cannot be read" in complaint(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in complaint(binary)
+
+
+# ---- Wrong values ----
+
+
+def wrong_values() -> Iterator[tuple[dict[str, str], str]]:
+    yield {"train.stesp": "3"}, "train.stesp"
+    yield {"train.steps": "many"}, "train.steps"
+    yield {"train.steps": "3.5"}, "train.steps"
+    yield {"train.steps": "true"}, "train.steps"
+    yield {"train.steps": "null"}, "train.steps"
+    yield {"train.steps": "0"}, "train.steps"
+    yield {"model.qk_norm": "1"}, "model.qk_norm"
+    yield {"data.source": "3"}, "data.source"
+    yield {"model.norm": "batchnorm"}, "model.norm"
+    yield {"tying.scheme": "tie"}, "tying.scheme"
+    yield {"tying.input_grad_scale": "-1"}, "tying.input_grad_scale"
+    yield {"optimizer.b2": "1"}, "optimizer.b2"
+    yield {"optimizer.learning_rate": ".inf"}, "learning_rate"
+    yield {"data.holdout": "1"}, "data.holdout"
+    yield {"mesh.data": "0"}, "mesh.data"
+    # combinations
+    yield {"model.heads": "3"}, "heads"
+    yield {"model.kv_heads": "3"}, "kv_heads"
+    yield {"model.heads": "128", "model.d_model": "128"}, "heads"
+    yield {"data.microbatches": "3"}, "microbatches"
+    yield {"mesh.tensor": "3"}, "mesh.tensor"
+    yield {"mesh.fsdp": "3"}, "mesh.fsdp"
+    yield {"mesh.data": "3"}, "mesh"
+    yield {"optimizer.warmup_steps": "50", "train.steps": "40"}, "optimizer.warmup_steps"
+
+
+@pytest.mark.parametrize(("overrides", "key"), wrong_values(), ids=lambda value: str(value))
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(
+    tmp_path: Path, overrides: dict[str, str], key: str
+) -> None:
+    line = complaint(written(tmp_path, ""), overrides)
+    assert key in line
+    for value in list(overrides.values())[:1]:
+        if value not in ("null", "true", ".inf") and "stesp" not in key:
+            assert value in line, "it says what was given"
+
+
+def test_a_misspelt_name_gets_the_nearest_one(tmp_path: Path) -> None:
+    assert "did you mean 'train.steps'?" in complaint(written(tmp_path, "train:\n  stesp: 3\n"))
+    assert "did you mean 'tied'?" in complaint(written(tmp_path, "tying:\n  scheme: tyed\n"))
+    line = complaint(written(tmp_path, "model:\n  norm: layer_norm\n"))
+    for allowed in ("nonparametric_layernorm", "layernorm", "rmsnorm"):
+        assert f"'{allowed}'" in line
+
+
+def test_an_error_of_the_file_is_not_blamed_on_the_overrides(tmp_path: Path) -> None:
+    path = written(tmp_path, "train:\n  steps: -1\n")
+    assert complaint(path, {"train.seed": "1"}).startswith(f"{path}: train.steps")
+    assert complaint(written(tmp_path, ""), {"train.seed": "-1"}).startswith("overrides: train.seed")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"reference": "none"}, "reference: no arm is named 'none'"),
+        ({"arms": {"a b": {}, "untied": {}, "tied": {}}}, "'a b' cannot name a folder"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'?"),
+    ],
+)
+def test_a_wrong_study_is_refused(changes: dict[str, Any], says: str) -> None:
+    tree = {"base": "x.yaml", "arms": {"untied": {}, "tied": {}}, **changes}
+    with pytest.raises(UserError) as caught:
+        structure(StudyConfig, tree, "study.yaml")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
