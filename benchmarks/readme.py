@@ -1,7 +1,7 @@
 """Writes the quick study's block of README.md from a finished study: no number in it is typed by hand.
 
-    python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
-    python benchmarks/readme.py                                                           # again, from what was saved
+python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
+python benchmarks/readme.py                                                           # again, from what was saved
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains one run with N processes of this machine as one cluster.
+# Trains one run, or every run of a study, with N processes of this machine as one cluster.
 #
-#   launch/local.sh [--dry-run] N CONFIG [ARGS...]      ARGS: as for `tiedjax train`
+#   launch/local.sh [--dry-run] N [study] CONFIG [ARGS...]      ARGS: as for `tiedjax train` or `tiedjax study`
 #
 # Process 0 prints as usual, the others to standard error with their number in front. The first process that fails ends
 # the others, and its exit status is passed on. SIGTERM or Ctrl-C asks all of them to stop after the same step, with a
@@ -11,7 +11,7 @@ set -euo pipefail
 readonly PATIENCE=60 # seconds between asking a process to stop and killing it
 
 usage_error() {
-  echo "launch/local.sh: $1; usage: launch/local.sh [--dry-run] N CONFIG [ARGS...]" >&2
+  echo "launch/local.sh: $1; usage: launch/local.sh [--dry-run] N [study] CONFIG [ARGS...]" >&2
   exit 2
 }
 
@@ -22,7 +22,10 @@ for argument in "$@"; do
 done
 ((${#arguments[@]} >= 2)) || usage_error "N and CONFIG are missing"
 processes=${arguments[0]}
+arguments=("${arguments[@]:1}")
 [[ $processes =~ ^[1-9][0-9]{0,3}$ ]] || usage_error "N must be a number of processes, got '$processes'"
+[[ ${arguments[0]} == study ]] || arguments=(train "${arguments[@]}")
+((${#arguments[@]} >= 2)) || usage_error "CONFIG is missing"
 
 # A port that nobody listens on, below those that the system hands out by itself.
 port=
@@ -43,7 +46,7 @@ request_stop() { # asks all processes to stop; asked again, kills them
 }
 
 for ((i = 0; i < processes; i++)); do
-  command=(tiedjax train "${arguments[@]:1}"
+  command=(tiedjax "${arguments[@]}"
     --coordinator "127.0.0.1:$port" --processes "$processes" --process-id "$i")
   if [[ $dry_run ]]; then
     printf '%q ' "${command[@]}"

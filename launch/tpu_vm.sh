@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs this checkout on every worker of a Cloud TPU VM slice and trains one run there.
+# Installs this checkout on every worker of a Cloud TPU VM slice and trains one run, or a study, there.
 #
-#   launch/tpu_vm.sh [--dry-run] NAME ZONE CONFIG [ARGS...]     ARGS: as for `tiedjax train`
+#   launch/tpu_vm.sh [--dry-run] NAME ZONE [study] CONFIG [ARGS...]     ARGS: as for `tiedjax train` or `tiedjax study`
 #
 # CONFIG is relative to the root of the checkout; what is committed (HEAD) is what runs. --out must be on a disk that
 # all workers mount. The workers need Python 3.11 or newer; PYTHON names it there (default: python3). The same command
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 usage_error() {
-  echo "launch/tpu_vm.sh: $1; usage: launch/tpu_vm.sh [--dry-run] NAME ZONE CONFIG [ARGS...]" >&2
+  echo "launch/tpu_vm.sh: $1; usage: launch/tpu_vm.sh [--dry-run] NAME ZONE [study] CONFIG [ARGS...]" >&2
   exit 2
 }
 
@@ -20,6 +20,9 @@ for argument in "$@"; do
 done
 ((${#arguments[@]} >= 3)) || usage_error "NAME, ZONE and CONFIG are needed"
 name=${arguments[0]} zone=${arguments[1]}
+arguments=("${arguments[@]:2}")
+[[ ${arguments[0]} == study ]] || arguments=(train "${arguments[@]}")
+((${#arguments[@]} >= 2)) || usage_error "CONFIG is missing"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 run() { # prints a command, and runs it unless this is a dry run
@@ -53,5 +56,5 @@ run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command
   quote .venv/bin/pip install --quiet '.[tpu]'
 )"
 run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="cd tiedjax && $(
-  quote .venv/bin/tiedjax train "${arguments[@]:2}"
+  quote .venv/bin/tiedjax "${arguments[@]}"
 )"

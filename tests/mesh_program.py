@@ -51,7 +51,7 @@ def largest_difference(cfg: RunConfig, shape: tuple[int, int, int]) -> float:
 if __name__ == "__main__":
     results = {}
     for scheme in tying.SCHEMES:
-        cfg = small_config(scheme, vocab_size=32)
+        cfg = small_config(scheme, layers=1)
         for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
             results[f"{scheme} {shape}"] = largest_difference(cfg, shape)
         cut = dataclasses.replace(cfg, data=DataConfig(batch_size=8, microbatches=2))

@@ -1,4 +1,4 @@
-"""Running the real thing in a process of its own: fake devices are chosen before JAX starts, and signals need a target."""
+"""Running the real thing in a process of its own: devices are chosen before JAX starts, signals need a target."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_round_trip_keeps_every_bit_on_the_device_and_as_numpy(saved: Path) -> None:
-    checkpoints = Checkpoints(saved, read_only=True)
+    checkpoints = Checkpoints(saved, create=False)
     assert checkpoints.steps() == [3, 5]
     assert checkpoints.about(3)["note"] == 3
     for on_device, kind in ((True, jax.Array), (False, np.ndarray)):
@@ -61,7 +61,7 @@ def test_a_round_trip_keeps_every_bit_on_the_device_and_as_numpy(saved: Path) ->
 
 
 def test_a_part_can_be_restored_and_what_was_not_saved_cannot(saved: Path) -> None:
-    checkpoints = Checkpoints(saved, read_only=True)
+    checkpoints = Checkpoints(saved, create=False)
     part = checkpoints.restore(3, {"a": {"kernel": shapes(some_tree())["a"]["kernel"]}})
     assert jax.tree.structure(part) == jax.tree.structure({"a": {"kernel": 0}})
     np.testing.assert_array_equal(part["a"]["kernel"], some_tree(3)["a"]["kernel"])
@@ -74,13 +74,11 @@ def test_a_part_can_be_restored_and_what_was_not_saved_cannot(saved: Path) -> No
     ("shape", "dtype"),
     [((10, 6), "float32"), ((6, 9), "float32"), ((7, 10), "float32"), ((6, 10), "bfloat16"), ((6, 10), "int32")],
 )
-def test_another_shape_or_dtype_is_refused(
-    saved: Path, shape: tuple[int, ...], dtype: str, on_device: bool
-) -> None:
+def test_another_shape_or_dtype_is_refused(saved: Path, shape: tuple[int, ...], dtype: str, on_device: bool) -> None:
     """Orbax alone would cut, pad or cast without a word."""
     wrong = shapes({"a": {"kernel": jnp.zeros(shape, dtype)}}, on_device=on_device)
     with pytest.raises(UserError) as caught:
-        Checkpoints(saved, read_only=True).restore(3, wrong)
+        Checkpoints(saved, create=False).restore(3, wrong)
     assert "\n" not in str(caught.value)
 
 
@@ -134,7 +132,7 @@ def test_values_that_changed_on_disk_are_noticed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "3" / "tree")
     shutil.copytree(tmp_path / "5" / "tree", tmp_path / "3" / "tree")
     with pytest.raises(UserError, match=r"3: is damaged: 'a/kernel' is not what was saved"):
-        Checkpoints(tmp_path, read_only=True).restore(3, shapes(some_tree()))
+        Checkpoints(tmp_path, create=False).restore(3, shapes(some_tree()))
 
 
 def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) ->
     whole = data.read_bytes()
     rng = np.random.default_rng(0)
     expected = tiedjax.load_run(finished).params()
-    refused = 0
+    complaints = []
     for place in rng.integers(0, len(whole), 12):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << int(rng.integers(8))
@@ -152,11 +150,11 @@ def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) ->
         try:
             params = tiedjax.load_run(run).params()
         except UserError as error:
-            assert "\n" not in str(error)
-            refused += 1
+            complaints.append(str(error))
         else:  # the bit belonged to the optimizer state, which was not asked for
             jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert refused >= 1
+    assert complaints
+    assert not [each for each in complaints if "\n" in each]
 
 
 KILLED_WHILE_SAVING = """
@@ -179,13 +177,14 @@ def test_an_unfinished_save_is_invisible_and_can_be_done_again(tmp_path: Path) -
     """A process is killed at the moment in which the save of step 2 would become visible."""
     finish(start(["-c", KILLED_WHILE_SAVING, tmp_path / "saves"]), status=-signal.SIGKILL)
     assert len(list((tmp_path / "saves").iterdir())) == 2  # the scratch of step 2 was left behind
-    assert Checkpoints(tmp_path / "saves", read_only=True).steps() == [1]
+    assert Checkpoints(tmp_path / "saves", create=False).steps() == [1]
+    assert len(list((tmp_path / "saves").iterdir())) == 2  # and a reader leaves alone what another may be writing
     checkpoints = Checkpoints(tmp_path / "saves")
     assert checkpoints.steps() == [1]
     checkpoints.save(2, {"x": jnp.arange(4.0) + 2}, {})
     checkpoints.close()
     assert sorted(os.listdir(tmp_path / "saves")) == ["1", "2"]
-    restored = Checkpoints(tmp_path / "saves", read_only=True).restore(2, {"x": jax.ShapeDtypeStruct((4,), "float32")})
+    restored = Checkpoints(tmp_path / "saves", create=False).restore(2, {"x": jax.ShapeDtypeStruct((4,), "float32")})
     np.testing.assert_array_equal(restored["x"], [2, 3, 4, 5])
 
 
@@ -198,7 +197,7 @@ def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> 
     assert checkpoints.steps() == [2]
     checkpoints.save(3, {"x": jnp.full(3, 30)}, {})
     checkpoints.close()
-    restored = Checkpoints(tmp_path, read_only=True).restore(3, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
+    restored = Checkpoints(tmp_path, create=False).restore(3, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
     np.testing.assert_array_equal(restored["x"], [30, 30, 30])
 
 
@@ -209,7 +208,7 @@ def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="1"):
         checkpoints.save(1, {"x": jnp.ones(3)}, {})
     checkpoints.close()
-    restored = Checkpoints(tmp_path, read_only=True).restore(1, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    restored = Checkpoints(tmp_path, create=False).restore(1, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
     np.testing.assert_array_equal(restored["x"], np.zeros(3))
 
 

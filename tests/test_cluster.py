@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,12 +21,22 @@ from runs import STEPS, arguments, assert_same_run, rows
 import tiedjax
 
 LAUNCH = REPOSITORY / "launch"
+STARTED: list[subprocess.Popen[str]] = []
 
 
-def launch(script: str, *args: str | Path, devices: int = 1, path: Path | None = None) -> subprocess.Popen[str]:
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    """Whatever happened, the process group of every launcher ends with the test that started it."""
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+
+
+def launch(script: str, *args: str | int | Path, devices: int = 1, path: Path | None = None) -> subprocess.Popen[str]:
     """Starts a launcher in a process group of its own, with `path` or this Python's programs found first."""
     first = path or Path(sys.executable).parent
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["bash", str(LAUNCH / script), *map(str, args)],
         cwd=REPOSITORY,
         env=environment(devices, PATH=f"{first}{os.pathsep}{os.environ['PATH']}"),
@@ -34,6 +45,8 @@ def launch(script: str, *args: str | Path, devices: int = 1, path: Path | None =
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -169,7 +182,25 @@ def test_the_other_launchers_print_what_they_would_run() -> None:
     assert last[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
     assert last[5:-1] == ["pod", "--zone=us-east5-a", "--worker=all"]
     on_the_worker = shlex.split(last[-1].removeprefix("--command="))
-    assert on_the_worker == ["cd", "tiedjax", "&&", ".venv/bin/tiedjax", "train", "configs/tiny.yaml", "--out", "/mnt/a b"]
+    assert on_the_worker == [
+        "cd",
+        "tiedjax",
+        "&&",
+        ".venv/bin/tiedjax",
+        "train",
+        "configs/tiny.yaml",
+        "--out",
+        "/mnt/a b",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "before"), [("local.sh", ["2"]), ("slurm.sbatch", []), ("tpu_vm.sh", ["pod", "us-east5-a"])]
+)
+def test_every_launcher_runs_studies_too(script: str, before: list[str]) -> None:
+    stdout, _ = finish(launch(script, *before, "study", "configs/studies/quick.yaml", "--dry-run"))
+    assert "tiedjax study configs/studies/quick.yaml" in stdout.splitlines()[-1].replace("\\", "")
+    assert "train" not in stdout
 
 
 @pytest.mark.parametrize(
@@ -177,10 +208,12 @@ def test_the_other_launchers_print_what_they_would_run() -> None:
     [
         ("local.sh", []),
         ("local.sh", ["2"]),
+        ("local.sh", ["2", "study", "--dry-run"]),
         ("local.sh", ["configs/tiny.yaml", "2"]),
         ("local.sh", ["0", "configs/tiny.yaml", "--dry-run"]),
         ("slurm.sbatch", ["--dry-run"]),
         ("tpu_vm.sh", ["pod", "us-east5-a"]),
+        ("tpu_vm.sh", ["pod", "us-east5-a", "study"]),
     ],
 )
 def test_a_launcher_that_is_called_wrongly_says_so_in_one_line(script: str, args: list[str]) -> None:

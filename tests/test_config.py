@@ -57,7 +57,8 @@ def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path
     for (_, seed), cfg in plan.runs.items():
         assert cfg.train.seed == seed
         assert parameters(cfg) > 0
-    assert f"configs/studies/{path.name}" in path.read_text(), "the header must say how the file is used"
+    header = path.read_text().split("base:")[0]
+    assert "tiedjax study\n" in header or f"study configs/studies/{path.name}" in header
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -78,12 +79,20 @@ def parameters(cfg: RunConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("olmo_60m", 57.1), ("olmo_300m", 320.0), ("olmo_1b", 1176.8), ("olmo_7b", 6682.4)]
+    ("name", "L", "D", "F", "millions"),
+    [
+        ("olmo_60m", 16, 384, 1536, "57.1"),
+        ("olmo_300m", 16, 1024, 4096, "319.9"),
+        ("olmo_1b", 16, 2048, 8192, "1176.8"),
+        ("olmo_7b", 32, 4096, 11008, "6682.1"),
+    ],
 )
-def test_the_model_sizes_are_those_of_olmo(name: str, millions: float) -> None:
+def test_the_model_sizes_are_those_of_olmo(name: str, L: int, D: int, F: int, millions: str) -> None:
+    """Four attention matrices and three of SwiGLU per layer, one padded table, no biases, no norm scales."""
     path = REPOSITORY / "configs" / f"{name}.yaml"
     tied, untied = (parameters(load_run_config(path, {"tying.scheme": s})) for s in ("tied", "untied"))
-    assert tied / 1e6 == pytest.approx(millions, abs=0.05)
+    assert tied == L * (4 * D * D + 3 * D * F) + 50304 * D
+    assert f"{tied / 1e6:.1f}" == millions
     cfg = load_run_config(path)
     assert cfg.model.vocab_size == 50280
     assert cfg.model.table_rows == 50304
@@ -163,16 +172,16 @@ def test_yaml_reads_as_people_write_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train:\n  steps: 3\ntrain:\n  seed: 1\n", "train"),
-        ("train:\n  steps: 3\n  steps: 4\n", "steps"),
-        ("train: [1, 2\n", "line"),
-        ("- 1\n- 2\n", "mapping"),
-        ("train: 3\n", "train"),
-        ("train:\n  steps: 2026-01-01\n", "config.yaml"),
-        ("train:\n  steps: .inf\n", "config.yaml"),
+        ("train:\n  steps: 300\ntrain:\n  seed: 1\n", 'duplicate key "train"'),
+        ("train:\n  steps: 300\n  steps: 400\n", 'duplicate key "steps"'),
+        ("train: [1, 2\n", "line 2 is not YAML"),
+        ("- 1\n- 2\n", "must hold a mapping of keys to values, got list"),
+        ("train: 300\n", "train: must be "),
+        ("train:\n  steps: 2026-01-01\n", "date"),
+        ("train:\n  steps: .inf\n", "train.steps"),
         ("optimizer:\n  learning_rate: .nan\n", "learning_rate"),
-        ("data:\n  source: !!python/object/apply:os.system ['true']\n", "config.yaml"),
-        ("\x00", "config.yaml"),
+        ("data:\n  source: !!python/object/apply:os.system ['true']\n", "python/object"),
+        ("\x00", "not YAML"),
     ],
 )
 def test_what_is_not_a_config_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
@@ -225,9 +234,9 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(
 ) -> None:
     line = complaint(written(tmp_path, ""), overrides)
     assert key in line
-    for value in list(overrides.values())[:1]:
-        if value not in ("null", "true", ".inf") and "stesp" not in key:
-            assert value in line, "it says what was given"
+    given = next(iter(overrides.values()))
+    if given not in ("null", "true", ".inf", "128") and key != "train.stesp":
+        assert given in line, "it says what was given"
 
 
 def test_a_misspelt_name_gets_the_nearest_one(tmp_path: Path) -> None:

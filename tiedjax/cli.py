@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         return args.run(args)
     except UserError as error:
-        print(f"tiedjax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except KeyboardInterrupt:
         print("tiedjax: interrupted", file=sys.stderr)
         return 130
@@ -116,13 +115,21 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
     process.join_cluster(args.coordinator, args.processes, args.process_id)
     try:
         outcome = work(loop)
-    except loop.TrainingError as error:
-        print(f"tiedjax: {error}", file=sys.stderr)
-        return 1
+    except loop.TrainingError as error:  # every process of a cluster sees the same loss and raises it
+        return _fail(error, 1)
+    except UserError as error:
+        status = _fail(error, 2)
+        process.leave_cluster_if_any(status)
+        return status
     if outcome.signal is None:
         return 0
     print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
     return 128 + outcome.signal
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"tiedjax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return status
 
 
 def _report(args: argparse.Namespace) -> int:

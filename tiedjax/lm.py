@@ -35,6 +35,8 @@ def summed_loss(cfg: RunConfig, constrain: model.Constrain, z_loss: float) -> Su
     transformer, dtype = model.Transformer(cfg.model, constrain), model.compute_dtype(cfg.model)
 
     def total(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Whole rows on every device that looks tokens up or predicts them, as FSDP has it; V stays cut over `tensor`.
+        tables = Tables(*(constrain(table, ("vocab", None)) for table in tables))
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
         h_BTD: Any = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)

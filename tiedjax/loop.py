@@ -59,6 +59,9 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
     """
     label = label or out.name
     with ExitStack() as held:
+        if jax.default_backend() == "cpu":
+            process.keep_freed_memory()
+
         # ---- Refuse what cannot work, before anything slow ----
         mesh = sharding.make_mesh(cfg.mesh)
         steps = make_steps(cfg, mesh)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
+import importlib.util
 import os
 import signal
 from types import FrameType
@@ -15,9 +18,8 @@ from tiedjax.errors import UserError
 def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
     """Joins the other processes of the job, if there are any; must come before JAX is used.
 
-    Explicit flags win; otherwise a SLURM job of several tasks or a TPU slice of several hosts is recognised by what
-    its launcher puts in the environment, and JAX reads the rest from there. Raises UserError if the flags are
-    incomplete or nobody answers.
+    Explicit flags win; otherwise an srun of several tasks or a TPU slice is recognised by its environment, a TPU VM
+    by its devices, and JAX finds the rest itself. Raises UserError if the flags are incomplete or nobody answers.
     """
     flags = (coordinator, processes, process_id)
     if any(flag is not None for flag in flags):
@@ -40,9 +42,36 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
 
 
 def _launched_as_one_of_many() -> bool:
-    slurm = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    tpu = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    return slurm or tpu
+    # SLURM_STEP_NODELIST is there under srun only: the shell of a batch script is one process, whatever it asked for.
+    slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys() and int(os.environ["SLURM_NTASKS"]) > 1
+    return slurm or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or _on_tpu_vm()
+
+
+def _on_tpu_vm() -> bool:
+    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu") is not None
+    return wanted and any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+
+
+def leave_cluster_if_any(status: int) -> None:
+    """Ends this process at once, with this status, if others are waiting for it in a cluster.
+
+    An orderly exit would wait for processes that cannot go on; their launcher ends them when it sees this one gone.
+    """
+    if jax.process_count() > 1:
+        os._exit(status)
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory it frees, under glibc; elsewhere does nothing.
+
+    XLA:CPU allocates its temporaries anew at every step. glibc by default hands blocks of that size back to the kernel
+    each time, and page faults then take a large part of a small model's step.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # the numbers of malloc.h
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, 2**30)
 
 
 def is_main() -> bool:

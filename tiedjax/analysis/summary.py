@@ -3,10 +3,14 @@
 The subject table of every run is compared with the two tables of the reference arm's run of the same seed. Such twins
 share the body's initialisation and the data order, but all their tables start independent, so what alignment there is
 has been learned. Alignment maps the reference table onto the subject's, over the tokens that both runs saw in training.
+
+How near a table can be at all is another matter: reference runs of different seeds are compared with each other, role
+by role. A table that training hardly shapes is near to nothing, its own twin of another seed included.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,9 +40,8 @@ def summarize(
 ) -> dict[str, Any]:
     """results.json of a study, from its runs by (arm, seed).
 
-    `environment` (device, date, command, ...) is added to the versions and platform found here; `facts` holds what the
-    caller knows of each run (parameters, wall_seconds, ...). Pairs without a run are named in `notes`. UserError when
-    no seed has a run of the reference arm.
+    `environment` says what the caller knows of the machine, versions and time. Pairs without a run are named in
+    `notes`. UserError when no seed has a run of the reference arm.
     """
     seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
     if not seeds:
@@ -55,10 +58,12 @@ def summarize(
         for arm in study.arms
         if any(a == arm for a, _ in runs)
     }
+    between = verdict.between_seeds(list(_between_seeds(study, runs)))
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
+        "between_seeds": between,
         "statements": verdict.statements(study, arms, final),
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
@@ -152,6 +157,18 @@ def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndar
     for subject_role, table in roles_of(twin).items():
         for reference_role in ROLES:
             yield subject_role, reference_role, getattr(reference, reference_role), table
+
+
+def _between_seeds(study: StudyConfig, runs: Runs) -> Iterator[dict[str, Any]]:
+    """The reference arm's tables of every two seeds against each other, role by role, all fits."""
+    reference = [(seed, runs[study.reference, seed]) for seed in study.seeds if (study.reference, seed) in runs]
+    last = {seed: run.tables() for seed, run in reference}
+    for (seed, run), (other_seed, other) in itertools.combinations(reference, 2):
+        rows = seen_rows(run.token_counts) & seen_rows(other.token_counts)
+        for role in ROLES:
+            found = align(getattr(last[seed], role), getattr(last[other_seed], role), rows=rows)
+            for fit, score in found.scores.items():
+                yield {"role": role, "fit": fit, "seed": f"{seed} and {other_seed}", **to_plain(score)}
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
-from tiedjax.analysis.statistics import Interval, interval, paired
+from tiedjax.analysis.statistics import CONFIDENCE, Interval, interval, paired
 from tiedjax.config import StudyConfig
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
@@ -45,6 +45,23 @@ def arm_summary(arm: str, final: Records, flows: Mapping[int, GradientFlow]) -> 
         "overall_output_share": interval(flow.overall.output_share for flow in flows.values()),
         "output_share_windows": _windows(list(flows.values())),
     }
+
+
+def between_seeds(records: Records) -> dict[str, Any]:
+    """Role, fit: the scores of the reference arm's runs with each other, as means without an interval.
+
+    Pairs of seeds share runs, so they are no independent sample.
+    """
+    found: dict[str, Any] = {}
+    for role, fit in dict.fromkeys((r["role"], r["fit"]) for r in records):
+        where = {"role": role, "fit": fit}
+        cell: dict[str, Any] = {"by_seed": by_seed(records, "corrected", **where)}
+        for name in ("score", "floor", "corrected"):
+            known = [v for v in by_seed(records, name, **where).values() if v is not None]
+            mean = sum(known) / len(known) if known else None
+            cell[name] = Interval(mean, None, None, len(known), CONFIDENCE)
+        found.setdefault(role, {})[fit] = cell
+    return found
 
 
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:

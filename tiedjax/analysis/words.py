@@ -39,8 +39,13 @@ def percent(span: Span) -> str:
 
 
 def answer(results: Results) -> list[str]:
-    """The answer: the finding first, then the gradients' share, then each intervention; worded by what holds."""
-    return [_main_sentence(results), *_share_sentence(results), *_intervention_sentences(results)]
+    """The finding, what nearness was possible, the gradients' share, each intervention; worded by what holds."""
+    return [
+        _main_sentence(results),
+        *_between_seeds_sentence(results),
+        *_share_sentence(results),
+        *_intervention_sentences(results),
+    ]
 
 
 def basis(results: Results) -> str:
@@ -74,6 +79,23 @@ def _main_sentence(results: Results) -> str:
     if margin["high"] < 0:
         return f"No, the opposite. The {arm} table lies nearer to its {reference} twin’s input table: {numbers}."
     return f"Not shown. The {arm} table is not measurably nearer to either of its {reference} twin’s tables: {numbers}."
+
+
+def _between_seeds_sentence(results: Results) -> Iterator[str]:
+    head, between = results["headline"], results["between_seeds"]
+    reached = {role: between[role][head["fit"]]["corrected"]["mean"] for role in between}
+    if None in reached.values() or not reached:
+        return
+    shares = [
+        f"{number(100 * head[f'vs_{role}']['mean'] / possible, 0)}\u00a0% of {number(possible)} for {role} tables"
+        for role, possible in reached.items()
+        if head[f"vs_{role}"]["mean"] is not None and possible > 0
+    ]
+    yield (
+        f"Two {head['reference']} runs of different seeds come only so near to each other: {number(reached['output'])} "
+        f"in their output tables, {number(reached['input'])} in their input tables."
+        + (f" Measured by that, the {head['arm']} table reaches {' and '.join(reversed(shares))}." if shares else "")
+    )
 
 
 def _share_sentence(results: Results) -> Iterator[str]:
@@ -143,18 +165,24 @@ def alignment_groups(results: Results) -> list[dict[str, Any]]:
             for target, fits in sorted(compared.items(), reverse=True):
                 name = arm if role == "shared" else f"{arm} {role} table"
                 other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
-                rows = [
-                    {
-                        "fit": fit,
-                        "score": number(cell["score"]["mean"]),
-                        "floor": number(cell["floor"]["mean"]),
-                        "corrected": spread(cell["corrected"]),
-                        "main": fit == results["headline"]["fit"],
-                    }
-                    for fit, cell in fits.items()
-                ]
-                groups.append({"arm": arm, "title": f"{name} and {other}", "rows": rows})
+                groups.append(_group(results, arm, f"{name} and {other}", fits))
+    for role, fits in sorted(results["between_seeds"].items(), reverse=True):
+        groups.append(_group(results, reference, f"{reference} {role} tables of two seeds", fits))
     return groups
+
+
+def _group(results: Results, arm: str, title: str, fits: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {
+            "fit": fit,
+            "score": number(cell["score"]["mean"]),
+            "floor": number(cell["floor"]["mean"]),
+            "corrected": spread(cell["corrected"]),
+            "main": fit == results["headline"]["fit"],
+        }
+        for fit, cell in fits.items()
+    ]
+    return {"arm": arm, "title": title, "rows": rows}
 
 
 def paper_alignment(results: Results) -> list[dict[str, Any]]:

@@ -1,0 +1,190 @@
+"""The shape of the package: which way its imports point, and where each heavy dependency lives."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from programs import REPOSITORY
+
+from tiedjax.tying import SCHEMES
+
+PACKAGE = REPOSITORY / "tiedjax"
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+# config, rng <- tying, model, loss, optimizer, sharding <- lm, step <- loop <- study <- cli: for each part what it may
+# import besides `LEAVES`.
+LEAVES = {"errors", "files", "rng"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "files": set(),
+    "rng": set(),
+    "config": set(),
+    "tying": {"config"},
+    "model": {"config"},
+    "loss": {"config"},
+    "optimizer": {"config"},
+    "sharding": {"config"},
+    "process": set(),
+    "checkpoint": set(),
+    "lm": {"config", "tying", "model", "loss"},
+    "step": {"config", "tying", "model", "loss", "optimizer", "sharding", "lm"},
+    "run": {"config", "tying", "model", "checkpoint", "lm"},
+    "data": {"config", "data"},
+    "metrics": {"run"},
+    "loop": {"config", "tying", "sharding", "process", "checkpoint", "data", "metrics", "step"},
+    "analysis": {"config", "tying", "model", "loss", "checkpoint", "lm", "run", "analysis"},
+    "study": {"config", "process", "loop", "metrics", "run", "analysis"},
+    "cli": {"config", "data", "analysis", "process", "loop", "study"},
+    "__main__": {"cli"},
+    "__init__": {"run"},
+}
+
+# A heavy dependency: the files that may import it, and whether it must wait until it is used.
+HOMES: dict[str, set[str]] = {
+    "orbax": {"checkpoint.py"},
+    "grain": {"data/batches.py"},
+    "tensorflow_datasets": {"data/sources.py", "data/embedded_corpus/embedded_corpus_dataset_builder.py"},
+    "matplotlib": {"analysis/report.py"},
+    "jinja2": {"analysis/report.py"},
+    "tensorboardX": {"metrics.py"},
+    "safetensors": {"analysis/tables.py"},
+    "tokenizers": {"data/tokenizer.py", "analysis/tokens.py"},  # analysis may not import data
+    "pydantic": {"config.py"},
+    "ruamel": {"config.py"},
+    "optax": {"optimizer.py", "step.py"},
+}
+# What the command line reaches before it knows its command: it may load none of the heavy ones.
+LIGHT = {"__init__", "__main__", "cli", "config", "errors", "files"}
+NEVER = {"tensorflow", "torch", "absl", "clu"}
+
+
+class Import(NamedTuple):
+    """One import: the module's dotted name (of this package: without `tiedjax.`), and when it happens."""
+
+    name: str
+    line: int
+    own: bool
+    at_start: bool
+
+
+def imports(path: Path) -> list[Import]:
+    """Every import of a file, whether at its start, in a function, or for the type checker only."""
+    tree = ast.parse(path.read_text())
+    at_start = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = str(node.module)
+            whole = module == "tiedjax" or module.endswith((".data", ".analysis"))
+            names = [f"{module}.{alias.name}" if whole else module for alias in node.names]
+        else:
+            continue
+        for name in names:
+            own = name.split(".")[0] == "tiedjax"
+            short = name.removeprefix("tiedjax").removeprefix(".") if own else name
+            found.append(Import(short, node.lineno, own, id(node) in at_start))
+    return found
+
+
+def part(path: Path) -> str:
+    """The part of the package that a file belongs to: its top-level module or folder."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    allowed = ALLOWED[part(path)] | LEAVES
+    for each in imports(path):
+        if each.own and each.name:
+            top = each.name.split(".")[0]
+            assert top in allowed, f"{path}:{each.line}: {part(path)} imports {top}"
+
+
+def test_the_arrows_have_no_circle_and_every_part_is_on_the_map() -> None:
+    assert {part(path) for path in FILES} == set(ALLOWED)
+    left = {name: targets - {name} for name, targets in ALLOWED.items()}
+    while left:
+        free = {name for name, targets in left.items() if not targets & left.keys()}
+        assert free, f"these import each other: {sorted(left)}"
+        left = {name: targets for name, targets in left.items() if name not in free}
+
+
+def test_the_core_never_imports_analysis_nor_the_model_tying() -> None:
+    """Two arrows that the map above must never be edited to allow."""
+    core = set(ALLOWED) - {"analysis", "study", "cli"}
+    assert all("analysis" not in ALLOWED[name] for name in core)
+    assert "tying" not in ALLOWED["model"] | ALLOWED["loss"] | ALLOWED["optimizer"] | ALLOWED["sharding"]
+    assert not ALLOWED["analysis"] & {"step", "loop", "study", "cli", "metrics", "process"}
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_a_heavy_dependency_lives_behind_one_file(library: str) -> None:
+    homes = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for each in imports(path)
+        if not each.own and each.name.split(".")[0] == library
+    }
+    assert homes == HOMES[library]
+
+
+def test_nothing_heavy_is_imported_before_a_command_is_known() -> None:
+    standard = {"importlib", "collections", "typing", "pathlib", "argparse", "dataclasses", "contextlib"}
+    light = {*LIGHT, "data/command", "analysis/command", "analysis/__init__", "data/__init__"}
+    heavy = {*HOMES, "jax", "flax", "numpy", "scipy"} - standard
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE)).removesuffix(".py")
+        if name in light:
+            early = [each for each in imports(path) if each.at_start]
+            assert not {each.name.split(".")[0] for each in early if not each.own} & heavy, path
+            own = {each.name for each in early if each.own and each.name}
+            reached = {o.replace(".", "/").removeprefix("/") for o in own}
+            assert {o for o in reached if (PACKAGE / f"{o}.py").exists()} <= light, path
+
+
+def test_no_private_module_of_a_library_and_none_that_is_unwanted() -> None:
+    for path in FILES:
+        for each in imports(path):
+            if not each.own:
+                pieces = each.name.split(".")
+                assert not any(piece.startswith("_") and piece != "__future__" for piece in pieces), (
+                    f"{path}:{each.line}"
+                )
+                assert pieces[0] not in NEVER, f"{path}:{each.line}: {pieces[0]}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr != "_src", f"{path}:{node.lineno}"
+
+
+def test_only_tying_knows_tied_from_untied() -> None:
+    """No other file compares with the name of a scheme, or picks one by its literal name."""
+    for path in FILES:
+        if path.name == "tying.py":
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            compared: list[ast.expr] = []
+            if isinstance(node, ast.Compare):
+                compared = [node.left, *node.comparators]
+            elif isinstance(node, ast.Subscript) and getattr(node.value, "id", "") != "Literal":
+                compared = [node.slice]
+            elif isinstance(node, ast.MatchValue):
+                compared = [node.value]
+            names = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
+            assert not names & set(SCHEMES), f"{path}:{node.lineno}: {names & set(SCHEMES)}"  # type: ignore[attr-defined]
+            if isinstance(node, ast.If | ast.IfExp) and part(path) not in {"analysis", "study"}:
+                asked = {n.attr for n in ast.walk(node.test) if isinstance(n, ast.Attribute)}
+                assert not asked & {"tied", "scheme"}, f"{path}:{node.lineno}: asks about tying"
+
+
+def test_files_name_no_absolute_path() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/home/", "/Users/", "/tmp/", "/mnt/")), f"{path}:{node.lineno}"

@@ -1,0 +1,184 @@
+"""The command line as a person meets it: in a process of its own, wrong more often than right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from programs import REPOSITORY, finish, start, tiedjax
+from runs import arguments
+
+from tiedjax import cli
+from tiedjax.config import RunConfig, leaf_fields
+
+COMMANDS = ("study", "train", "data", "analyze", "report")
+HEAVY = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax", "grain", "tensorflow", "tensorflow_datasets")
+HEAVY += ("matplotlib", "jinja2", "pydantic", "ruamel", "safetensors", "tokenizers", "tensorboardX")
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def one_line(stderr: str) -> str:
+    """What a refused command says, which is one line and no traceback."""
+    assert stderr.startswith("tiedjax: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.endswith("\n")
+    return stderr
+
+
+# ---- Refusals: each in a real process, all of them at once ----
+
+CASES = {
+    "unknown key": ({"train.stesp": 3}, ["'--train.stesp'", "did you mean '--train.steps'?"]),
+    "unknown value": (
+        {"tying.scheme": "tyed"},
+        ["tying.scheme", "'tied' or 'untied'", "'tyed'", "did you mean 'tied'?"],
+    ),
+    "wrong type": ({"train.steps": "many"}, ["train.steps", "integer", "'many'"]),
+    "out of range": ({"optimizer.b1": 1.5}, ["optimizer.b1", "< 1", "1.5"]),
+    "indivisible mesh": ({"mesh.tensor": 2}, ["mesh", "tensor 2", "1 devices"]),
+    "indivisible batch": ({"mesh.data": 3}, ["mesh", "3", "8 sequences"]),
+    "missing corpus": ({"data.source": "text:no/such/*.txt"}, ["data.source", "no/such/*.txt"]),
+    "unknown source": ({"data.source": "embeded"}, ["data.source", "'embeded'", "did you mean 'embedded'?"]),
+    "too few tokens": ({"model.seq_len": 100_000}, ["data.source", "too little text", "100001"]),
+    "batch above the data": ({"data.batch_size": 100_000}, ["data.batch_size", "100000"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_option_is_one_line_and_leaves_nothing(
+    case: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes, said = CASES[case]
+    assert cli.main(arguments(tmp_path / "run", text, changes)) == 2
+    line = one_line(capfd.readouterr().err)
+    for part in said:
+        assert part in line
+    assert not [name for name in contents(tmp_path) if name not in ("run", "run/.lock")]
+
+
+def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
+    """Exit status 2 and one line on standard error, also counting what libraries say while they are imported."""
+    plain_file = tmp_path / "file"
+    plain_file.write_text("not a folder")
+    ids = tmp_path / "ids.npy"
+    ids.write_bytes(b"\x10\x27" * 4000)  # raw uint16: 10000
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [1, 2\n")
+    repeated = tmp_path / "repeated.yaml"
+    repeated.write_text("train:\n  steps: 3\n  steps: 4\n")
+    run = tmp_path / "run"
+    cases: dict[str, tuple[list[str], list[str]]] = {
+        "vocabulary": (
+            arguments(run, text, {"data.source": f"tokens:{ids}"}),
+            ["10000", "model.vocab_size", "320"],
+        ),
+        "tokenizer": (
+            arguments(run, text, {"data.tokenizer": tmp_path / "none.json"}),
+            ["none.json"],
+        ),
+        "unwritable": (arguments(plain_file / "run", text), [str(plain_file / "run"), "cannot be written"]),
+        "yaml": (["train", str(broken), "--out", str(run)], ["broken.yaml", "line 2"]),
+        "repeated key": (["train", str(repeated), "--out", str(run)], ["repeated.yaml", "steps"]),
+        "no file": (["train", str(tmp_path / "none.yaml"), "--out", str(run)], ["none.yaml: no such file"]),
+        "cluster": ([*arguments(run, text), "--processes", "2"], ["--coordinator", "--process-id"]),
+        "process id": (
+            [*arguments(run, text), "--coordinator", "127.0.0.1:1", "--processes", "2", "--process-id", "2"],
+            ["--process-id", "0 to 1", "2"],
+        ),
+        "no command": ([], ["COMMAND"]),
+        "wrong command": (["trian", "x.yaml"], ["trian"]),
+        "no config": (["train"], ["CONFIG.yaml"]),
+        "no study": (["report", str(tmp_path / "none")], ["results.json"]),
+    }
+    before = contents(tmp_path)
+    processes = {}
+    names = list(cases)
+    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+        processes |= {name: start(["-m", "tiedjax", *cases[name][0]]) for name in pair}
+        for name in pair:
+            out, err = finish(processes[name], status=2)
+            assert "Traceback" not in out + err
+            for part in cases[name][1]:
+                assert part in one_line(err), name
+    assert [name for name in contents(tmp_path) if name not in ("run", "run/.lock")] == before
+
+
+# ---- Help ----
+
+
+@pytest.mark.parametrize("command", ["study", "train"])
+def test_help_lists_every_option_with_its_meaning_and_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    words = capsys.readouterr().out.split()
+    shown = " ".join(words)
+    for field in leaf_fields(RunConfig):
+        default = "null" if field.default is None else str(field.default).lower()
+        assert f"--{field.key} " in shown
+        assert f"{' '.join(field.meaning.split())} [{default}]" in shown, field.key
+
+
+LOADED = """
+import sys
+from tiedjax.cli import main
+for command in json.loads(sys.argv[1]):
+    try:
+        main([*command, "--help"])
+    except SystemExit as end:
+        assert not end.code
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def test_help_of_every_command_answers_without_loading_what_it_does_not_need() -> None:
+    """A count of modules, not of seconds: `tiedjax --help` may cost what Python's own argparse costs."""
+    commands = [[], *([name] for name in COMMANDS), ["data", "prepare"]]
+    out, err = finish(start(["-c", "import json" + LOADED, json.dumps(commands)]))
+    assert err == ""
+    loaded = set(json.loads(out.splitlines()[-1]))
+    assert loaded & set(HEAVY) == set()
+    assert "tiedjax" in loaded
+    for name in COMMANDS:
+        assert f"tiedjax {name}" in out
+
+
+def test_the_package_alone_loads_nothing_heavy() -> None:
+    found = f"{set(HEAVY)!r} & {{name.split('.')[0] for name in sys.modules}}"
+    check = f"import sys, tiedjax; found = {found}; assert not found, found"
+    finish(start(["-c", check]))
+
+
+def test_the_module_and_the_script_are_the_same_program() -> None:
+    out, err = tiedjax("--help")
+    assert err == ""
+    script = Path(sys.executable).parent / "tiedjax"
+    assert script.is_file(), "the package is not installed with its script"
+    assert finish(start([script, "--help"])) == (out, err)
+    for name in COMMANDS:
+        assert f"\n    {name} " in out
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_parse", interrupted)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "tiedjax: interrupted\n"
+
+
+def test_runs_can_start_from_another_folder(text: Path, tmp_path: Path) -> None:
+    """Nothing depends on the folder that the package is developed in, and --out defaults to runs/NAME."""
+    shutil.copy(REPOSITORY / "configs" / "tiny.yaml", tmp_path / "mine.yaml")
+    argv = arguments(tmp_path / "unused", text, {"train.stop_at": 1})
+    at = argv.index("--out")
+    out, _ = tiedjax("train", "mine.yaml", *argv[2:at], *argv[at + 2 :], cwd=tmp_path)
+    assert "mine  1/8" in out
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "1").is_dir()

@@ -1,0 +1,177 @@
+"""What a run writes about itself, and what it tells the person who waits."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiedjax import metrics
+from tiedjax.errors import UserError
+from tiedjax.metrics import NO_DECILE, MetricsLog, Progress, duration, frequency_deciles
+from tiedjax.run import read_metrics
+
+# ---- Deciles ----
+
+
+def test_deciles_are_equally_many_tokens_from_rare_to_frequent() -> None:
+    counts_V = np.random.default_rng(0).permutation(np.arange(1, 101))
+    deciles = frequency_deciles(counts_V)
+    assert deciles.dtype == np.int32
+    np.testing.assert_array_equal(np.bincount(deciles), [10] * 10)
+    np.testing.assert_array_equal(deciles, (counts_V - 1) // 10)
+
+
+def test_tokens_that_never_occur_are_in_no_decile() -> None:
+    counts_V = np.array([0, 5, 0, 1, 7, 0])
+    deciles = frequency_deciles(counts_V)
+    assert set(deciles[counts_V == 0]) == {NO_DECILE}
+    assert deciles[3] < deciles[1] < deciles[4]
+    assert deciles.max() <= 9
+    assert set(frequency_deciles(np.zeros(4))) == {NO_DECILE}
+
+
+def test_ties_are_cut_the_same_way_every_time_and_never_overtake() -> None:
+    counts_V = np.repeat([3, 1, 2], 15)
+    deciles = frequency_deciles(counts_V)
+    np.testing.assert_array_equal(deciles, frequency_deciles(counts_V))
+    order = np.argsort(counts_V, kind="stable")
+    assert np.all(np.diff(deciles[order]) >= 0)
+    sizes = np.bincount(deciles, minlength=10)
+    assert sizes.max() - sizes.min() <= 1
+
+
+# ---- metrics.jsonl ----
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 2.5, "grad_norm": float("inf"), "deciles": [1.0, float("nan"), -float("inf")]})
+    log.close()
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(f"a bare {name}")) == {
+        "step": 1,
+        "loss": 2.5,
+        "grad_norm": None,
+        "deciles": [1.0, None, None],
+    }
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 2.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
+    log.close()
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    return path
+
+
+def test_a_log_cut_by_a_crash_is_continued_without_a_gap_or_a_copy(tmp_path: Path) -> None:
+    """Steps 1 to 5 were logged, 4 is the checkpoint, and the crash cut the line of step 6."""
+    lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
+    path = written(tmp_path, "".join(lines) + '{"step": 6, "lo')
+    log = MetricsLog(tmp_path, 4)
+    for step in (5, 6):
+        log.write({"step": step, "loss": 1 / step})
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert path.read_text().startswith("".join(lines))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_only_the_last_line_may_be_cut(tmp_path: Path) -> None:
+    assert read_metrics(written(tmp_path, '{"step": 1}\n{"st')) == [{"step": 1}]
+    assert read_metrics(written(tmp_path, "")) == []
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_metrics(written(tmp_path, '{"st\n{"step": 2}\n'))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_a_run_without_tensorboard_is_no_less_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1, "loss": 2.5})
+    log.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+# ---- Progress ----
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that `metrics` reads; a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
+
+def run_progress(stream: io.StringIO, clock: list[float], seconds: float, steps: int = 10) -> str:
+    progress = Progress("tied-0", steps, stream=stream)
+    for step in range(1, steps + 1):
+        progress.update(step, f"loss {10 - step}.0")
+        clock[0] += seconds
+    progress.end()
+    return stream.getvalue()
+
+
+def test_a_terminal_gets_one_line_that_renews_itself(clock: list[float]) -> None:
+    shown = run_progress(Terminal(), clock, 1.0)
+    assert shown.count("\n") == 1
+    assert shown.endswith("\n")
+    frames = shown.removesuffix("\n").split("\r\x1b[2K")[1:]
+    assert len(frames) == 10
+    assert frames[0] == "tied-0  1/10  loss 9.0"
+    assert frames[4] == "tied-0  5/10  loss 5.0  5 s left"
+    assert frames[-1] == "tied-0  10/10  loss 0.0"
+
+
+def test_a_pipe_gets_plain_lines_now_and_then_and_the_last_one_once(clock: list[float]) -> None:
+    shown = run_progress(io.StringIO(), clock, 2.0)
+    assert "\r" not in shown
+    assert "\x1b" not in shown
+    assert [line.split()[1] for line in shown.splitlines()] == ["1/10", "4/10", "7/10", "10/10"]
+    assert "12 s left" in shown.splitlines()[1]
+    fast = run_progress(io.StringIO(), clock, 0.001)
+    assert [line.split()[1] for line in fast.splitlines()] == ["1/10", "10/10"]
+
+
+def test_time_left_comes_from_the_steps_after_the_first(clock: list[float]) -> None:
+    """The first step compiles for a minute; the nine others take a second each."""
+    stream = io.StringIO()
+    progress = Progress("run", 10, stream=stream)
+    clock[0] += 60
+    progress.update(1, "")
+    clock[0] += 5
+    progress.update(6, "")
+    assert stream.getvalue().splitlines()[-1].endswith("4 s left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.4, "0 s"),
+        (59.6, "1 min 00 s"),
+        (42, "42 s"),
+        (185, "3 min 05 s"),
+        (7629, "2 h 07 min"),
+        (360000, "100 h 00 min"),
+    ],
+)
+def test_durations_read_well(seconds: float, said: str) -> None:
+    assert duration(seconds) == said

@@ -1,0 +1,166 @@
+"""AdamW as the papers write it, recomputed in NumPy; and what the role gradients can be used for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import random_tokens, small_config
+
+from tiedjax import lm, optimizer, step
+from tiedjax.config import OptimizerConfig
+from tiedjax.rng import key_for
+from tiedjax.sharding import make_mesh
+from tiedjax.tying import Tables
+
+STEPS = 12
+CFG = OptimizerConfig(
+    learning_rate=0.02, warmup_steps=4, final_fraction=0.1, b1=0.9, b2=0.95, eps=1e-5, weight_decay=0.3, clip_norm=1.0
+)
+
+
+def named_leaves(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def rate(cfg: OptimizerConfig, count: int, steps: int) -> float:
+    """Linear from 0 over the warmup, then half a cosine down to final_fraction at the last step."""
+    if count < cfg.warmup_steps:
+        return cfg.learning_rate * count / cfg.warmup_steps
+    done = min((count - cfg.warmup_steps) / (steps - cfg.warmup_steps), 1.0)
+    falling = 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.learning_rate * (cfg.final_fraction + (1 - cfg.final_fraction) * falling)
+
+
+def decayed(name: str, tables: bool) -> bool:
+    return tables if name.startswith("tables/") else name.endswith("kernel")
+
+
+def adamw(cfg: OptimizerConfig, params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]]) -> Any:
+    """Loshchilov and Hutter's AdamW (arXiv 1711.05101) after global-norm clipping, in float64."""
+    params = {name: value.astype(np.float64) for name, value in params.items()}
+    m = {name: np.zeros_like(value) for name, value in params.items()}
+    v = {name: np.zeros_like(value) for name, value in params.items()}
+    for t, gradient in enumerate(grads, 1):
+        norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in gradient.values()))
+        shrink = min(1.0, cfg.clip_norm / norm) if cfg.clip_norm else 1.0
+        for name, g in gradient.items():
+            g = g.astype(np.float64) * shrink
+            m[name] = cfg.b1 * m[name] + (1 - cfg.b1) * g
+            v[name] = cfg.b2 * v[name] + (1 - cfg.b2) * g**2
+            update = (m[name] / (1 - cfg.b1**t)) / (np.sqrt(v[name] / (1 - cfg.b2**t)) + cfg.eps)
+            update += cfg.weight_decay * params[name] * decayed(name, cfg.decay_tables)
+            params[name] = params[name] - rate(cfg, t - 1, STEPS) * update
+    return params
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        CFG,
+        OptimizerConfig(**{**vars(CFG), "clip_norm": None, "warmup_steps": 0}),
+        OptimizerConfig(**{**vars(CFG), "decay_tables": False, "clip_norm": 0.01}),
+        OptimizerConfig(**{**vars(CFG), "warmup_steps": STEPS, "weight_decay": 0.0}),
+    ],
+    ids=["all", "no clip, no warmup", "no decay of tables", "warmup only"],
+)
+def test_updates_are_adamw_in_float64(cfg: OptimizerConfig) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"tables": {"shared": (7, 4)}, "body": {"params": {"layer": {"kernel": (4, 5), "scale": (4,)}}}}
+    draw = lambda size: jax.tree.map(
+        lambda shape: jnp.asarray(size * rng.standard_normal(shape), jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    params, grads = draw(1.0), [draw(size) for size in np.geomspace(0.01, 3, STEPS)]  # clipped and not clipped
+    transformation = optimizer.make_optimizer(cfg, STEPS)
+    state, start = transformation.init(params), named_leaves(params)
+    for gradient in grads:
+        roles = Tables(gradient["tables"]["shared"], gradient["tables"]["shared"])
+        updates, state = transformation.update(gradient, state, params, role_grads=roles)
+        params = optax.apply_updates(params, updates)
+    expected = adamw(cfg, start, [named_leaves(gradient) for gradient in grads])
+    for name, leaf in named_leaves(params).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=2e-6, atol=2e-6, err_msg=name)
+        assert np.abs(expected[name] - start[name]).max() > 1e-2
+
+
+def test_the_learning_rate_starts_at_zero_peaks_and_ends_at_its_fraction() -> None:
+    schedule = optimizer.learning_rate(CFG, STEPS)
+    for count in range(STEPS + 3):
+        assert float(schedule(count)) == pytest.approx(rate(CFG, count, STEPS), rel=1e-6, abs=1e-9)
+    assert float(schedule(0)) == 0
+    assert float(schedule(CFG.warmup_steps)) == pytest.approx(CFG.learning_rate)
+    assert float(schedule(STEPS)) == pytest.approx(0.1 * CFG.learning_rate)
+
+
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("tables", [False, True])
+def test_decay_takes_every_matrix_the_tables_if_asked_and_never_a_scale(
+    scheme: str, scan_layers: bool, tables: bool
+) -> None:
+    cfg = small_config(scheme, norm="layernorm", qk_norm=True, scan_layers=scan_layers)
+    params = nn.unbox(jax.eval_shape(lambda: lm.init_params(cfg, jax.random.key(0))))
+    mask = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): decays
+        for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params, tables=tables))
+    }
+    kinds = {name: name.split("/")[0] if name.startswith("tables/") else name.split("/")[-1] for name in mask}
+    assert set(kinds.values()) == {"tables", "kernel", "scale"}
+    for name, decays in mask.items():
+        assert decays == {"tables": tables, "kernel": True, "scale": False}[kinds[name]], name
+
+
+class RoleState(NamedTuple):
+    """What the last update was told of the roles."""
+
+    input: jax.Array
+    output: jax.Array
+
+
+def notes_the_roles() -> optax.GradientTransformationExtraArgs:
+    """A role-aware transformation: leaves the updates alone, and keeps the role gradients in its state."""
+
+    def init(params: Any) -> RoleState:
+        zeros = jax.tree.map(jnp.zeros_like, params["tables"]["shared"])  # boxed with its axes, as the moments are
+        return RoleState(zeros, zeros)
+
+    def update(updates: Any, state: RoleState, params: Any = None, *, role_grads: Tables, **_: Any) -> Any:
+        return updates, RoleState(role_grads.input, role_grads.output)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_a_transformation_in_the_chain_is_reached_by_the_role_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real train step: the raw [V, D] gradient of each role, before any scale and before clipping."""
+    cfg = small_config("tied")
+    roles_of = step.loss_and_gradients(cfg)
+    plain = step.make_optimizer
+
+    def with_notes(*args: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(optax.chain(notes_the_roles(), plain(*args)))
+
+    monkeypatch.setattr(step, "make_optimizer", with_notes)
+    step._make_steps.cache_clear()
+    try:
+        steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+        state = steps.init(key_for(jax.random.key(0), "params"))
+        tokens, scale = random_tokens(cfg), Tables(jnp.float32(5), jnp.float32(0.5))
+        _, (_, expected) = jax.jit(roles_of)(state.params, tokens, scale)
+        state, _ = steps.train(state, tokens, scale, np.zeros(cfg.model.table_rows, np.int32))
+        noted = state.opt_state[0]
+    finally:
+        step._make_steps.cache_clear()
+    for role in ("input", "output"):
+        raw = getattr(expected, role)
+        assert raw.shape == (32, 16)
+        assert float(jnp.linalg.norm(raw)) > 1e-3
+        np.testing.assert_allclose(getattr(noted, role), raw, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,115 @@
+"""Who is recognised as one of many processes, and how a process is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import jax
+import pytest
+
+from tiedjax import process
+from tiedjax.errors import UserError
+
+Joined = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
+    """The arguments of every call of jax.distributed.initialize, which does nothing; and no launcher around."""
+    calls: Joined = []
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TPU_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    return calls
+
+
+def test_one_process_joins_nothing(joined: Joined) -> None:
+    process.join_cluster(None, None, None)
+    assert joined == []
+
+
+def test_flags_are_passed_on(joined: Joined) -> None:
+    process.join_cluster("host:1234", 4, 3)
+    assert joined == [("host:1234", 4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "many"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
+        ({"SLURM_NTASKS": "2"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_launchers_are_recognised(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], many: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    process.join_cluster(None, None, None)
+    assert joined == ([(None, None, None)] if many else [])
+    process.join_cluster("host:1", 2, 0)
+    assert joined[-1] == ("host:1", 2, 0), "explicit flags win"
+
+
+@pytest.mark.parametrize(("platforms", "many"), [("", True), ("tpu,cpu", True), ("cpu", False)])
+def test_a_tpu_vm_is_recognised_by_its_devices(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, platforms: str, many: bool
+) -> None:
+    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.setattr(process.glob, "glob", lambda pattern: ["/dev/accel0"] if pattern == "/dev/accel*" else [])
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    if not platforms:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    process.join_cluster(None, None, None)
+    assert joined == ([(None, None, None)] if many else [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("host:1", None, None), "belong together"),
+        ((None, 2, 0), "belong together"),
+        (("host:1", 2, None), "belong together"),
+        (("host:1", 2, 2), "--process-id: must be from 0 to 1"),
+        (("host:1", 2, -1), "--process-id: must be from 0 to 1"),
+        (("host", 2, 0), "--coordinator: must be HOST:PORT, got 'host'"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(joined: Joined, flags: tuple[Any, ...], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        process.join_cluster(*flags)
+    assert joined == []
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nand a long explanation")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(UserError) as caught:
+        process.join_cluster("host:1", 2, 1)
+    assert str(caught.value) == "cannot join the cluster: DEADLINE_EXCEEDED: nobody there"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_is_what_it_always_was(number: signal.Signals) -> None:
+    def second(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, second)
+    try:
+        with process.StopRequest() as stop:
+            assert stop.at(1) is None
+            os.kill(os.getpid(), number)
+            assert stop.at(2) == number
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is second
+    finally:
+        signal.signal(number, before)
