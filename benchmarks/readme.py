@@ -26,7 +26,7 @@ def save(study: Path, machine: str) -> None:
     SAVED.parent.mkdir(parents=True, exist_ok=True)
     SAVED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     PICTURE.parent.mkdir(exist_ok=True)
-    shutil.copyfile(study / "figures" / "alignment_over_steps.png", PICTURE)
+    shutil.copyfile(study / "figures" / "alignment.png", PICTURE)
 
 
 def block(results: dict[str, Any]) -> str:
@@ -39,7 +39,7 @@ def block(results: dict[str, Any]) -> str:
         f"flax {packages['flax']})"
     )
     lines = [
-        f"![Alignment of the tied table with its untied twin's tables]({PICTURE.relative_to(ROOT)})\n",
+        f"![How near the tied table is to its untied twin's tables]({PICTURE.relative_to(ROOT)})\n",
         f"> {results['answer']}\n>",
         *(f"> {finding}\n>" for finding in results["findings"]),
         f"> The quick study: {made}.\n",

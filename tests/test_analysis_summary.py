@@ -268,3 +268,22 @@ def test_study_without_the_baseline_says_not_measured():
     assert results["answer"].startswith("Not measured")
     assert results["changes"] == {}
     assert results["statements"]["tied_nearer_output"]["note"] == "not measured"
+
+
+def test_reference_runs_of_different_seeds_are_compared_role_by_role(found):
+    _, runs = fake_study()
+    for role in ("input", "output"):
+        last = [getattr(runs["untied", seed].tables(), role) for seed in (0, 1, 2)]
+        seen = runs["untied", 0].token_counts.sum(0) > 0
+        pairs = [align(last[i], last[j], rows=seen).scores["orthogonal"].corrected for i, j in [(0, 1), (0, 2), (1, 2)]]
+        cell = found["between_seeds"][role]["orthogonal"]
+        assert list(cell["by_seed"].values()) == pairs
+        assert cell["corrected"]["mean"] == pytest.approx(np.mean(pairs))
+        assert cell["corrected"]["low"] is None, "pairs share runs: no interval can be given"
+    assert any("different seeds" in finding for finding in found["findings"])
+
+
+def test_one_seed_has_nothing_to_compare_between_seeds():
+    alone = summarize(*fake_study(seeds=(0,)))
+    assert alone["between_seeds"] == {}
+    assert not any("different seeds" in finding for finding in alone["findings"])

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import tiedjax
 from tiedjax.analysis import command as analyze_command
-from tiedjax.config import RunConfig, leaf_fields, nearest
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields, nearest
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 
@@ -47,6 +47,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     study = command("study", "train every run of a study, analyse them, write the report", _study)
     study.add_argument("config", nargs="?", metavar="STUDY.yaml", help="study file; default: the quick study")
     study.add_argument("--out", type=Path, metavar="DIR", help="study directory; default: studies/NAME")
+    study.epilog = "keys of STUDY.yaml:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
     _add_overrides(study)
 

@@ -308,12 +308,12 @@ def structure(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> Config
     import pydantic  # here, so that help and training with a ready config do not pay for it
 
     try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(tree))
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(tree, default=str))  # dates as text
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(f"{where}: {_explain(first, [f.key for f in leaf_fields(cls)])}") from None
-    except (TypeError, ValueError) as error:  # what JSON cannot hold: dates, infinities
-        raise UserError(f"{where}: {error}") from None
+        keys = [f.key for f in leaf_fields(cls)]
+        sections = [key.partition(".")[0] for key in keys]
+        raise UserError(f"{where}: {_explain(first, sections + keys)}") from None
 
 
 def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
