@@ -18,7 +18,7 @@ from programs import finish
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, metrics
+from tiedjax import cli, load_run, loop, metrics
 from tiedjax.config import load_run_config, to_tree
 from tiedjax.data.prepare import prepare
 
@@ -211,6 +211,36 @@ metrics.MetricsLog.write = write_and_die
     assert not (out / "snapshots" / "6" / "marker").exists()
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(finished: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    killer = f"""
+import os, pathlib, signal, time
+from tiedjax import metrics
+write = metrics.MetricsLog.write
+def write_and_die(self, row):
+    write(self, row)
+    while row["step"] == 3:
+        if all(pathlib.Path({str(out)!r}, "snapshots", step).is_dir() for step in "012"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.05)
+metrics.MetricsLog.write = write_and_die
+"""
+    finish(start_commands([arguments(out, text)], before=killer), status=-signal.SIGKILL)
+    assert not list((out / "checkpoints").glob("[0-9]*"))
+    assert cli.main(arguments(out, text)) == 0
+    assert_same_run(out, finished)
+
+
+def test_a_signal_during_the_last_evaluation_is_not_lost(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ends as it should have, and a study that trains it must still hear of the signal."""
+    evaluate = loop.eval_batches
+    monkeypatch.setattr(loop, "eval_batches", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+    assert cli.main(arguments(tmp_path / "run", text)) == 128 + signal.SIGTERM
+    assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
+
+
 # ---- Refused ----
 
 
@@ -278,12 +308,14 @@ def assert_same_state_with_fewer_lines(out: Path, whole: Path) -> None:
 def test_other_text_under_the_same_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own, out = write_text(tmp_path / "text.jsonl", seed=1), tmp_path / "run"
     assert cli.main(arguments(out, own, {"train.stop_at": 1})) == 0
+    kept = {name: (out / name).read_bytes() for name in ("config.yaml", "tokenizer.json", "token_counts.npy")}
     write_text(own, seed=2)
     capsys.readouterr()
     assert cli.main(arguments(out, own)) == 2
     err = capsys.readouterr().err
     assert "was trained on another data" in err
     assert err.count("\n") == 1
+    assert {name: (out / name).read_bytes() for name in kept} == kept
 
 
 @pytest.mark.parametrize(

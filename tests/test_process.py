@@ -105,9 +105,10 @@ def test_the_first_signal_asks_and_the_second_is_what_it_always_was(number: sign
     before = signal.signal(number, second)
     try:
         with process.StopRequest() as stop:
-            assert stop.at(1) is None
+            assert not stop.requested_at(1)
             os.kill(os.getpid(), number)
-            assert stop.at(2) == number
+            assert stop.requested_at(2)
+            assert stop.signal == number
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
         assert signal.getsignal(number) is second

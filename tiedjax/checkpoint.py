@@ -103,9 +103,9 @@ class Checkpoints:
                 )
         return tree
 
-    def delete_after(self, step: int) -> None:
-        """Removes the saves of later steps."""
-        for later in [s for s in self.steps() if s > step]:
+    def delete_from(self, step: int) -> None:
+        """Removes the saves of this and later steps."""
+        for later in [s for s in self.steps() if s >= step]:
             self._manager.delete(later)
 
     def close(self) -> None:

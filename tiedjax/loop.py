@@ -44,7 +44,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended: updates done, whether that is all of them, the signal that stopped it."""
+    """How a call of `train` ended: updates done, whether that is all of them, the signal that asked it to stop."""
 
     step: int
     finished: bool
@@ -80,8 +80,6 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
             workers=cfg.data.workers,
         )
         counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
-        if process.is_main():
-            _describe(cfg, out, prepared, counts_2V)
 
         # ---- State: new or restored ----
         keep = cfg.train.keep_checkpoints
@@ -93,7 +91,9 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
         if start >= last:
             _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
             return Outcome(start, start >= cfg.train.steps)
-        snapshots.delete_after(start)
+        if process.is_main():
+            _describe(cfg, out, prepared, counts_2V)
+        snapshots.delete_from(start + 1 if start else 0)
         if start == 0:
             snapshots.save(0, state.params["tables"], about)
 
@@ -105,13 +105,11 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
         stop = held.enter_context(process.StopRequest())
-        stopped_by: int | None = None
         for step, tokens_BS in zip(range(start + 1, last + 1), batches.iterate(start), strict=False):
             state, metrics = steps.train(
                 state, sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size), role_scale, decile_V
             )
-            stopped_by = stop.at(step)
-            ends = step == last or stopped_by is not None
+            ends = stop.requested_at(step) or step == last
             evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
             checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
             snaps = is_snapshot_step(step, cfg.train.snapshot_every, cfg.train.steps)
@@ -126,7 +124,7 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
                 checkpoints.save(step, state._asdict(), about)
             if ends:
                 break
-    return Outcome(step, step >= cfg.train.steps, None if stopped_by is None else signal.Signals(stopped_by))
+    return Outcome(step, step >= cfg.train.steps, stop.signal)
 
 
 @jax.jit

@@ -87,7 +87,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.signal: signal.Signals | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -101,12 +101,12 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        self._received = number
+        self.signal = signal.Signals(number)
         for each, handler in self._previous.items():
             signal.signal(each, handler)  # type: ignore[arg-type]
 
-    def at(self, step: int) -> int | None:
-        """The signal to stop for after this step, or None. All processes ask at every step."""
+    def requested_at(self, step: int) -> bool:
+        """Whether to stop after this step. All processes ask at every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._received
+            self.signal = signal.SIGTERM
+        return self.signal is not None

@@ -80,7 +80,7 @@ def run_study(plan: Plan, out: Path) -> Outcome:
                 f"run {number} of {len(plan.runs)}: {name}" + (f"; about {duration(left)} left" if number > 1 else "")
             )
         outcome = train(cfg, out / "runs" / name)
-        if not outcome.finished:
+        if not outcome.finished or outcome.signal:
             return outcome
     if process.is_main():
         print("analysing ...", flush=True)
