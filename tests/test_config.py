@@ -177,7 +177,7 @@ def test_yaml_reads_as_people_write_it(tmp_path: Path) -> None:
         ("train: [1, 2\n", "line 2 is not YAML"),
         ("- 1\n- 2\n", "must hold a mapping of keys to values, got list"),
         ("train: 300\n", "train: must be "),
-        ("train:\n  steps: 2026-01-01\n", "date"),
+        ("train:\n  steps: 2026-01-01\n", "train.steps: must be a valid integer, got '2026-01-01'"),
         ("train:\n  steps: .inf\n", "train.steps"),
         ("optimizer:\n  learning_rate: .nan\n", "learning_rate"),
         ("data:\n  source: !!python/object/apply:os.system ['true']\n", "python/object"),
