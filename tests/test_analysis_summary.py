@@ -270,17 +270,30 @@ def test_study_without_the_baseline_says_not_measured():
     assert results["statements"]["tied_nearer_output"]["note"] == "not measured"
 
 
-def test_reference_runs_of_different_seeds_are_compared_role_by_role(found):
+def test_every_arm_is_compared_with_reference_runs_of_other_seeds(found):
     _, runs = fake_study()
-    for role in ("input", "output"):
-        last = [getattr(runs["untied", seed].tables(), role) for seed in (0, 1, 2)]
-        seen = runs["untied", 0].token_counts.sum(0) > 0
-        pairs = [align(last[i], last[j], rows=seen).scores["orthogonal"].corrected for i, j in [(0, 1), (0, 2), (1, 2)]]
-        cell = found["between_seeds"][role]["orthogonal"]
-        assert list(cell["by_seed"].values()) == pairs
-        assert cell["corrected"]["mean"] == pytest.approx(np.mean(pairs))
-        assert cell["corrected"]["low"] is None, "pairs share runs: no interval can be given"
+    seen = runs["untied", 0].token_counts.sum(0) > 0
+    last = {key: run.tables() for key, run in runs.items()}
+    corrected = lambda x, y: align(x, y, rows=seen).scores["orthogonal"].corrected
+    own = [corrected(last["untied", j].input, last["untied", i].input) for i, j in [(1, 0), (2, 0), (2, 1)]]
+    ordered = [(i, j) for i in range(3) for j in range(3) if i != j]
+    other = [corrected(last["untied", j].output, last["tied-x5", i].input) for i, j in ordered]
+    between = found["between_seeds"]
+    cells = [between["untied"]["input"]["vs_input"], between["tied-x5"]["shared"]["vs_output"]]
+    for cell, expected in zip(cells, [own, other], strict=True):
+        assert list(cell["orthogonal"]["by_seed"].values()) == expected
+        assert cell["orthogonal"]["corrected"]["mean"] == pytest.approx(np.mean(expected))
+        assert cell["orthogonal"]["corrected"]["low"] is None, "pairs share runs: no interval can be given"
+    assert list(between["untied"]["input"]) == ["vs_input"]
     assert any("different seeds" in finding for finding in found["findings"])
+
+
+def test_an_arm_with_the_reference_scheme_is_noted():
+    study, runs = fake_study(seeds=(0, 1))
+    assert not any("inherited" in note for note in summarize(study, runs)["notes"])
+    for seed in (0, 1):
+        runs["tied-x5", seed].config = runs["untied", seed].config
+    assert any("tied-x5: begins with the reference's own tables" in note for note in summarize(study, runs)["notes"])
 
 
 def test_one_seed_has_nothing_to_compare_between_seeds():

@@ -15,7 +15,16 @@ import pytest
 from programs import REPOSITORY
 
 from tiedjax import config, lm, study
-from tiedjax.config import RunConfig, StudyConfig, leaf_fields, load_run_config, read_yaml, structure, to_yaml
+from tiedjax.config import (
+    RunConfig,
+    StudyConfig,
+    leaf_fields,
+    load_run_config,
+    parse_overrides,
+    read_yaml,
+    structure,
+    to_yaml,
+)
 from tiedjax.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -209,7 +218,6 @@ def wrong_values() -> Iterator[tuple[dict[str, str], str]]:
     yield {"train.steps": "null"}, "train.steps"
     yield {"train.steps": "0"}, "train.steps"
     yield {"model.qk_norm": "1"}, "model.qk_norm"
-    yield {"data.source": "3"}, "data.source"
     yield {"model.norm": "batchnorm"}, "model.norm"
     yield {"tying.scheme": "tie"}, "tying.scheme"
     yield {"tying.input_grad_scale": "-1"}, "tying.input_grad_scale"
@@ -228,7 +236,7 @@ def wrong_values() -> Iterator[tuple[dict[str, str], str]]:
     yield {"optimizer.warmup_steps": "50", "train.steps": "40"}, "optimizer.warmup_steps"
 
 
-@pytest.mark.parametrize(("overrides", "key"), wrong_values(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("overrides", "key"), list(wrong_values()), ids=lambda value: str(value))
 def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(
     tmp_path: Path, overrides: dict[str, str], key: str
 ) -> None:
@@ -269,3 +277,32 @@ def test_a_wrong_study_is_refused(changes: dict[str, Any], says: str) -> None:
         structure(StudyConfig, tree, "study.yaml")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_text_on_the_command_line_stays_text() -> None:
+    given = {"data.source": "text:a #1/*.txt", "data.cache": "2024", "data.tokenizer": "null", "tying.scheme": "untied"}
+    tree = parse_overrides(given | {"data.workers": "null"})
+    assert tree == {
+        "data": {"source": "text:a #1/*.txt", "cache": "2024", "tokenizer": "null", "workers": None},
+        "tying": {"scheme": "untied"},
+    }
+    assert parse_overrides({"data.cache": "null"}) == {"data": {"cache": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ("", "base: missing"),
+        ("base: run.yaml\noverrides: {train: {seed: 3}}", "train.seed is set from the study's seeds"),
+        ("base: run.yaml\nreference: tied", "'tied' needs a scheme with a table for each role"),
+        ("base: run.yaml\nbaseline: untied", "'untied' needs a scheme with one table in both roles"),
+        ("base: run.yaml\nseeds: [1, 1]", "must be distinct"),
+        ("base: none.yaml", "no such file"),
+    ],
+)
+def test_a_study_that_cannot_answer_is_refused_before_it_trains(tmp_path: Path, changes: str, says: str) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    arms = "arms: {untied: {tying: {scheme: untied}}, tied: {}}\n"
+    (tmp_path / "study.yaml").write_text(arms + changes)
+    with pytest.raises(UserError, match=says):
+        study.load_study(tmp_path / "study.yaml")

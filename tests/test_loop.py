@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_com
 
 import tiedjax
 from tiedjax import cli, load_run, loop, metrics
+from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import load_run_config, to_tree
 from tiedjax.data.prepare import prepare
 
@@ -239,6 +241,23 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(
     monkeypatch.setattr(loop, "eval_batches", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
     assert cli.main(arguments(tmp_path / "run", text)) == 128 + signal.SIGTERM
     assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
+
+
+def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a crash between the two could leave a checkpoint whose snapshot is never made again."""
+    complete: dict[int, list[int]] = {}
+    save = Checkpoints.save
+
+    def observed(self: Checkpoints, step: int, *args: Any) -> None:
+        if self.directory.name == "checkpoints":
+            complete[step] = sorted(int(p.name) for p in (tmp_path / "run" / "snapshots").iterdir() if p.name.isdigit())
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", observed)
+    assert cli.main(arguments(tmp_path / "run", text, {"train.checkpoint_every": 4})) == 0
+    assert complete == {4: [0, 1, 2, 4], STEPS: [0, 1, 2, 4, 6, STEPS]}
 
 
 # ---- Refused ----

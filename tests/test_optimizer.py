@@ -30,11 +30,11 @@ def named_leaves(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def rate(cfg: OptimizerConfig, count: int, steps: int) -> float:
-    """Linear from 0 over the warmup, then half a cosine down to final_fraction at the last step."""
-    if count < cfg.warmup_steps:
-        return cfg.learning_rate * count / cfg.warmup_steps
-    done = min((count - cfg.warmup_steps) / (steps - cfg.warmup_steps), 1.0)
+def rate(cfg: OptimizerConfig, number: int, steps: int) -> float:
+    """Of update `number` = 1, 2, ...: linear over the warmup, then half a cosine down to final_fraction at the last."""
+    if number < cfg.warmup_steps:
+        return cfg.learning_rate * number / cfg.warmup_steps
+    done = min((number - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1), 1.0)
     falling = 0.5 * (1 + math.cos(math.pi * done))
     return cfg.learning_rate * (cfg.final_fraction + (1 - cfg.final_fraction) * falling)
 
@@ -57,7 +57,7 @@ def adamw(cfg: OptimizerConfig, params: dict[str, np.ndarray], grads: list[dict[
             v[name] = cfg.b2 * v[name] + (1 - cfg.b2) * g**2
             update = (m[name] / (1 - cfg.b1**t)) / (np.sqrt(v[name] / (1 - cfg.b2**t)) + cfg.eps)
             update += cfg.weight_decay * params[name] * decayed(name, cfg.decay_tables)
-            params[name] = params[name] - rate(cfg, t - 1, STEPS) * update
+            params[name] = params[name] - rate(cfg, t, STEPS) * update
     return params
 
 
@@ -84,7 +84,8 @@ def test_updates_are_adamw_in_float64(cfg: OptimizerConfig) -> None:
     state, start = transformation.init(params), named_leaves(params)
     for gradient in grads:
         roles = Tables(gradient["tables"]["shared"], gradient["tables"]["shared"])
-        updates, state = transformation.update(gradient, state, params, role_grads=roles)
+        norm = optax.tree.norm(gradient)
+        updates, state = transformation.update(gradient, state, params, grad_norm=norm, role_grads=roles)
         params = optax.apply_updates(params, updates)
     expected = adamw(cfg, start, [named_leaves(gradient) for gradient in grads])
     for name, leaf in named_leaves(params).items():
@@ -92,13 +93,32 @@ def test_updates_are_adamw_in_float64(cfg: OptimizerConfig) -> None:
         assert np.abs(expected[name] - start[name]).max() > 1e-2
 
 
-def test_the_learning_rate_starts_at_zero_peaks_and_ends_at_its_fraction() -> None:
+def test_the_learning_rate_moves_at_once_peaks_and_ends_at_its_fraction() -> None:
     schedule = optimizer.learning_rate(CFG, STEPS)
-    for count in range(STEPS + 3):
-        assert float(schedule(count)) == pytest.approx(rate(CFG, count, STEPS), rel=1e-6, abs=1e-9)
-    assert float(schedule(0)) == 0
-    assert float(schedule(CFG.warmup_steps)) == pytest.approx(CFG.learning_rate)
-    assert float(schedule(STEPS)) == pytest.approx(0.1 * CFG.learning_rate)
+    for done in range(STEPS + 3):
+        assert float(schedule(done)) == pytest.approx(rate(CFG, done + 1, STEPS), rel=1e-6, abs=1e-9)
+    assert float(schedule(0)) == pytest.approx(CFG.learning_rate / CFG.warmup_steps)
+    assert float(schedule(CFG.warmup_steps - 1)) == pytest.approx(CFG.learning_rate)
+    assert float(schedule(STEPS - 1)) == pytest.approx(0.1 * CFG.learning_rate)
+
+
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_role_scales_do_not_reach_the_body_through_clipping(scheme: str) -> None:
+    cfg = small_config(scheme, optimizer=OptimizerConfig(clip_norm=1e-3, warmup_steps=1))  # always clips
+    steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    decile_V = np.zeros(cfg.model.table_rows, np.int32)
+
+    def one_step(scale: Tables) -> tuple[dict[str, np.ndarray], float]:
+        state = steps.init(jax.random.key(0))
+        state, metrics = steps.train(state, random_tokens(cfg), scale, decile_V)
+        return named_leaves(state), float(metrics["grad_norm"])
+
+    plain, norm = one_step(Tables(jnp.float32(1), jnp.float32(1)))
+    scaled, same_norm = one_step(Tables(jnp.float32(64), jnp.float32(1)))
+    assert norm == same_norm > 1e-3
+    changed = {name for name in plain if not np.array_equal(plain[name], scaled[name])}
+    assert changed
+    assert all("/tables/" in f"/{name}" for name in changed), changed
 
 
 @pytest.mark.parametrize("scheme", ["tied", "untied"])

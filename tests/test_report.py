@@ -139,5 +139,5 @@ def test_numbers_for_people():
     assert words.spread({"mean": 0.5, "low": 0.4, "high": 0.6}) == "0.500\u00a0±\u00a00.100"
     assert words.spread({"mean": 0.5, "low": None, "high": None}) == "0.500"
     assert words.percent({"mean": 0.5, "low": None, "high": None}) == "50\u00a0%"
-    assert [words.duration(s) for s in (None, 42.4, 150, 8000)] == ["–", "42 s", "2.5 min", "2.2 h"]
+    assert [words.duration(s) for s in (None, 42.4, 150, 8000)] == ["–", "42 s", "2 min 30 s", "2 h 13 min"]
     assert words.visible("\x00a ") == "�a␣"

@@ -103,6 +103,10 @@ class Checkpoints:
                 )
         return tree
 
+    def wait(self) -> None:
+        """Returns when every save so far is complete; raises the error of one that failed."""
+        self._manager.wait_until_finished()
+
     def delete_from(self, step: int) -> None:
         """Removes the saves of this and later steps."""
         for later in [s for s in self.steps() if s >= step]:

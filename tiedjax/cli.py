@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,11 +64,24 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     report = command("report", "redraw the report of a study from its results.json", _report)
     report.add_argument("directory", type=Path, metavar="DIR", help="study directory")
 
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(list(_joined(argv)))
     if unknown:
         keys = [f"--{field.key}" for field in leaf_fields(RunConfig)]
         raise UserError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], keys)}")
     return args
+
+
+def _joined(argv: list[str]) -> Iterator[str]:
+    """Writes `--section.key -1` as `--section.key=-1`: argparse takes a negative number such as -1e-3 for an option."""
+    rest = iter(argv)
+    for arg in rest:
+        following = next(rest, None) if re.fullmatch(r"--\w+\.\w+", arg) else None
+        if following is None:
+            yield arg
+        elif re.match(r"-[\d.]", following):
+            yield f"{arg}={following}"
+        else:
+            yield from (arg, following)
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +125,8 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
+    import jax
+
     from tiedjax import loop, process
 
     process.join_cluster(args.coordinator, args.processes, args.process_id)
@@ -118,6 +134,10 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
         outcome = work(loop)
     except loop.TrainingError as error:  # every process of a cluster sees the same loss and raises it
         return _fail(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+            raise
+        return _fail(RuntimeError(f"{str(error).splitlines()[0]} Try a larger mesh or more data.microbatches."), 1)
     except UserError as error:
         status = _fail(error, 2)
         process.leave_cluster_if_any(status)

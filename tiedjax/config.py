@@ -60,7 +60,7 @@ class _Checked:
 class ModelConfig(_Checked):
     """The transformer's shape and arithmetic."""
 
-    layers: int = _option(4, "decoder layers", at_least=1)
+    layers: int = _option(4, "decoder layers", at_least=1, at_most=10_000)
     d_model: int = _option(128, "model width D", at_least=1)
     heads: int = _option(4, "query heads H", at_least=1)
     kv_heads: int | None = _option(None, "key/value heads G; null: as many as query heads", at_least=1)
@@ -122,7 +122,7 @@ class OptimizerConfig(_Checked):
     """AdamW with linear warmup and cosine decay; the same for both roles and all schemes."""
 
     learning_rate: float = _option(3e-4, "peak learning rate", at_least=0)
-    warmup_steps: int = _option(100, "steps of linear warmup from 0", at_least=0)
+    warmup_steps: int = _option(100, "updates of linear warmup, the last at the peak", at_least=0)
     final_fraction: float = _option(
         0.1, "learning rate at the last step, as a fraction of the peak", at_least=0, at_most=1
     )
@@ -131,7 +131,9 @@ class OptimizerConfig(_Checked):
     eps: float = _option(1e-8, "added to the root of the second moment", above=0)
     weight_decay: float = _option(0.1, "decoupled weight decay of matrices (never of norm scales)", at_least=0)
     decay_tables: bool = _option(True, "whether weight decay applies to the tables")
-    clip_norm: float | None = _option(1.0, "largest global L2 norm of the gradient; null: no clipping", above=0)
+    clip_norm: float | None = _option(
+        1.0, "largest global L2 norm of the gradient, role scales left out; null: no clipping", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,9 @@ class DataConfig(_Checked):
     )
     batch_size: int = _option(16, "sequences per step, over all devices", at_least=1)
     microbatches: int = _option(1, "gradient accumulation: parts that a batch is cut into", at_least=1)
-    workers: int | None = _option(None, "threads that tokenize and threads that read; null: one per core", at_least=1)
+    workers: int | None = _option(
+        None, "threads that tokenize and threads that read; null: one per core", at_least=1, at_most=256
+    )
     cache: str | None = _option(None, "folder of prepared data; null: $TIEDJAX_CACHE or ~/.cache/tiedjax")
 
     def _check(self) -> None:
@@ -176,7 +180,9 @@ class MeshConfig(_Checked):
 class TrainConfig(_Checked):
     """How long, how often, from which seed."""
 
-    steps: int = _option(1000, "optimizer steps; also the length of the learning-rate schedule", at_least=1)
+    steps: int = _option(
+        1000, "optimizer steps; also the length of the learning-rate schedule", at_least=1, below=2**31
+    )
     stop_at: int | None = _option(
         None, "end at this step as an interruption would; the schedule is that of `steps`", at_least=1
     )
@@ -283,14 +289,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
-    """Dotted keys with YAML scalars as text, to a nested mapping."""
+    """Dotted keys of a run config with their values as text, to a nested mapping; text stays text, the rest is YAML."""
+    textual = {field.key: field.type for field in leaf_fields(RunConfig) if field.type.startswith(("str", "Literal"))}
     tree: dict[str, Any] = {}
     for key, text in pairs.items():
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
             node = node.setdefault(section, {})
-        node[leaf] = _parse_yaml(text, f"--{key}")
+        if key not in textual:
+            node[leaf] = _parse_yaml(text, f"--{key}")
+        else:
+            node[leaf] = None if text == "null" and textual[key].endswith("None") else text
     return tree
 
 
@@ -321,6 +331,15 @@ def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None
     tree = read_yaml(path)
     structure(RunConfig, tree, str(path))  # so that an error of the file is not blamed on the overrides
     return structure(RunConfig, merge(tree, parse_overrides(overrides or {})), "overrides")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def to_tree(config: Any) -> dict[str, Any]:
@@ -374,7 +393,8 @@ def _explain(error: Any, valid: list[str]) -> str:
     key = ".".join(map(str, error["loc"]))
     kind, given = error["type"], error["input"]
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        return f"unknown key {key!r}{nearest(key, valid)}"
+        nested = "; write it as nested sections, not with a dot" if key in valid else nearest(key, valid)
+        return f"unknown key {key!r}{nested}"
     if kind == "value_error":  # raised by a config's own check, which names the field
         return f"{key}.{error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if kind == "literal_error":

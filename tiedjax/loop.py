@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from tiedjax import process, sharding, tying
 from tiedjax.checkpoint import Checkpoints, is_snapshot_step
-from tiedjax.config import RunConfig, load_run_config, to_tree, to_yaml
+from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.prepare import Prepared, prepare
 from tiedjax.errors import UserError
@@ -121,6 +121,7 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
             if snaps:
                 snapshots.save(step, state.params["tables"], about)
             if checks:
+                snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
                 checkpoints.save(step, state._asdict(), about)
             if ends:
                 break
@@ -139,22 +140,14 @@ def _say(line: str) -> None:
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
         return
-    old, new = (dict(_leaves(to_tree(each))) for each in (load_run_config(path), cfg))
+    old, new = (dict(flatten(to_tree(each))) for each in (load_run_config(path), cfg))
     for key in sorted(old.keys() - MAY_CHANGE):
         if old[key] != new[key]:
             raise UserError(
                 f"{out}: holds a run with {key} = {old[key]!r}, not {new[key]!r}; choose another --out or go back to it"
             )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Any:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tiedjax.files import write_atomically
 from tiedjax.run import read_metrics
+from tiedjax.text import duration
 
 NO_DECILE = -1
 
@@ -108,13 +109,3 @@ class Progress:
         if done <= first or done == self._total:
             return ""
         return f"  {duration((now - at) / (done - first) * (self._total - done))} left"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 42 s, 3 min 05 s, 2 h 07 min."""
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    return f"{s // 3600} h {s % 3600 // 60:02d} min"

@@ -5,20 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from tiedjax.config import OptimizerConfig
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over `warmup_steps`, then cosine to `final_fraction` of it at `steps`."""
-    return optax.warmup_cosine_decay_schedule(
+    """Updates done -> rate of the next: linear up to the peak at update `warmup_steps`, then cosine to the last update.
+
+    Update 1 already moves the parameters, and update `steps` uses `final_fraction` of the peak.
+    """
+    by_number = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=cfg.learning_rate,
         warmup_steps=cfg.warmup_steps,
         decay_steps=max(steps, cfg.warmup_steps + 1),  # optax wants a decay, even when warmup takes all steps
         end_value=cfg.final_fraction * cfg.learning_rate,
     )
+    return lambda done: by_number(done + 1)
 
 
 def decay_mask(params: Any, *, tables: bool) -> Any:
@@ -31,14 +36,28 @@ def decay_mask(params: Any, *, tables: bool) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def clip_by_loss_gradient(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Multiplies the update by limit / grad_norm where `grad_norm` is above the limit.
+
+    Global-norm clipping, but by a norm that role scales do not enter: they must not change the body's update.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None, *, grad_norm: jax.Array, **_: Any) -> Any:
+        factor = jnp.minimum(1.0, limit / grad_norm)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """The optimizer over {"tables", "body"}.
 
-    `update` takes, beside the gradient of the parameters, `role_grads`: `Tables` of the raw [V, D] gradient of each
-    role. AdamW has no use for them; a transformation in this chain that treats the roles apart needs no other channel.
+    `update` takes, beside the gradient of the parameters, `grad_norm`: the norm of the loss's gradient before any role
+    scale, and `role_grads`: `Tables` of the raw [V, D] gradient of each role. AdamW has no use for the latter; a
+    transformation in this chain that treats the roles apart needs no other channel.
     """
     chain = [
-        optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
+        clip_by_loss_gradient(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, lambda params: decay_mask(params, tables=cfg.decay_tables)),
         optax.scale_by_learning_rate(learning_rate(cfg, steps)),

@@ -27,6 +27,8 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
             raise UserError(
                 "--coordinator HOST:PORT, --processes N and --process-id I belong together; give all three or none"
             )
+        if processes < 1:
+            raise UserError(f"--processes: must be at least 1, got {processes}")
         if not 0 <= process_id < processes:
             raise UserError(
                 f"--process-id: must be from 0 to {processes - 1} (--processes {processes}), got {process_id}"
@@ -43,7 +45,9 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
 
 def _launched_as_one_of_many() -> bool:
     # SLURM_STEP_NODELIST is there under srun only: the shell of a batch script is one process, whatever it asked for.
-    slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys() and int(os.environ["SLURM_NTASKS"]) > 1
+    slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys() and int(
+        os.environ.get("SLURM_NTASKS", "1")
+    ) > 1
     return slurm or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or _on_tpu_vm()
 
 

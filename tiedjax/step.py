@@ -167,15 +167,22 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         params = init_params(cfg, root)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+    def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
+        tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
+        return optax.tree.norm({"tables": tables, "body": grads["body"]})
+
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         value, (grads, role_grads) = gradients(state.params, tokens_BS, role_scale)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, role_grads=role_grads)
+        grad_norm = unscaled_norm(grads, state.params, role_grads)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=role_grads
+        )
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             **role_metrics(role_grads, decile_V),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 
-from tiedjax import process
+from tiedjax import process, tying
 from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.loop import Outcome, train
-from tiedjax.metrics import duration
 from tiedjax.run import load_run
+from tiedjax.text import duration
 
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -49,17 +49,25 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
     """Resolves a study file; `overrides` ({"train.steps": "50"}) apply to every run, after its arm."""
     path = Path(path)
     study = structure(StudyConfig, read_yaml(path), str(path))
+    if not study.base:
+        raise UserError(f"{path}: base: missing; it names the run config that all arms share")
     base_path = path.parent / study.base
     base = read_yaml(base_path)
     structure(RunConfig, base, str(base_path))
     last = parse_overrides(overrides or {})
-    if "seed" in last.get("train", {}):
-        raise UserError("--train.seed: a study sets it from its own seeds; change them in the study file")
+    for where, changes in [("--train.seed", last), (f"{path}: overrides", study.overrides), *study.arms.items()]:
+        if "seed" in (changes.get("train") or {}):
+            raise UserError(f"{where}: train.seed is set from the study's seeds; change those in the study file")
     runs = {}
     for seed in study.seeds:
         for arm, changes in study.arms.items():
             tree = merge(merge(merge(base, study.overrides), changes), last)
             runs[arm, seed] = structure(RunConfig, merge(tree, {"train": {"seed": seed}}), f"{path}: arm {arm!r}")
+    for arm, shared in [(study.reference, False), (study.baseline, True)]:
+        scheme = runs[arm, study.seeds[0]].tying.scheme
+        if tying.SCHEMES[scheme].shares_one_table != shared:
+            wanted = "one table in both roles" if shared else "a table for each role"
+            raise UserError(f"{path}: arm {arm!r} needs a scheme with {wanted}, its tying.scheme is {scheme!r}")
     return Plan(path.stem, study, runs)
 
 
@@ -100,6 +108,8 @@ def draw_report(out: Path) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax study` writes it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: must hold an object, got {type(results).__name__}; `tiedjax study` writes it")
     write_report(results, out)
     return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
 

@@ -36,6 +36,12 @@ class Scheme:
     parameters: tuple[str, ...]
     tables: Callable[[Mapping[str, jax.Array]], Tables]
 
+    @property
+    def shares_one_table(self) -> bool:
+        """Whether both roles are one and the same array."""
+        tables = self.tables({name: jnp.zeros((1, 1)) for name in self.parameters})
+        return tables.input is tables.output
+
 
 # The tied table has a name of its own: were it called "output", it would start equal to the untied output table, and
 # every later similarity between the two would be part inheritance.

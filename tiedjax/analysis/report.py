@@ -157,8 +157,9 @@ def _nearness(results: Results) -> Iterator[tuple[str, str, Mapping[str, Any], s
                 name = arm if subject == "shared" else f"{arm} {subject}"
                 other = role if arm == reference else f"{reference} {role}"
                 yield arm, role, compared[target]["orthogonal"], f"{name} to {other}"
-    for role, fits in sorted(results["between_seeds"].items(), reverse=True):
-        yield reference, role, fits["orthogonal"], f"{reference} {role}, two seeds"
+    own = results["between_seeds"].get(reference, {})
+    for role in sorted(own, reverse=True):
+        yield reference, role, own[role][f"vs_{role}"]["orthogonal"], f"{reference} {role}, two seeds"
 
 
 def _over_steps(role: str) -> Callable[[Axes, Results], None]:

@@ -4,8 +4,8 @@ The subject table of every run is compared with the two tables of the reference 
 share the body's initialisation and the data order, but all their tables start independent, so what alignment there is
 has been learned. Alignment maps the reference table onto the subject's, over the tokens that both runs saw in training.
 
-How near a table can be at all is another matter: reference runs of different seeds are compared with each other, role
-by role. A table that training hardly shapes is near to nothing, its own twin of another seed included.
+How near a table can be at all is another matter: every arm is compared with the reference runs of other seeds too, the
+reference arm included. A table that training hardly shapes is near to nothing, its own twin of another seed included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tiedjax.analysis.gradients import gradient_flow
 from tiedjax.analysis.norms import norms_by_count
 from tiedjax.analysis.records import to_plain
 from tiedjax.analysis.tables import ROLES, content_hash, seen_rows
-from tiedjax.config import StudyConfig, to_tree
+from tiedjax.config import StudyConfig, flatten, to_tree
 from tiedjax.errors import UserError
 
 SCHEMA = 1
@@ -160,15 +160,24 @@ def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndar
 
 
 def _between_seeds(study: StudyConfig, runs: Runs) -> Iterator[dict[str, Any]]:
-    """The reference arm's tables of every two seeds against each other, role by role, all fits."""
-    reference = [(seed, runs[study.reference, seed]) for seed in study.seeds if (study.reference, seed) in runs]
-    last = {seed: run.tables() for seed, run in reference}
-    for (seed, run), (other_seed, other) in itertools.combinations(reference, 2):
-        rows = seen_rows(run.token_counts) & seen_rows(other.token_counts)
-        for role in ROLES:
-            found = align(getattr(last[seed], role), getattr(last[other_seed], role), rows=rows)
+    """Every arm's last tables against those of the reference runs of the other seeds, all fits.
+
+    The reference arm's own are compared role by role, and each two seeds once.
+    """
+    last = {key: run.tables() for key, run in runs.items()}
+    seen = {key: seen_rows(run.token_counts) for key, run in runs.items()}
+    for (arm, seed), other_seed in itertools.product(runs, study.seeds):
+        reference, own = (study.reference, other_seed), arm == study.reference
+        if reference not in runs or (seed <= other_seed if own else seed == other_seed):
+            continue
+        for (role, table), target in itertools.product(roles_of(last[arm, seed]).items(), ROLES):
+            if own and role != target:
+                continue
+            rows = seen[arm, seed] & seen[reference]
+            found = align(getattr(last[reference], target), table, rows=rows)
             for fit, score in found.scores.items():
-                yield {"role": role, "fit": fit, "seed": f"{seed} and {other_seed}", **to_plain(score)}
+                about = {"subject_role": role, "reference_role": target, "fit": fit, "seed": f"{seed} to {other_seed}"}
+                yield {"arm": arm, **about, **to_plain(score)}
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,17 +250,9 @@ def _differences(study: StudyConfig, runs: Runs, arm: str, seed: int) -> dict[st
     """Dotted key: [the reference's value, the arm's value], from the configs that the runs resolved to."""
     if (arm, seed) not in runs:
         return {}
-    ours = dict(_leaves(to_tree(runs[arm, seed].config)))
-    theirs = dict(_leaves(to_tree(runs[study.reference, seed].config)))
+    ours = dict(flatten(to_tree(runs[arm, seed].config)))
+    theirs = dict(flatten(to_tree(runs[study.reference, seed].config)))
     return {key: [theirs[key], value] for key, value in ours.items() if theirs[key] != value}
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _notes(study: StudyConfig, runs: Runs) -> list[str]:
@@ -261,6 +262,12 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
     ]
     if len(study.seeds) == 1:
         notes.append("One seed: no interval over seeds can be given.")
+    scheme = {arm: run.config.tying.scheme for (arm, _), run in runs.items()}
+    same = [arm for arm in scheme if arm != study.reference and scheme[arm] == scheme[study.reference]]
+    if same:
+        notes.append(
+            f"{', '.join(same)}: begins with the reference's own tables, so part of its nearness is inherited."
+        )
     missing = [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds if (arm, seed) not in runs]
     if missing:
         notes.append(f"Not among the results: {', '.join(missing)}.")

@@ -48,19 +48,21 @@ def arm_summary(arm: str, final: Records, flows: Mapping[int, GradientFlow]) -> 
 
 
 def between_seeds(records: Records) -> dict[str, Any]:
-    """Role, fit: the scores of the reference arm's runs with each other, as means without an interval.
+    """Arm, subject role, vs_input or vs_output, fit: scores against reference runs of other seeds, without interval.
 
     Pairs of seeds share runs, so they are no independent sample.
     """
     found: dict[str, Any] = {}
-    for role, fit in dict.fromkeys((r["role"], r["fit"]) for r in records):
-        where = {"role": role, "fit": fit}
+    names = ("arm", "subject_role", "reference_role", "fit")
+    for key in dict.fromkeys(tuple(r[name] for name in names) for r in records):
+        where = dict(zip(names, key, strict=True))
+        arm, subject, target, fit = key
         cell: dict[str, Any] = {"by_seed": by_seed(records, "corrected", **where)}
         for name in ("score", "floor", "corrected"):
             known = [v for v in by_seed(records, name, **where).values() if v is not None]
             mean = sum(known) / len(known) if known else None
             cell[name] = Interval(mean, None, None, len(known), CONFIDENCE)
-        found.setdefault(role, {})[fit] = cell
+        found.setdefault(arm, {}).setdefault(subject, {}).setdefault(f"vs_{target}", {})[fit] = cell
     return found
 
 
@@ -106,7 +108,7 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
             head["margin"],
         ),
         f"{arm}_output_dominates_early": _statement(
-            f"{arm} gets more than half of its gradient norm from the output role over steps {first} to {last}",
+            f"the output role has the larger share of the norms of {arm}'s table gradient over steps {first} to {last}",
             _affine(share, 1.0, -0.5),
         ),
     }

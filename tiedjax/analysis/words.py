@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tiedjax import text
 from tiedjax.analysis import published
 from tiedjax.analysis.align import closed_form_floor
 
@@ -82,30 +83,32 @@ def _main_sentence(results: Results) -> str:
 
 
 def _between_seeds_sentence(results: Results) -> Iterator[str]:
+    """The same nearness between runs that share no seed, beside that of the reference's own tables: like with like."""
     head, between = results["headline"], results["between_seeds"]
-    reached = {role: between[role][head["fit"]]["corrected"]["mean"] for role in between}
-    if None in reached.values() or not reached:
+    if not {head["arm"], head["reference"]} <= between.keys():
         return
-    shares = [
-        f"{number(100 * head[f'vs_{role}']['mean'] / possible, 0)}\u00a0% of {number(possible)} for {role} tables"
-        for role, possible in reached.items()
-        if head[f"vs_{role}"]["mean"] is not None and possible > 0
-    ]
+    own, other = between[head["reference"]], between[head["arm"]]
+    mean = lambda compared, subject, target: number(compared[subject][f"vs_{target}"][head["fit"]]["corrected"]["mean"])
+    reference = head["reference"]
     yield (
-        f"Two {head['reference']} runs of different seeds come only so near to each other: {number(reached['output'])} "
-        f"in their output tables, {number(reached['input'])} in their input tables."
-        + (f" Measured by that, the {head['arm']} table reaches {' and '.join(reversed(shares))}." if shares else "")
+        f"Between runs of different seeds, {reference} output tables lie at {mean(own, 'output', 'output')} and "
+        f"input tables at {mean(own, 'input', 'input')} from one another, the {head['arm']} table at "
+        f"{mean(other, 'shared', 'output')} and {mean(other, 'shared', 'input')} from them: how alike "
+        "training shapes a table twice limits how near anything else comes to it."
     )
 
 
 def _share_sentence(results: Results) -> Iterator[str]:
     head = results["headline"]
     if head["early_output_share"]["mean"] is not None:
-        first, last = head["early_steps"]
+        arm = results["arms"][head["arm"]]
+        early = [
+            f"{percent(window['output_share'])} over steps {window['first']} to {window['last']}"
+            for window in arm["output_share_windows"][:2]
+        ]
         yield (
-            f"Over steps {first} to {last}, {percent(head['early_output_share'])} of the norm of the {head['arm']} "
-            f"table’s gradient comes from its output role; over the whole run, "
-            f"{percent(results['arms'][head['arm']]['overall_output_share'])}."
+            f"Of the sum of the norms of the {head['arm']} table’s two role gradients, the output role’s makes "
+            f"{', '.join(early)}, and {percent(arm['overall_output_share'])} over the whole run."
         )
 
 
@@ -166,8 +169,13 @@ def alignment_groups(results: Results) -> list[dict[str, Any]]:
                 name = arm if role == "shared" else f"{arm} {role} table"
                 other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
                 groups.append(_group(results, arm, f"{name} and {other}", fits))
-    for role, fits in sorted(results["between_seeds"].items(), reverse=True):
-        groups.append(_group(results, reference, f"{reference} {role} tables of two seeds", fits))
+    for arm, subjects in results["between_seeds"].items():
+        for role, compared in subjects.items():
+            for target, fits in sorted(compared.items(), reverse=True):
+                name = arm if role == "shared" else f"{arm} {role} table"
+                groups.append(
+                    _group(results, arm, f"{name} and the {reference} {target[3:]} table of another seed", fits)
+                )
     return groups
 
 
@@ -267,12 +275,8 @@ def paper_others(results: Results) -> list[dict[str, str]]:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them."""
-    if seconds is None:
-        return NONE
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """Seconds as a person reads them; a dash for none."""
+    return NONE if seconds is None else text.duration(seconds)
 
 
 def visible(text: str) -> str:
