@@ -1,0 +1,42 @@
+"""README's numbers are those of the saved results, and its commands are those that exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+
+import pytest
+from programs import REPOSITORY
+
+from tiedjax import cli
+from tiedjax.analysis.command import INSTRUMENTS
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_quick_study_block_is_what_the_saved_results_say() -> None:
+    spec = importlib.util.spec_from_file_location("readme", REPOSITORY / "benchmarks" / "readme.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.readme_with_block() == README
+    assert module.PICTURE.is_file()
+
+
+def test_every_file_that_is_named_exists() -> None:
+    named = re.findall(r"\b(?:configs|launch|tests|tiedjax)/[\w/.]+\.\w+", README)
+    assert len(named) > 10
+    assert not [name for name in named if not (REPOSITORY / name).is_file()]
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"\| `tiedjax (\w+)", README))))
+def test_every_command_of_the_table_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_every_instrument_is_named() -> None:
+    assert all(f"`{name}`" in README for name in INSTRUMENTS)
