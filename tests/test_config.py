@@ -233,7 +233,6 @@ def wrong_values() -> Iterator[tuple[dict[str, str], str]]:
     yield {"mesh.tensor": "3"}, "mesh.tensor"
     yield {"mesh.fsdp": "3"}, "mesh.fsdp"
     yield {"mesh.data": "3"}, "mesh"
-    yield {"optimizer.warmup_steps": "50", "train.steps": "40"}, "optimizer.warmup_steps"
 
 
 @pytest.mark.parametrize(("overrides", "key"), list(wrong_values()), ids=lambda value: str(value))

@@ -102,6 +102,11 @@ def test_the_learning_rate_moves_at_once_peaks_and_ends_at_its_fraction() -> Non
     assert float(schedule(STEPS - 1)) == pytest.approx(0.1 * CFG.learning_rate)
 
 
+def test_a_run_may_end_within_its_warmup() -> None:
+    schedule = optimizer.learning_rate(CFG, 2)
+    assert [float(schedule(done)) for done in range(2)] == pytest.approx([0.005, 0.01])
+
+
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
 def test_role_scales_do_not_reach_the_body_through_clipping(scheme: str) -> None:
     cfg = small_config(scheme, optimizer=OptimizerConfig(clip_norm=1e-3, warmup_steps=1))  # always clips

@@ -226,10 +226,6 @@ class RunConfig(_Checked):
                 f"mesh: data x fsdp = {known} does not divide the {rows} sequences of a microbatch "
                 f"(data.batch_size {self.data.batch_size} / data.microbatches {self.data.microbatches})"
             )
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise UserError(
-                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than train.steps {self.train.steps}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         init_value=0.0,
         peak_value=cfg.learning_rate,
         warmup_steps=cfg.warmup_steps,
-        decay_steps=max(steps, cfg.warmup_steps + 1),  # optax wants a decay, even when warmup takes all steps
+        decay_steps=max(steps, cfg.warmup_steps + 1),  # optax wants a decay, even when warmup takes all steps or more
         end_value=cfg.final_fraction * cfg.learning_rate,
     )
     return lambda done: by_number(done + 1)
