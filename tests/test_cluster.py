@@ -6,6 +6,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from programs import REPOSITORY, environment, finish
-from runs import STEPS, arguments, assert_same_run, rows
+from programs import REPOSITORY, environment, finish, start
+from runs import STEPS, arguments, assert_same_run, rows, write_text
 
 import tiedjax
 
@@ -221,3 +222,23 @@ def test_a_launcher_that_is_called_wrongly_says_so_in_one_line(script: str, args
     assert stdout == ""
     assert stderr.count("\n") == 1
     assert f"usage: {'sbatch ' if script == 'slurm.sbatch' else ''}launch/{script}" in stderr
+
+
+def test_processes_with_different_data_are_refused(text: Path, tmp_path: Path) -> None:
+    """Each host prepares its own copy: another one on one of them would change the batches without a word."""
+    other = write_text(tmp_path / "other.jsonl", seed=7)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = []
+    for i, source in enumerate([text, other]):
+        flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
+        both.append(start(["-m", "tiedjax", *arguments(tmp_path / "run", source), *flags]))
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert "the processes have prepared different data" in "".join(errors)
+    assert all(process.returncode for process in both)
+    assert not (tmp_path / "run" / "config.yaml").exists()

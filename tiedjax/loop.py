@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import shutil
 import signal
@@ -79,6 +80,11 @@ def train(cfg: RunConfig, out: Path, *, label: str | None = None) -> Outcome:
             rows=sharding.local_rows(mesh, cfg.data.batch_size),
             workers=cfg.data.workers,
         )
+        if not process.same_everywhere(json.dumps(batches.fingerprint)):
+            raise UserError(
+                f"data.source: {cfg.data.source}: the processes have prepared different data (other files, another "
+                "Python?); prepare it once and give all of them prepared:DIR"
+            )
         counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
 
         # ---- State: new or restored ----

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import hashlib
 import importlib.util
 import os
 import signal
 from types import FrameType
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import UserError
@@ -54,6 +56,14 @@ def _launched_as_one_of_many() -> bool:
 def _on_tpu_vm() -> bool:
     wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu") is not None
     return wanted and any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+
+
+def same_everywhere(text: str) -> bool:
+    """Whether all processes hold the same text here; all of them ask together."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
+    return bool((np.asarray(multihost_utils.process_allgather(digest)) == digest).all())
 
 
 def leave_cluster_if_any(status: int) -> None:
