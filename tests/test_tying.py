@@ -147,7 +147,8 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
 
 
 def test_each_switch_changes_one_thing_at_step_0() -> None:
-    tied, untied = (nn.unbox(lm.init_params(small_config(s, d_model=256), jax.random.key(1))) for s in SCHEMES)
+    start = lambda scheme: nn.unbox(lm.init_params(small_config(scheme, d_model=256), jax.random.key(1)))
+    tied, untied = start("tied"), start("untied")
     jax.tree.map(np.testing.assert_array_equal, tied["body"], untied["body"])
     tables = [tied["tables"]["shared"], untied["tables"]["input"], untied["tables"]["output"]]
     for i, a in enumerate(tables):

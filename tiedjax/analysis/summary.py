@@ -1,8 +1,9 @@
 """Everything a study's runs say, as one dict that JSON can hold: results.json.
 
 The subject table of every run is compared with the two tables of the reference arm's run of the same seed. Such twins
-share the body's initialisation and the data order, but all their tables start independent, so what alignment there is
-has been learned. Alignment maps the reference table onto the subject's, over the tokens that both runs saw in training.
+share the body's initialisation and the data order, but their tables start independent (an arm of the reference's own
+scheme excepted, which `notes` then says), so what alignment there is has been learned. Alignment maps the reference
+table onto the subject's, over the tokens that both runs saw in training.
 
 How near a table can be at all is another matter: every arm is compared with the reference runs of other seeds too, the
 reference arm included. A table that training hardly shapes is near to nothing, its own twin of another seed included.
