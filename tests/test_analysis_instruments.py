@@ -10,9 +10,9 @@ from scipy import stats
 
 from tiedjax.analysis.evolution import evolution, row_movement
 from tiedjax.analysis.gradients import gradient_flow, output_share
-from tiedjax.analysis.norms import norms_by_count, spearman
+from tiedjax.analysis.norms import norms_by_count
 from tiedjax.analysis.records import to_plain, write_json
-from tiedjax.analysis.statistics import interval, paired
+from tiedjax.analysis.statistics import interval, paired, spearman
 from tiedjax.analysis.tokens import most_frequent, token_rows, token_texts
 from tiedjax.errors import UserError
 

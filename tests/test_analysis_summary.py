@@ -14,7 +14,7 @@ from scipy import stats
 from tiedjax.analysis.align import align
 from tiedjax.analysis.records import write_json
 from tiedjax.analysis.summary import summarize
-from tiedjax.config import RunConfig, StudyConfig, TyingConfig
+from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
 
 ARMS = {
@@ -35,7 +35,7 @@ class FakeRun:
         tying = TyingConfig(
             scheme="untied" if mix is None else "tied", input_grad_scale=5.0 if arm.endswith("5") else 1.0
         )
-        self.config = replace(RunConfig(), tying=tying)
+        self.config = replace(RunConfig(), tying=tying, data=DataConfig(source="tokens:nowhere/*.npy"))
         self._mix, self._D = mix, D
         shared = np.random.default_rng(7)  # what the data teach either role, the same for every run
         self._lesson = {"input": shared.normal(size=(V, D)), "output": shared.normal(size=(V, D))}

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "data"},
     "metrics": {"run"},
     "loop": {"config", "tying", "sharding", "process", "checkpoint", "data", "metrics", "step"},
-    "analysis": {"config", "tying", "model", "loss", "checkpoint", "lm", "run", "analysis"},
+    "analysis": {"config", "tying", "model", "loss", "checkpoint", "lm", "run", "data", "analysis"},
     "study": {"config", "process", "tying", "loop", "metrics", "run", "analysis"},
     "cli": {"config", "data", "analysis", "process", "loop", "study"},
     "__main__": {"cli"},
@@ -82,7 +82,7 @@ def imports(path: Path) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = str(node.module)
-            whole = module == "tiedjax" or module.endswith((".data", ".analysis"))
+            whole = module == "tiedjax" or module.endswith((".data", ".analysis", ".commands", ".sections"))
             names = [f"{module}.{alias.name}" if whole else module for alias in node.names]
         else:
             continue
@@ -137,7 +137,10 @@ def test_a_heavy_dependency_lives_behind_one_file(library: str) -> None:
 
 def test_nothing_heavy_is_imported_before_a_command_is_known() -> None:
     standard = {"importlib", "collections", "typing", "pathlib", "argparse", "dataclasses", "contextlib"}
-    light = {*LIGHT, "data/command", "analysis/command", "analysis/__init__", "data/__init__"}
+    commands = {
+        str(path.relative_to(PACKAGE)).removesuffix(".py") for path in (PACKAGE / "analysis/commands").iterdir()
+    }
+    light = {*LIGHT, "data/command", "analysis/command", "analysis/__init__", "data/__init__", *commands}
     heavy = {*HOMES, "jax", "flax", "numpy", "scipy"} - standard
     for path in FILES:
         name = str(path.relative_to(PACKAGE)).removesuffix(".py")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiedjax.analysis.statistics import spearman
 from tiedjax.errors import UserError
 
 BIN_WIDTH = 0.5  # in log10(count + 1)
@@ -59,19 +60,6 @@ def norms_by_count(table_VD: np.ndarray, count_V: np.ndarray) -> Norms:
         floor_standard_error=1 / math.sqrt(n - 1) if n > 1 else None,
         bins=_bins(norm, np.log10(np.asarray(count_V, np.float64) + 1)),
     )
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Spearman's rank correlation, ties sharing their mean rank; None when either side does not vary."""
-    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return None
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _bins(norm: np.ndarray, log_count: np.ndarray) -> list[Bin]:

@@ -12,7 +12,7 @@ reference arm included. A table that training hardly shapes is near to nothing, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,17 @@ from tiedjax.analysis import tokens, verdict, words
 from tiedjax.analysis.align import DRAWS, FITS, align
 from tiedjax.analysis.evolution import Trail
 from tiedjax.analysis.gradients import gradient_flow
-from tiedjax.analysis.norms import norms_by_count
 from tiedjax.analysis.records import to_plain
-from tiedjax.analysis.tables import ROLES, content_hash, seen_rows
+from tiedjax.analysis.run_data import data_of
+from tiedjax.analysis.sections.registry import SECTIONS
+from tiedjax.analysis.study_runs import Runs, StudyRuns, roles_of
+from tiedjax.analysis.tables import ROLES, seen_rows
 from tiedjax.config import StudyConfig, flatten, to_tree
+from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 
 SCHEMA = 1
 EXAMPLES = 12
-
-Runs = Mapping[tuple[str, int], Any]
 
 
 def summarize(
@@ -38,11 +39,12 @@ def summarize(
     runs: Runs,
     *,
     environment: Mapping[str, Any] | None = None,
+    text: Callable[[Any], Prepared] = data_of,
 ) -> dict[str, Any]:
     """results.json of a study, from its runs by (arm, seed).
 
-    `environment` says what the caller knows of the machine, versions and time. Pairs without a run are named in
-    `notes`. UserError when no seed has a run of the reference arm.
+    `environment` says what the caller knows of the machine, versions and time; `text` finds a run's data. Pairs
+    without a run are named in `notes`. UserError when no seed has a run of the reference arm.
     """
     seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
     if not seeds:
@@ -59,6 +61,7 @@ def summarize(
         for arm in study.arms
         if any(a == arm for a, _ in runs)
     }
+    held = StudyRuns(study, runs, text)
     between = verdict.between_seeds(list(_between_seeds(study, runs)))
     results = {
         "schema": SCHEMA,
@@ -72,7 +75,7 @@ def summarize(
         "alignment_over_steps": _over_steps(walk.comparisons),
         "gradients": [_key(key) | to_plain(flow) for key, flow in flows.items()],
         "evolution": walk.evolution,
-        "norms": walk.norms,
+        **{name: section.collect(held) for name, section in SECTIONS.items() if hasattr(section, "collect")},
         "examples": _examples(study, runs, seeds[0], walk),
         "runs": [_run_facts(key, run) for key, run in runs.items()],
         "study": {
@@ -90,11 +93,6 @@ def summarize(
     return {"answer": answer, "findings": findings, **plain}
 
 
-def roles_of(tables: Any) -> dict[str, np.ndarray]:
-    """A run's distinct tables: {"shared": ...} when both roles are one array, else {"input": ..., "output": ...}."""
-    return {"shared": tables.input} if tables.tied else {"input": tables.input, "output": tables.output}
-
-
 class _Walk:
     """One pass over the snapshots, each read once: what several instruments make of them."""
 
@@ -102,7 +100,6 @@ class _Walk:
         self.ids = ids
         self.comparisons: list[dict[str, Any]] = []
         self.evolution: list[dict[str, Any]] = []
-        self.norms: list[dict[str, Any]] = []
         self.examples: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
     def through(self, study: StudyConfig, runs: Mapping[str, Any], seed: int) -> None:
@@ -116,8 +113,6 @@ class _Walk:
                 distinct, steps = roles_of(both), runs[arm].snapshot_steps
                 for role, table in distinct.items():
                     trails.setdefault((arm, role), Trail(seen[arm])).add(step, table)
-                    if step == steps[-1]:
-                        self._measure_norms((arm, seed), role, table, runs[arm].token_counts)
                 chosen = {role: table[self.ids] for role, table in distinct.items()}
                 first.setdefault(arm, chosen)
                 if step == steps[-1]:
@@ -131,12 +126,6 @@ class _Walk:
                     self.comparisons += _compared(tables[study.reference], twin, rows, where)
         for (arm, role), trail in trails.items():
             self.evolution.append(_key((arm, seed)) | {"role": role} | to_plain(trail.result()))
-
-    def _measure_norms(self, key: tuple[str, int], role: str, table: np.ndarray, counts: np.ndarray) -> None:
-        rows = seen_rows(counts)
-        found = norms_by_count(table[rows], counts[1][rows])
-        about = {"role": role, "sha256": content_hash(table), "counts": "as target"}
-        self.norms.append(_key(key) | about | to_plain(found))
 
 
 def _compared(reference: Any, twin: Any | None, rows: np.ndarray, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

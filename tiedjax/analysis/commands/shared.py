@@ -1,0 +1,143 @@
+"""What the commands share: arguments, reading tables, masks, and text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiedjax.analysis.tables import Table
+
+TABLE = "RUN[@STEP][#input|#output], FILE.npy, FILE.npz[#NAME] or FILE.safetensors[#NAME]"
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """A and B."""
+    parser.add_argument("a", metavar="A", help=f"the first table: {TABLE}")
+    parser.add_argument("b", metavar="B", help="the table it is compared with, named likewise")
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """TABLE."""
+    parser.add_argument("a", metavar="TABLE", help=TABLE)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN."""
+    parser.add_argument("a", metavar="RUN", help="a run directory")
+
+
+def add_paper(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """--paper; `meaning` says what the paper's form leaves out or does otherwise."""
+    parser.add_argument("--paper", action="store_true", help=f"the form of arXiv 2603.26663: {meaning}")
+
+
+def add_all_rows(parser: argparse.ArgumentParser) -> None:
+    """--all-rows."""
+    parser.add_argument(
+        "--all-rows", action="store_true", help="keep padding rows and never-seen tokens (default: leave them out)"
+    )
+
+
+def add_counts(parser: argparse.ArgumentParser) -> None:
+    """--counts."""
+    parser.add_argument("--counts", metavar="FILE.npy", help="[V] or [2, V] token counts, for tables from a file")
+
+
+def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str) -> None:
+    """A whole number that must be at least 1."""
+    parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+
+
+def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
+    """The value of `--name`; UserError below `least`."""
+    value = getattr(args, name.replace("-", "_"))
+    if value < least:
+        raise UserError(f"--{name}: must be at least {least}, got {value}")
+    return int(value)
+
+
+def read_pair(args: argparse.Namespace) -> tuple[Table, Table]:
+    """The tables A and B, of equally many rows."""
+    from tiedjax.analysis.tables import read_table
+
+    a, b = read_table(args.a), read_table(args.b)
+    if len(a.values) != len(b.values):
+        raise UserError(
+            f"{a.name} has {len(a.values)} rows but {b.name} has {len(b.values)}; "
+            "rows must be the same tokens in the same order"
+        )
+    return a, b
+
+
+def counts_of(args: argparse.Namespace, *tables: Table) -> np.ndarray | None:
+    """Counts [2, V] of the tokens: from --counts, else from the first table that knows them; None where none does."""
+    import numpy as np
+
+    from tiedjax.analysis.tables import read_counts
+
+    given = getattr(args, "counts", None)
+    known = [read_counts(given)] if given else [t.counts for t in tables if t.counts is not None]
+    if not known:
+        return None
+    counts = np.broadcast_to(np.atleast_2d(known[0]), (2, np.shape(known[0])[-1]))
+    if counts.shape[1] != len(tables[0].values):
+        raise UserError(
+            f"{tables[0].name}: has {len(tables[0].values)} rows but there are counts for {counts.shape[1]} tokens"
+        )
+    return counts
+
+
+def counting_rows(args: argparse.Namespace, *tables: Table) -> np.ndarray | None:
+    """Boolean [V]: rows of tokens that every table with known counts saw in training; None keeps all.
+
+    All count with --all-rows and in the paper's form.
+    """
+    from tiedjax.analysis.tables import read_counts, seen_rows
+
+    if getattr(args, "paper", False) or args.all_rows:
+        return None
+    if getattr(args, "counts", None):
+        seen = [read_counts(args.counts) > 0]
+        seen = [seen[0] if seen[0].ndim == 1 else seen_rows(seen[0])]
+    else:
+        seen = [t.seen for t in tables if t.seen is not None]
+    if not seen:
+        return None
+    rows = seen[0].copy()
+    for other in seen[1:]:
+        rows &= other
+    if not rows.any():
+        names = ", ".join(t.name for t in tables)
+        raise UserError(f"{names}: no token was seen in training by all; --all-rows keeps every row")
+    return rows
+
+
+def heading(what: str, rows: int, masked_out: int, width: int) -> str:
+    """The first line of a command's text: what was measured, over how many rows."""
+    masked = f" ({masked_out} padding or never-seen rows left out)" if masked_out else ""
+    return f"{what}: {rows} rows{masked}, width {width}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned plain text: numbers to the right with 4 decimals, None as '-'."""
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    left = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True))
+        for line in [list(header), *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as the text shows it: 4 decimals, None as '-'."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
