@@ -15,7 +15,7 @@ from tiedjax.config import DataConfig, MeshConfig, RunConfig
 
 
 def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Loss, every gradient and every parameter after two steps, by path."""
+    """Loss, every gradient, what the taps observe and every parameter after two steps, by path."""
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     steps = step.make_steps(cfg, mesh)
 
@@ -29,7 +29,7 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     found = {"gradients": jax.jit(step.loss_and_gradients(cfg, constrain))(state.params, tokens[0], scale)}
     for each in tokens:
         state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32))
-    found |= {"params": state.params, "loss": metrics["loss"]}
+    found |= {"params": state.params, **{name: metrics[name] for name in ("loss", "activation_grad_norm")}}
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 

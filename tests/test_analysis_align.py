@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 
-from tiedjax.analysis.align import FITS, _Pair, align, closed_form_floor, row_cosines
+from tiedjax.analysis import blocked, fitting, maps
+from tiedjax.analysis.align import align, by_stratum, closed_form_floor, distribution, row_cosines, uncorrected
+from tiedjax.analysis.fitting import FITS
 from tiedjax.errors import UserError
 
 
@@ -28,7 +31,23 @@ def oracle(X: np.ndarray, Y: np.ndarray, fit: str) -> float:
         X = X @ scipy.linalg.orthogonal_procrustes(X, Y)[0]
     elif fit == "linear":
         X = X @ np.linalg.lstsq(X, Y, rcond=None)[0]
+    elif fit == "ridge":
+        X = ridge_oracle(X, Y)[0]
     return float(np.mean(np.sum(X * Y, axis=1) / (np.linalg.norm(X, axis=1) * np.linalg.norm(Y, axis=1))))
+
+
+def ridge_oracle(X: np.ndarray, Y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fitted values and penalty by generalised cross-validation, each penalty solved for itself."""
+    scale = np.square(X).sum() / X.shape[1]
+    best = None
+    for penalty in scale * np.logspace(-6, 2, 33):
+        inverse = np.linalg.inv(X.T @ X + penalty * np.eye(X.shape[1]))
+        fitted = X @ (inverse @ (X.T @ Y))
+        trace_of_hat = np.trace(inverse @ (X.T @ X))
+        criterion = np.square(Y - fitted).sum() / (len(X) - trace_of_hat) ** 2
+        if best is None or criterion < best[0]:
+            best = criterion, fitted, penalty
+    return best[1:]
 
 
 def oracle_floor(X: np.ndarray, Y: np.ndarray, fit: str, draws: int) -> float:
@@ -134,8 +153,10 @@ def test_the_orthogonal_and_identity_scores_are_symmetric():
 
 def test_a_freer_map_never_leaves_a_larger_residual():
     # The guarantee is of least squares, not of the mean cosine, which usually but not always follows.
-    pair = _Pair(*tables(200, 15, seed=4), None)
-    residual = {fit: np.linalg.norm(pair._mapped(fit, pair.y) - pair.y) for fit in FITS}
+    X, Y = (table - table.mean(axis=0) for table in tables(200, 15, seed=4))
+    solve = maps.well_conditioned(X.T @ X, 1e-12)
+    fitted = {"linear": X @ solve(X.T @ Y), "orthogonal": X @ maps.nearest_orthogonal(X.T @ Y), "identity": X}
+    residual = {fit: np.linalg.norm(mapped - Y) for fit, mapped in fitted.items()}
     assert residual["linear"] < residual["orthogonal"] < residual["identity"]
 
 
@@ -171,7 +192,7 @@ def test_rows_without_direction_are_left_out_and_counted():
     X, Y = tables(200, 10)
     X[7] = X[np.arange(200) != 7].mean(axis=0)  # then row 7 is the mean, and zero once centred
     found = align(X, Y)
-    assert [s.rows_left_out for s in found.scores.values()] == [1, 1, 1]
+    assert [s.rows_left_out for s in found.scores.values()] == [1] * len(FITS)
     cosines = row_cosines(X, Y, "orthogonal")
     assert np.flatnonzero(np.isnan(cosines)).tolist() == [7]
     assert found.scores["orthogonal"].score == pytest.approx(np.nanmean(cosines), abs=1e-14)
@@ -196,7 +217,7 @@ def test_unequal_widths_are_for_the_linear_fit():
     found = align(X, Y, fits=["linear"])
     assert (found.width, found.target_width) == (6, 9)
     assert found.scores["linear"].score == pytest.approx(oracle(X, Y, "linear"), abs=1e-10)
-    with pytest.raises(UserError, match="orthogonal fit needs equal widths, got 6 and 9"):
+    with pytest.raises(UserError, match="orthogonal fit needs equal widths, got 6 and 9; only linear and ridge"):
         align(X, Y, fits=["orthogonal"])
 
 
@@ -212,3 +233,99 @@ def test_misuse_is_one_clear_line(X, Y, fits, message):
     with pytest.raises(UserError, match=message) as error:
         align(X, Y, fits=fits)
     assert "\n" not in str(error.value)
+
+
+def test_held_out_rows_are_scored_by_the_map_and_the_means_of_the_other_half():
+    X, Y = tables(90, 6)
+    X, Y = X + 5, Y - 3
+    found = align(X, Y, draws=0, held_out=True).held_out
+    shuffled = np.random.default_rng(1).permutation(90)
+    for fit in FITS:
+        cosines = []
+        for fitted, scored in [(shuffled[:45], shuffled[45:]), (shuffled[45:], shuffled[:45])]:
+            x_mean, y_mean = X[fitted].mean(axis=0), Y[fitted].mean(axis=0)
+            x, y = X[fitted] - x_mean, Y[fitted] - y_mean
+            T = {
+                "identity": lambda x, y: np.eye(6),
+                "orthogonal": lambda x, y: scipy.linalg.orthogonal_procrustes(x, y)[0],
+                "linear": lambda x, y: np.linalg.lstsq(x, y, rcond=None)[0],
+                "ridge": lambda x, y: np.linalg.lstsq(x, ridge_oracle(x, y)[0], rcond=None)[0],
+            }[fit](x, y)
+            mapped, target = (X[scored] - x_mean) @ T, Y[scored] - y_mean
+            cosines += list(
+                np.sum(mapped * target, 1) / np.linalg.norm(mapped, axis=1) / np.linalg.norm(target, axis=1)
+            )
+        assert found[fit].score == pytest.approx(np.mean(cosines), abs=1e-9), fit
+
+
+def test_held_out_scores_of_unrelated_tables_are_0_where_those_in_sample_are_not():
+    rng = np.random.default_rng(2)
+    found = align(rng.normal(size=(600, 60)), rng.normal(size=(600, 60)), draws=8, held_out=True)
+    for fit in ("orthogonal", "linear"):
+        outside, inside = found.held_out[fit], found.scores[fit]
+        deviation = outside.floor_standard_error * np.sqrt(outside.floor_draws)
+        assert abs(outside.score) < 5 * deviation < 0.05 < inside.score
+        assert abs(outside.floor) < 3 * outside.floor_standard_error
+
+
+def test_strata_share_one_map_and_add_up_to_the_whole():
+    X, Y = tables(300, 12)
+    masks = {
+        "a": np.arange(300) < 100,
+        "b": (np.arange(300) >= 100) & (np.arange(300) < 280),
+        "c": np.arange(300) >= 280,
+    }
+    found = align(X, Y, draws=3)
+    parts = by_stratum(found.cosines["orthogonal"], found.chance["orthogonal"], masks)
+    assert {name: part.rows for name, part in parts.items()} == {"a": 100, "b": 180, "c": 20}
+    whole = found.scores["orthogonal"]
+    assert sum(part.rows * part.score for part in parts.values()) / 300 == pytest.approx(whole.score, abs=1e-12)
+    assert sum(part.rows * part.floor for part in parts.values()) / 300 == pytest.approx(whole.floor, abs=1e-12)
+    assert parts["c"].score == pytest.approx(row_cosines(X, Y, "orthogonal")[280:].mean(), abs=1e-12)
+
+
+def test_the_distribution_over_rows_and_its_bootstrap():
+    cosines = np.append(np.random.default_rng(0).uniform(-0.5, 0.9, 500), np.nan)
+    found = distribution(cosines)
+    assert found.quantiles["25"] == pytest.approx(np.quantile(cosines[:-1], 0.25))
+    assert sum(found.histogram) == 500
+    assert found.histogram == np.histogram(cosines[:-1], 40, (-1, 1))[0].tolist()
+    resampled = scipy.stats.bootstrap(
+        (cosines[:-1],), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert found.mean.low == pytest.approx(resampled.low, abs=0.006)
+    assert found.mean.high == pytest.approx(resampled.high, abs=0.006)
+
+
+def test_the_form_of_the_paper_counts_a_row_without_direction_as_0():
+    X, Y = tables(200, 10)
+    X[7] = X[np.arange(200) != 7].mean(axis=0)
+    found = align(X, Y, draws=0)
+    cosines = found.cosines["linear"]
+    assert uncorrected(cosines) == pytest.approx(np.nansum(cosines) / 200, abs=1e-12)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e7])
+def test_large_float32_tables_go_through_the_same_definition(condition, monkeypatch):
+    """Float32 products, several blocks, the polar iteration; ill conditioned: float64, then triangles."""
+    monkeypatch.setattr(fitting, "_SMALL", 0)
+    monkeypatch.setattr(maps, "_DECOMPOSED_WIDTH", 0)
+    monkeypatch.setattr(blocked.row_blocks, "__defaults__", (4, 2**14))
+    X, Y = tables(900, 32, seed=3)
+    X = (X @ rotation(32) @ np.diag(np.logspace(0, -np.log10(condition), 32)) @ rotation(32, 2) + 2).astype(np.float32)
+    Y = Y.astype(np.float32)
+    mask = np.arange(900) % 7 > 0
+    found = align(X, Y, rows=mask, draws=1)
+    for fit in FITS if condition < 1e6 else ("identity", "orthogonal", "linear"):
+        assert found.scores[fit].score == pytest.approx(oracle(X[mask], Y[mask], fit), abs=1e-5), fit
+        assert found.scores[fit].floor == pytest.approx(oracle_floor(X[mask], Y[mask], fit, 1), abs=1e-5), fit
+
+
+def test_the_polar_iteration_is_the_polar_factor_and_gives_up_on_a_singular_matrix():
+    M = np.random.default_rng(0).normal(size=(60, 60)) @ np.diag(np.logspace(0, -5, 60))
+    found = maps._polar_iteration(M)
+    u, _, vt = np.linalg.svd(M)
+    np.testing.assert_allclose(found, u @ vt, atol=2e-5)
+    M[:, 0] = 0
+    assert maps._polar_iteration(M) is None
+    assert maps._polar_iteration(np.zeros((4, 4))) is None

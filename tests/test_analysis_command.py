@@ -122,8 +122,8 @@ def test_norms_of_a_run_and_of_a_file_with_counts(runs, capsys):
     np.save("counts.npy", counts[1])
     analyze("norms", "u.npy", "--counts", "counts.npy", "--json", "file.json")
     run, file = (json.loads(Path(name).read_text()) for name in ("run.json", "file.json"))
-    assert run["spearman"] == file["spearman"] is not None
-    assert (run["rows"], run["floor"]) == ((counts.sum(axis=0) > 0).sum(), 0)
+    assert run["norm"] == file["norm"]
+    assert (run["rows"], run["norm"]["floor"]) == ((counts.sum(axis=0) > 0).sum(), 0)
     assert run["inputs"][0]["sha256"] == content_hash(table)
     assert "Spearman" in capsys.readouterr().out
 
@@ -133,8 +133,11 @@ def test_norms_of_a_run_and_of_a_file_with_counts(runs, capsys):
     [
         (["align", "a.npy", "c.npy"], "a.npy has 300 rows but c.npy has 4; rows must be the same tokens"),
         (["align", "a.npy", "nan.npy"], "nan.npy: 1 rows hold NaN or infinity, the first is row 2"),
-        (["align", "a.npy", "wide.npy"], "needs equal widths, got 12 and 5; only linear takes both"),
-        (["align", "a.npy", "b.npy", "--fit", "ridge"], "no fit is named 'ridge'"),
+        (
+            ["align", "a.npy", "wide.npy", "--fit", "orthogonal"],
+            "needs equal widths, got 12 and 5; only linear and ridge take both",
+        ),
+        (["align", "a.npy", "b.npy", "--fit", "rigid"], "no fit is named 'rigid'"),
         (["align", "a.npy", "b.npy", "--draws", "0"], "--draws: must be at least 1, got 0"),
         (["align", "a.npy", "b.npy", "--json", "no/where.json"], "no/where.json: cannot be written"),
         (["norms", "a.npy"], "no token counts are known for it; give them with --counts"),

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from tiedjax.analysis.align import align
+from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.records import write_json
 from tiedjax.analysis.summary import summarize
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
@@ -115,9 +116,8 @@ def test_it_is_json_without_nan_and_reads_back_equal(found, tmp_path):
 
 def test_every_seed_role_and_fit_is_compared_once(found):
     keys = [(c["arm"], c["seed"], c["subject_role"], c["reference_role"], c["fit"]) for c in found["comparisons"]]
-    assert (
-        len(keys) == len(set(keys)) == 3 * (2 * 2 + 1) * 3
-    )  # seeds x (two arms to two tables, untied to itself) x fits
+    # seeds x (two arms to two tables, untied to itself) x fits
+    assert len(keys) == len(set(keys)) == 3 * (2 * 2 + 1) * len(FITS)
     for c in found["comparisons"]:
         assert c["reference_seed"] == c["seed"]
         assert c["corrected"] == pytest.approx((c["score"] - c["floor"]) / (1 - c["floor"]))
@@ -129,10 +129,13 @@ def test_comparisons_are_of_the_right_tables(found):
     seen = runs["untied", 1].token_counts.sum(axis=0) > 0
     assert 0 < seen.sum() < len(seen)
     for role in ("input", "output"):
-        wanted = align(getattr(twin, role), subject.input, rows=seen).scores["linear"]
+        whole = align(getattr(twin, role), subject.input, rows=seen, held_out=True)
+        wanted, outside = whole.scores["linear"], whole.held_out["linear"]
         record = {"arm": "tied-x5", "seed": 1, "reference_role": role, "fit": "linear"}
         (c,) = [c for c in found["comparisons"] if record.items() <= c.items()]
-        assert (c["score"], c["floor"], c["rows"]) == (wanted.score, wanted.floor, seen.sum())
+        assert (c["score"], c["floor"], c["rows"]) == pytest.approx((wanted.score, wanted.floor, seen.sum()))
+        assert [part["rows"] for part in c["strata"].values()] == [77, 77, 76]
+        assert c["held_out"] == pytest.approx(outside.score)
 
 
 def test_the_headline_is_the_paired_difference_of_corrected_scores(found):
@@ -281,11 +284,27 @@ def test_every_arm_is_compared_with_reference_runs_of_other_seeds(found):
     between = found["between_seeds"]
     cells = [between["untied"]["input"]["vs_input"], between["tied-x5"]["shared"]["vs_output"]]
     for cell, expected in zip(cells, [own, other], strict=True):
-        assert list(cell["orthogonal"]["by_seed"].values()) == expected
+        assert list(cell["orthogonal"]["by_seed"].values()) == pytest.approx(expected)
         assert cell["orthogonal"]["corrected"]["mean"] == pytest.approx(np.mean(expected))
         assert cell["orthogonal"]["corrected"]["low"] is None, "pairs share runs: no interval can be given"
     assert list(between["untied"]["input"]) == ["vs_input"]
     assert any("different seeds" in finding for finding in found["findings"])
+
+
+def test_nearness_is_divided_by_that_of_each_table_to_its_repetition(found):
+    _, runs = fake_study()
+    seen = runs["untied", 0].token_counts.sum(0) > 0
+    last = {key: run.tables() for key, run in runs.items()}
+    near = lambda x, y: align(x, y, rows=seen).scores["orthogonal"].corrected
+    both = [(i, j) for i in range(3) for j in range(3) if i != j]
+    cross = np.mean([near(last["untied", j].output, last["tied", i].input) for i, j in both])
+    repeated = np.mean([near(last["tied", j].input, last["tied", i].input) for i, j in both if i > j])
+    target = np.mean([near(last["untied", j].output, last["untied", i].output) for i, j in both if i > j])
+    cell = found["disattenuated"]["tied"]["shared"]
+    assert cell["vs_output"]["mean"] == pytest.approx(cross / np.sqrt(repeated * target))
+    assert cell["margin"]["mean"] == pytest.approx(cell["vs_output"]["mean"] - cell["vs_input"]["mean"])
+    assert cell["margin"]["low"] < cell["margin"]["mean"] < cell["margin"]["high"]
+    assert any("attenuation" in finding for finding in found["findings"])
 
 
 def test_an_arm_with_the_reference_scheme_is_noted():

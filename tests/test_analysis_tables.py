@@ -29,7 +29,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(here: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A run directory `r` with snapshots 0 and 8, as `open_run` would open it."""
     (here / "r").mkdir()
-    fake = SimpleNamespace(snapshot_steps=[0, 8], tied=False, token_counts=np.array([[1, 0, 2, 0], [1, 0, 0, 0]]))
+    fake = SimpleNamespace(snapshot_steps=[0, 8], tied=False, tokenizer_path=Path("r/tokenizer.json"))
+    fake.token_counts = np.array([[1, 0, 2, 0], [1, 0, 0, 0]])
     fake.tables = lambda step=None: SimpleNamespace(
         input=E if step is None else E + step, output=E + (step or 0) if fake.tied else U, tied=fake.tied
     )
@@ -79,6 +80,7 @@ def test_runs_give_a_role_a_step_and_their_counts(run):
     np.testing.assert_array_equal(read_table("r@8#input").values, E + 8)
     assert read_table("r#input").role == "input"
     assert read_table("r#input").seen.tolist() == [True, False, True, False]
+    assert read_table("r#input").tokenizer_path == run.tokenizer_path
     with pytest.raises(UserError, match=r"the run has two tables; pick one with r#input or r#output"):
         read_table("r")
     with pytest.raises(UserError, match="no snapshot at step 9; there are 0, 8"):

@@ -53,6 +53,7 @@ HOMES: dict[str, set[str]] = {
     "tensorboardX": {"metrics.py"},
     "safetensors": {"analysis/tables.py"},
     "tokenizers": {"data/tokenizer.py", "analysis/tokens.py"},  # analysis may not import data
+    "openTSNE": {"analysis/map.py"},
     "pydantic": {"config.py"},
     "ruamel": {"config.py"},
     "optax": {"optimizer.py", "step.py"},

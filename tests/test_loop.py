@@ -26,7 +26,7 @@ from tiedjax.data.prepare import prepare
 
 REQUIRED = {
     *("step", "loss", "tokens", "learning_rate", "grad_norm", "input_grad_norm", "output_grad_norm"),
-    *("output_grad_share", "role_grad_cosine", "tokens_per_second"),
+    *("output_grad_share", "role_grad_cosine", "activation_grad_norm", "tokens_per_second"),
 }
 
 
@@ -58,6 +58,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
         assert row["tokens"] == row["step"] * 8 * 16
         share = row["output_grad_norm"] / (row["input_grad_norm"] + row["output_grad_norm"])
         assert row["output_grad_share"] == pytest.approx(share, rel=1e-6)
+        assert row["activation_grad_norm"] > 0
         assert ("input_grad_norm_deciles" in row) == (row["step"] in {1, 2, 4, 6, 8})
         assert ("eval_loss" in row) == (row["step"] == STEPS)
     assert lines[-1]["loss"] < lines[0]["loss"]

@@ -139,14 +139,16 @@ def test_lookup_gathers_rows_and_accumulates_their_gradient_in_float32() -> None
     rng = np.random.default_rng(0)
     E_VD = rng.standard_normal((5, 4)).astype(np.float32)
     tokens_BT = np.array([[0, 3, 3], [3, 1, 0]])
-    x_BTD, pull = jax.vjp(lambda E: lookup(E, tokens_BT, jnp.bfloat16), E_VD)
+    x_BTD, pull = jax.vjp(lambda E, tap: lookup(E, tokens_BT, jnp.bfloat16, tap), E_VD, jnp.zeros(()))
     np.testing.assert_array_equal(x_BTD, E_VD.astype("bfloat16")[tokens_BT])
     cotangent = rng.standard_normal(x_BTD.shape).astype("bfloat16")
     expected = np.zeros((5, 4))
     np.add.at(expected, tokens_BT, cotangent.astype(np.float64))
-    (gradient,) = pull(jnp.asarray(cotangent))
+    gradient, square = pull(jnp.asarray(cotangent))
     assert gradient.dtype == np.float32
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7)
+    assert square.dtype == np.float32
+    np.testing.assert_allclose(square, np.sum(cotangent.astype(np.float64) ** 2), rtol=1e-6)
 
 
 def test_an_id_outside_the_table_is_loud() -> None:

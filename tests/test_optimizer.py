@@ -179,7 +179,7 @@ def test_a_transformation_in_the_chain_is_reached_by_the_role_gradients(monkeypa
         steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
         state = steps.init(key_for(jax.random.key(0), "params"))
         tokens, scale = random_tokens(cfg), Tables(jnp.float32(5), jnp.float32(0.5))
-        _, (_, expected) = jax.jit(roles_of)(state.params, tokens, scale)
+        _, (_, expected, _) = jax.jit(roles_of)(state.params, tokens, scale)
         state, _ = steps.train(state, tokens, scale, np.zeros(cfg.model.table_rows, np.int32))
         noted = state.opt_state[0]
     finally:

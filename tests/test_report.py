@@ -13,6 +13,7 @@ from test_analysis_summary import fake_study
 from tiedjax.analysis import words
 from tiedjax.analysis.records import write_json
 from tiedjax.analysis.report import write_report
+from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
 from tiedjax.analysis.summary import summarize
 from tiedjax.errors import UserError
 
@@ -93,8 +94,9 @@ def test_redrawing_from_saved_results_gives_the_same_page(results, page, tmp_pat
     assert again == page
 
 
-def test_figures_are_files_too(out):
-    names = {"alignment", "alignment_over_steps", "gradient_share", "gradient_deciles", "evolution", "norms"}
+def test_figures_are_files_too(results, out):
+    names = {plot.name for section in SECTIONS.values() for plot in section.plots(results)}
+    assert names >= {"alignment", "alignment_over_steps", "gradient_share", "gradient_deciles", "evolution", "norms"}
     assert {p.name for p in (out / "figures").iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "pdf")}
     for path in (out / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"%PDF")
@@ -129,7 +131,9 @@ def test_results_of_something_else_are_refused(tmp_path):
         write_report({"instrument": "align"}, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_report({"kind": "study"}, tmp_path / "file")
+        write_report({"kind": "study", "schema": SCHEMA}, tmp_path / "file")
+    with pytest.raises(UserError, match="has schema 1, this version draws 2; `tiedjax study` analyses"):
+        write_report({"kind": "study", "schema": 1}, tmp_path)
 
 
 def test_numbers_for_people():

@@ -24,18 +24,19 @@ def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
 
 
 def split_gradients(cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1) -> Any:
-    """((params gradient, role gradients), mean loss) of one batch, as the train step computes them."""
+    """((params gradient, role gradients, what the lookup's tap observes), mean loss) of one batch, as the train step
+    computes them; without taps the latter two are None."""
     scheme = SCHEMES[cfg.tying.scheme]
     total = step.accumulated(lm.summed_loss(cfg, model.unconstrained, 0.0), parts)
     tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
 
-    def mean_loss(params: Any, zeros: Any) -> jax.Array:
+    def mean_loss(params: Any, zeros: Any, zero: Any) -> jax.Array:
         tables = tying.split_gradient(scheme.tables(params["tables"]), zeros, scale)
-        loss, weight = total(tables, params["body"], tokens_BS, weights_B)
+        loss, weight = total(tables, params["body"], tokens_BS, weights_B, zero)
         return loss / weight
 
-    zeros = tying.zero_taps(scheme.tables(params["tables"])) if taps else None
-    value, grads = jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1)))(params, zeros)
+    zeros = (tying.zero_taps(scheme.tables(params["tables"])), jnp.zeros(())) if taps else (None, None)
+    value, grads = jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1, 2)))(params, *zeros)
     return grads, value
 
 
@@ -47,7 +48,7 @@ def ones() -> Tables:
 @pytest.mark.parametrize("parts", [1, 4])
 def test_the_tied_gradient_is_the_sum_of_its_roles(parts: int) -> None:
     cfg = small_config("tied")
-    (grads, roles), _ = split_gradients(cfg, params_of(cfg), ones(), parts=parts)
+    (grads, roles, _), _ = split_gradients(cfg, params_of(cfg), ones(), parts=parts)
     np.testing.assert_allclose(grads["tables"]["shared"], roles.input + roles.output, rtol=0, atol=1e-12)
     assert np.linalg.norm(roles.input) > 1e-3
     assert np.linalg.norm(roles.output) > 1e-3
@@ -57,7 +58,7 @@ def test_the_tied_gradient_is_the_sum_of_its_roles(parts: int) -> None:
 def test_role_gradients_are_those_of_two_separate_tables() -> None:
     cfg = small_config("tied")
     params = params_of(cfg)
-    (_, roles), _ = split_gradients(cfg, params, ones())
+    (_, roles, _), _ = split_gradients(cfg, params, ones())
     total, shared = lm.summed_loss(cfg, model.unconstrained, 0.0), params["tables"]["shared"]
     tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
     mean = lambda E, U: total(Tables(E, U), params["body"], tokens_BS, weights_B)[0] / tokens_BS[:, 1:].size
@@ -71,7 +72,7 @@ def test_the_output_role_is_the_closed_form() -> None:
     """dL/dU = (softmax(h U^T) - onehot)^T h / N, in NumPy."""
     cfg = small_config("untied")
     params = params_of(cfg)
-    (_, roles), _ = split_gradients(cfg, params, ones())
+    (_, roles, _), _ = split_gradients(cfg, params, ones())
     tokens_BS = random_tokens(cfg)
     E, U = (np.asarray(params["tables"][name]) for name in ("input", "output"))
     h = np.asarray(model.Transformer(cfg.model).apply(params["body"], E[tokens_BS[:, :-1]])).reshape(-1, E.shape[1])
@@ -85,13 +86,32 @@ def test_the_output_role_is_the_closed_form() -> None:
 @pytest.mark.usefixtures("float64")
 def test_output_columns_sum_to_zero_and_absent_inputs_have_no_gradient() -> None:
     cfg = small_config("tied")
-    (_, roles), _ = split_gradients(cfg, params_of(cfg), ones())
+    (_, roles, _), _ = split_gradients(cfg, params_of(cfg), ones())
     np.testing.assert_allclose(roles.output.sum(0), 0, atol=1e-12)
     absent = np.setdiff1d(np.arange(cfg.model.table_rows), random_tokens(cfg)[:, :-1])
     assert len(absent) >= 8
     assert not np.any(roles.input[absent])
     present = np.unique(random_tokens(cfg)[:, :-1])
     assert np.all(np.linalg.norm(roles.input[present], axis=1) > 0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_tap_of_the_lookup_observes_the_gradient_of_the_looked_up_vectors(parts: int) -> None:
+    """Its sum of squares over the whole batch, of the mean loss, under any role scale."""
+    cfg = small_config("tied")
+    params = params_of(cfg)
+    tokens_BS, E = random_tokens(cfg), params["tables"]["shared"]
+
+    def mean_loss(x_BTD: jax.Array) -> jax.Array:
+        h_BTD = model.Transformer(cfg.model).apply(params["body"], x_BTD)
+        logits = h_BTD @ E.T
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BS[:, 1:, None], axis=-1))
+
+    expected = jnp.sum(jnp.square(jax.grad(mean_loss)(E[tokens_BS[:, :-1]])))
+    (_, roles, square), _ = split_gradients(cfg, params, Tables(jnp.float32(4), jnp.float32(0.5)), parts=parts)
+    np.testing.assert_allclose(square, expected, rtol=1e-12)
+    assert abs(np.sqrt(square) / np.linalg.norm(roles.input) - 1) > 0.05  # rows of one token add up in the table
 
 
 @pytest.mark.usefixtures("float64")
@@ -110,9 +130,9 @@ def test_microbatches_change_nothing(scheme: str, parts: int) -> None:
 def test_observing_with_scales_of_one_is_bit_identical_to_no_split(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg, jnp.float32)
-    (observed, _), loss = split_gradients(cfg, params, ones())
-    (plain, nothing), plain_loss = split_gradients(cfg, params, None, taps=False)
-    assert nothing is None
+    (observed, *_), loss = split_gradients(cfg, params, ones())
+    (plain, *nothing), plain_loss = split_gradients(cfg, params, None, taps=False)
+    assert nothing == [None, None]
     assert loss == plain_loss
     jax.tree.map(np.testing.assert_array_equal, observed, plain)
 
@@ -121,12 +141,13 @@ def test_observing_with_scales_of_one_is_bit_identical_to_no_split(scheme: str) 
 def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg, jnp.float32)
-    (plain, roles), _ = split_gradients(cfg, params, ones())
+    (plain, roles, square), _ = split_gradients(cfg, params, ones())
     scale = Tables(jnp.float32(4), jnp.float32(0.5))  # powers of two: products are exact
-    (scaled, raw), _ = split_gradients(cfg, params, scale)
-    (unobserved, _), _ = split_gradients(cfg, params, scale, taps=False)
+    (scaled, raw, same), _ = split_gradients(cfg, params, scale)
+    (unobserved, *_), _ = split_gradients(cfg, params, scale, taps=False)
     jax.tree.map(np.testing.assert_array_equal, scaled["body"], plain["body"])
     jax.tree.map(np.testing.assert_array_equal, raw, roles)
+    assert same == square
     jax.tree.map(np.testing.assert_array_equal, scaled, unobserved)
     transpose = jax.linear_transpose(SCHEMES[scheme].tables, params["tables"])
     (expected,) = transpose(Tables(4 * roles.input, 0.5 * roles.output))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -14,8 +13,13 @@ from tiedjax.config import RunConfig
 from tiedjax.rng import key_for
 from tiedjax.tying import Tables
 
-# (tables, body, tokens_BS, weights_B) -> (sum of the weighted losses, sum of the weights); S = T + 1
-SummedLoss = Callable[[Tables, Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+class SummedLoss(Protocol):
+    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1, and `tap` is that of `model.lookup`."""
+
+    def __call__(
+        self, tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
@@ -34,11 +38,13 @@ def summed_loss(cfg: RunConfig, constrain: model.Constrain, z_loss: float) -> Su
     """The loss of the whole model on the tables that a scheme provides."""
     transformer, dtype = model.Transformer(cfg.model, constrain), model.compute_dtype(cfg.model)
 
-    def total(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def total(
+        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         # Whole rows on every device that looks tokens up or predicts them, as FSDP has it; V stays cut over `tensor`.
         tables = Tables(*(constrain(table, ("vocab", None)) for table in tables))
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        h_BTD: Any = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype))
+        h_BTD: Any = transformer.apply(body, model.lookup(tables.input, inputs_BT, dtype, tap))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
         return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss)
 

@@ -49,24 +49,26 @@ def truncated_normal(std: float) -> Callable[..., jax.Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def lookup(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+def lookup(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, tap: jax.Array | None = None) -> jax.Array:
     """The tokens' rows, [B, T, D] in `dtype`; an id outside the table gives NaN, so that it cannot pass unseen.
 
-    The gradient with respect to E_VD is accumulated in E_VD's own float32.
+    The gradient with respect to E_VD is accumulated in E_VD's own float32. `tap` is a float32 zero that the forward
+    pass never reads; its gradient is the sum of squares of the gradient of what is returned. None observes nothing.
     """
     return jnp.take(E_VD, tokens_BT, axis=0, mode="fill", fill_value=jnp.nan).astype(dtype)
 
 
-def _lookup_forward(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    return lookup(E_VD, tokens_BT, dtype), (E_VD, tokens_BT)
+def _lookup_forward(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, tap: jax.Array | None) -> tuple[jax.Array, Any]:
+    return lookup(E_VD, tokens_BT, dtype), (E_VD, tokens_BT, tap)
 
 
-def _lookup_backward(dtype: Any, residuals: Any, dx_BTD: jax.Array) -> tuple[jax.Array, None]:
-    E_VD, tokens_BT = residuals
+def _lookup_backward(dtype: Any, residuals: Any, dx_BTD: jax.Array) -> tuple[jax.Array, None, jax.Array | None]:
+    E_VD, tokens_BT, tap = residuals
+    square = None if tap is None else jnp.sum(jnp.square(dx_BTD.astype(tap.dtype)))
     dE_VD = jnp.zeros_like(E_VD).at[tokens_BT].add(dx_BTD.astype(E_VD.dtype), mode="drop")
     # Unless it is kept whole, XLA may scatter into the output role's gradient when nobody looks at the parts: other
     # rounding.
-    return jax.lax.optimization_barrier(dE_VD), None
+    return jax.lax.optimization_barrier(dE_VD), None, square
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

@@ -87,7 +87,7 @@ class Run:
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates; by default the last snapshot."""
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
-        abstract = _without_sharding(self._abstract_params()["tables"])
+        abstract = _without_sharding(self._abstract_params["tables"])
         saved = snapshots.restore(step, abstract)
         tables = tying.SCHEMES[self.config.tying.scheme].tables(saved)
         return RunTables(tables.input, tables.output, tables.input is tables.output)
@@ -95,7 +95,7 @@ class Run:
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
-        abstract = {"params": _without_sharding(self._abstract_params())}
+        abstract = {"params": _without_sharding(self._abstract_params)}
         return checkpoints.restore(step, abstract)["params"]
 
     def model(self) -> Transformer:
@@ -110,6 +110,7 @@ class Run:
     def _checkpoints(self) -> Checkpoints | None:
         return _existing(self.path / "checkpoints")
 
+    @cached_property
     def _abstract_params(self) -> dict[str, Any]:
         return nn.unbox(jax.eval_shape(lambda: init_params(self.config, jax.random.key(0))))
 

@@ -56,33 +56,38 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     """The same loss and gradient, `parts` microbatches one after the other in the memory of one.
 
     The gradients are summed in the forward rule, with respect to the tables and the body: whatever lies between the
-    tables and their parameters (scheme, split) is differentiated once a step, not once a microbatch.
+    tables and their parameters (scheme, split) is differentiated once a step, not once a microbatch. What the tap
+    observes is summed likewise.
     """
     if parts == 1:
         return total
-    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    gradient = jax.value_and_grad(total, argnums=(0, 1, 4), has_aux=True)
 
     def cut(x_B: jax.Array) -> jax.Array:
         # Row r goes to microbatch r % parts: every device keeps its own rows and none are exchanged.
         return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
     @jax.custom_vjp
-    def summed(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def summed(
+        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         sums = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
         return jax.tree.map(jnp.sum, sums)
 
-    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> Any:
+    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None) -> Any:
         def add(carry: Any, part: Any) -> tuple[Any, None]:
-            (loss_sum, weight), grads = gradient(tables, body, *part)
+            (loss_sum, weight), grads = gradient(tables, body, *part, tap)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
 
-        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[:1], weights_B[:1])
+        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[:1], weights_B[:1], tap)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
-        start = (sums, jax.tree.map(jnp.zeros_like, (tables, body)))
+        start = (sums, jax.tree.map(jnp.zeros_like, (tables, body, tap)))
         return jax.lax.scan(add, start, (cut(tokens_BS), cut(weights_B)))[0]
 
     def backward(grads: Any, cotangents: Any) -> Any:
-        return *jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads), None, None
+        *grads, square = grads
+        tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
+        return tables, body, None, None, None if square is None else jnp.square(cotangents[0]) * square
 
     summed.defvjp(forward, backward)
     return summed
@@ -107,22 +112,26 @@ def role_metrics(role_grads: Tables, decile_V: jax.Array) -> dict[str, jax.Array
 
 
 def loss_and_gradients(cfg: RunConfig, constrain: model.Constrain = model.unconstrained) -> Callable[..., Any]:
-    """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients)).
+    """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients, square)).
 
     The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params has the role scales
-    in it, the role gradients, `Tables` of [V, D], do not.
+    in it, the role gradients, `Tables` of [V, D], do not. `square` is the sum of squares of the mean loss's gradient
+    with respect to the looked-up vectors of the whole batch, [B, T, D].
     """
     scheme = tying.SCHEMES[cfg.tying.scheme]
     summed = accumulated(summed_loss(cfg, constrain, cfg.train.z_loss), cfg.data.microbatches)
 
-    def mean_loss(params: dict[str, Any], taps: Tables, tokens_BS: jax.Array, role_scale: Tables) -> jax.Array:
+    def mean_loss(
+        params: dict[str, Any], taps: Tables, lookup_tap: jax.Array, tokens_BS: jax.Array, role_scale: Tables
+    ) -> jax.Array:
         tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
-        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]))
+        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), lookup_tap)
         return total / weight
 
     def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
         taps = tying.zero_taps(scheme.tables(params["tables"]))
-        return jax.value_and_grad(mean_loss, argnums=(0, 1))(params, taps, tokens_BS, role_scale)
+        gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
+        return gradient(params, taps, jnp.zeros(()), tokens_BS, role_scale)
 
     return compute
 
@@ -174,7 +183,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        value, (grads, role_grads) = gradients(state.params, tokens_BS, role_scale)
+        value, (grads, role_grads, activation_square) = gradients(state.params, tokens_BS, role_scale)
         grad_norm = unscaled_norm(grads, state.params, role_grads)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=role_grads
@@ -184,6 +193,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
             **role_metrics(role_grads, decile_V),
+            "activation_grad_norm": jnp.sqrt(activation_square),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 

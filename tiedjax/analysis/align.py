@@ -5,32 +5,33 @@ The score is the mean over rows of cosine(row of X T, row of Y), X and Y centred
     identity     T = I
     orthogonal   T = argmin ||X T - Y|| over orthogonal T (Schoenemann 1966)
     linear       T = argmin ||X T - Y|| over all T, of least norm where that is not unique
+    ridge        T = argmin ||X T - Y||^2 + penalty ||T||^2, the penalty chosen by generalised cross-validation
 
 A map is fitted on the rows it is scored on, so unrelated tables score above 0. The floor is the mean score against
-Y[p] for the successive p of `numpy.random.default_rng(0).permutation(rows)`, the map fitted anew for each.
+Y[p] for the successive p of `numpy.random.default_rng(0).permutation(rows)`, the map fitted anew for each. Held out,
+the map is fitted on one half of the rows (the first of `numpy.random.default_rng(1).permutation(rows)`) and scored on
+the other about the first one's means, and the other way round: its floor is 0 but for noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.linalg
 
-from tiedjax.errors import UserError
+from tiedjax.analysis.fitting import FITS, Measured, Pair
+from tiedjax.analysis.statistics import Interval, bootstrap_mean
 
-FITS = ("identity", "orthogonal", "linear")
 DRAWS = 5
-# Q = X (X'X)^(-1/2) loses orthogonality like eps / _GRAM_LIMIT = 2e-9; below the limit `lstsq` is asked instead.
-_GRAM_LIMIT = 1e-7
-_EPS = float(np.finfo(np.float64).eps)
+BINS = 40
+QUANTILES = (5, 25, 50, 75, 95)
 
 
 @dataclass(frozen=True)
 class Score:
-    """One fit's mean cosine beside its floor; None where no row has a direction."""
+    """One fit's mean cosine beside its floor; None where no row has a direction. `penalty` is that of ridge."""
 
     score: float | None
     floor: float | None
@@ -39,16 +40,46 @@ class Score:
     floor_closed_form: float
     corrected: float | None
     rows_left_out: int
+    penalty: float | None = None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Of the cosines of single rows: quantiles by percentage, counts of BINS equal bins over [-1, 1], and the mean with
+    its bootstrap interval over rows, the map held fixed."""
+
+    quantiles: dict[str, float]
+    histogram: list[int]
+    mean: Interval
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The score of some of the rows."""
+
+    rows: int
+    score: float | None
+    floor: float | None
+    corrected: float | None
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Scores per fit of X mapped onto Y over `rows` rows."""
+    """Scores per fit of X mapped onto Y over `rows` rows, and what they are means of.
+
+    Attributes:
+      held_out: the same scores for rows that the map was not fitted on; empty unless asked for.
+      cosines: per fit, the cosine of each row [rows]; NaN for rows without a direction.
+      chance: per fit, the mean cosine of each row of X over the permutations [rows].
+    """
 
     rows: int
     width: int
     target_width: int
     scores: dict[str, Score]
+    held_out: dict[str, Score] = field(default_factory=dict)
+    cosines: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    chance: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
 
 def align(
@@ -58,43 +89,48 @@ def align(
     fits: Sequence[str] = FITS,
     rows: np.ndarray | None = None,
     draws: int = DRAWS,
+    held_out: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Alignment:
     """Scores of X mapped onto Y under each of `fits`, with floors.
 
-    `rows` is a boolean [V] mask of the rows that count, for centring too. Rows without a direction (all zero once
-    centred or mapped) are left out and counted. UserError: shapes that do not fit, or unequal widths with any fit but
-    linear.
+    `rows` is a boolean [V] mask of the rows that count, for centring too; `report` is told of the progress. Rows
+    without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
+    or unequal widths with a fit that needs equal ones.
     """
-    pair = _Pair(x_VD, y_VD, rows)
-    orders = [np.arange(pair.rows)]
+    pair = Pair(x_VD, y_VD, fits, rows, held_out)
     rng = np.random.default_rng(0)
-    orders += [rng.permutation(pair.rows) for _ in range(draws)]
-    scores = {}
-    for fit in fits:
-        pair.check(fit)
-        cosines = [pair.cosines(fit, order) for order in orders]
-        means = [float(c[~np.isnan(c)].mean()) if not np.isnan(c).all() else None for c in cosines]
-        scores[fit] = _score(
-            means[0], [m for m in means[1:] if m is not None], int(np.isnan(cosines[0]).sum()), fit, pair
-        )
-    return Alignment(pair.rows, pair.x.shape[1], pair.y.shape[1], scores)
+    found = [pair.measure()]
+    for draw in range(draws):
+        report(f"floor {draw + 1} of {draws}")
+        found.append(pair.measure(rng.permutation(pair.rows)))
+    whole, halves = [inside for inside, _ in found], [outside for _, outside in found if outside]
+    shape = (pair.rows, x_VD.shape[1])
+    return Alignment(
+        rows=pair.rows,
+        width=x_VD.shape[1],
+        target_width=y_VD.shape[1],
+        scores={fit: _score(fit, whole, closed_form_floor(fit, *shape)) for fit in fits},
+        held_out={fit: _score(fit, halves, 0.0) for fit in fits if halves},
+        cosines=whole[0].cosines,
+        chance={fit: np.mean([each.cosines[fit] for each in whole[1:]], axis=0) for fit in fits if draws},
+    )
 
 
 def row_cosines(x_VD: np.ndarray, y_VD: np.ndarray, fit: str, rows: np.ndarray | None = None) -> np.ndarray:
     """The cosine of each (masked) row under `fit`, float64 [V]; NaN for rows without a direction."""
-    pair = _Pair(x_VD, y_VD, rows)
-    pair.check(fit)
-    return pair.cosines(fit, np.arange(pair.rows))
+    return align(x_VD, y_VD, fits=(fit,), rows=rows, draws=0).cosines[fit]
 
 
 def closed_form_floor(fit: str, rows: int, width: int) -> float:
     """What two unrelated isotropic [rows, width] tables score, for rows well above width; at most 1.
 
-    linear: each row keeps a share D/V of its squared length, which is a cosine of sqrt(D/V). orthogonal: the mean
-    singular value of a D x D Gaussian matrix is (8 / 3 pi) sqrt(D) (quarter-circle law), divided by sqrt(V).
+    linear: each row keeps a share D/V of its squared length, which is a cosine of sqrt(D/V); ridge at most that.
+    orthogonal: the mean singular value of a D x D Gaussian matrix is (8 / 3 pi) sqrt(D) (quarter-circle law), divided
+    by sqrt(V).
     """
     root = math.sqrt(width / rows) if rows else 1.0
-    return {"identity": 0.0, "orthogonal": min(1.0, 8 / (3 * math.pi) * root), "linear": min(1.0, root)}[fit]
+    return {"identity": 0.0, "orthogonal": min(1.0, 8 / (3 * math.pi) * root)}.get(fit, min(1.0, root))
 
 
 def correct(score: float | None, floor: float | None) -> float | None:
@@ -104,7 +140,38 @@ def correct(score: float | None, floor: float | None) -> float | None:
     return (score - floor) / (1 - floor)
 
 
-def _score(score: float | None, floors: list[float], left_out: int, fit: str, pair: _Pair) -> Score:
+def mean_cosine(cosines: np.ndarray) -> float | None:
+    """The mean over rows with a direction; None where there is none."""
+    known = cosines[~np.isnan(cosines)]
+    return float(known.mean()) if len(known) else None
+
+
+def uncorrected(cosines: np.ndarray) -> float:
+    """The mean over all rows, 0 for those without a direction: the form of arXiv 2603.26663."""
+    return float(np.nan_to_num(cosines).mean())
+
+
+def distribution(cosines: np.ndarray) -> Distribution:
+    """How the cosines of single rows are distributed, rows without a direction left out."""
+    known = cosines[~np.isnan(cosines)]
+    counts, _ = np.histogram(known, BINS, (-1.0, 1.0))
+    levels = {str(q): float(np.quantile(known, q / 100)) for q in QUANTILES} if len(known) else {}
+    return Distribution(levels, [int(n) for n in counts], bootstrap_mean(cosines))
+
+
+def by_stratum(cosines: np.ndarray, chance: np.ndarray, strata: Mapping[str, np.ndarray]) -> dict[str, Stratum]:
+    """The score within each stratum, a boolean mask over the same rows: one map for all, floors from the same rows."""
+    found = {}
+    for name, rows in strata.items():
+        score, floor = mean_cosine(cosines[rows]), mean_cosine(chance[rows])
+        found[name] = Stratum(int(rows.sum()), score, floor, correct(score, floor))
+    return found
+
+
+def _score(fit: str, measured: Sequence[Measured], closed_form: float) -> Score:
+    cosines = measured[0].cosines[fit]
+    score = mean_cosine(cosines)
+    floors = [value for each in measured[1:] if (value := mean_cosine(each.cosines[fit])) is not None]
     n = len(floors)
     floor = float(np.mean(floors)) if n else None
     return Score(
@@ -112,85 +179,8 @@ def _score(score: float | None, floors: list[float], left_out: int, fit: str, pa
         floor=floor,
         floor_standard_error=float(np.std(floors, ddof=1) / math.sqrt(n)) if n > 1 else None,
         floor_draws=n,
-        floor_closed_form=closed_form_floor(fit, pair.rows, pair.x.shape[1]),
+        floor_closed_form=closed_form,
         corrected=correct(score, floor),
-        rows_left_out=left_out,
+        rows_left_out=int(np.isnan(cosines).sum()),
+        penalty=measured[0].penalty if fit == "ridge" else None,
     )
-
-
-class _Pair:
-    """Two tables, centred in float64, and what their fits share."""
-
-    def __init__(self, x_VD: np.ndarray, y_VD: np.ndarray, rows: np.ndarray | None):
-        for name, table in [("first", x_VD), ("second", y_VD)]:
-            if table.ndim != 2:
-                raise UserError(f"align: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")
-        if len(x_VD) != len(y_VD):
-            raise UserError(f"align: the tables must have the same rows, got {len(x_VD)} and {len(y_VD)}")
-        if rows is not None:
-            x_VD, y_VD = x_VD[rows], y_VD[rows]
-        self.rows = len(x_VD)
-        self.x, self.x_zero = _centred(x_VD)
-        self.y, self.y_zero = _centred(y_VD)
-        self.x_norm, self.y_norm = _norms(self.x), _norms(self.y)
-        self._basis: np.ndarray | None = None
-        self._basis_known = False
-
-    def check(self, fit: str) -> None:
-        if fit not in FITS:
-            raise UserError(f"align: no fit is named {fit!r}; the fits are {', '.join(FITS)}")
-        if fit != "linear" and self.x.shape[1] != self.y.shape[1]:
-            raise UserError(
-                f"align: the {fit} fit needs equal widths, "
-                f"got {self.x.shape[1]} and {self.y.shape[1]}; only linear takes both"
-            )
-
-    def cosines(self, fit: str, order: np.ndarray) -> np.ndarray:
-        """cosine(row of X T, row of Y[order]) per row; NaN where either has no direction."""
-        y, y_norm = self.y[order], self.y_norm[order]
-        mapped = self._mapped(fit, y)
-        norm = _norms(mapped) if fit == "linear" else self.x_norm
-        zero = (self.x_norm <= self.x_zero) | (y_norm <= self.y_zero)
-        if fit == "linear":
-            zero |= norm <= self.y_zero
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(zero, np.nan, np.einsum("vd,vd->v", mapped, y) / (norm * y_norm))
-
-    def _mapped(self, fit: str, y: np.ndarray) -> np.ndarray:
-        if fit == "identity":
-            return self.x
-        if fit == "orthogonal":
-            # The product in SciPy's order: where singular values vanish, rounding picks the rotation, and it is the
-            # same one.
-            u, _, vt = scipy.linalg.svd((y.T @ self.x).T)
-            return self.x @ (u @ vt)
-        basis = self._column_basis()
-        if basis is None:
-            return self.x @ np.linalg.lstsq(self.x, y, rcond=None)[0]
-        return basis @ (basis.T @ y)
-
-    def _column_basis(self) -> np.ndarray | None:
-        """Orthonormal columns that span X's, from its Gram matrix; None when that would cost accuracy."""
-        if not self._basis_known:
-            self._basis_known = True
-            values, vectors = np.linalg.eigh(self.x.T @ self.x)
-            if values[0] > _GRAM_LIMIT * values[-1]:
-                self._basis = self.x @ (vectors / np.sqrt(values))
-        return self._basis
-
-
-def _centred(table_VD: np.ndarray) -> tuple[np.ndarray, float]:
-    """The table in float64, scaled by a power of two and centred; and the norm below which a row is rounding."""
-    table = np.asarray(table_VD, np.float64)
-    if not table.size:
-        return table, 0.0
-    peak = np.abs(table).max(axis=0)
-    # A power of two changes no digit and keeps squares of very large and very small tables inside the range of floats.
-    exponent = -int(np.frexp(peak.max())[1])
-    table, peak = np.ldexp(table, exponent), np.ldexp(peak, exponent)
-    rounding = 4 * _EPS * math.sqrt(len(table)) * float(np.linalg.norm(peak))
-    return table - table.mean(axis=0), rounding
-
-
-def _norms(table_VD: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.einsum("vd,vd->v", table_VD, table_VD))

@@ -7,15 +7,34 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.commands import align, evolution, gradients, norms
+from tiedjax.analysis.commands import (
+    align,
+    calibration,
+    cooccurrence,
+    evolution,
+    gradients,
+    knn,
+    lens,
+    map,
+    norms,
+    spectral,
+    spectrum,
+)
 from tiedjax.errors import UserError
 
 # A new instrument is one more file in `commands` and one more entry here.
 INSTRUMENTS: dict[str, Any] = {
     "align": align,
+    "knn": knn,
+    "spectral": spectral,
     "evolution": evolution,
     "norms": norms,
+    "spectrum": spectrum,
+    "cooccurrence": cooccurrence,
+    "map": map,
     "gradients": gradients,
+    "lens": lens,
+    "calibration": calibration,
 }
 _ALL = "every instrument that applies to a run"
 

@@ -1,6 +1,8 @@
 """Gradient flow: how much of the table's gradient comes from each role.
 
 The norms are L2 norms of the exact [V, D] role gradients before any role scaling, so that arms compare like with like.
+Figure 4 of arXiv 2603.26663 divides by another input norm: that of the gradient with respect to the looked-up vectors,
+[B, T, D], in which the positions of one token do not add up. Its share is the paper's form.
 """
 
 from __future__ import annotations
@@ -25,37 +27,51 @@ WINDOWS = (
     (5001, 10_000),
 )
 EARLY = (1, 50)
+HALF_LIFE = 10
+NEEDED = ("step", "input_grad_norm", "output_grad_norm", "role_grad_cosine")
+PAPER_NEEDS = "activation_grad_norm"
 
 
 @dataclass(frozen=True)
 class Window:
-    """Means over the logged steps from `first` to `last`, both included."""
+    """Means over the logged steps from `first` to `last`, both included.
+
+    `paper_output_share` has the activations' norm for the input norm; `activation_ratio` is that norm over the input
+    norm. Both are None where the run did not log it.
+    """
 
     first: int
     last: int
     logged_steps: int
     output_share: float | None
     cosine: float | None
+    paper_output_share: float | None
+    activation_ratio: float | None
 
 
 @dataclass(frozen=True)
 class Deciles:
-    """Role-gradient norms per token-frequency decile at one step."""
+    """Role-gradient norms per token-frequency decile at one step, and output / (input + output) of them."""
 
     step: int
     input_norm: list[float]
     output_norm: list[float]
+    output_share: list[float]
 
 
 @dataclass(frozen=True)
 class GradientFlow:
-    """Per logged step: norms, output / (input + output), cosine between the roles; means over windows; deciles."""
+    """Per logged step: norms, output / (input + output), cosine between the roles; means over windows; deciles.
+
+    `activation_norm` is the norm of the gradient with respect to the looked-up vectors; None where it was not logged.
+    """
 
     steps: list[int]
     input_norm: list[float]
     output_norm: list[float]
     output_share: list[float]
     cosine: list[float]
+    activation_norm: list[float] | None
     windows: list[Window]
     early: Window
     overall: Window
@@ -64,39 +80,60 @@ class GradientFlow:
 
 def output_share(input_norm: np.ndarray, output_norm: np.ndarray) -> np.ndarray:
     """output / (input + output) of L2 norms; NaN where both are 0."""
-    total = input_norm + output_norm
-    return np.divide(output_norm, total, out=np.full(np.shape(total), np.nan), where=total > 0)
+    return _ratio(output_norm, input_norm + output_norm)
+
+
+def smooth(steps: np.ndarray, values: np.ndarray, half_life: float = HALF_LIFE) -> np.ndarray:
+    """Exponential mean up to each step: a value `half_life` steps ago weighs half; weights add to 1 from the start.
+
+    Values that are NaN do not count; NaN before the first one that does.
+    """
+    found, total, weight, before = np.full(len(values), np.nan), 0.0, 0.0, 0.0
+    for i, (step, value) in enumerate(zip(steps, values, strict=True)):
+        kept = 0.5 ** ((step - before) / half_life)
+        total, weight, before = kept * total, kept * weight, step
+        if np.isfinite(value):
+            total, weight = total + value, weight + 1
+        found[i] = total / weight if weight else np.nan
+    return found
 
 
 def gradient_flow(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
     """The gradient flow in a run's metrics. UserError when a column is missing or nothing was logged."""
-    wanted = ["step", "input_grad_norm", "output_grad_norm", "role_grad_cosine"]
-    missing = [name for name in wanted if name not in metrics]
+    missing = [name for name in NEEDED if name not in metrics]
     if missing:
-        raise UserError(f"metrics: no column {missing[0]!r}; gradient flow needs {', '.join(wanted)}")
-    steps, before, after, cosine = (np.asarray(metrics[name], np.float64) for name in wanted)
+        raise UserError(f"metrics: no column {missing[0]!r}; gradient flow needs {', '.join(NEEDED)}")
+    steps, before, after, cosine = (np.asarray(metrics[name], np.float64) for name in NEEDED)
     if not len(steps):
         raise UserError("metrics: no step was logged")
+    known = PAPER_NEEDS in metrics
+    activation = np.asarray(metrics[PAPER_NEEDS], np.float64) if known else np.full(len(steps), np.nan)
     share = output_share(before, after)
+    columns = (share, cosine, output_share(activation, after), _ratio(activation, before))
     last = int(steps[-1])
     spans = [(a, min(b, last)) for a, b in WINDOWS if a <= last]
-    windows = [_window(a, b, steps, share, cosine) for a, b in spans]
+    windows = [_window(a, b, steps, columns) for a, b in spans]
     return GradientFlow(
         steps=[int(s) for s in steps],
         input_norm=before.tolist(),
         output_norm=after.tolist(),
         output_share=share.tolist(),
         cosine=cosine.tolist(),
+        activation_norm=activation.tolist() if known else None,
         windows=[w for w in windows if w.logged_steps],
-        early=_window(EARLY[0], min(EARLY[1], last), steps, share, cosine),
-        overall=_window(int(steps[0]), last, steps, share, cosine),
+        early=_window(EARLY[0], min(EARLY[1], last), steps, columns),
+        overall=_window(int(steps[0]), last, steps, columns),
         deciles=_deciles(metrics),
     )
 
 
-def _window(first: int, last: int, steps: np.ndarray, share: np.ndarray, cosine: np.ndarray) -> Window:
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
+
+
+def _window(first: int, last: int, steps: np.ndarray, columns: tuple[np.ndarray, ...]) -> Window:
     inside = (steps >= first) & (steps <= last)
-    return Window(first, last, int(inside.sum()), _mean(share[inside]), _mean(cosine[inside]))
+    return Window(first, last, int(inside.sum()), *(_mean(column[inside]) for column in columns))
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -107,9 +144,9 @@ def _mean(values: np.ndarray) -> float | None:
 def _deciles(metrics: Mapping[str, np.ndarray]) -> list[Deciles]:
     if not {"input_grad_norm_deciles", "output_grad_norm_deciles"} <= set(metrics):
         return []
-    rows = zip(metrics["step"], metrics["input_grad_norm_deciles"], metrics["output_grad_norm_deciles"], strict=True)
+    both = (np.asarray(metrics[f"{role}_grad_norm_deciles"], np.float64) for role in ("input", "output"))
     return [
-        Deciles(int(step), np.asarray(i, np.float64).tolist(), np.asarray(o, np.float64).tolist())
-        for step, i, o in rows
+        Deciles(int(step), i.tolist(), o.tolist(), output_share(i, o).tolist())
+        for step, i, o in zip(metrics["step"], *both, strict=True)
         if np.isfinite(i).any() or np.isfinite(o).any()
     ]

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from tiedjax.analysis import published, words
 from tiedjax.analysis.sections import drawing
-from tiedjax.analysis.sections.registry import SECTIONS
+from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 
@@ -55,6 +55,11 @@ def write_report(results: drawing.Results, out: Path) -> None:
     """
     if results.get("kind") != "study":
         raise UserError("report: these are not the results of a study; `tiedjax study` writes them to results.json")
+    if results.get("schema") != SCHEMA:
+        raise UserError(
+            f"report: results.json has schema {results.get('schema')}, this version draws {SCHEMA}; "
+            "`tiedjax study` analyses the finished runs again"
+        )
     folder = Path(out) / "figures"
     try:
         folder.mkdir(parents=True, exist_ok=True)

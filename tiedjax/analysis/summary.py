@@ -18,19 +18,21 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis import tokens, verdict, words
-from tiedjax.analysis.align import DRAWS, FITS, align
+from tiedjax.analysis.align import DRAWS, align, by_stratum, uncorrected
+from tiedjax.analysis.claims import claims
 from tiedjax.analysis.evolution import Trail
+from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.gradients import gradient_flow
 from tiedjax.analysis.records import to_plain
 from tiedjax.analysis.run_data import data_of
-from tiedjax.analysis.sections.registry import SECTIONS
+from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
+from tiedjax.analysis.strata import strata
 from tiedjax.analysis.study_runs import Runs, StudyRuns, roles_of
 from tiedjax.analysis.tables import ROLES, seen_rows
 from tiedjax.config import StudyConfig, flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 
-SCHEMA = 1
 EXAMPLES = 12
 
 
@@ -62,12 +64,13 @@ def summarize(
         if any(a == arm for a, _ in runs)
     }
     held = StudyRuns(study, runs, text)
-    between = verdict.between_seeds(list(_between_seeds(study, runs)))
+    across = list(_between_seeds(study, held))
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
-        "between_seeds": between,
+        "between_seeds": verdict.between_seeds(across),
+        "disattenuated": verdict.disattenuated_nearness(study, across, list(_repetitions(study, held))),
         "statements": verdict.statements(study, arms, final),
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
@@ -89,6 +92,7 @@ def summarize(
         "notes": _notes(study, runs),
     }
     plain = to_plain(results)
+    plain["statements"] |= to_plain(claims(plain))
     answer, *findings = words.answer(plain)
     return {"answer": answer, "findings": findings, **plain}
 
@@ -105,6 +109,7 @@ class _Walk:
     def through(self, study: StudyConfig, runs: Mapping[str, Any], seed: int) -> None:
         """Takes every snapshot of one seed's runs, by arm."""
         seen = {arm: seen_rows(run.token_counts) for arm, run in runs.items()}
+        groups = {arm: strata(run.token_counts) for arm, run in runs.items()}
         trails: dict[tuple[str, str], Trail] = {}
         first: dict[str, dict[str, np.ndarray]] = {}
         for step in sorted({step for run in runs.values() for step in run.snapshot_steps}):
@@ -112,7 +117,8 @@ class _Walk:
             for arm, both in tables.items():
                 distinct, steps = roles_of(both), runs[arm].snapshot_steps
                 for role, table in distinct.items():
-                    trails.setdefault((arm, role), Trail(seen[arm])).add(step, table)
+                    trail = Trail(seen[arm], strata=groups[arm], draws=1)
+                    trails.setdefault((arm, role), trail).add(step, table)
                 chosen = {role: table[self.ids] for role, table in distinct.items()}
                 first.setdefault(arm, chosen)
                 if step == steps[-1]:
@@ -123,19 +129,28 @@ class _Walk:
                     twin = None if arm == study.reference else both
                     rows = seen[study.reference] & seen[arm]
                     where = {**_key((arm, seed)), "reference_seed": seed, "step": step, "final": step == max(common)}
-                    self.comparisons += _compared(tables[study.reference], twin, rows, where)
+                    self.comparisons += _compared(tables[study.reference], twin, rows, groups[study.reference], where)
         for (arm, role), trail in trails.items():
             self.evolution.append(_key((arm, seed)) | {"role": role} | to_plain(trail.result()))
 
 
-def _compared(reference: Any, twin: Any | None, rows: np.ndarray, where: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _compared(
+    reference: Any, twin: Any | None, rows: np.ndarray, groups: Mapping[str, np.ndarray], where: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
     """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
-    fits, draws = (FITS, DRAWS) if where["final"] else (("orthogonal",), 1)
+    final = where["final"]
+    fits, draws = (FITS, DRAWS) if final else (("orthogonal",), 1)
     for subject_role, reference_role, x, y in _pairs(reference, twin):
-        found = align(x, y, fits=fits, rows=rows, draws=draws)
+        found = align(x, y, fits=fits, rows=rows, draws=draws, held_out=final)
+        every = align(x, y, fits=fits, draws=0) if final else found
         roles = {"subject_role": subject_role, "reference_role": reference_role}
+        masks = {name: mask[rows] for name, mask in groups.items() if mask[rows].any()}
         for fit, score in found.scores.items():
             about = {"fit": fit, "rows": found.rows, "width": found.width}
+            if final:
+                about["held_out"] = found.held_out[fit].score
+                about["paper"] = uncorrected(every.cosines[fit])
+                about["strata"] = to_plain(by_stratum(found.cosines[fit], found.chance[fit], masks))
             yield {**where, **roles, **about, **to_plain(score)}
 
 
@@ -149,25 +164,35 @@ def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndar
             yield subject_role, reference_role, getattr(reference, reference_role), table
 
 
-def _between_seeds(study: StudyConfig, runs: Runs) -> Iterator[dict[str, Any]]:
+def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
     """Every arm's last tables against those of the reference runs of the other seeds, all fits.
 
     The reference arm's own are compared role by role, and each two seeds once.
     """
-    last = {key: run.tables() for key, run in runs.items()}
-    seen = {key: seen_rows(run.token_counts) for key, run in runs.items()}
-    for (arm, seed), other_seed in itertools.product(runs, study.seeds):
-        reference, own = (study.reference, other_seed), arm == study.reference
-        if reference not in runs or (seed <= other_seed if own else seed == other_seed):
+    for (arm, seed), other_seed in itertools.product(held.last, study.seeds):
+        own = arm == study.reference
+        if (seed <= other_seed) if own else (seed == other_seed):
             continue
-        for (role, table), target in itertools.product(roles_of(last[arm, seed]).items(), ROLES):
-            if own and role != target:
+        for table, target in itertools.product(held.last[arm, seed], held.last.get((study.reference, other_seed), [])):
+            if own and table.role != target.role:
                 continue
-            rows = seen[arm, seed] & seen[reference]
-            found = align(getattr(last[reference], target), table, rows=rows)
+            found = align(target.values, table.values, rows=table.seen & target.seen, held_out=True)
             for fit, score in found.scores.items():
-                about = {"subject_role": role, "reference_role": target, "fit": fit, "seed": f"{seed} to {other_seed}"}
-                yield {"arm": arm, **about, **to_plain(score)}
+                about = {"subject_role": table.role, "reference_role": target.role, "fit": fit}
+                seeds = {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
+                outside = {"held_out": found.held_out[fit].score}
+                yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
+
+
+def _repetitions(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
+    """The last tables of every arm but the reference against their own kind of another seed, each two seeds once."""
+    for (arm, seed), other_seed in itertools.product(held.last, study.seeds):
+        if arm == study.reference or seed <= other_seed:
+            continue
+        for table, other in zip(held.last[arm, seed], held.last.get((arm, other_seed), []), strict=False):
+            score = align(other.values, table.values, fits=(verdict.FIT,), rows=table.seen & other.seen).scores
+            about = {"subject_role": table.role, "seeds": [seed, other_seed]}
+            yield {"arm": arm, **about, **to_plain(score[verdict.FIT])}
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tiedjax.analysis.blocked import row_blocks
 from tiedjax.errors import UserError
 
 ROLES = ("input", "output")
@@ -23,13 +24,14 @@ class Table:
     """One [V, D] table: the name it was asked for by, its values, and what is known of its tokens.
 
     `role` is input, output, shared (one table in both roles) or None (a file does not say). `counts` is int64 [2, V]:
-    as input, as target.
+    as input, as target. `tokenizer_path` is the run's tokenizer.json.
     """
 
     name: str
     values: np.ndarray
     role: str | None = None
     counts: np.ndarray | None = None
+    tokenizer_path: Path | None = None
 
     @property
     def sha256(self) -> str:
@@ -49,9 +51,11 @@ class Table:
 
 def content_hash(table_VD: np.ndarray) -> str:
     """sha256 of the shape (as two little-endian int64) and the float32 bytes, row by row."""
-    with np.errstate(over="ignore", under="ignore"):
-        data = np.asarray(table_VD, dtype="<f4")
-    return hashlib.sha256(np.array(table_VD.shape, "<i8").tobytes() + data.tobytes()).hexdigest()
+    digest = hashlib.sha256(np.array(table_VD.shape, "<i8").tobytes())
+    for block in row_blocks(*table_VD.shape):
+        with np.errstate(over="ignore", under="ignore"):
+            digest.update(np.ascontiguousarray(table_VD[block], dtype="<f4").data)
+    return digest.hexdigest()
 
 
 def seen_rows(counts: np.ndarray) -> np.ndarray:
@@ -64,15 +68,27 @@ def read_table(text: str) -> Table:
     place, pick = _split(text)
     path = Path(place)
     if path.suffix == ".npy":
-        arrays = {"": _read_npy(path)}
+        held = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
-        arrays = _read_npz(path)
+        held = _Arrays.of(_read_npz(path))
     elif path.suffix == ".safetensors":
-        arrays = _read_safetensors(path)
+        held = _read_safetensors(path)
     else:
         return _read_run(text, place, pick)
-    key = _pick(text, arrays, pick)
-    return Table(text, checked(arrays[key], text), key if key in ROLES else pick if pick in ROLES else None)
+    key = _pick(text, held.dimensions, pick)
+    return Table(text, checked(held.load(key), text), key if key in ROLES else pick if pick in ROLES else None)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """The arrays of a file: how many dimensions each has, and how one is read."""
+
+    dimensions: dict[str, int]
+    load: Callable[[str], np.ndarray]
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> _Arrays:
+        return cls({name: values.ndim for name, values in arrays.items()}, arrays.__getitem__)
 
 
 def open_run(place: str) -> Any:
@@ -107,7 +123,7 @@ def checked(values: np.ndarray, where: str) -> np.ndarray:
         values = values.astype(np.float64 if values.dtype.kind in "iu" else np.float32)
     if values.dtype.kind != "f":
         raise UserError(f"{where}: a table must hold real numbers, got {values.dtype.name}")
-    bad = ~np.isfinite(values).all(axis=1)
+    bad = np.concatenate([~np.isfinite(values[block]).all(axis=1) for block in row_blocks(*values.shape)])
     if bad.any():
         raise UserError(f"{where}: {int(bad.sum())} rows hold NaN or infinity, the first is row {int(bad.argmax())}")
     return values
@@ -134,7 +150,8 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
     if not tables.tied and pick is None:
         raise UserError(f"{text}: the run has two tables; pick one with {text}#input or {text}#output")
     values = tables.output if pick == "output" else tables.input
-    return Table(text, checked(values, text), "shared" if tables.tied else pick, np.asarray(run.token_counts))
+    role = "shared" if tables.tied else pick
+    return Table(text, checked(values, text), role, np.asarray(run.token_counts), run.tokenizer_path)
 
 
 def _listed(steps: list[int]) -> str:
@@ -142,23 +159,23 @@ def _listed(steps: list[int]) -> str:
     return ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-3:]]) or "none"
 
 
-def _pick(text: str, arrays: Mapping[str, np.ndarray], pick: str | None) -> str:
-    named = ", ".join(sorted(arrays))
-    if pick is not None and pick in arrays:
+def _pick(text: str, dimensions: Mapping[str, int], pick: str | None) -> str:
+    named = ", ".join(sorted(dimensions))
+    if pick is not None and pick in dimensions:
         return pick
-    if len(arrays) == 1 and (pick is None or pick in ROLES):
-        return next(iter(arrays))
+    if len(dimensions) == 1 and (pick is None or pick in ROLES):
+        return next(iter(dimensions))
     if pick is not None:
         raise UserError(f"{text}: holds no array {pick!r}; it holds {named or 'none'}")
-    matrices = [name for name, values in arrays.items() if values.ndim == 2]
+    matrices = [name for name, count in dimensions.items() if count == 2]
     if len(matrices) == 1:
         return matrices[0]
-    raise UserError(f"{text}: holds {len(arrays)} arrays ({named}); pick one with {text}#NAME")
+    raise UserError(f"{text}: holds {len(dimensions)} arrays ({named}); pick one with {text}#NAME")
 
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
@@ -178,17 +195,17 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not a readable .npz file: {_one_line(error)}") from None
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path) -> _Arrays:
     import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        return load_file(path)
+        file = safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable .safetensors file: {_one_line(error)}") from None
+    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.evolution import row_movement
+from tiedjax.errors import UserError
 
 
 def most_frequent(counts: np.ndarray, k: int) -> list[int]:
@@ -25,6 +27,33 @@ def token_texts(tokenizer_path: Path | None, ids: list[int]) -> list[str]:
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
     return [tokenizer.decode([i], skip_special_tokens=False) or tokenizer.id_to_token(i) or f"[{i}]" for i in ids]
+
+
+def token_ids(tokenizer_path: Path | None, texts: list[str]) -> list[int]:
+    """The id of each text that is one token, as it stands or after a space; "[12]" is the id 12.
+
+    UserError for a text of several tokens, and for any text without a tokenizer.
+    """
+    found = []
+    for text in texts:
+        if match := re.fullmatch(r"\[(\d+)\]", text):
+            found.append(int(match[1]))
+        elif tokenizer_path is None:
+            raise UserError(f"{text!r}: there is no tokenizer to look it up in; write the token's id in brackets, [12]")
+        else:
+            found.append(_token_id(tokenizer_path, text))
+    return found
+
+
+def _token_id(tokenizer_path: Path, text: str) -> int:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    spelled = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
+    for encoding in spelled:
+        if len(encoding.ids) == 1:
+            return int(encoding.ids[0])
+    raise UserError(f"{text!r}: is not one token but {len(spelled[0].ids)}: {' '.join(spelled[0].tokens)}")
 
 
 def token_rows(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -6,14 +6,18 @@ interval, so nothing can be said to hold.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
+from tiedjax.analysis.reproducibility import disattenuated, jackknife
 from tiedjax.analysis.statistics import CONFIDENCE, Interval, interval, paired
+from tiedjax.analysis.tables import ROLES
 from tiedjax.config import StudyConfig
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
+MEASURES = ("score", "floor", "corrected", "held_out")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -30,9 +34,10 @@ def arm_summary(arm: str, final: Records, flows: Mapping[int, GradientFlow]) -> 
             continue
         where = {k: record[k] for k in ("arm", "subject_role", "reference_role", "fit")}
         place = alignment.setdefault(record["subject_role"], {}).setdefault(f"vs_{record['reference_role']}", {})
-        place[record["fit"]] = {
-            name: interval(by_seed(final, name, **where).values()) for name in ("score", "floor", "corrected")
-        } | {"by_seed": by_seed(final, "corrected", **where), "floor_closed_form": record["floor_closed_form"]}
+        place[record["fit"]] = {name: interval(by_seed(final, name, **where).values()) for name in MEASURES} | {
+            "by_seed": by_seed(final, "corrected", **where),
+            "floor_closed_form": record["floor_closed_form"],
+        }
     margins = {
         role: {fit: paired(*_both(final, "corrected", arm, role, fit)) for fit in found["vs_output"]}
         for role, found in alignment.items()
@@ -58,12 +63,57 @@ def between_seeds(records: Records) -> dict[str, Any]:
         where = dict(zip(names, key, strict=True))
         arm, subject, target, fit = key
         cell: dict[str, Any] = {"by_seed": by_seed(records, "corrected", **where)}
-        for name in ("score", "floor", "corrected"):
+        for name in MEASURES:
             known = [v for v in by_seed(records, name, **where).values() if v is not None]
             mean = sum(known) / len(known) if known else None
             cell[name] = Interval(mean, None, None, len(known), CONFIDENCE)
         found.setdefault(arm, {}).setdefault(subject, {}).setdefault(f"vs_{target}", {})[fit] = cell
     return found
+
+
+def disattenuated_nearness(study: StudyConfig, across: Records, repetitions: Records) -> dict[str, Any]:
+    """Arm, subject role, vs_input or vs_output: nearness corrected for how alike each table is to its repetition.
+
+    Beside them `margin`, the difference. See `reproducibility`.
+    """
+
+    def pairs(records: Records, **where: Any) -> dict[tuple[int, int], float | None]:
+        return {
+            (first, second): record["corrected"]
+            for record in records
+            if all(record.get(name) == value for name, value in where.items())
+            for first, second in (record["seeds"], record["seeds"][::-1])
+        }
+
+    own = {role: pairs(across, arm=study.reference, subject_role=role, fit=FIT) for role in ROLES}
+    found: dict[str, Any] = {}
+    for arm, role in dict.fromkeys((r["arm"], r["subject_role"]) for r in repetitions):
+        repeated = pairs(repetitions, arm=arm, subject_role=role)
+        cross = {
+            target: {
+                (r["seeds"][0], r["seeds"][1]): r["corrected"]
+                for r in across
+                if (r["arm"], r["subject_role"], r["reference_role"], r["fit"]) == (arm, role, target, FIT)
+            }
+            for target in ROLES
+        }
+        nearness = {target: functools.partial(disattenuated, cross[target], repeated, own[target]) for target in ROLES}
+
+        def margin(seeds: Sequence[int], of: Any = nearness) -> float | None:
+            output, input_ = of["output"](seeds), of["input"](seeds)
+            return None if output is None or input_ is None else output - input_
+
+        found.setdefault(arm, {})[role] = {
+            **{f"vs_{target}": jackknife(nearness[target], study.seeds) for target in ROLES},
+            "margin": jackknife(margin, study.seeds),
+            "repetition": _mean_interval(repeated),
+        }
+    return found
+
+
+def _mean_interval(pairs: Mapping[Any, float | None]) -> Interval:
+    known = [v for v in pairs.values() if v is not None]
+    return Interval(sum(known) / len(known) if known else None, None, None, len(known) // 2, CONFIDENCE)
 
 
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
@@ -103,20 +153,20 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
     share = head["early_output_share"]
     first, last = EARLY
     found = {
-        f"{arm}_nearer_output": _statement(
+        f"{arm}_nearer_output": statement(
             f"{arm} is nearer to the output table of {reference} than to its input table",
             head["margin"],
         ),
-        f"{arm}_output_dominates_early": _statement(
+        f"{arm}_output_dominates_early": statement(
             f"the output role has the larger share of the norms of {arm}'s table gradient over steps {first} to {last}",
-            _affine(share, 1.0, -0.5),
+            affine(share, 1.0, -0.5),
         ),
     }
     for other in _interventions(study, arms):
         for verb, role, sign in [("lowers", "output", -1.0), ("raises", "input", 1.0)]:
             change = _change(study, final, other, role, FIT)
             claim = f"{other} {verb} the nearness to the {role} table of {reference}, against {arm}"
-            found[f"{other}_{verb}_vs_{role}"] = _statement(claim, _affine(change, sign, 0.0))
+            found[f"{other}_{verb}_vs_{role}"] = statement(claim, affine(change, sign, 0.0))
     return found
 
 
@@ -142,7 +192,7 @@ def _change(study: StudyConfig, final: Records, arm: str, role: str, fit: str) -
     )
 
 
-def _affine(span: Interval, factor: float, shift: float) -> Interval:
+def affine(span: Interval, factor: float, shift: float) -> Interval:
     """The interval of factor * x + shift."""
     if span.mean is None:
         return span
@@ -153,7 +203,8 @@ def _affine(span: Interval, factor: float, shift: float) -> Interval:
     return Interval(mean, ends[0], ends[1], span.n, span.confidence)
 
 
-def _statement(claim: str, margin: Interval) -> dict[str, Any]:
+def statement(claim: str, margin: Interval) -> dict[str, Any]:
+    """Whether a claim holds whose margin is positive if it is true: {claim, holds, margin, interval, n, note}."""
     note = None
     if margin.n == 0:
         note = "not measured"

@@ -44,6 +44,7 @@ def answer(results: Results) -> list[str]:
     return [
         _main_sentence(results),
         *_between_seeds_sentence(results),
+        *_disattenuated_sentence(results),
         *_share_sentence(results),
         *_intervention_sentences(results),
     ]
@@ -95,6 +96,28 @@ def _between_seeds_sentence(results: Results) -> Iterator[str]:
         f"input tables at {mean(own, 'input', 'input')} from one another, the {head['arm']} table at "
         f"{mean(other, 'shared', 'output')} and {mean(other, 'shared', 'input')} from them: how alike "
         "training shapes a table twice limits how near anything else comes to it."
+    )
+
+
+def _disattenuated_sentence(results: Results) -> Iterator[str]:
+    """The nearness with that limit divided out."""
+    head = results["headline"]
+    found = results["disattenuated"].get(head["arm"], {}).get("shared")
+    if found is None or found["margin"]["mean"] is None:
+        return
+    margin = found["margin"]
+    if margin["low"] is None:
+        verdict = "difference"
+    elif margin["low"] > 0:
+        verdict = "still nearer to the output table: difference"
+    elif margin["high"] < 0:
+        verdict = "nearer to the input table: difference"
+    else:
+        verdict = "then not measurably nearer to either: difference"
+    yield (
+        f"With that limit divided out (Spearman’s correction for attenuation), the {head['arm']} table reaches "
+        f"{spread(found['vs_output'])} of the nearness possible to the output table and "
+        f"{spread(found['vs_input'])} of that to the input table; {verdict} {spread(margin)}."
     )
 
 
@@ -151,6 +174,8 @@ def verdicts(results: Results) -> list[dict[str, str]]:
             verdict = "holds"
         elif statement["interval"] is None:
             verdict = "open"
+        elif statement["interval"][1] < 0:
+            verdict = "the opposite"
         else:
             verdict = "does not hold"
         low, high = statement["interval"] or (None, None)
@@ -186,6 +211,7 @@ def _group(results: Results, arm: str, title: str, fits: Mapping[str, Any]) -> d
             "score": number(cell["score"]["mean"]),
             "floor": number(cell["floor"]["mean"]),
             "corrected": spread(cell["corrected"]),
+            "held_out": number(cell["held_out"]["mean"]),
             "main": fit == results["headline"]["fit"],
         }
         for fit, cell in fits.items()
@@ -223,22 +249,6 @@ def paper_alignment(results: Results) -> list[dict[str, Any]]:
             ]
             groups.append({"pair": names[pair], "rows": rows})
     return groups
-
-
-def paper_shares(results: Results) -> list[dict[str, str]]:
-    """Output share of the gradient norms per window of steps, the paper's and ours for the baseline arm."""
-    arm = results["arms"].get(results["headline"]["arm"])
-    if arm is None:
-        return []
-    theirs = {first: (last, value) for (first, last), value in published.OUTPUT_SHARE.items()}
-    rows = []
-    for window in arm["output_share_windows"]:
-        last, value = theirs.get(window["first"], (window["last"], None))
-        steps = f"{window['first']:,}–{window['last']:,}"
-        if last != window["last"]:
-            steps += f" (paper: to {last:,})"
-        rows.append({"steps": steps, "paper": number(value), "ours": spread(window["output_share"])})
-    return rows
 
 
 def paper_others(results: Results) -> list[dict[str, str]]:

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiedjax.analysis.commands import shared
 
-HELP = "mean cosine of two tables' rows under three maps, with floors"
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiedjax.analysis.align import Alignment
+
+HELP = "mean cosine of two tables' rows under four maps, with floors"
 SUBJECT = "pair"
+
+_NOTE = """score: mean cosine in sample; floor: its mean over row permutations of B;
+corrected: (score - floor) / (1 - floor); back: B mapped onto A, corrected;
+held out: fitted on one half of the rows, scored on the other;
+paper: all rows, in sample, uncorrected"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B and the options."""
     shared.add_pair(parser)
-    shared.add_paper(parser, "all rows, uncorrected")
+    shared.add_paper(parser, "all rows, in sample, uncorrected; rows without a direction count as 0")
     parser.add_argument(
-        "--fit", action="append", metavar="FIT", help="identity, orthogonal or linear; repeatable (default: all)"
+        "--fit", action="append", metavar="FIT", help="identity, orthogonal, linear or ridge; repeatable (default: all)"
     )
     shared.add_count(parser, "--draws", 5, "row permutations for the floor")
+    shared.add_counts(parser)
     shared.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.align import FITS, align
+    from tiedjax.analysis.align import align
+    from tiedjax.analysis.fitting import FITS, SQUARE
 
     draws = shared.at_least(args, "draws")
     a, b = shared.read_pair(args)
     rows = shared.counting_rows(args, a, b)
-    found = align(a.values, b.values, fits=args.fit or FITS, rows=rows, draws=draws)
-    scores = {fit: vars(score).copy() for fit, score in found.scores.items()}
-    if args.paper:
-        for score in scores.values():
-            del score["corrected"]
+    square = a.values.shape[1] == b.values.shape[1]
+    fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
+    report = shared.reporter("align")
+    found = align(a.values, b.values, fits=fits, rows=rows, draws=draws, held_out=not args.paper, report=report)
     result = {
         "inputs": [a.describe(), b.describe()],
         "form": "paper" if args.paper else "corrected",
@@ -42,18 +53,83 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "width": found.width,
         "target_width": found.target_width,
         "centred": True,
-        "fits": scores,
     }
-    columns = ["score", "floor", "floor_standard_error", "floor_closed_form", *([] if args.paper else ["corrected"])]
-    columns.append("rows_left_out")
-    table = shared.text_table(
-        ["fit", "score", "floor", "+-", "closed form", *([] if args.paper else ["corrected"]), "left out"],
-        [[fit, *(score[c] for c in columns)] for fit, score in scores.items()],
+    head = shared.heading(f"{a.name} mapped onto {b.name}", found.rows, len(a.values) - found.rows, found.width)
+    if args.paper:
+        return result | {"fits": _paper(found)}, f"{head}; paper's form\n{_paper_table(found)}"
+    everywhere = found if rows is None else align(a.values, b.values, fits=fits, draws=0)
+    free = [fit for fit in fits if fit not in SQUARE]
+    back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
+    counts = shared.counts_of(args, a, b)
+    described = {fit: _described(fit, found, back, everywhere, counts, rows) for fit in fits}
+    text = f"{head}\n{_table(described)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
+    return result | {"fits": described}, text
+
+
+def _described(
+    fit: str, found: Alignment, back: Alignment, everywhere: Alignment, counts: np.ndarray | None, rows: Any
+) -> dict[str, Any]:
+    from tiedjax.analysis.align import by_stratum, distribution, uncorrected
+    from tiedjax.analysis.records import to_plain
+    from tiedjax.analysis.strata import strata
+
+    about: dict[str, Any] = to_plain(found.scores[fit])
+    about["held_out"] = to_plain(found.held_out[fit])
+    about["back"] = to_plain(back.scores.get(fit, found.scores[fit]))
+    about["paper"] = uncorrected(everywhere.cosines[fit])
+    about["rows_distribution"] = to_plain(distribution(found.cosines[fit]))
+    if counts is not None:
+        kept = slice(None) if rows is None else rows
+        masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
+        about["strata"] = to_plain(by_stratum(found.cosines[fit], found.chance[fit], masks))
+    return about
+
+
+def _paper(found: Alignment) -> dict[str, Any]:
+    from tiedjax.analysis.align import uncorrected
+    from tiedjax.analysis.records import to_plain
+
+    names = ("floor", "floor_standard_error", "floor_draws", "floor_closed_form", "rows_left_out")
+    return {
+        fit: {"score": uncorrected(found.cosines[fit])} | {name: to_plain(score)[name] for name in names}
+        for fit, score in found.scores.items()
+    }
+
+
+def _paper_table(found: Alignment) -> str:
+    columns = ["score", "floor", "floor_standard_error", "floor_closed_form"]
+    rows = [[fit, *(about[c] for c in columns)] for fit, about in _paper(found).items()]
+    return shared.text_table(["fit", "score", "floor", "+-", "closed form"], rows)
+
+
+def _table(described: dict[str, Any]) -> str:
+    header = ["fit", "score", "floor", "+-", "closed form", "corrected", "held out", "back", "paper", "left out"]
+    names = ["score", "floor", "floor_standard_error", "floor_closed_form", "corrected"]
+    rows = []
+    for fit, d in described.items():
+        others = [d["held_out"]["score"], d["back"]["corrected"], d["paper"], d["rows_left_out"]]
+        rows.append([fit, *(d[name] for name in names), *others])
+    return shared.text_table(header, rows)
+
+
+def _rows_table(described: dict[str, Any]) -> str:
+    levels = next(iter(described.values()))["rows_distribution"]["quantiles"]
+    rows = []
+    for fit, d in described.items():
+        quantiles, mean = d["rows_distribution"]["quantiles"], d["rows_distribution"]["mean"]
+        rows.append([fit, *(quantiles.get(level) for level in levels), mean["low"], mean["high"]])
+    header = ["fit", *(f"{level} %" for level in levels), "mean from", "to"]
+    return (
+        f"cosines of single rows, and the mean's 95 % bootstrap interval over rows\n{shared.text_table(header, rows)}"
     )
-    head = f"{a.name} mapped onto {b.name}: {found.rows} rows"
-    masked = f" ({result['rows_masked_out']} padding or never-seen rows left out)" if rows is not None else ""
-    form = "; paper's form: in sample, uncorrected" if args.paper else ""
-    return result, (
-        f"{head}{masked}, width {found.width}{form}\n{table}\n"
-        "floor: mean over row permutations of the second table, +- standard error; closed form: isotropic tables"
-    )
+
+
+def _strata_table(described: dict[str, Any]) -> str:
+    first = next(iter(described.values()))
+    if "strata" not in first:
+        return ""
+    rows = [
+        [name, about["rows"], *(d["strata"][name]["corrected"] for d in described.values())]
+        for name, about in first["strata"].items()
+    ]
+    return f"\n\ncorrected, by training count\n{shared.text_table(['tokens', 'rows', *described], rows)}"

@@ -3,52 +3,90 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiedjax.analysis.commands import shared
 from tiedjax.errors import UserError
 
-HELP = "row norm against token frequency"
+if TYPE_CHECKING:
+    from tiedjax.analysis.norms import Curve, Norms
+
+HELP = "row norm, distance and cosine to the mean row against token frequency, and a probe of it"
 SUBJECT = "table"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """TABLE and the options."""
     shared.add_table(parser)
+    shared.add_paper(parser, "the norm alone, all rows")
     shared.add_counts(parser)
+    shared.add_count(parser, "--draws", 20, "permutations of the counts for the floor of the probe")
     shared.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    import numpy as np
-
-    from tiedjax.analysis.norms import norms_by_count
+    from tiedjax.analysis.norms import curve, norms_by_count, row_norms
     from tiedjax.analysis.records import to_plain
     from tiedjax.analysis.tables import read_table, seen_rows
 
+    draws = shared.at_least(args, "draws")
     table = read_table(args.a)
     counts = shared.counts_of(args, table)
     if counts is None:
         raise UserError(f"{args.a}: no token counts are known for it; give them with --counts FILE.npy")
     count = counts[-1]  # as target
-    rows = np.ones(len(count), bool) if args.all_rows else seen_rows(counts)
-    found = norms_by_count(table.values[rows], count[rows])
-    result = {
-        "inputs": [table.describe()],
-        "rows": found.rows,
-        "width": table.values.shape[1],
-        "counts": "as target",
-        **to_plain(found),
-    }
-    lines = [
-        [f"{b.low:.1f}-{b.high:.1f}" if b.high else "never", b.rows, b.mean, b.quantile_25, b.median, b.quantile_75]
-        for b in found.bins
-    ]
-    body = shared.text_table(["log10(count + 1)", "rows", "mean", "25%", "median", "75%"], lines)
-    rank = shared.cell(found.spearman)
-    error = shared.cell(found.floor_standard_error)
-    return result, (
-        f"{table.name}: L2 norm of {found.rows} rows against their counts as target\n{body}\n"
-        f"Spearman {rank} over {found.seen_rows} seen rows; by chance 0 +- {error}"
+    every, width = len(count), table.values.shape[1]
+    published = curve(row_norms(table.values), count)
+    result: dict[str, Any] = {"inputs": [table.describe()], "counts": "as target"}
+    paper = {"rows": every, "norm": to_plain(published)}
+    if args.paper:
+        result |= {"form": "paper", "rows_masked_out": 0, "width": width, **paper}
+        head = shared.heading(f"{table.name}, L2 norm against count as target; paper's form", every, 0, width)
+        return result, f"{head}\n{_published(published)}"
+    rows = slice(None) if args.all_rows else seen_rows(counts)
+    found = norms_by_count(table.values[rows], count[rows], draws=draws)
+    masked_out = every - found.rows
+    result |= {"form": "corrected", "rows_masked_out": masked_out, **to_plain(found), "paper": paper}
+    head = shared.heading(f"{table.name}, rows against their counts as target", found.rows, masked_out, width)
+    return result, f"{head}\n{_text(found)}\n\npaper's form: L2 norm of all {every} rows\n{_published(published)}"
+
+
+def _text(found: Norms) -> str:
+    """Medians by bin, rank correlations, and the probe."""
+    quantities = {"norm": found.norm, "distance": found.distance_to_mean, "cosine": found.cosine_to_mean}
+    by_bin: dict[tuple[float, float], dict[str, float]] = {}
+    for name, of in quantities.items():
+        for b in of.bins:
+            by_bin.setdefault((b.low, b.high), {"rows": b.rows})[name] = b.median
+    medians = shared.text_table(
+        ["log10(count + 1)", "rows", "norm", "distance to mean", "cosine to mean"],
+        [[_span(*ends), *(line.get(name) for name in ("rows", *quantities))] for ends, line in by_bin.items()],
     )
+    ranks = shared.text_table(
+        ["Spearman with count", "score", "low", "high", "floor", "+-"],
+        [
+            [name, of.spearman.mean, of.spearman.low, of.spearman.high, of.floor, of.floor_standard_error]
+            for name, of in quantities.items()
+        ],
+    )
+    probe = found.log_frequency
+    score, floor, error, corrected = (
+        shared.cell(v) for v in (probe.score, probe.floor, probe.floor_standard_error, probe.corrected)
+    )
+    return (
+        f"medians\n{medians}\n\n{ranks}\n\n"
+        f"linear probe of log10(count + 1), {probe.rows} seen rows, {probe.folds} folds: R^2 {score}; permuted counts "
+        f"{floor} +- {error}; corrected {corrected}"
+    )
+
+
+def _published(found: Curve) -> str:
+    lines = [[_span(b.low, b.high), b.rows, b.mean, b.quantile_25, b.median, b.quantile_75] for b in found.bins]
+    table = shared.text_table(["log10(count + 1)", "rows", "mean", "25%", "median", "75%"], lines)
+    rank, error = shared.cell(found.spearman.mean), shared.cell(found.floor_standard_error)
+    return f"{table}\nSpearman {rank} over {found.spearman.n} seen rows; by chance 0 +- {error}"
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.1f}-{high:.1f}" if high else "never"

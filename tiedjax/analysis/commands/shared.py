@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tiedjax.errors import UserError
@@ -47,6 +49,11 @@ def add_all_rows(parser: argparse.ArgumentParser) -> None:
 def add_counts(parser: argparse.ArgumentParser) -> None:
     """--counts."""
     parser.add_argument("--counts", metavar="FILE.npy", help="[V] or [2, V] token counts, for tables from a file")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """--data."""
+    parser.add_argument("--data", metavar="SOURCE", help="where the run's text lies now (default: as in its config)")
 
 
 def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str) -> None:
@@ -116,6 +123,17 @@ def counting_rows(args: argparse.Namespace, *tables: Table) -> np.ndarray | None
         names = ", ".join(t.name for t in tables)
         raise UserError(f"{names}: no token was seen in training by all; --all-rows keeps every row")
     return rows
+
+
+def reporter(name: str) -> Callable[[str], None]:
+    """Writes lines of progress to stderr, once the work has taken five seconds."""
+    began = time.monotonic()
+
+    def report(line: str) -> None:
+        if time.monotonic() - began > 5:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    return report
 
 
 def heading(what: str, rows: int, masked_out: int, width: int) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tiedjax.analysis import words
 from tiedjax.analysis.sections import drawing
+from tiedjax.analysis.statistics import interval
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -16,6 +17,31 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     size = (5.0, 0.9 + 0.42 * max(1, len(list(_nearness(results)))))
     yield drawing.Plot("alignment", [_draw_alignment], size)
     yield drawing.Plot("alignment_over_steps", [_over_steps("output"), _over_steps("input")])
+
+
+def strata_names(results: drawing.Results) -> list[str]:
+    """The strata that some comparison has, in order."""
+    return list(dict.fromkeys(name for record in _final(results) for name in record["strata"]))
+
+
+def strata_rows(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per pair of tables, the corrected score of each stratum with its interval over seeds."""
+    rows = []
+    reference = results["headline"]["reference"]
+    keys = dict.fromkeys((r["arm"], r["subject_role"], r["reference_role"]) for r in _final(results))
+    for arm, subject, target in keys:
+        found = [
+            r for r in _final(results) if (r["arm"], r["subject_role"], r["reference_role"]) == (arm, subject, target)
+        ]
+        name = arm if subject == "shared" else f"{arm} {subject}"
+        spans = [interval(r["strata"].get(n, {}).get("corrected") for r in found) for n in strata_names(results)]
+        spreads = [words.spread(vars(span), 2) for span in spans]
+        rows.append({"arm": arm, "tables": f"{name} and {reference} {target}", "spreads": spreads})
+    return rows
+
+
+def _final(results: drawing.Results) -> list[Mapping[str, Any]]:
+    return [r for r in results["comparisons"] if r["fit"] == "orthogonal" and "strata" in r]
 
 
 def _draw_alignment(ax: drawing.Axes, results: drawing.Results) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+from tiedjax.analysis import published, words
 from tiedjax.analysis.sections import drawing
+from tiedjax.analysis.statistics import interval
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -14,6 +17,30 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     yield drawing.Plot("gradient_share", [_draw_share, _draw_role_norms])
     if any(g["deciles"] for g in results["gradients"]):
         yield drawing.Plot("gradient_deciles", [_deciles("input"), _deciles("output")])
+
+
+def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
+    """Per window of steps, for the baseline arm: both forms of the share, the norms' ratio, the published share.
+
+    Empty where no run logged the norm that the paper's form needs.
+    """
+    found = [g for g in results["gradients"] if g["arm"] == results["headline"]["arm"]]
+    if not any(g["activation_norm"] for g in found):
+        return []
+    windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for window in (w for g in found for w in g["windows"]):
+        windows.setdefault((window["first"], window["last"]), []).append(window)
+    mean = lambda of, name: words.spread(vars(interval(w[name] for w in of)))
+    return [
+        {
+            "steps": f"{span[0]:,}–{span[1]:,}",
+            "exact": mean(of, "output_share"),
+            "paper_form": mean(of, "paper_output_share"),
+            "ratio": mean(of, "activation_ratio"),
+            "published": words.number(published.OUTPUT_SHARE.get(span)),
+        }
+        for span, of in windows.items()
+    ]
 
 
 def _draw_share(ax: drawing.Axes, results: drawing.Results) -> None:
@@ -34,16 +61,17 @@ def _draw_share(ax: drawing.Axes, results: drawing.Results) -> None:
 def _draw_role_norms(ax: drawing.Axes, results: drawing.Results) -> None:
     arm = results["headline"]["arm"]
     found = [g for g in results["gradients"] if g["arm"] == arm]
-    for role, dashes in [("output", "-"), ("input", (0, (5, 2)))]:
-        binned = [drawing.log_binned(np.array(g["steps"]), drawing.floats(g[f"{role}_norm"])) for g in found]
+    labels = {"output_norm": "output role", "input_norm": "input role", "activation_norm": "input, by position"}
+    for (field, label), dashes in zip(labels.items(), ["-", drawing.INPUT, (0, (1, 1.5))], strict=True):
+        binned = [drawing.log_binned(np.array(g["steps"]), drawing.floats(g[field])) for g in found if g[field]]
         if binned:
             steps = binned[0][0]
             mean = np.mean([b[1] for b in binned if len(b[1]) == len(steps)], axis=0)
-            ax.plot(steps, mean, color=drawing.colours(results)[arm], linestyle=dashes, label=f"{role} role")
+            ax.plot(steps, mean, color=drawing.colours(results)[arm], linestyle=dashes, label=label)
     drawing.log_steps(ax)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("gradient norm")
-    ax.set_title(f"the two norms, {arm}")
+    ax.set_title(f"the norms, {arm}")
 
 
 def _deciles(role: str) -> Callable[[drawing.Axes, drawing.Results], None]:

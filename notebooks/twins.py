@@ -1,0 +1,239 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Twins
+#
+# **To which of its untied twin's tables is a tied table nearer, when, and at which tokens?** Twins share body
+# initialisation and data order. Alignment with its floor, neighbours, single tokens, and the course over training.
+#
+# Needs a finished study (`tiedjax study`). Takes under a minute for the quick study on a laptop.
+
+# %% tags=["parameters"]
+import os
+from pathlib import Path
+
+STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+
+# %%
+import itertools
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import tiedjax
+from tiedjax.analysis.align import align, by_stratum
+from tiedjax.analysis.knn import compare, shared
+from tiedjax.analysis.neighbours import neighbours
+from tiedjax.analysis.statistics import interval
+from tiedjax.analysis.strata import strata
+from tiedjax.analysis.study_runs import roles_of
+from tiedjax.analysis.tables import seen_rows
+from tiedjax.analysis.tokens import token_texts
+
+study = json.loads((STUDY / "results.json").read_text())["study"]
+reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
+runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in arms for seed in seeds}
+tables = {key: run.tables() for key, run in runs.items()}
+seen = seen_rows(runs[baseline, seeds[0]].token_counts)
+colour = {"output": "C1", "input": "C0"}
+plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
+
+# %% [markdown]
+# ## One pair
+# How well the tied table, once mapped, lies on each table of its twin: mean cosine of the rows. A map is fitted on the
+# rows that it is scored on, so unrelated tables score above 0 too: that is the floor. `corrected` is 0 at the floor
+# and 1 for identical tables. Held out, the map has not seen the rows, and the floor is 0 but for noise.
+
+# %%
+tied, untied = tables[baseline, seeds[0]], tables[reference, seeds[0]]
+pairs = {
+    "to output": align(tied.input, untied.output, rows=seen, held_out=True),
+    "to input": align(tied.input, untied.input, rows=seen, held_out=True),
+    "input to output": align(untied.input, untied.output, rows=seen, held_out=True),
+}
+print(f"{'':17}{'fit':12}{'score':>8}{'floor':>8}{'corrected':>11}{'held out':>10}")
+for name, found in pairs.items():
+    for fit, s in found.scores.items():
+        print(f"{name:17}{fit:12}{s.score:8.3f}{s.floor:8.3f}{s.corrected:11.3f}{found.held_out[fit].score:10.3f}")
+
+# %% [markdown]
+# ## Row by row
+# The cosines that the score is the mean of, and its floor.
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 3.6))
+for role in colour:
+    found = pairs[f"to {role}"]
+    ax.hist(found.cosines["orthogonal"], bins=60, density=True, histtype="stepfilled", alpha=0.35, color=colour[role])
+    ax.axvline(found.scores["orthogonal"].score, color=colour[role], label=f"to {role}: mean")
+    ax.axvline(found.scores["orthogonal"].floor, color=colour[role], linestyle="--", label=f"to {role}: floor")
+ax.set(xlabel="cosine of a row with its twin's, after the best rotation", ylabel="density of rows", title=baseline)
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## Which tokens?
+# One rotation for all tokens, scored within each third of them by frequency; each third has a floor of its own.
+
+# %%
+groups = {n: mask[seen] for n, mask in strata(runs[baseline, seeds[0]].token_counts).items() if (mask & seen).any()}
+
+fig, ax = plt.subplots(figsize=(6, 3.6))
+for role in colour:
+    found = pairs[f"to {role}"]
+    by = by_stratum(found.cosines["orthogonal"], found.chance["orthogonal"], groups)
+    ax.plot(list(by), [s.score for s in by.values()], "o-", color=colour[role], label=f"to {role}")
+    ax.plot(list(by), [s.floor for s in by.values()], "--", color=colour[role], label="floor")
+ax.set(xlabel="third of the tokens by frequency", ylabel="mean cosine (orthogonal)", ylim=(-0.05, 1))
+ax.legend(ncols=2)
+plt.show()
+
+# %% [markdown]
+# ## Every arm and seed
+# Corrected scores. Small dots are seeds, bars 95 % intervals over them. The dotted lines are a yardstick: how near one
+# of the reference's tables comes to itself trained from another seed.
+
+
+# %%
+def nearness(x_VD, y_VD, fit="orthogonal"):
+    return align(x_VD, y_VD, fits=(fit,), rows=seen).scores[fit].corrected
+
+
+def dot(ax, at, values, color, **style):
+    mean = interval(values)
+    ax.plot([at + 0.05] * len(values), values, ".", color=color, alpha=0.5)
+    ax.errorbar(at, mean.mean, mean.half_width or 0, fmt="o", color=color, capsize=4, **style)
+
+
+near = {
+    (arm, own, role): [nearness(roles_of(tables[arm, s])[own], getattr(tables[reference, s], role)) for s in seeds]
+    for arm in arms
+    if arm != reference
+    for own in roles_of(tables[arm, seeds[0]])
+    for role in colour
+}
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.8))
+subjects = list(dict.fromkeys((arm, own) for arm, own, _ in near))
+for at, subject in enumerate(subjects):
+    for shift, role in [(-0.1, "output"), (0.1, "input")]:
+        label = f"to {reference}'s {role} table" if not at else None
+        dot(ax, at + shift, near[*subject, role], colour[role], label=label)
+own = [nearness(tables[reference, s].input, tables[reference, s].output) for s in seeds]
+dot(ax, len(subjects), own, "black", label=f"{reference}: input to output")
+for role in colour:
+    again = [
+        nearness(getattr(tables[reference, a], role), getattr(tables[reference, b], role))
+        for a, b in itertools.combinations(seeds, 2)
+    ]
+    if again:
+        ax.axhline(np.mean(again), color=colour[role], linestyle=":", label=f"{role} tables of two seeds")
+ax.axhline(0, color="gray", linestyle="--", label="chance")
+ax.set_xticks(range(len(subjects) + 1), [*(f"{a}\n({o})" for a, o in subjects), reference])
+ax.set(ylabel="corrected nearness (orthogonal)", xlim=(-0.5, len(subjects) + 0.5))
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+plt.show()
+
+# %% [markdown]
+# ## Over training
+# Both twins at the same step, at the snapshots that all runs have.
+
+# %%
+steps = sorted(set.intersection(*(set(runs[arm, s].snapshot_steps) for arm in (baseline, reference) for s in seeds)))
+course = {role: np.empty((len(seeds), len(steps))) for role in colour}
+for i, s in enumerate(seeds):
+    for j, step in enumerate(steps):
+        mine, twin = runs[baseline, s].tables(step).input, runs[reference, s].tables(step)
+        for role in colour:
+            course[role][i, j] = nearness(mine, getattr(twin, role))
+
+fig, ax = plt.subplots(figsize=(6, 3.6))
+for role, values in course.items():
+    ax.plot(steps, values.mean(axis=0), "o-", color=colour[role], label=f"to {role}")
+    ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour[role], alpha=0.2, linewidth=0)
+ax.axhline(0, color="gray", linestyle="--", label="chance")
+ax.set(xlabel="step", ylabel="corrected nearness (orthogonal)", title=f"{baseline}: mean and range over seeds")
+ax.set_xscale("symlog", linthresh=1)
+ax.set_xlim(left=-0.2)
+ax.legend()
+plt.show()
+
+# %% [markdown]
+# ## Neighbours
+# No map at all: of a token's 10 nearest tokens by cosine in one table, how many are so in the other? By chance
+# k / (V - 1).
+
+# %%
+k = 10
+ids, counts = np.flatnonzero(seen), runs[baseline, seeds[0]].token_counts[:, seen]
+near_VK = {
+    "tied": neighbours(tied.input[seen], k).indices_VK,
+    "output": neighbours(untied.output[seen], k).indices_VK,
+    "input": neighbours(untied.input[seen], k).indices_VK,
+}
+overlap = {
+    f"{baseline} and\nits twin's output": compare(near_VK["tied"], near_VK["output"], counts=counts),
+    f"{baseline} and\nits twin's input": compare(near_VK["tied"], near_VK["input"], counts=counts),
+    f"{reference}: input\nand output": compare(near_VK["input"], near_VK["output"], counts=counts),
+}
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.8))
+for at, found in enumerate(overlap.values()):
+    first, half = not at, found.interval.half_width
+    ax.bar(
+        at, found.overlap.score, yerr=half, color="C7", alpha=0.5, capsize=4, label="all seen tokens" if first else None
+    )
+    for i, (name, stratum) in enumerate(found.strata.items()):
+        ax.plot(at - 0.2 + 0.2 * i, stratum.score, "o", color=f"C{i + 2}", label=name if first else None)
+    ax.plot([at - 0.4, at + 0.4], [found.overlap.floor] * 2, "k--", label="chance" if first else None)
+ax.set_xticks(range(len(overlap)), list(overlap))
+ax.set(ylabel="share of common 10 nearest neighbours", ylim=(0, None), title=f"seed {seeds[0]}; bars: 95 % over tokens")
+ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+plt.show()
+
+# %% [markdown]
+# ## Who is nearer to what
+# Per token: neighbours shared with the twin's output table less those shared with its input table. If the tied table
+# leaned to neither, as many tokens would lie left of 0 as right of it.
+
+# %%
+lean = shared(near_VK["tied"], near_VK["output"]) - shared(near_VK["tied"], near_VK["input"])
+
+fig, ax = plt.subplots(figsize=(6, 3.6))
+ax.hist(lean, bins=np.arange(-k - 0.5, k + 1), color="C1", alpha=0.6, rwidth=0.9)
+ax.axvline(0, color="gray", linestyle="--", label="no lean")
+ax.axvline(lean.mean(), color="C1", label=f"mean: {lean.mean():.2f}")
+ax.set(xlabel="common neighbours: with output less with input", ylabel="tokens")
+ax.legend()
+plt.show()
+
+
+# %%
+def words(rows):
+    found = token_texts(runs[baseline, seeds[0]].tokenizer_path, [int(i) for i in ids[rows]])
+    return "  ".join(repr(text) for text in found)
+
+
+frequent = np.flatnonzero(counts[1] >= np.median(counts[1]))
+order = frequent[np.argsort(-lean[frequent], kind="stable")]
+print("Of the more frequent half of the tokens,")
+print("nearest to the output table:", words(order[:12]))
+print("nearest to the input table: ", words(order[::-1][:12]))
+
+# %% [markdown]
+# The neighbours themselves, nearest first, of the token that leans most to either side.
+
+# %%
+for row in (order[0], order[-1]):
+    print(f"{words([row])} (lean {lean[row]:+d})")
+    for label, indices_VK in near_VK.items():
+        print(f"  {label:7}", words(indices_VK[row, :8]))

@@ -1,0 +1,389 @@
+"""Lenses: laws, oracles in float64, convergence, baselines by brute force, and what the command and section say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+from runs import SHRUNK, STEPS, arguments
+from test_analysis_command import analyze
+from test_analysis_summary import fake_study
+
+from tiedjax import cli
+from tiedjax.analysis import baselines, held_out, lens_training
+from tiedjax.analysis.baselines import CountPredictors
+from tiedjax.analysis.held_out import FrozenModel, held_out_windows, shown
+from tiedjax.analysis.lens import early_states, lens, published_translator, read, tuned_translator
+from tiedjax.analysis.lens_training import Minimum, fit, minimise, teacher
+from tiedjax.analysis.run_data import data_of
+from tiedjax.analysis.sections import lens as section
+from tiedjax.analysis.study_runs import StudyRuns
+from tiedjax.data.batches import Batches
+from tiedjax.errors import UserError
+from tiedjax.model import Transformer, lookup
+from tiedjax.run import Run, load_run
+
+LAYERS, V, D, T = 3, SHRUNK["model.vocab_size"], SHRUNK["model.d_model"], SHRUNK["model.seq_len"]
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three layers, long enough trained that they do something."""
+    out = tmp_path_factory.mktemp("lens") / "tied-0"
+    changes = {
+        "model.layers": LAYERS,
+        "model.scan_layers": True,
+        "train.steps": 60,
+        "optimizer.learning_rate": 0.02,
+        "tying.scheme": "tied",
+    }
+    assert cli.main(arguments(out, text, changes)) == 0
+    return load_run(out)
+
+
+@pytest.fixture(scope="module")
+def model(run: Run) -> FrozenModel:
+    return FrozenModel(run)
+
+
+@pytest.fixture(scope="module")
+def windows(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out windows."""
+    prepared = data_of(run)
+    return np.concatenate(list(shown(run, prepared, 1024))), held_out_windows(prepared, T, 400)
+
+
+@pytest.fixture(scope="module")
+def translators(model: FrozenModel, windows: tuple[np.ndarray, np.ndarray]) -> list[Minimum]:
+    x_LND = model.states(windows[0])
+    taught = teacher(model, x_LND[-1])
+    return [fit(model, x_ND, taught) for x_ND in x_LND[:-1]]
+
+
+def layer_norm(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5)
+
+
+def oracle(model: FrozenModel, x_LND: np.ndarray, state: int, theta: np.ndarray, target_N: np.ndarray) -> tuple:
+    """KL and cross-entropy per position in bits, all in float64."""
+    U = np.asarray(model.tables.output, np.float64)
+    x = np.asarray(x_LND[state], np.float64)
+    log_p = scipy.special.log_softmax(layer_norm(x_LND[-1]) @ U.T, axis=1)
+    log_q = scipy.special.log_softmax(layer_norm(x + x @ theta[:-1] + theta[-1]) @ U.T, axis=1)
+    kl = scipy.special.rel_entr(np.exp(log_p), np.exp(log_q)).sum(axis=1)
+    return kl / np.log(2), -log_q[np.arange(len(target_N)), target_N] / np.log(2)
+
+
+# ---- states and reading
+
+
+def test_states_are_those_of_the_model_whatever_the_batches(model, windows, monkeypatch):
+    tokens = windows[1]
+    embedded = lookup(jnp.asarray(model.tables.input), jnp.asarray(tokens[:, :-1]), jnp.float32)
+    h_BTD, x_LBTD = Transformer(model.config).apply(model.body, embedded, hidden_states=True)
+    wanted = np.asarray(x_LBTD).reshape(LAYERS + 1, -1, D)
+    np.testing.assert_allclose(model.states(tokens), wanted, atol=1e-5)
+    monkeypatch.setattr(held_out, "_FORWARD", 3 * T)  # the last batch is not full
+    assert len(tokens) % 3
+    np.testing.assert_allclose(model.states(tokens), wanted, atol=1e-5)
+    np.testing.assert_allclose(model.normed(wanted[-1]), np.asarray(h_BTD).reshape(-1, D), atol=1e-5)
+
+
+def test_zero_translators_are_the_logit_lens_bit_for_bit(model, windows):
+    for logit, tuned, published in read(model, windows[1], [np.zeros((D + 1, D))] * LAYERS):
+        assert logit == tuned == published
+
+
+def test_the_last_state_does_not_diverge_at_all(model, windows, translators):
+    logit, tuned, published = read(model, windows[1], [t.point for t in translators])[-1]
+    for reading in (logit, tuned):
+        assert (reading.kl.mean, reading.kl.low, reading.kl.high) == (0.0, 0.0, 0.0)
+    assert published.kl.low > 0.01  # a translator of another state is no identity
+
+
+def test_readings_are_those_of_float64(model, windows, translators):
+    x_LND, target = model.states(windows[1]), windows[1][:, 1:].ravel()
+    found = read(model, windows[1], [t.point for t in translators])
+    zero = np.zeros((D + 1, D))
+    for state, readings in enumerate(found):
+        own = translators[state].point if state < LAYERS else zero
+        for reading, theta in zip(readings, (zero, own, translators[max(state - 1, 0)].point), strict=True):
+            kl, ce = oracle(model, x_LND, state, theta, target)
+            assert reading.kl.mean == pytest.approx(kl.mean(), abs=1e-5)
+            assert reading.cross_entropy.mean == pytest.approx(ce.mean(), abs=1e-5)
+            assert reading.kl.n == len(windows[1])
+
+
+def test_which_translator_reads_which_state():
+    assert [tuned_translator(state, 4) for state in range(5)] == [0, 1, 2, 3, None]
+    assert [published_translator(state) for state in range(5)] == [0, 0, 1, 2, 3]
+    assert (list(early_states(4)), list(early_states(16))) == ([0, 1], [0, 1, 2, 3, 4, 5])
+
+
+def test_a_translator_reads_its_own_state_better_than_its_neighbour_does(model, windows, translators):
+    for tokens in windows:
+        for state, (logit, tuned, published) in enumerate(read(model, tokens, [t.point for t in translators])):
+            if state == 0:
+                assert tuned == published
+            else:
+                assert tuned.kl.mean < 0.9 * published.kl.mean
+            if state < LAYERS:
+                assert tuned.kl.mean < 0.9 * logit.kl.mean
+
+
+# ---- training
+
+
+def test_loss_and_slope_are_those_of_float64(model, windows):
+    x_LND = model.states(windows[0])[:, :700]  # a chunk of positions and a part of one
+    taught = teacher(model, x_LND[-1])
+    theta = 0.1 * np.random.default_rng(0).normal(size=(D + 1, D))
+    value, slope = lens_training._loss_and_slope(
+        model.config, model.norm, jnp.asarray(theta, jnp.float32), x_LND[1], *taught[:2], model.U_VD
+    )
+    kl = lambda theta: oracle(model, x_LND, 1, theta, np.zeros(700, int))[0].mean() * np.log(2)
+    assert float(value) == pytest.approx(kl(theta), abs=1e-5)
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        step = 1e-4 * rng.normal(size=theta.shape)
+        assert np.sum(slope * step) == pytest.approx((kl(theta + step) - kl(theta - step)) / 2, rel=1e-3, abs=1e-7)
+
+
+def test_the_teachers_covariance_is_the_mean_over_positions(model, windows):
+    x_ND = model.states(windows[0])[-1, :600]
+    U = np.asarray(model.tables.output, np.float64)
+    p = scipy.special.softmax(layer_norm(x_ND) @ U.T, axis=1)
+    wanted = np.mean([np.cov(U.T, aweights=row, ddof=0) for row in p], axis=0)
+    np.testing.assert_allclose(teacher(model, x_ND).covariance_DD, wanted, atol=1e-6)
+
+
+def test_training_ends_where_another_optimiser_ends(model, windows, translators):
+    x_LND = model.states(windows[0])
+    taught = teacher(model, x_LND[-1])
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        theta = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
+        value, slope = lens_training._loss_and_slope(model.config, model.norm, theta, x_LND[1], *taught[:2], model.U_VD)
+        return float(value), np.asarray(slope, np.float64).ravel()
+
+    options = {"maxiter": 400, "ftol": 1e-9, "gtol": 1e-9}
+    reference = scipy.optimize.minimize(objective, np.zeros((D + 1) * D), jac=True, method="L-BFGS-B", options=options)
+    assert all(t.converged for t in translators)
+    assert translators[1].value < 1.01 * reference.fun < 0.9 * objective(np.zeros((D + 1) * D))[0]
+
+
+def test_training_that_is_cut_short_says_so(model, windows, monkeypatch):
+    x_LND = model.states(windows[0])
+    monkeypatch.setattr(lens_training.minimise, "__kwdefaults__", {**minimise.__kwdefaults__, "most": 2})
+    found = fit(model, x_LND[0], teacher(model, x_LND[-1]))
+    assert (found.iterations, found.converged) == (2, False)
+
+
+def test_the_minimiser_finds_known_minima():
+    rosen = lambda x: (scipy.optimize.rosen(x) + 1, scipy.optimize.rosen_der(x))
+    found = minimise(rosen, np.zeros(6), lambda slope: 0.01 * slope, tolerance=1e-12)
+    assert found.converged
+    np.testing.assert_allclose(found.point, 1, atol=1e-4)
+    at_rest = minimise(rosen, np.ones(6), lambda slope: slope)
+    assert (at_rest.converged, at_rest.value) == (True, 1.0)
+
+
+def test_a_good_preconditioner_saves_steps():
+    scale = np.logspace(0, 5, 40)
+    bowl = lambda x: (0.5 * np.sum(scale * (x - 1) ** 2) + 1, scale * (x - 1))
+    plain = minimise(bowl, np.zeros(40), lambda slope: slope / scale.max(), tolerance=1e-6)
+    exact = minimise(bowl, np.zeros(40), lambda slope: slope / scale, tolerance=1e-6)
+    assert exact.value == pytest.approx(1)
+    assert exact.evaluations < plain.evaluations / 3
+
+
+# ---- text and baselines
+
+
+def test_the_training_text_is_what_the_run_was_shown_each_window_once(run):
+    prepared = data_of(run)
+    batches = Batches(prepared, T, 8, seed=0)
+    first = np.concatenate([batches.at(step) for step in range(5)])
+    np.testing.assert_array_equal(np.concatenate(list(shown(run, prepared, 35 * T))), first[:35])
+    every = np.concatenate(list(shown(run, prepared, 10**9)))
+    assert len(every) == min(60 * 8, len(prepared.windows("train", T)))
+    assert len(np.concatenate(list(shown(run, prepared, 1)))) == 1
+    short = SimpleNamespace(config=load_run(run.path).config)
+    short.config = type(short.config)(
+        **{**vars(short.config), "train": type(short.config.train)(**{**vars(short.config.train), "steps": STEPS})}
+    )
+    assert len(np.concatenate(list(shown(short, prepared, 10**9)))) == STEPS * 8
+
+
+def test_unigram_and_bigram_are_those_of_brute_force(run, model, windows):
+    prepared = data_of(run)
+    text = list(shown(run, prepared, 10**9))
+    found = CountPredictors(text, windows[1], V)
+    pairs = Counter((int(c), int(w)) for batch in text for row in batch for c, w in itertools.pairwise(row))
+    context, target = Counter(), Counter()
+    for (c, w), n in pairs.items():
+        context[c] += n
+        target[w] += n
+    total = sum(target.values())
+    u = {w: (target[w] + 1) / (total + V) for w in range(V)}
+    bits = lambda c, w: -np.log2((pairs[c, w] + found.beta * u[w]) / (context[c] + found.beta))
+    wanted = [[bits(int(c), int(w)) for c, w in itertools.pairwise(row)] for row in windows[1]]
+    np.testing.assert_allclose(found.bigram_bits_WT, wanted, rtol=1e-12)
+    assert found.training_tokens == total
+    beside = found.beside(model)
+    assert beside.uniform.cross_entropy.mean == pytest.approx(np.log2(V), abs=1e-5)
+    unigram = np.mean([-np.log2(u[int(w)]) for w in windows[1][:, 1:].ravel()])
+    assert beside.unigram.cross_entropy.mean == pytest.approx(unigram, abs=1e-5)
+    assert beside.bigram_cross_entropy.mean < beside.unigram.cross_entropy.mean < beside.uniform.cross_entropy.mean
+
+
+def test_beta_makes_left_out_pairs_most_likely(run, windows):
+    text = list(shown(run, data_of(run), 10**9))
+    found = CountPredictors(text, windows[1], V)
+    pairs = np.concatenate([np.stack([b[:, :-1].ravel(), b[:, 1:].ravel()]) for b in text], axis=1).astype(int)
+    n_cw = np.zeros((V, V))
+    np.add.at(n_cw, (pairs[0], pairs[1]), 1)
+    u = (n_cw.sum(axis=0) + 1) / (n_cw.sum() + V)
+    n, of, prior = n_cw[pairs[0], pairs[1]], n_cw.sum(axis=1)[pairs[0]], u[pairs[1]]
+    likelihood = [np.log((n - 1 + b * prior) / (of - 1 + b)).mean() for b in baselines.BETAS]
+    assert found.beta == baselines.BETAS[int(np.argmax(likelihood))]
+    assert baselines.BETAS[0] < found.beta < baselines.BETAS[-1]
+
+
+def test_the_divergence_of_constant_predictors_is_that_of_scipy(run, model, windows):
+    found = CountPredictors(shown(run, data_of(run), 10**9), windows[1], V)
+    x_ND = model.states(windows[1])[-1]
+    p = scipy.special.softmax(layer_norm(x_ND) @ np.asarray(model.tables.output, np.float64).T, axis=1)
+    beside = found.beside(model)
+    for reading, q in [(beside.uniform, np.full(V, 1 / V)), (beside.unigram, found.unigram_V)]:
+        wanted = scipy.special.rel_entr(p, q[None]).sum(axis=1).mean() / np.log(2)
+        assert reading.kl.mean == pytest.approx(wanted, abs=1e-5)
+
+
+# ---- results, command, section
+
+
+def test_results_say_how_training_ended_on_both_texts(model, windows, translators):
+    lines: list[str] = []
+    found = lens(model, *windows, report=lines.append)
+    assert [s.name for s in found.states] == ["input", "layer 1", "layer 2", "layer 3"]
+    for state, translator in zip(found.states, translators, strict=False):
+        assert state.fit.converged is True
+        assert state.fit.training_kl == pytest.approx(translator.value / np.log(2))
+        own = read(model, windows[0], [t.point for t in translators])[state.state][1]
+        assert own.kl.mean == pytest.approx(state.fit.training_kl, abs=1e-5)
+    assert found.states[-1].fit is None
+    assert (found.training_tokens, found.held_out_windows) == (windows[0].shape[0] * T, len(windows[1]))
+    assert len(lines) == LAYERS
+    assert "converged" in lines[0]
+
+
+def test_the_command_prints_and_writes_both_forms(run, tmp_path, capsys):
+    words = ["lens", str(run.path), "--training-tokens", "1024", "--held-out-tokens", "400"]
+    analyze(*words, "--json", str(tmp_path / "o.json"))
+    shown_text = capsys.readouterr().out
+    out = json.loads((tmp_path / "o.json").read_text())
+    assert (out["form"], out["rows"], out["width"], out["step"]) == ("corrected", V, D, 60)
+    assert [i["role"] for i in out["inputs"]] == ["shared"]
+    assert (out["training_tokens"], out["held_out_tokens"]) == (1024, 400)
+    assert f"{out['states'][1]['tuned']['kl']['mean']:.4f}" in shown_text
+    assert f"{out['baselines']['bigram_cross_entropy']['mean']:.4f}" in shown_text
+    assert "converged" in shown_text
+    analyze(*words, "--paper", "--json", str(tmp_path / "p.json"))
+    paper = json.loads((tmp_path / "p.json").read_text())
+    assert paper["form"] == "paper"
+    assert [s["score"]["kl"] for s in paper["states"]] == [s["published"]["kl"] for s in out["states"]]
+    assert all("tuned" not in s for s in paper["states"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--held-out-tokens", "0"], "--held-out-tokens: must be at least 1, got 0"),
+        (["--training-tokens", "-3"], "--training-tokens: must be at least 1, got -3"),
+        (["--data", "text:/nowhere/*.jsonl"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, words, message):
+    with pytest.raises(UserError, match=message) as error:
+        analyze("lens", str(run.path), *words)
+    assert "\n" not in str(error.value)
+
+
+class Disturbed(Run):
+    """A run whose table is not quite what it was trained to be."""
+
+    def params(self, step: int | None = None) -> dict:
+        params = super().params(step)
+        noise = np.random.default_rng(0).normal(size=(V, D)).astype(np.float32)
+        return params | {"tables": {name: table + 0.2 * noise for name, table in params["tables"].items()}}
+
+
+@pytest.fixture(scope="module")
+def results(run: Run) -> dict:
+    """A study of two runs, whose differences are what the lens of each says."""
+    study, _ = fake_study(seeds=(0, 1))
+    other = Disturbed(run.path)
+    runs = {("untied", 0): other, ("untied", 1): other, ("tied", 0): run, ("tied", 1): run}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(section, "HELD_OUT_TOKENS", 400)
+        found = {"lens": section.collect(StudyRuns(study, runs))}
+    return found | {"headline": {"arm": "tied", "reference": "untied"}, "arms": {"untied": {}, "tied": {}}}
+
+
+def test_the_section_pairs_twins_state_by_state(results):
+    json.dumps(results["lens"], allow_nan=False)
+    states = {(r["arm"], r["seed"]): r["states"] for r in results["lens"]["runs"]}
+    assert [t["state"] for t in results["lens"]["twins"]] == [0, 1, 2, 3]
+    assert [t["early"] for t in results["lens"]["twins"]] == [True, True, False, False]
+    for twin in results["lens"]["twins"]:
+        for name, (which, score) in section.QUANTITIES.items():
+            tied, untied = (states[arm, 0][twin["state"]][which][score]["mean"] for arm in ("tied", "untied"))
+            assert twin[name]["mean"] == pytest.approx(tied - untied, abs=1e-9)
+            assert twin[name]["n"] == 2
+
+
+def test_the_sections_words_say_which_side_is_higher(results):
+    sentences = section.sentences(results)
+    assert len(sentences) == LAYERS  # the last state has no divergence
+    for sentence, twin in zip(sentences, results["lens"]["twins"], strict=False):
+        assert ("divergence is higher" if twin["tuned_kl"]["low"] > 0 else "divergence is lower") in sentence
+    early = [t for t in results["lens"]["twins"] if t["early"]]
+    (verdict,) = section.verdict(results)
+    sides = {t["name"]: "farther" if t["tuned_kl"]["low"] > 0 else "nearer" for t in early}
+    assert all(side in verdict for side in sides.values())
+    assert "36" not in section.training(results)
+    assert f"{4 * LAYERS} of {4 * LAYERS} translators converged" in section.training(results)
+    assert [row["name"] for row in section.baselines(results)] == list(section.PREDICTORS)
+    assert len(section.rows(results)) == 2 * (LAYERS + 1)
+
+
+def test_the_sections_figures_can_be_drawn(results):
+    plots = list(section.plots(results))
+    assert [p.name for p in plots] == ["lens", "lens_paper", "lens_twins"]
+    for plot in plots:
+        for panel in plot.panels:
+            ax = matplotlib.figure.Figure().add_subplot()
+            panel(ax, results)
+            assert ax.lines
+
+
+def test_runs_whose_text_is_gone_are_not_measured():
+    study, runs = fake_study(seeds=(0,))
+    found = {"lens": section.collect(StudyRuns(study, runs))}
+    assert all("nowhere" in r["not_measured"] for r in found["lens"]["runs"])
+    assert found["lens"]["twins"] == []
+    found["headline"] = {"arm": "tied", "reference": "untied"}
+    assert list(section.plots(found)) == section.sentences(found) == section.rows(found) == section.verdict(found) == []
+    assert len(section.not_measured(found)) == 1

@@ -1,0 +1,160 @@
+"""Spectral distance: agreement with a dense solution, and what may not change it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_analysis_knn import brute_force, normal, related, twin
+
+from tiedjax.analysis import command
+from tiedjax.analysis import spectral as instrument
+from tiedjax.analysis.neighbours import neighbours
+from tiedjax.analysis.sections import spectral as section
+from tiedjax.analysis.spectral import compare, graph, spectral
+from tiedjax.errors import UserError
+
+
+def dense(a: np.ndarray, b: np.ndarray, k: int, eigenpairs: int) -> float:
+    """The distance from the definition, with NumPy's dense solver and singular values."""
+    graphs = []
+    for table in (a, b):
+        adjacency = np.zeros((len(table), len(table)))
+        for row, near in enumerate(brute_force(table, k)):
+            adjacency[row, near] = adjacency[near, row] = 1
+        graphs.append(adjacency)
+    A, B = graphs
+    values, vectors = np.linalg.eigh(np.block([[A, (A + B) / 2], [(A + B) / 2, B]]))
+    keep = np.argsort(-np.abs(values))[:eigenpairs]
+    Z = vectors[:, keep] * np.sqrt(np.abs(values[keep]))
+    za, zb = Z[: len(a)], Z[len(a) :]
+    return np.linalg.norm(za - zb, 2) / min(np.linalg.norm(za, 2), np.linalg.norm(zb, 2))
+
+
+@pytest.mark.parametrize("V", [120, 400])  # solved whole, and by Krylov spaces
+@pytest.mark.parametrize(("k", "eigenpairs"), [(10, 5), (16, 60)])
+def test_the_distance_is_that_of_a_dense_solver(V, k, eigenpairs):
+    a, b = related(V)
+    found, left_out = spectral(a, b, k=k, eigenpairs=eigenpairs, draws=2)
+    assert found.distance == pytest.approx(dense(a, b, k, eigenpairs), abs=1e-6)
+    rng = np.random.default_rng(0)
+    floor = np.mean([dense(a, b[rng.permutation(V)], k, eigenpairs) for _ in range(2)])
+    assert found.floor == pytest.approx(floor, abs=1e-6)
+    assert found.relative == pytest.approx(found.distance / found.floor)
+    assert (found.rows, found.eigenpairs, left_out) == (V, eigenpairs, 0)
+
+
+def test_the_graph_is_symmetric_and_hollow():
+    found = graph(neighbours(normal(200, 6), 9).indices_VK).toarray()
+    np.testing.assert_array_equal(found, found.T)
+    assert set(np.unique(found)) == {0, 1}
+    assert not found.diagonal().any()
+    assert (found.sum(axis=1) >= 9).all()
+
+
+@pytest.mark.parametrize("V", [150, 400])
+def test_a_table_is_at_no_distance_from_itself_turned_or_stretched(V):
+    a, b = related(V)
+    turn, _ = np.linalg.qr(normal(16, 16, 5))
+    for copy in (a, (3 * a @ turn.astype(np.float64))):
+        assert spectral(a, copy, k=8, eigenpairs=20, draws=0)[0].distance < 1e-6
+    assert spectral(a, b, k=8, eigenpairs=20, draws=0)[0].distance > 0.1
+
+
+def test_order_of_tables_and_of_rows_changes_nothing():
+    a, b = related(400)
+    measure = lambda a, b: spectral(a, b, k=12, eigenpairs=24, draws=0)[0].distance
+    order = np.random.default_rng(3).permutation(400)
+    first = measure(a, b)
+    assert measure(b, a) == pytest.approx(first, abs=1e-6)
+    assert measure(a[order], b[order]) == pytest.approx(first, abs=1e-6)
+    assert measure(a, b[order]) > 1.1 * first
+
+
+def test_unrelated_tables_lie_as_far_apart_as_chance_puts_them():
+    found = spectral(normal(400, 12), normal(400, 12, 1), k=12, eigenpairs=24, draws=8)[0]
+    deviation = found.floor_standard_error * np.sqrt(found.floor_draws)
+    assert abs(found.distance - found.floor) < 3 * deviation * np.sqrt(1 + 1 / found.floor_draws)
+    near = spectral(*related(400), k=12, eigenpairs=24, draws=8)[0]
+    assert near.distance < near.floor - 3 * near.floor_standard_error * np.sqrt(8)
+
+
+def test_masked_rows_and_rows_of_zeros_do_not_count():
+    a, b = related(300)
+    wanted = spectral(a[:240], b[:240], k=8, eigenpairs=16, draws=1)[0]
+    holed = a.copy()
+    holed[240:250] = 0
+    found, left_out = spectral(holed, b, k=8, eigenpairs=16, draws=1, rows=np.arange(300) < 250)
+    assert (found, left_out) == (wanted, 10)
+    assert spectral(holed, b, k=8, eigenpairs=16, draws=0, zero_rows=True)[0].distance == pytest.approx(
+        dense(holed, b, 8, 16), abs=1e-6
+    )
+
+
+def test_what_cannot_be_measured_is_one_clear_line(monkeypatch):
+    a, b = related(50)
+    with pytest.raises(UserError, match="60 eigenpairs need at least as many rows, got 50"):
+        spectral(a, b, k=5, eigenpairs=60)
+    with pytest.raises(UserError, match="50 rows, but 64 neighbours need at least 65"):
+        spectral(a, b)
+    monkeypatch.setattr("scipy.sparse.linalg.eigsh", _no_convergence)
+    monkeypatch.setattr(instrument, "_DENSE", 0)
+    with pytest.raises(UserError, match="3 of 9 eigenpairs converged; ask for fewer by --eigenpairs"):
+        spectral(a, b, k=5, eigenpairs=9)
+
+
+def _no_convergence(*_: object, **__: object) -> None:
+    from scipy.sparse.linalg import ArpackNoConvergence
+
+    raise ArpackNoConvergence("none", np.ones(3), np.ones((3, 3)))
+
+
+def test_floors_are_optional_and_counted():
+    graphs = [graph(neighbours(t, 6).indices_VK) for t in related(100)]
+    bare = compare(*graphs, eigenpairs=8)
+    assert (bare.floor, bare.floor_standard_error, bare.relative, bare.floor_draws) == (None, None, None, 0)
+    one = compare(*graphs, eigenpairs=8, draws=1)
+    assert one.floor is not None
+    assert one.floor_standard_error is None
+    assert one.edges == tuple(int(g.toarray().sum()) // 2 for g in graphs)
+
+
+def test_the_command_gives_both_forms(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    a, b = related(200)
+    np.save("a.npy", a)
+    np.save("b.npy", b)
+    np.save("counts.npy", np.maximum(np.arange(200) - 19, 0))
+
+    def analyze(*words: str) -> dict:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        options = ["--k", "8", "--eigenpairs", "16", "--draws", "2", "--json", "out.json"]
+        command.run(parser.parse_args(["spectral", "a.npy", "b.npy", *options, *words]))
+        return json.loads((tmp_path / "out.json").read_text())
+
+    ours, paper = analyze("--counts", "counts.npy"), analyze("--paper")
+    assert (ours["form"], ours["rows"], ours["rows_masked_out"], ours["k"]) == ("corrected", 180, 20, 8)
+    assert ours["distance"] == pytest.approx(dense(a[20:], b[20:], 8, 16), abs=1e-6)
+    assert paper["distance"] == ours["paper"]["distance"] == pytest.approx(dense(a, b, 8, 16), abs=1e-6)
+    assert paper["rows"] == 200
+    assert "relative" not in paper
+    assert f"{ours['relative']:.4f}" in capsys.readouterr().out
+
+
+def test_the_section_measures_the_rows_both_saw(monkeypatch):
+    monkeypatch.setattr(section, "K", 12)
+    pair, few = twin(), twin(40)
+    results = {
+        "spectral": section.collect(SimpleNamespace(twins=[pair, few])),
+        "headline": {"reference": "untied"},
+    }
+    found = results["spectral"]["pairs"][0]
+    a, b = pair.reference.values[31:], pair.subject.values[31:]
+    assert found["distance"] == pytest.approx(dense(b, a, 12, section.EIGENPAIRS), abs=1e-6)
+    row = section.distances(results)[0]
+    assert (row["name"], row["distance"]) == ("tied and untied output", f"{found['distance']:.3f}")
+    assert section.not_measured(results) == ["12 neighbours need more than 9 rows"]

@@ -1,0 +1,105 @@
+"""`tiedjax analyze spectrum A [B]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.analysis.commands import shared
+
+if TYPE_CHECKING:
+    from tiedjax.analysis.similarity import Comparison
+    from tiedjax.analysis.spectrum import Spectrum
+    from tiedjax.analysis.tables import Table
+
+HELP = "the shape of a table: ranks, isotropy; of two: subspaces, CKA, similarity of pairs"
+SUBJECT = "tables"
+_MEASURES = ("effective_rank", "stable_rank", "first_energy", "isotropy", "mean_cosine")
+_LONG = 1e11  # numbers times width from which stages are reported: about 5 s each
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A, perhaps B, and the options."""
+    parser.add_argument("a", metavar="A", help=f"a table: {shared.TABLE}")
+    parser.add_argument("b", metavar="B", nargs="?", help="another, of the same tokens in the same order")
+    shared.add_count(parser, "--draws", 5, "isotropic tables, and row permutations of B, for the floors")
+    shared.add_counts(parser)
+    shared.add_all_rows(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    from tiedjax.analysis.records import to_plain
+    from tiedjax.analysis.similarity import compare
+    from tiedjax.analysis.spectrum import spectrum
+    from tiedjax.analysis.tables import read_table
+
+    draws = shared.at_least(args, "draws")
+    tables = [read_table(args.a)] if args.b is None else list(shared.read_pair(args))
+    shared.counts_of(args, *tables)  # says so where they do not fit
+    rows = shared.counting_rows(args, *tables)
+    values = [t.values if rows is None else t.values[rows] for t in tables]
+    shapes = [
+        spectrum(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
+        for table, v in zip(tables, values, strict=True)
+    ]
+    widths = [shape.width for shape in shapes]
+    result: dict[str, Any] = {
+        "inputs": [t.describe() for t in tables],
+        "form": "corrected",
+        "rows": shapes[0].rows,
+        "rows_masked_out": len(tables[0].values) - shapes[0].rows,
+        "width": widths[0],
+        "tables": to_plain(shapes),
+    }
+    names = " and ".join(t.name for t in tables)
+    text = [shared.heading(names, result["rows"], result["rows_masked_out"], widths[0]), _shapes(tables, shapes)]
+    if len(tables) == 2:
+        report = _reporter(tables[0], values[0].size * max(widths))
+        comparison = compare(values[0], values[1], draws=draws, report=report)
+        result["comparison"] = to_plain(comparison)
+        text.append(_comparison(comparison))
+    return result, "\n\n".join(text)
+
+
+def _reporter(table: Table, work: float) -> Callable[[str], None]:
+    import sys
+
+    if work < _LONG:
+        return lambda line: None
+    return lambda line: print(f"spectrum of {table.name}: {line}", file=sys.stderr, flush=True)
+
+
+def _shapes(tables: list[Table], shapes: list[Spectrum]) -> str:
+    lines = []
+    for table, shape in zip(tables, shapes, strict=True):
+        for form in ("raw", "centred"):
+            found = getattr(shape, form)
+            for name in _MEASURES:
+                measure = getattr(found, name, None)
+                values = [getattr(measure, f, None) for f in ("score", "floor", "floor_deviation")]
+                lines.append([table.name, form, name.replace("_", " "), *values])
+    body = shared.text_table(["table", "form", "measure", "score", "isotropic", "+-"], lines)
+    return f"{body}\nisotropic: Gaussian tables of the same shape and sum of squares, and how far single ones deviate"
+
+
+def _comparison(found: Comparison) -> str:
+    lines: list[list[Any]] = [["CKA", *_scores(found.cka), None, None]]
+    if found.pairs:
+        lines.append(["Spearman of pairs", *_scores(found.pairs), found.pairs.low, found.pairs.high])
+    body = shared.text_table(["similarity", "score", "floor", "+-", "closed form", "corrected", "low", "high"], lines)
+    angles = shared.text_table(
+        ["dimensions", "mean cos^2", "floor", "+-", "closed form", "corrected", "least angle", "largest"],
+        [[o.dimensions, *_scores(o), o.smallest_angle_degrees, o.largest_angle_degrees] for o in found.subspaces],
+    )
+    return (
+        f"{body}\nfloor: mean over row permutations of the second table; low, high: bootstrap over the rows of the "
+        f"pairs\n\nleading left singular subspaces, principal angles in degrees\n{angles}"
+    )
+
+
+def _scores(found: Any) -> list[Any]:
+    return [
+        getattr(found, name) for name in ("score", "floor", "floor_standard_error", "floor_closed_form", "corrected")
+    ]

@@ -1,0 +1,215 @@
+"""The k nearest neighbours of every row by cosine, exact and in bounded memory.
+
+A search in float32 finds the k nearest and a few more; where rounding could change who belongs to the k, or their
+order, float64 decides. So the answer does not depend on blocks or on the device. Cosines that agree to 12 digits are
+equal, and of equals the lowest index comes first. A row of zeros has cosine 0 to everything.
+
+On a CPU each product of two blocks serves both of its sides, and only the largest similarity in each group of columns
+is kept: the k nearest lie in the k groups with the largest maxima. On another device `jax.lax.top_k` reads each block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tiedjax.errors import UserError
+
+Report = Callable[[str], None]
+
+_BYTES = 1 << 28  # of one temporary
+_DEVICE_BYTES = 1 << 30  # of one block of cosines on an accelerator
+_ROWS, _COLUMNS = 1024, 16_384  # of one product
+_NONE = np.float32(-2)  # below every cosine
+_DIGITS = 12  # float64 cosines differ by rounding below this
+
+
+class Neighbours(NamedTuple):
+    """Row i's k nearest other rows, nearest first: their indices, int32, and cosines, float32."""
+
+    indices_VK: np.ndarray
+    cosines_VK: np.ndarray
+
+
+def neighbours(table_VD: np.ndarray, k: int, *, report: Report | None = None) -> Neighbours:
+    """The k nearest other rows of each row of [V, D] by cosine.
+
+    Beside the table: its normalised float32 copy and at most V * 1,024 floats. `report` gets a line every few seconds.
+    UserError: not [V, D] with D of at least 2, k below 1, or fewer than k other rows.
+    """
+    if table_VD.ndim != 2 or table_VD.shape[1] < 2:
+        raise UserError(f"neighbours: a table must be [V, D] with D of at least 2, got {list(table_VD.shape)}")
+    if not 1 <= k < len(table_VD):
+        raise UserError(f"neighbours: k must be from 1 to {len(table_VD) - 1}, the number of other rows, got {k}")
+    search = _Search(table_VD, k, report)
+    import jax  # here: it takes a while, and only the choice of device needs it
+
+    (search.on_host if jax.default_backend() == "cpu" else search.on_device)()
+    return Neighbours(search.indices, search.cosines)
+
+
+class _Search:
+    """One search: the table, its rows' lengths, and the answer as it fills up."""
+
+    def __init__(self, table_VD: np.ndarray, k: int, report: Report | None = None):
+        self.table, self.k, self.report = table_VD, k, report
+        self.V, D = table_VD.shape
+        self.near = min(k + max(8, k // 4), self.V - 1)  # how many float32 finds
+        # Four times the probable error of a float32 product, 4 sqrt(D) 2^-24 (Higham and Mary 2019, SIAM J. Sci.
+        # Comput. 41), and of the rounding of its factors.
+        self.unsure = 4 * (4 * D**0.5 + 4) * 2.0**-24
+        self.indices = np.empty((self.V, k), np.int32)
+        self.cosines = np.empty((self.V, k), np.float32)
+        self.peak, self.length = np.empty(self.V), np.empty(self.V)
+        for start, stop in _blocks(self.V, _BYTES // (16 * D)):
+            block = np.asarray(table_VD[start:stop], np.float64)
+            peak = np.abs(block).max(axis=1)
+            peak[peak == 0] = 1
+            block = block / peak[:, None]
+            length = np.sqrt(np.einsum("vd,vd->v", block, block))
+            length[length == 0] = 1
+            self.peak[start:stop], self.length[start:stop] = peak, length
+        self._began = self._said = time.monotonic()
+
+    def unit(self, rows: Any) -> np.ndarray:
+        """The rows of those indices with length 1, float64."""
+        # By the largest entry first: its square always is a float.
+        return np.asarray(self.table[rows], np.float64) / self.peak[rows][..., None] / self.length[rows][..., None]
+
+    def units(self, padded: int) -> np.ndarray:
+        """All rows with length 1, float32, and rows of zeros up to `padded`."""
+        unit_VD = np.zeros((padded, self.table.shape[1]), np.float32)
+        for start, stop in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
+            unit_VD[start:stop] = self.unit(slice(start, stop))
+        return unit_VD
+
+    def on_host(self) -> None:
+        group = 1 << int(np.ceil(np.log2(max((self.V / self.near) ** 0.5, self.V / 1024, 1))))
+        padded = -(-self.V // group) * group
+        unit_VD = self.units(padded)
+        maxima_VG = self._maxima(unit_VD, group)
+        wide = min(self.near, padded // group)
+        for start, stop in _blocks(self.V, _BYTES // (4 * wide * group)):
+            self._settle(start, *self._within_groups(unit_VD, maxima_VG[start:stop], start, wide))
+
+    def _maxima(self, unit_VD: np.ndarray, group: int) -> np.ndarray:
+        """The largest cosine of each row with each group of columns, itself not counted."""
+        padded = len(unit_VD)
+        maxima_VG = np.empty((padded, padded // group), np.float32)
+        tile = max(group, _ROWS)
+        buffer = np.empty(min(tile, padded) * min(_COLUMNS, padded), np.float32)
+        for top, bottom in _blocks(padded, tile):
+            for left, right in _blocks(padded, _COLUMNS, top):
+                shape = bottom - top, right - left
+                cosines = buffer[: shape[0] * shape[1]].reshape(shape)
+                np.matmul(unit_VD[top:bottom], unit_VD[left:right].T, out=cosines)
+                if left == top:
+                    np.fill_diagonal(cosines, _NONE)
+                cosines[:, max(self.V - left, 0) :] = _NONE
+                groups = slice(left // group, right // group)
+                maxima_VG[top:bottom, groups] = cosines.reshape(shape[0], -1, group).max(axis=2)
+                if right > bottom:  # the other side of the product: these columns as rows
+                    new = max(bottom - left, 0)
+                    below = cosines.reshape(-1, group, shape[1]).max(axis=1)[:, new:]
+                    maxima_VG[left + new : right, top // group : bottom // group] = below.T
+            done = 1 - (1 - bottom / padded) ** 2
+            self._say(done)
+        return maxima_VG
+
+    def _within_groups(
+        self, unit_VD: np.ndarray, maxima_RG: np.ndarray, start: int, wide: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest of the rows from `start` on among the groups with the largest maxima: cosines and indices."""
+        rows, groups = maxima_RG.shape
+        group = len(unit_VD) // groups
+        best_RW = np.argpartition(maxima_RG, groups - wide, axis=1)[:, groups - wide :]
+        # Rows that ask for the same group are multiplied with it together.
+        order = np.argsort(best_RW, axis=None, kind="stable")
+        ends = np.cumsum(np.bincount(best_RW.ravel(), minlength=groups))
+        cosines = np.empty((rows * wide, group), np.float32)
+        for g, end in enumerate(ends):
+            asking = order[(ends[g - 1] if g else 0) : end]
+            cosines[asking] = unit_VD[start + asking // wide] @ unit_VD[g * group : (g + 1) * group].T
+        asked = best_RW.ravel()
+        itself = np.flatnonzero(asked == np.repeat(np.arange(start, start + rows) // group, wide))
+        cosines[itself, (start + itself // wide) % group] = _NONE
+        cosines[np.flatnonzero(asked == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
+        cosines = cosines.reshape(rows, wide * group)
+        near = np.empty((rows, self.near), np.int64)
+        for top, bottom in _blocks(rows, 1024):  # the partition of all rows at once is twice as large as the cosines
+            near[top:bottom] = np.argpartition(cosines[top:bottom], -self.near, axis=1)[:, -self.near :]
+        indices = np.take_along_axis(best_RW, near // group, axis=1) * group + near % group
+        return np.take_along_axis(cosines, near, axis=1), indices
+
+    def on_device(self) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        unit_VD = jnp.asarray(self.units(self.V))
+        rows = min(self.V, max(1, _DEVICE_BYTES // (4 * self.V)))
+
+        @jax.jit
+        def nearest(unit_VD: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            mine_RD = jax.lax.dynamic_slice_in_dim(unit_VD, start, rows)
+            cosines_RV = jnp.matmul(mine_RD, unit_VD.T, precision="highest")
+            itself = jnp.arange(self.V)[None, :] == start + jnp.arange(rows)[:, None]
+            return jax.lax.top_k(jnp.where(itself, _NONE, cosines_RV), self.near)
+
+        for start, stop in _blocks(self.V, rows):
+            first = min(start, self.V - rows)  # every call has the same shape; the last one repeats some rows
+            cosines, indices = (np.asarray(part)[start - first :] for part in nearest(unit_VD, first))
+            self._settle(start, cosines, indices)
+            self._say(stop / self.V)
+
+    def _settle(self, start: int, cosines_RN: np.ndarray, indices_RN: np.ndarray) -> None:
+        """Writes the k nearest of what float32 found for the rows from `start` on."""
+        cosines_RN, indices_RN = _sorted(cosines_RN, indices_RN)
+        rows = np.arange(start, start + len(cosines_RN))
+        self.indices[rows], self.cosines[rows] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
+        gaps = cosines_RN[:, : self.k] - cosines_RN[:, 1 : self.k + 1] if self.near > self.k else -np.diff(cosines_RN)
+        close = np.flatnonzero((gaps < self.unsure).any(axis=1))
+        crowded = []
+        for first, last in _blocks(len(close), _BYTES // (32 * self.near * self.table.shape[1])):
+            some = close[first:last]
+            exact = np.einsum("rd,rnd->rn", self.unit(rows[some]), self.unit(indices_RN[some]))
+            exact, indices = _sorted(exact.round(_DIGITS), indices_RN[some])
+            self.indices[rows[some]], self.cosines[rows[some]] = indices[:, : self.k], exact[:, : self.k]
+            if self.near < self.V - 1:  # else there is none that float32 did not find
+                crowded.append(some[exact[:, self.k - 1] - cosines_RN[some, -1] < self.unsure])
+        if crowded:
+            self._whole_rows(rows[np.concatenate(crowded)])
+
+    def _whole_rows(self, rows: np.ndarray) -> None:
+        """Writes the answer for rows with more near equals than float32 found: every cosine in float64."""
+        for start, stop in _blocks(len(rows), min(_BYTES // (8 * self.V), 512)):
+            some = rows[start:stop]
+            mine, cosines = self.unit(some), np.empty((len(some), self.V))
+            for left, right in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
+                cosines[:, left:right] = mine @ self.unit(slice(left, right)).T
+            np.round(cosines, _DIGITS, out=cosines)
+            cosines[np.arange(len(some)), some] = _NONE
+            for row, cosine in zip(some, cosines, strict=True):
+                near = np.flatnonzero(cosine >= np.partition(cosine, -self.k)[-self.k])
+                near = near[np.argsort(-cosine[near], kind="stable")[: self.k]]
+                self.indices[row], self.cosines[row] = near, cosine[near]
+
+    def _say(self, done: float) -> None:
+        now = time.monotonic()
+        if self.report and now - self._said >= 5:
+            self._said = now
+            self.report(f"neighbours of {self.V:,} rows: {done:.0%}, {now - self._began:.0f} s")
+
+
+def _sorted(cosines_RN: np.ndarray, indices_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row by falling cosine, equals by index."""
+    order = np.lexsort((indices_RN, -cosines_RN), axis=1)
+    return np.take_along_axis(cosines_RN, order, axis=1), np.take_along_axis(indices_RN, order, axis=1)
+
+
+def _blocks(n: int, size: int, start: int = 0) -> list[tuple[int, int]]:
+    """(start, stop) of the pieces of at most `size` of range(start, n)."""
+    size = max(1, size)
+    return [(at, min(at + size, n)) for at in range(start, n, size)]
