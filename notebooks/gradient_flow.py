@@ -64,7 +64,7 @@ for ax, arm in zip(axes, [baseline, reference], strict=True):
     ax.set(xscale="log", xlabel="step", title=arm, ylim=(0, None))
     ax.legend()
 axes[0].set_ylabel("L2 norm of the gradient (nats per unit)")
-plt.close(); plt.show()
+plt.show()
 
 # %% [markdown]
 # ## Shares

@@ -94,6 +94,7 @@ class _Search:
         wide = min(self.near, padded // group)
         for start, stop in _blocks(self.V, _BYTES // (4 * wide * group)):
             self._settle(start, *self._within_groups(unit_VD, maxima_VG[start:stop], start, wide))
+            self._say(0.8 + 0.2 * stop / self.V)
 
     def _maxima(self, unit_VD: np.ndarray, group: int) -> np.ndarray:
         """The largest cosine of each row with each group of columns, itself not counted."""
@@ -115,8 +116,7 @@ class _Search:
                     new = max(bottom - left, 0)
                     below = cosines.reshape(-1, group, shape[1]).max(axis=1)[:, new:]
                     maxima_VG[left + new : right, top // group : bottom // group] = below.T
-            done = 1 - (1 - bottom / padded) ** 2
-            self._say(done)
+            self._say(0.8 * (1 - (1 - bottom / padded) ** 2))  # the rest of the time goes to what is in the groups
         return maxima_VG
 
     def _within_groups(

@@ -25,7 +25,6 @@ from tiedjax.errors import UserError
 K = 64
 EIGENPAIRS = 128
 DRAWS = 2
-_DENSE = 512  # rows of an omnibus matrix that is solved whole
 
 Graph = Any  # scipy.sparse.csr_array
 
@@ -121,7 +120,7 @@ def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, 
         a_top, a_bottom, b_top, b_bottom = first @ top, first @ bottom, second @ top, second @ bottom
         return np.concatenate([a_top + (a_bottom + b_bottom) / 2, (a_top + b_top) / 2 + b_bottom])
 
-    if 2 * V <= _DENSE:
+    if 2 * eigenpairs >= V:  # a Krylov space would be nearly the whole space
         a, b = first.toarray(), second.toarray()
         values, vectors = np.linalg.eigh(np.block([[a, (a + b) / 2], [(a + b) / 2, b]]))
         largest = np.argsort(-np.abs(values), kind="stable")[:eigenpairs]
