@@ -308,7 +308,7 @@ def test_the_form_of_the_paper_counts_a_row_without_direction_as_0():
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e7])
 def test_large_float32_tables_go_through_the_same_definition(condition, monkeypatch):
     """Float32 products, several blocks, the polar iteration; ill conditioned: float64, then triangles."""
-    monkeypatch.setattr(fitting, "_SMALL", 0)
+    monkeypatch.setattr(fitting, "SMALL", 0)
     monkeypatch.setattr(maps, "_DECOMPOSED_WIDTH", 0)
     monkeypatch.setattr(blocked.row_blocks, "__defaults__", (4, 2**14))
     X, Y = tables(900, 32, seed=3)

@@ -115,11 +115,14 @@ def draw_report(out: Path) -> str:
 
 
 def _analyse(plan: Plan, out: Path, seconds: float) -> None:
+    from tiedjax.analysis.blocked import few_threads
     from tiedjax.analysis.summary import summarize
 
     runs = {key: load_run(out / "runs" / f"{key[0]}-{key[1]}") for key in plan.runs}
     environment = environment_now() | {"study_seconds": seconds}
-    results = summarize(plan.study, runs, environment=environment) | {"name": plan.name}
+    model = next(iter(plan.runs.values())).model
+    with few_threads(model.table_rows * model.d_model):
+        results = summarize(plan.study, runs, environment=environment) | {"name": plan.name}
     write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
 
 

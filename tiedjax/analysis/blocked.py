@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 
 BLOCK_BYTES = 2**26
+SMALL = 2**22  # numbers of a table for which nothing is worth sharing out or rounding
 
 
 def row_blocks(rows: int, width: int, itemsize: int = 4, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
@@ -26,6 +28,15 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     import jax.numpy as jnp
 
     return np.asarray(jnp.matmul(a, b, precision="highest"))
+
+
+@contextlib.contextmanager
+def few_threads(numbers: int) -> Iterator[None]:
+    """One thread for BLAS inside, if the largest table has few numbers: there its threads wait more than they work."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1 if numbers <= SMALL else None, user_api="blas"):
+        yield
 
 
 def column_means(table_VD: np.ndarray) -> np.ndarray:

@@ -74,26 +74,34 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every instrument with its default options; what cannot be measured is said, and does not stop the others."""
+    from tiedjax.analysis.blocked import few_threads
     from tiedjax.analysis.tables import open_run
 
-    roles = {place: _tables(place, open_run(place)) for place in (args.a, args.against) if place}
+    runs = {place: open_run(place) for place in (args.a, args.against) if place}
+    names = {place: _tables(place, run) for place, run in runs.items()}
     found: dict[str, list[Any]] = {}
     began = time.monotonic()
-    for name, module in INSTRUMENTS.items():
-        calls = list(_calls(module.SUBJECT, args.a, roles[args.a], roles.get(args.against, [])))
-        if not calls:
-            print(f"{name}: needs two tables; this run has one: compare it with another by --against RUN\n", flush=True)
-        for words in calls:
-            parser = argparse.ArgumentParser()
-            module.add_arguments(parser)
-            try:
-                result, text = module.run(parser.parse_args(words))
-            except UserError as error:
-                result, text = {"not_measured": str(error)}, f"{name}: not measured: {error}"
-            found.setdefault(name, []).append(result)
-            print(f"{text}\n", flush=True)
+    with few_threads(runs[args.a].tables().input.size):
+        for name, module in INSTRUMENTS.items():
+            found[name] = []
+            for words in _calls(module.SUBJECT, args.a, names[args.a], names.get(args.against, [])):
+                result, text = _called(name, module, words)
+                found[name].append(result)
+                print(f"{text}\n", flush=True)
+            if not found[name]:
+                print(f"{name}: needs two tables; this run has one: give another with --against RUN\n", flush=True)
     seconds = time.monotonic() - began
-    return {"inputs": [{"name": args.a}], "instruments": found, "seconds": seconds}, f"in {seconds:.0f} s"
+    return {"inputs": [{"name": place} for place in runs], "instruments": found, "seconds": seconds}, f"{seconds:.0f} s"
+
+
+def _called(name: str, module: Any, words: list[str]) -> tuple[dict[str, Any], str]:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    try:
+        result, text = module.run(parser.parse_args(words))
+    except UserError as error:
+        return {"not_measured": str(error)}, f"{name}: not measured: {error}"
+    return result, text
 
 
 def _tables(place: str, run: Any) -> list[str]:

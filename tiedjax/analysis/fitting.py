@@ -16,13 +16,11 @@ import numpy as np
 import scipy.linalg
 
 from tiedjax.analysis import maps
-from tiedjax.analysis.blocked import matmul, row_blocks
+from tiedjax.analysis.blocked import SMALL, matmul, row_blocks
 from tiedjax.errors import UserError
 
 FITS = ("identity", "orthogonal", "linear", "ridge")
 SQUARE = ("identity", "orthogonal")  # need equal widths, and score the same either way
-# Below this many numbers float64 costs nothing.
-_SMALL = 2**22
 # A Gram matrix summed in either precision is trusted down to this reciprocal condition: its error moves no fitted
 # value by more than 1 % in its worst direction, and a mean cosine by less than 1e-5.
 _CONDITION = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-12}
@@ -111,7 +109,7 @@ class Pair:
 
     def __init__(self, x_VD: np.ndarray, y_VD: np.ndarray, fits: Sequence[str], rows: np.ndarray | None, halves: bool):
         _check(x_VD, y_VD, fits)
-        small = max(x_VD.size, y_VD.size) <= _SMALL
+        small = max(x_VD.size, y_VD.size) <= SMALL  # then float64 costs nothing
         self._dtype = np.dtype(np.float64 if small else np.result_type(x_VD, y_VD, np.float32))
         self._x, self._y = _Rows(x_VD, rows, self._dtype), _Rows(y_VD, rows, self._dtype)
         self.rows, self.fits = self._x.shape[0], fits
