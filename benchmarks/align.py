@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -91,13 +90,14 @@ def compare(rows: int, width: int, decay: float, repeats: int) -> dict[str, Any]
 def peak_memory(rows: int, width: int) -> dict[str, Any]:
     """In a process of its own: memory with both tables loaded, and its peak over all four fits with one floor."""
     program = f"""
-import json, resource, time
+import json, time
 import numpy as np
 from tiedjax.analysis.align import align
 rng = np.random.default_rng(0)
 x = rng.standard_normal(({rows}, {width}), dtype=np.float32)
 y = x + rng.standard_normal(({rows}, {width}), dtype=np.float32)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = lambda: open("/proc/self/status").read()  # ru_maxrss would begin with the parent's
+peak = lambda: 1024 * int(status().split("VmHWM:")[1].split()[0])
 before, began = peak(), time.perf_counter()
 align(x, y, draws=1, held_out=True)
 print(json.dumps(dict(before=before, peak=peak(), seconds=time.perf_counter() - began)))
@@ -120,17 +120,17 @@ if __name__ == "__main__":
     parser.add_argument("--machine", required=True, help="what it runs on, in words")
     parser.add_argument("--rows", type=int, default=50_304)
     parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="0 measures memory alone and keeps the saved times")
     parser.add_argument("--wide", type=int, default=2560, help="width of the table of 152,000 rows, for its memory")
     args = parser.parse_args()
+    kept = json.loads(SAVED.read_text(encoding="utf-8"))["time"] if not args.repeats else []
     results = {
         "machine": args.machine,
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "jax": version("jax"),
-        "time": [compare(args.rows, args.width, decay, args.repeats) for decay in (0.0, 1.0)],
+        "time": [compare(args.rows, args.width, decay, args.repeats) for decay in (0.0, 1.0)] if args.repeats else kept,
         "memory": [peak_memory(args.rows, args.width), peak_memory(152_000, args.wide)],
-        "peak_bytes_of_this_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     SAVED.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=1))

@@ -162,6 +162,25 @@ def test_a_failed_command_writes_nothing(here):
     assert not Path("o.json").exists()
 
 
+def test_all_runs_what_applies_and_says_what_could_not_be_measured(runs, capsys):
+    assert analyze("all", "tied-0", "--against", "untied-0", "--json", "all.json") == 0
+    found = json.loads(Path("all.json").read_text())["instruments"]
+    assert list(found) == list(command.INSTRUMENTS)
+    assert [r["inputs"][0]["name"] for r in found["align"]] == ["untied-0#input", "untied-0#output"]
+    alone = json.loads(Path("all.json").read_text())["instruments"]["norms"]
+    assert len(alone) == 1
+    for name in ("lens", "calibration", "cooccurrence"):  # these runs' text is nowhere
+        assert "not_measured" in found[name][0]
+    measured = set(found) - {"lens", "calibration", "cooccurrence"}
+    assert not [name for name in measured if any("not_measured" in result for result in found[name])]
+    analyze("align", "untied-0#output", "tied-0", "--json", "one.json")
+    one = json.loads(Path("one.json").read_text())
+    assert one["fits"]["orthogonal"]["score"] == pytest.approx(found["align"][1]["fits"]["orthogonal"]["score"])
+    capsys.readouterr()
+    analyze("all", "tied-0")
+    assert "align: needs two tables; this run has one: give another with --against RUN" in capsys.readouterr().out
+
+
 def test_help_does_not_wait_for_numpy():
     code = (
         "import argparse, sys; from tiedjax.analysis import command; p = argparse.ArgumentParser();"

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 
 from tiedjax.analysis import maps
-from tiedjax.analysis.blocked import SMALL, matmul, row_blocks
+from tiedjax.analysis.blocked import SMALL, at_once, matmul, row_blocks
 from tiedjax.errors import UserError
 
 FITS = ("identity", "orthogonal", "linear", "ridge")
@@ -111,7 +111,7 @@ class Pair:
         _check(x_VD, y_VD, fits)
         small = max(x_VD.size, y_VD.size) <= SMALL  # then float64 costs nothing
         self._dtype = np.dtype(np.float64 if small else np.result_type(x_VD, y_VD, np.float32))
-        self._x, self._y = _Rows(x_VD, rows, self._dtype), _Rows(y_VD, rows, self._dtype)
+        self._x, self._y = at_once(lambda: _Rows(x_VD, rows, self._dtype), lambda: _Rows(y_VD, rows, self._dtype))
         self.rows, self.fits = self._x.shape[0], fits
         self._parts: list[np.ndarray | None] = [None]
         if halves:
@@ -142,7 +142,11 @@ class Pair:
         for block in row_blocks(rows, width, self._dtype.itemsize):
             where = block if part is None else part[block]
             partners = where if order is None else order[where]
-            yield where, self._x.read(where, self._dtype), self._y.read(partners, self._dtype)
+            read = (
+                functools.partial(self._x.read, where, self._dtype),
+                functools.partial(self._y.read, partners, self._dtype),
+            )
+            yield where, *at_once(*read)
 
     def _sums(self, part: np.ndarray | None, order: np.ndarray | None) -> _Sums:
         X, Y = self._x.shape[1], self._y.shape[1]
@@ -150,9 +154,11 @@ class Pair:
         total = _Sums(0, np.zeros(X), np.zeros(Y), np.zeros((X, Y)), 0.0, np.zeros((X, X)) if with_xx else None)
         for _, x, y in self._blocks(part, order):
             total.rows += len(x)
-            total.x += x.sum(axis=0, dtype=np.float64)
-            total.y += y.sum(axis=0, dtype=np.float64)
-            total.yy += float(np.vecdot(y, y).sum(dtype=np.float64))
+            if part is not None:  # the rows of all are read about their means
+                total.x += x.sum(axis=0, dtype=np.float64)
+                total.y += y.sum(axis=0, dtype=np.float64)
+            if "ridge" in self.fits:
+                total.yy += float(np.vecdot(y, y).sum(dtype=np.float64))
             if set(self.fits) != {"identity"}:
                 total.xy += matmul(x.T, y)
             if with_xx:
