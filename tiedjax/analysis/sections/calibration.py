@@ -17,7 +17,7 @@ from tiedjax.errors import UserError
 
 HELD_OUT_TOKENS = 16_384
 SCORES = ("log2_ratio", "group_error", "target_probability", "top_error", "overconfidence")
-_MEANS = {"share": 3, "mass": 3, "target_probability": 4, "entropy": 2}  # digits
+_MEANS = {"share": 3, "target_probability": 4, "entropy": 2}  # digits
 _LEAST_POSITIONS = 30  # of a frequency bin that is drawn
 
 
