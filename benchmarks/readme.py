@@ -33,8 +33,9 @@ def block(results: dict[str, Any]) -> str:
     """The Markdown between the two markers."""
     environment = results["environment"]
     packages = environment["packages"]
+    seconds = sum(run["training_seconds"] for run in results["runs"])
     made = (
-        f"{len(results['runs'])} runs trained in {environment['study_seconds'] / 60:.1f} minutes on a "
+        f"{len(results['runs'])} runs trained in {seconds / 60:.1f} minutes on a "
         f"{environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
         f"flax {packages['flax']})"
     )

@@ -284,6 +284,22 @@ def test_strata_share_one_map_and_add_up_to_the_whole():
     assert parts["c"].score == pytest.approx(row_cosines(X, Y, "orthogonal")[280:].mean(), abs=1e-12)
 
 
+def test_what_tables_share_by_label_alone_is_chance_when_rows_move_within_labels():
+    rng = np.random.default_rng(4)
+    labels = np.repeat(np.arange(5), 200)
+    of_label = 3 * rng.normal(size=(5, 8))
+    X, Y = (of_label[labels] + rng.normal(size=(1000, 8)) for _ in range(2))
+    plain = align(X, Y, fits=["orthogonal"], draws=4).scores["orthogonal"]
+    alike = align(X, Y, fits=["orthogonal"], draws=4, within=labels).scores["orthogonal"]
+    assert plain.score == alike.score
+    assert plain.corrected > 0.7
+    assert abs(alike.corrected) < 0.02
+    mask = np.arange(1000) % 3 > 0
+    masked = align(X, Y, fits=["orthogonal"], rows=mask, draws=2, within=labels).scores["orthogonal"]
+    assert masked == align(X[mask], Y[mask], fits=["orthogonal"], draws=2, within=labels[mask]).scores["orthogonal"]
+    assert align(X, Y, draws=2, within=np.zeros(1000, int)).scores == align(X, Y, draws=2).scores
+
+
 def test_the_distribution_over_rows_and_its_bootstrap():
     cosines = np.append(np.random.default_rng(0).uniform(-0.5, 0.9, 500), np.nan)
     found = distribution(cosines)

@@ -76,7 +76,11 @@ class Run:
     @cached_property
     def token_counts(self) -> np.ndarray:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
-        return np.load(self.path / "token_counts.npy")
+        path = self.path / "token_counts.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -90,20 +90,24 @@ def align(
     rows: np.ndarray | None = None,
     draws: int = DRAWS,
     held_out: bool = False,
+    within: np.ndarray | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Alignment:
     """Scores of X mapped onto Y under each of `fits`, with floors.
 
-    `rows` is a boolean [V] mask of the rows that count, for centring too; `report` is told of the progress. Rows
+    `rows` is a boolean [V] mask of the rows that count, for centring too; `report` is told of the progress. With
+    labels `within`, int [V], floors permute rows among those of their own label only: what tables share by label alone
+    (frequency, say) then counts as chance. Rows
     without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
     or unequal widths with a fit that needs equal ones.
     """
     pair = Pair(x_VD, y_VD, fits, rows, held_out)
+    labels = None if within is None else within if rows is None else within[rows]
     rng = np.random.default_rng(0)
     found = [pair.measure()]
     for draw in range(draws):
         report(f"floor {draw + 1} of {draws}")
-        found.append(pair.measure(rng.permutation(pair.rows)))
+        found.append(pair.measure(_permutation(rng, pair.rows, labels)))
     whole, halves = [inside for inside, _ in found], [outside for _, outside in found if outside]
     shape = (pair.rows, x_VD.shape[1])
     return Alignment(
@@ -115,6 +119,16 @@ def align(
         cosines=whole[0].cosines,
         chance={fit: np.mean([each.cosines[fit] for each in whole[1:]], axis=0) for fit in fits if draws},
     )
+
+
+def _permutation(rng: np.random.Generator, rows: int, labels: np.ndarray | None) -> np.ndarray:
+    if labels is None:
+        return rng.permutation(rows)
+    order = np.arange(rows)
+    for label in np.unique(labels):
+        inside = np.flatnonzero(labels == label)
+        order[inside] = rng.permutation(inside)
+    return order
 
 
 def row_cosines(x_VD: np.ndarray, y_VD: np.ndarray, fit: str, rows: np.ndarray | None = None) -> np.ndarray:

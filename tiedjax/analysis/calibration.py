@@ -111,7 +111,7 @@ def forecasts(
     masks = [mask for groups in partitions for mask in groups.values()]
     group_VG = jnp.asarray(np.stack(masks, axis=1), jnp.float32)
     target_N = np.asarray(tokens_WS)[:, 1:].reshape(-1)
-    y_ND = model.normed(model.states(tokens_WS)[-1])
+    y_ND = model.normed(model.last_states(tokens_WS))
     parts = [_forecast(model.log_probabilities(y_ND[c]), group_VG, target_N[c]) for c in chunks(len(target_N))]
     mass_NG, *rest = (np.concatenate([np.asarray(a, np.float64) for a in part]) for part in zip(*parts, strict=True))
     confidence_N, top_N, target_probability_N, entropy_N = rest

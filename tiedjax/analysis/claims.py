@@ -29,8 +29,10 @@ def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
             where = f"at the input of {arm}" if twin["state"] == 0 else f"after {twin['name']} of {arm}"
             claim = f"the tuned lens {where} is farther from the final prediction than {reference}'s (bits)"
             yield f"{arm}_lens_farther_at_{twin['state']}", claim, Interval(**twin["tuned_kl"])
-            claim = f"the tuned lens {where} is worse at the next token than {reference}'s (bits)"
-            yield f"{arm}_lens_worse_at_{twin['state']}", claim, Interval(**twin["tuned_cross_entropy"])
+            claim = (
+                f"the tuned lens {where} is worse at the next token than {reference}'s by more than in the end (bits)"
+            )
+            yield f"{arm}_lens_worse_at_{twin['state']}", claim, Interval(**twin["beyond_last"])
 
 
 def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,6 +78,8 @@ def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tiedjax.analysis.blocked import few_threads
     from tiedjax.analysis.tables import open_run
 
+    if args.json and not os.access(os.path.dirname(args.json) or ".", os.W_OK):
+        raise UserError(f"--json: {args.json}: cannot be written")  # now rather than after all the work
     runs = {place: open_run(place) for place in (args.a, args.against) if place}
     names = {place: _tables(place, run) for place, run in runs.items()}
     found: dict[str, list[Any]] = {}
@@ -116,7 +119,7 @@ def _calls(subject: str, run: str, own: list[str], others: list[str]) -> Iterato
         yield from ([table] for table in own)
     elif subject == "tables":
         yield own
-    elif others:
+    else:
+        if len(own) == 2:
+            yield own
         yield from ([other, table] for table in own for other in others)
-    elif len(own) == 2:
-        yield own

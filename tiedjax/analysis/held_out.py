@@ -61,8 +61,15 @@ class FrozenModel:
         """Its distinct tables as every result states its inputs."""
         return [Table(name, values, role).describe() for role, values in roles_of(self.tables).items()]
 
-    def states(self, tokens_WS: np.ndarray) -> np.ndarray:
-        """The L + 1 states of the residual stream at every input position, float32 [L + 1, N, D], N = W T."""
+    def last_states(self, tokens_WS: np.ndarray) -> np.ndarray:
+        """The last state at every input position, float32 [N, D]: all that the final prediction needs."""
+        return self.states(tokens_WS, slice(-1, None))[0]
+
+    def states(self, tokens_WS: np.ndarray, wanted: slice = slice(None)) -> np.ndarray:
+        """The L + 1 states of the residual stream (or `wanted` of them) at every input position: float32 [L + 1, N, D].
+
+        N = W T.
+        """
         E_VD = jax.device_put(np.asarray(self.tables.input, np.float32))
         inputs_WT = np.asarray(tokens_WS)[:, :-1]
         rows = max(1, min(len(inputs_WT), _FORWARD // inputs_WT.shape[1]))
@@ -71,7 +78,7 @@ class FrozenModel:
             part_BT = inputs_WT[start : start + rows]
             full_BT = np.concatenate([part_BT, np.zeros((rows - len(part_BT), part_BT.shape[1]), part_BT.dtype)])
             x_LND = np.asarray(_states(self.config, self.body, E_VD, full_BT))
-            parts.append(x_LND[:, : part_BT.size])
+            parts.append(x_LND[wanted, : part_BT.size])
         return np.concatenate(parts, axis=1)
 
     def normed(self, x_ND: Any) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 from tiedjax.analysis.align import correct
 from tiedjax.analysis.blocked import column_means, gram, row_blocks
+from tiedjax.analysis.spectrum import check
 from tiedjax.errors import UserError
 
 METHODS = ("pca", "tsne")
@@ -76,6 +77,7 @@ def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str
         raise UserError(
             f"map: a table must be [V, D] with V of at least 3 and D of at least 2, got {list(table_VD.shape)}"
         )
+    check(table_VD)
     report("principal components")
     if method == "tsne":
         points_V2, explained = _tsne(table_VD, report), None

@@ -1,7 +1,8 @@
 """How alike two tables would be if training made each of them the same every time.
 
-Two runs of one arm with different seeds do not reach the same table, so a table is never nearer to another than to its
-own repetition. Spearman's correction for attenuation (1904, Am. J. Psychol. 15) divides that limit out:
+Two runs of one arm with different seeds do not reach the same table. What either does not repeat, no other table can
+share, so that sqrt(nearness(A, A') nearness(B, B')) limits how near A comes to B. Spearman's correction for attenuation
+(1904, Am. J. Psychol. 15) divides that limit out:
 
     nearness(A, B) / sqrt(nearness(A, A') nearness(B, B'))
 

@@ -26,7 +26,7 @@ from tiedjax.analysis.gradients import gradient_flow
 from tiedjax.analysis.records import to_plain
 from tiedjax.analysis.run_data import data_of
 from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
-from tiedjax.analysis.strata import strata
+from tiedjax.analysis.strata import frequency_tenths, strata
 from tiedjax.analysis.study_runs import Runs, StudyRuns, roles_of
 from tiedjax.analysis.tables import ROLES, seen_rows
 from tiedjax.config import StudyConfig, flatten, to_tree
@@ -127,30 +127,32 @@ class _Walk:
                 for arm, both in tables.items():
                     common = set(runs[study.reference].snapshot_steps) & set(runs[arm].snapshot_steps)
                     twin = None if arm == study.reference else both
-                    rows = seen[study.reference] & seen[arm]
+                    rows, counts = seen[study.reference] & seen[arm], runs[study.reference].token_counts
                     where = {**_key((arm, seed)), "reference_seed": seed, "step": step, "final": step == max(common)}
-                    self.comparisons += _compared(tables[study.reference], twin, rows, groups[study.reference], where)
+                    self.comparisons += _compared(tables[study.reference], twin, rows, counts, where)
         for (arm, role), trail in trails.items():
             self.evolution.append(_key((arm, seed)) | {"role": role} | to_plain(trail.result()))
 
 
 def _compared(
-    reference: Any, twin: Any | None, rows: np.ndarray, groups: Mapping[str, np.ndarray], where: Mapping[str, Any]
+    reference: Any, twin: Any | None, rows: np.ndarray, counts: np.ndarray, where: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
-    final = where["final"]
+    final, tenths = where["final"], frequency_tenths(counts)
     fits, draws = (FITS, DRAWS) if final else (("orthogonal",), 1)
     for subject_role, reference_role, x, y in _pairs(reference, twin):
         found = align(x, y, fits=fits, rows=rows, draws=draws, held_out=final)
         every = align(x, y, fits=fits, draws=0) if final else found
+        alike = align(x, y, fits=fits, rows=rows, draws=draws, within=tenths) if final else found
         roles = {"subject_role": subject_role, "reference_role": reference_role}
-        masks = {name: mask[rows] for name, mask in groups.items() if mask[rows].any()}
+        masks = {name: mask[rows] for name, mask in strata(counts).items() if mask[rows].any()}
         for fit, score in found.scores.items():
             about = {"fit": fit, "rows": found.rows, "width": found.width}
             if final:
                 about["held_out"] = found.held_out[fit].score
                 about["paper"] = uncorrected(every.cosines[fit])
-                about["strata"] = to_plain(by_stratum(found.cosines[fit], found.chance[fit], masks))
+                about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
+                about["beyond_frequency"] = alike.scores[fit].corrected
             yield {**where, **roles, **about, **to_plain(score)}
 
 

@@ -110,6 +110,8 @@ def read_counts(place: str) -> np.ndarray:
         raise UserError(
             f"{place}: counts must be integers of shape [V] or [2, V], got {counts.dtype} {list(counts.shape)}"
         )
+    if counts.size and counts.min() < 0:
+        raise UserError(f"{place}: counts must not be negative, got {counts.min()}")
     return counts
 
 

@@ -17,7 +17,7 @@ from tiedjax.analysis.tables import ROLES
 from tiedjax.config import StudyConfig
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
-MEASURES = ("score", "floor", "corrected", "held_out")
+MEASURES = ("score", "floor", "corrected", "held_out")  # of every comparison
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -121,6 +121,7 @@ def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dic
     arm = study.baseline
     output, input_ = _both(final, "corrected", arm, "shared", FIT)
     own = by_seed(final, "corrected", arm=study.reference, reference_role="input", fit=FIT)
+    beyond = dict(zip(("output", "input"), _both(final, "beyond_frequency", arm, "shared", FIT), strict=True))
     return {
         "arm": arm,
         "reference": study.reference,
@@ -129,6 +130,11 @@ def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dic
         "vs_output": interval(output.values()),
         "vs_input": interval(input_.values()),
         "margin": paired(output, input_),
+        "beyond_frequency": {
+            "vs_output": interval(beyond["output"].values()),
+            "vs_input": interval(beyond["input"].values()),
+            "margin": paired(beyond["output"], beyond["input"]),
+        },
         "reference_input_vs_output": interval(own.values()),
         "early_output_share": arms[arm]["early_output_share"] if arm in arms else interval([]),
         "early_steps": list(EARLY),

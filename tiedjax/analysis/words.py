@@ -43,6 +43,7 @@ def answer(results: Results) -> list[str]:
     """The finding, what nearness was possible, the gradients' share, each intervention; worded by what holds."""
     return [
         _main_sentence(results),
+        *_beyond_frequency_sentence(results),
         *_between_seeds_sentence(results),
         *_disattenuated_sentence(results),
         *_share_sentence(results),
@@ -56,7 +57,10 @@ def basis(results: Results) -> str:
     if n == 1:
         return "One seed: no uncertainty can be given, and nothing is claimed to hold."
     level = round(100 * results["headline"]["margin"]["confidence"])
-    return f"± is half of a {level} % Student-t interval over {n} seeds, paired by seed where two runs are compared."
+    return (
+        f"± is half of a {level} % Student-t interval over {n} seeds, paired by seed where two runs are compared; "
+        "each is of one statement, not of all together."
+    )
 
 
 def _main_sentence(results: Results) -> str:
@@ -83,6 +87,17 @@ def _main_sentence(results: Results) -> str:
     return f"Not shown. The {arm} table is not measurably nearer to either of its {reference} twin’s tables: {numbers}."
 
 
+def _beyond_frequency_sentence(results: Results) -> Iterator[str]:
+    """The same nearness with what frequency alone gives counted as chance."""
+    found = results["headline"]["beyond_frequency"]
+    if found["margin"]["mean"] is not None:
+        yield (
+            "Counting as chance also what tokens of like frequency share (rows shuffled within tenths of frequency), "
+            f"it is {spread(found['vs_output'])} to the output table and {spread(found['vs_input'])} to the input "
+            f"table (difference {spread(found['margin'])})."
+        )
+
+
 def _between_seeds_sentence(results: Results) -> Iterator[str]:
     """The same nearness between runs that share no seed, beside that of the reference's own tables: like with like."""
     head, between = results["headline"], results["between_seeds"]
@@ -91,34 +106,39 @@ def _between_seeds_sentence(results: Results) -> Iterator[str]:
     own, other = between[head["reference"]], between[head["arm"]]
     mean = lambda compared, subject, target: number(compared[subject][f"vs_{target}"][head["fit"]]["corrected"]["mean"])
     reference = head["reference"]
+    repeated = results["disattenuated"].get(head["arm"], {}).get("shared", {}).get("repetition")
+    repetition = f" and {head['arm']} tables at {number(repeated['mean'])}" if repeated else ""
     yield (
-        f"Between runs of different seeds, {reference} output tables lie at {mean(own, 'output', 'output')} and "
-        f"input tables at {mean(own, 'input', 'input')} from one another, the {head['arm']} table at "
-        f"{mean(other, 'shared', 'output')} and {mean(other, 'shared', 'input')} from them: how alike "
-        "training shapes a table twice limits how near anything else comes to it."
+        f"Between runs of different seeds, {reference} output tables lie at {mean(own, 'output', 'output')}, "
+        f"input tables at {mean(own, 'input', 'input')}{repetition} from one another, the {head['arm']} table at "
+        f"{mean(other, 'shared', 'output')} from the output and {mean(other, 'shared', 'input')} from the input "
+        "tables: what training does not repeat in two tables limits how near they come (by the root of the two "
+        "repetitions)."
     )
 
 
 def _disattenuated_sentence(results: Results) -> Iterator[str]:
-    """The nearness with that limit divided out."""
-    head = results["headline"]
-    found = results["disattenuated"].get(head["arm"], {}).get("shared")
-    if found is None or found["margin"]["mean"] is None:
-        return
-    margin = found["margin"]
+    """The nearness with that limit divided out, of the baseline and of every intervention."""
+    for arm in (results["headline"]["arm"], *results["changes"]):
+        found = results["disattenuated"].get(arm, {}).get("shared")
+        if found is None or found["margin"]["mean"] is None:
+            continue
+        yield (
+            f"With that limit divided out (Spearman’s correction for attenuation, jackknife over seeds), the {arm} "
+            f"table reaches {spread(found['vs_output'])} of the nearness possible to the output table and "
+            f"{spread(found['vs_input'])} of that to the input table; {_side(found['margin'])} "
+            f"{spread(found['margin'])}."
+        )
+
+
+def _side(margin: Span) -> str:
     if margin["low"] is None:
-        verdict = "difference"
-    elif margin["low"] > 0:
-        verdict = "still nearer to the output table: difference"
-    elif margin["high"] < 0:
-        verdict = "nearer to the input table: difference"
-    else:
-        verdict = "then not measurably nearer to either: difference"
-    yield (
-        f"With that limit divided out (Spearman’s correction for attenuation), the {head['arm']} table reaches "
-        f"{spread(found['vs_output'])} of the nearness possible to the output table and "
-        f"{spread(found['vs_input'])} of that to the input table; {verdict} {spread(margin)}."
-    )
+        return "difference"
+    if margin["low"] > 0:
+        return "nearer to the output table: difference"
+    if margin["high"] < 0:
+        return "nearer to the input table: difference"
+    return "not measurably nearer to either: difference"
 
 
 def _share_sentence(results: Results) -> Iterator[str]:
@@ -276,7 +296,7 @@ def paper_others(results: Results) -> list[dict[str, str]]:
             mean = sum(e["to_start"][-1] for e in ends) / len(ends)
             rows.append(
                 {
-                    "what": f"cosine of {head['reference']} {role} rows to step 0",
+                    "what": f"cosine of {head['reference']} {role} rows to step 0 (here: rows of seen tokens)",
                     "paper": f"{number(theirs)} at step {published.EVOLUTION_STEP:,}",
                     "ours": f"{number(mean)} at step {ends[0]['steps'][-1]:,}",
                 }

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.align import align
     from tiedjax.analysis.fitting import FITS, SQUARE
+    from tiedjax.analysis.strata import frequency_tenths
 
     draws = shared.at_least(args, "draws")
     a, b = shared.read_pair(args)
@@ -61,13 +62,23 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     free = [fit for fit in fits if fit not in SQUARE]
     back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
     counts = shared.counts_of(args, a, b)
-    described = {fit: _described(fit, found, back, everywhere, counts, rows) for fit in fits}
+    alike = None
+    if counts is not None:
+        tenths = frequency_tenths(counts)
+        alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
+    described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
     text = f"{head}\n{_table(described)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
     return result | {"fits": described}, text
 
 
 def _described(
-    fit: str, found: Alignment, back: Alignment, everywhere: Alignment, counts: np.ndarray | None, rows: Any
+    fit: str,
+    found: Alignment,
+    back: Alignment,
+    everywhere: Alignment,
+    alike: Alignment | None,
+    counts: np.ndarray | None,
+    rows: Any,
 ) -> dict[str, Any]:
     from tiedjax.analysis.align import by_stratum, distribution, uncorrected
     from tiedjax.analysis.records import to_plain
@@ -78,10 +89,11 @@ def _described(
     about["back"] = to_plain(back.scores.get(fit, found.scores[fit]))
     about["paper"] = uncorrected(everywhere.cosines[fit])
     about["rows_distribution"] = to_plain(distribution(found.cosines[fit]))
-    if counts is not None:
+    if counts is not None and alike is not None:
+        about["beyond_frequency"] = alike.scores[fit].corrected
         kept = slice(None) if rows is None else rows
         masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
-        about["strata"] = to_plain(by_stratum(found.cosines[fit], found.chance[fit], masks))
+        about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
     return about
 
 
@@ -132,4 +144,5 @@ def _strata_table(described: dict[str, Any]) -> str:
         [name, about["rows"], *(d["strata"][name]["corrected"] for d in described.values())]
         for name, about in first["strata"].items()
     ]
-    return f"\n\ncorrected, by training count\n{shared.text_table(['tokens', 'rows', *described], rows)}"
+    title = "corrected, by training count; floors: rows shuffled among tokens of like frequency"
+    return f"\n\n{title}\n{shared.text_table(['tokens', 'rows', *described], rows)}"

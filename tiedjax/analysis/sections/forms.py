@@ -21,7 +21,7 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 def rows(results: drawing.Results) -> list[dict[str, str]]:
     """Each measurement: what its two forms are called, and their means with intervals over seeds."""
     found = []
-    for measure in (_alignment, _neighbours, _distance, _gradients, _lens, _evolution):
+    for measure in (_alignment, _neighbours, _gradients, _lens):
         for what, paper_form, paper, corrected_form, corrected in measure(results):
             values = {"paper": interval(paper), "corrected": interval(corrected)}
             if values["paper"].n or values["corrected"].n:
@@ -46,12 +46,6 @@ def _neighbours(results: drawing.Results) -> Iterator[_Row]:
         yield name, "all rows", paper, "seen rows, above chance", _each(of, "corrected")
 
 
-def _distance(results: drawing.Results) -> Iterator[_Row]:
-    known = [p for p in results["spectral"]["pairs"] if "not_measured" not in p]
-    for what, of in _twins(results, known):
-        yield f"spectral distance, {what}", "distance", _each(of, "distance"), "of chance", _each(of, "relative")
-
-
 def _gradients(results: drawing.Results) -> Iterator[_Row]:
     arm = results["headline"]["arm"]
     flows = [g for g in results["gradients"] if g["arm"] == arm]
@@ -73,15 +67,6 @@ def _lens(results: drawing.Results) -> Iterator[_Row]:
         at = lambda lens, state=state: [states[state][lens]["kl"]["mean"] for states in runs]
         name = f"tuned lens of {arm} after {runs[0][state]['name']}, KL in bits"
         yield name, "translator of the state before", at("published"), "its own translator", at("tuned")
-
-
-def _evolution(results: drawing.Results) -> Iterator[_Row]:
-    arm = results["headline"]["arm"]
-    for trail in {e["role"]: e for e in results["evolution"] if e["arm"] == arm and e["rotation_free"]}.values():
-        of = [e for e in results["evolution"] if e["arm"] == arm and e["role"] == trail["role"]]
-        free = [e["rotation_free"]["corrected"][-1] for e in of]
-        name = f"cosine of {arm} rows to step 0, at the end"
-        yield name, "as they are", [e["to_start"][-1] for e in of], "free of rotation, above chance", free
 
 
 def _twins(

@@ -61,11 +61,18 @@ def _twins(study: StudyRuns, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict
             record["early"] = state in early_states(len(states) - 1)
             for name, quantity in QUANTITIES.items():
                 record[name] = to_plain(paired(_by_seed(own, state, *quantity), _by_seed(reference, state, *quantity)))
+            record["beyond_last"] = to_plain(paired(_above_last(own, state), _above_last(reference, state)))
             yield record
 
 
 def _by_seed(states: Mapping[int, Any], state: int, lens: str, score: str) -> dict[int, float | None]:
     return {seed: of[state][lens][score]["mean"] for seed, of in states.items()}
+
+
+def _above_last(states: Mapping[int, Any], state: int) -> dict[int, float | None]:
+    """How much worse at the next token a state's tuned lens is than the model in the end, by seed."""
+    own, last = (_by_seed(states, at, "tuned", "cross_entropy") for at in (state, -1))
+    return {seed: a - b for seed in own if (a := own[seed]) is not None and (b := last[seed]) is not None}
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -117,7 +124,7 @@ def verdict(results: drawing.Results) -> list[str]:
     if not early or any(t["tuned_kl"]["low"] is None for t in early):
         return []
     farther = _placed(early, "tuned_kl", "farther from the final prediction", "nearer to it")
-    worse = _placed(early, "tuned_cross_entropy", "worse at the next token", "better")
+    worse = _placed(early, "beyond_last", "worse at the next token than the final gap between the models", "better")
     states = " and ".join(t["name"] for t in early)
     twins = f"{results['headline']['reference']} twins"
     return [f"In the first third ({states}), {arm} lenses are {farther} than those of the {twins}, and {worse}."]
@@ -131,6 +138,21 @@ def _placed(early: Sequence[Mapping[str, Any]], name: str, higher: str, lower: s
     ]
     found = [f"{side} at {' and '.join(names)}" for side, names in sides if names]
     return " but ".join(found) or f"nowhere measurably {higher}"
+
+
+def against_bigram(results: drawing.Results) -> list[str]:
+    """Whether the models predict better than a bigram of the text that they were shown."""
+    found = [r for r in _known(results) if r["baselines"]["bigram_cross_entropy"]["mean"] is not None]
+    own = lambda r: r["states"][-1]["tuned"]["cross_entropy"]["mean"]
+    gaps = interval(own(r) - r["baselines"]["bigram_cross_entropy"]["mean"] for r in found)
+    if gaps.mean is None:
+        return []
+    better = "better" if gaps.mean < 0 else "worse"
+    size = words.number(abs(gaps.mean), 2)
+    return [
+        f"On average the models are {size} bits a token {better} than a bigram of the text that they were shown"
+        + ("." if gaps.mean < 0 else ": read what follows as early training.")
+    ]
 
 
 def rows(results: drawing.Results) -> list[dict[str, str]]:
