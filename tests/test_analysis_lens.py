@@ -362,6 +362,11 @@ def test_the_sections_words_say_which_side_is_higher(results):
     assert f"{4 * LAYERS} of {4 * LAYERS} translators converged" in section.training(results)
     assert [row["name"] for row in section.baselines(results)] == list(section.PREDICTORS)
     assert len(section.rows(results)) == 2 * (LAYERS + 1)
+    gaps = [twin["tuned_cross_entropy"]["mean"] for twin in results["lens"]["twins"]]
+    beyond = [twin["beyond_last"]["mean"] for twin in results["lens"]["twins"]]
+    np.testing.assert_allclose(beyond, np.array(gaps) - gaps[-1], atol=1e-12)
+    (sentence,) = section.against_bigram(results)
+    assert "than a bigram of the text that they were shown" in sentence
 
 
 @pytest.mark.parametrize(
@@ -376,13 +381,13 @@ def test_the_sections_words_say_which_side_is_higher(results):
 def test_the_verdict_counts_only_intervals_without_zero(spans, verdict):
     ends = lambda low, high: {"mean": (low + high) / 2, "low": low, "high": high}
     twins = [
-        {"arm": "tied", "name": name, "early": early, "tuned_kl": ends(*span), "tuned_cross_entropy": ends(-0.1, 0.2)}
+        {"arm": "tied", "name": name, "early": early, "tuned_kl": ends(*span), "beyond_last": ends(-0.1, 0.2)}
         for name, early, span in zip(["input", "layer 1", "layer 2"], [1, 1, 0], [*spans, (0.5, 0.6)], strict=True)
     ]
     results = {"headline": {"arm": "tied", "reference": "untied"}, "lens": {"runs": [], "twins": twins}}
     (found,) = section.verdict(results)
     assert verdict in found
-    assert found.endswith("and nowhere measurably worse at the next token.")
+    assert found.endswith("and nowhere measurably behind at the next token by more than in the end.")
     twins[0]["tuned_kl"] = {"mean": 0.1, "low": None, "high": None}
     assert section.verdict(results) == []  # one seed
 

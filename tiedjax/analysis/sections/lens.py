@@ -124,7 +124,7 @@ def verdict(results: drawing.Results) -> list[str]:
     if not early or any(t["tuned_kl"]["low"] is None for t in early):
         return []
     farther = _placed(early, "tuned_kl", "farther from the final prediction", "nearer to it")
-    worse = _placed(early, "beyond_last", "worse at the next token than the final gap between the models", "better")
+    worse = _placed(early, "beyond_last", "behind at the next token by more than in the end", "by less")
     states = " and ".join(t["name"] for t in early)
     twins = f"{results['headline']['reference']} twins"
     return [f"In the first third ({states}), {arm} lenses are {farther} than those of the {twins}, and {worse}."]
