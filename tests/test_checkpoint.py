@@ -121,6 +121,27 @@ def test_the_fingerprint_is_the_same_on_any_number_of_devices() -> None:
     assert json.loads(out.splitlines()[-1]) == [fingerprints({"x": x})] * 6
 
 
+WITH_X64 = """
+import sys
+from pathlib import Path
+import jax
+jax.config.update("jax_enable_x64", True)
+import tiedjax
+for path in sys.argv[1:]:
+    run = tiedjax.load_run(Path(path))
+    print(run.tables().input.dtype, sorted(run.params()))
+"""
+
+
+def test_a_healthy_run_is_healthy_with_x64_on_too(finished: Path) -> None:
+    """Sums of uint32 widen to uint64 there, unless their dtype is named."""
+    out, _ = finish(start(["-c", WITH_X64, finished]))
+    assert out == "float32 ['body', 'tables']\n"
+    with jax.enable_x64(True):
+        wide = fingerprints({"x": np.arange(9, dtype=np.float32), "big": np.full(3, -1, np.int32)})
+    assert wide == fingerprints({"x": np.arange(9, dtype=np.float32), "big": np.full(3, -1, np.int32)})
+
+
 def test_values_that_changed_on_disk_are_noticed(tmp_path: Path) -> None:
     """Orbax stores no checksum: another save's values under this save's fingerprint restore without a word."""
     checkpoints = Checkpoints(tmp_path)

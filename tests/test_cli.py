@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from programs import REPOSITORY, finish, start, tiedjax
 from runs import arguments
@@ -107,6 +108,42 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
             for part in cases[name][1]:
                 assert part in one_line(err), name
     assert [name for name in contents(tmp_path) if name not in ("run", "run/.lock")] == before
+
+
+ADDRESSES: dict[str, list[str]] = {
+    "CONFIG.yaml": ["train", "gs://bucket/tiny.yaml"],
+    "--out": ["train", "TINY", "--out", "gs://bucket/run"],
+    "--out of a study": ["study", "--out", "s3://bucket/study"],
+    "--out of data": ["data", "prepare", "embedded", "--out", "gs://bucket/data"],
+    "--json": ["bench", "TINY", "--json", "gs://bucket/bench.json"],
+    "DIR": ["report", "gs://bucket/study"],
+    "data.source": ["train", "TINY", "--out", "RUN", "--data.source", "text:gs://bucket/*.txt"],
+    "data.source of prepared data": ["train", "TINY", "--out", "RUN", "--data.source", "prepared:gs://bucket/data"],
+    "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
+    "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
+    "table": ["analyze", "norms", "gs://bucket/run@400"],
+    "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
+    "run": ["analyze", "gradients", "gs://bucket/run"],
+    "--json of an instrument": ["analyze", "align", "TABLE", "TABLE", "--json", "s3://bucket/align.json"],
+}
+
+
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_an_address_with_a_scheme_is_refused_wherever_a_path_is_taken(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "table.npy", np.eye(8, 4))
+    monkeypatch.chdir(tmp_path)
+    places = {"TINY": str(REPOSITORY / "configs" / "tiny.yaml"), "RUN": "run", "TABLE": "table.npy"}
+    assert cli.main([places.get(word, word) for word in ADDRESSES[case]]) == 2
+    (address,) = (word for word in ADDRESSES[case] if "://" in word)
+    scheme = "s3" if "s3:" in address else "gs"
+    given = address.partition(":")[2] if case.startswith("data.source") else address
+    assert one_line(capfd.readouterr().err) == (
+        f"tiedjax: {case.split(' ')[0]}: must be a path on a disk, got the {scheme}:// address {given!r}; mount it and "
+        "name the folder\n"
+    )
+    assert [name for name in contents(tmp_path) if name not in ("run", "run/.lock")] == ["table.npy"]
 
 
 # ---- Help ----

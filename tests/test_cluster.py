@@ -226,6 +226,20 @@ def test_a_launcher_that_is_called_wrongly_says_so_in_one_line(script: str, args
     assert f"usage: {'sbatch ' if script == 'slurm.sbatch' else ''}launch/{script}" in stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "before"), [("local.sh", ["2"]), ("slurm.sbatch", []), ("tpu_vm.sh", ["pod", "us-east5-a"])]
+)
+@pytest.mark.parametrize("argument", ["gs://bucket/run", "--out=s3://bucket/run", "--data.source=text:gs://b/*.txt"])
+def test_a_launcher_refuses_an_address_even_in_a_dry_run(script: str, before: list[str], argument: str) -> None:
+    stdout, stderr = finish(launch(script, "--dry-run", *before, "configs/tiny.yaml", "--out", argument), status=2)
+    assert stdout == ""
+    scheme = "s3" if "s3:" in argument else "gs"
+    assert stderr.startswith(
+        f"launch/{script}: paths must be on a disk, got the {scheme}:// address '{argument}'; usage: "
+    )
+    assert stderr.count("\n") == 1
+
+
 def test_processes_with_different_data_are_refused(text: Path, tmp_path: Path) -> None:
     """Each host prepares its own copy: another one on one of them would change the batches without a word."""
     other = write_text(tmp_path / "other.jsonl", seed=7)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -228,7 +229,35 @@ metrics.MetricsLog.write = write_and_die
     assert not (out / "snapshots" / "6" / "marker").exists()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(finished: Path, text: Path, tmp_path: Path) -> None:
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_states_are_gone_is_refused_and_left_as_it_is(
+    finished: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert json.loads((out / "saved_state.json").read_text()) == {"step": STEPS}
+    shutil.rmtree(out / "checkpoints")
+    before = files(out)
+    assert cli.main(arguments(out, text)) == 2
+    assert capfd.readouterr().err == (
+        f"tiedjax: {out}: a state was saved at step {STEPS}, but checkpoints/ holds none; bring it back, or choose "
+        "another --out to begin anew\n"
+    )
+    assert files(out) == before
+
+
+def test_a_state_that_was_committed_before_its_record_is_recorded(finished: Path, text: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    (out / "saved_state.json").unlink()
+    assert cli.main(arguments(out, text)) == 0
+    assert json.loads((out / "saved_state.json").read_text()) == {"step": STEPS}
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again_and_says_so(
+    finished: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     killer = f"""
 import os, pathlib, signal, time
@@ -244,7 +273,9 @@ metrics.MetricsLog.write = write_and_die
 """
     finish(start_commands([arguments(out, text)], before=killer), status=-signal.SIGKILL)
     assert not list((out / "checkpoints").glob("[0-9]*"))
+    capfd.readouterr()
     assert cli.main(arguments(out, text)) == 0
+    assert "run: ended before it had saved a state; it starts again from step 0\n" in capfd.readouterr().out
     assert_same_run(out, finished)
 
 
@@ -276,6 +307,27 @@ def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
 
 
 # ---- What surrounds the step ----
+
+
+def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of two steps, a clock that moves 0.5 s at every reading of metrics: 2 * 8 * 16 tokens in 2 * 0.5 s."""
+    clock, read = [100.0], loop.jax.device_get
+
+    def reading(values: Any) -> Any:
+        clock[0] += 0.5 if isinstance(values, dict) else 0.0
+        return read(values)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(loop.jax, "device_get", reading)
+    changes = {"train.log_every": 2, "train.snapshot_every": 100, "train.stop_at": 7, "train.eval_every": "null"}
+    assert cli.main(arguments(tmp_path / "run", text, {"train.steps": 100, **changes})) == 0
+    speeds = {row["step"]: row["tokens_per_second"] for row in all_columns(tmp_path / "run")}
+    # Steps 1, 2 and 4 are written for their snapshots too.
+    assert speeds == {1: 8 * 16 / 0.5, 2: 8 * 16 / 0.5, 4: 2 * 8 * 16 / 1.0, 6: 2 * 8 * 16 / 1.0}
+
+
+def all_columns(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

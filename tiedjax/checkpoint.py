@@ -6,6 +6,7 @@ and every restore compares it.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
         position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= leaf.shape[axis]
     # Sums modulo 2^32 do not depend on their order, hence neither on the number of devices; the second one sees swaps.
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * (2 * position + 1))])
+    # The dtype is named: under jax_enable_x64 a sum of uint32 is a uint64, which does not wrap.
+    total = partial(jnp.sum, dtype=jnp.uint32)
+    return jnp.stack([total(bits), total(bits * (2 * position + 1))])
 
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:

@@ -15,6 +15,7 @@ from tiedjax.analysis import command as analyze_command
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields, nearest
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,14 +50,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     study = command("study", "train every run of a study, analyse them, write the report", _study)
     study.add_argument("config", nargs="?", metavar="STUDY.yaml", help="study file; default: the quick study")
-    study.add_argument("--out", type=Path, metavar="DIR", help="study directory; default: studies/NAME")
+    study.add_argument("--out", metavar="DIR", help="study directory; default: studies/NAME")
     study.epilog = "keys of STUDY.yaml:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
     _add_overrides(study)
 
     train = command("train", "train one run, or continue it", _train)
     train.add_argument("config", metavar="CONFIG.yaml", help="run config")
-    train.add_argument("--out", type=Path, metavar="DIR", help="run directory; default: runs/NAME")
+    train.add_argument("--out", metavar="DIR", help="run directory; default: runs/NAME")
     train.add_argument(
         "--profile-steps", metavar="A:B", help="write an XLA trace of steps A to B, both included, into DIR/profile"
     )
@@ -66,7 +67,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     bench = command("bench", "measure a config's train step: tokens per second, FLOP utilisation, memory", _bench)
     bench.add_argument("config", metavar="CONFIG.yaml", help="run config; its data is not read")
     bench.add_argument("--steps", type=int, default=50, metavar="N", help="steps measured, after a warm-up [50]")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="save the result here")
+    bench.add_argument("--json", metavar="FILE", help="save the result here")
     _add_cluster(bench)
     _add_overrides(bench)
 
@@ -75,14 +76,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     compile_.add_argument(
         "--topology", required=True, metavar="KIND:SHAPE", help="slice to compile for: v5e:4x4, v5p:4x4x4, v6e:8x8, ..."
     )
-    compile_.add_argument("--json", type=Path, metavar="FILE", help="save the result here")
+    compile_.add_argument("--json", metavar="FILE", help="save the result here")
     _add_overrides(compile_)
 
-    data_command.add_arguments(command("data", "turn text into token shards", data_command.run))
+    data_command.add_arguments(command("data", "prepare text for training", data_command.run))
     analyze_command.add_arguments(command("analyze", "run one instrument on tables or runs", analyze_command.run))
 
     report = command("report", "redraw the report of a study from its results.json", _report)
-    report.add_argument("directory", type=Path, metavar="DIR", help="study directory")
+    report.add_argument("directory", metavar="DIR", help="study directory")
 
     args, unknown = parser.parse_known_args(list(_joined(argv)))
     if unknown:
@@ -134,7 +135,7 @@ def _train(args: argparse.Namespace) -> int:
     from tiedjax.profiling import StepRange
 
     cfg = load_run_config(args.config, _overrides(args))
-    out = args.out or Path("runs") / Path(args.config).stem
+    out = local_path(args.out or f"runs/{Path(args.config).stem}", "--out")
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
 
@@ -144,24 +145,27 @@ def _study(args: argparse.Namespace) -> int:
 
     path = Path(args.config) if args.config else study.quick_study()
     plan = study.load_study(path, _overrides(args))
-    return _with_cluster(args, lambda _: study.run_study(plan, args.out or Path("studies") / path.stem))
+    out = local_path(args.out or f"studies/{path.stem}", "--out")
+    return _with_cluster(args, lambda _: study.run_study(plan, out))
 
 
-def _refuse_no_place(path: Path | None) -> None:
+def _json_file(args: argparse.Namespace) -> Path | None:
+    path = local_path(args.json, "--json") if args.json else None
     if path and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--json: must be a file in a folder that exists, got {path}")
+    return path
 
 
 def _bench(args: argparse.Namespace) -> int:
     from tiedjax.config import load_run_config
 
     cfg = load_run_config(args.config, _overrides(args))
-    _refuse_no_place(args.json)
+    json_file = _json_file(args)
 
     def measure(_: Any) -> None:
         from tiedjax import bench
 
-        bench.report(bench.bench(cfg, args.steps), args.json)
+        bench.report(bench.bench(cfg, args.steps), json_file)
 
     return _with_cluster(args, measure)
 
@@ -170,10 +174,10 @@ def _compile(args: argparse.Namespace) -> int:
     from tiedjax.config import load_run_config
 
     cfg = load_run_config(args.config, _overrides(args))
-    _refuse_no_place(args.json)
+    json_file = _json_file(args)
     from tiedjax.compile import run
 
-    return run(cfg, args.topology, args.json)
+    return run(cfg, args.topology, json_file)
 
 
 def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
@@ -208,5 +212,5 @@ def _fail(error: Exception, status: int) -> int:
 def _report(args: argparse.Namespace) -> int:
     from tiedjax.study import draw_report
 
-    print(draw_report(args.directory))
+    print(draw_report(local_path(args.directory, "DIR")))
     return 0

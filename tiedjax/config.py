@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 _STRICT = {"extra": "forbid", "strict": True}
 ConfigT = TypeVar("ConfigT")
@@ -306,7 +307,7 @@ def leaf_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = local_path(path, "CONFIG.yaml").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

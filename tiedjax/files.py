@@ -5,10 +5,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from tiedjax.errors import UserError
+
+
+def local_path(text: str | Path, option: str) -> Path:
+    """The path that `option` was given. UserError for an address with a scheme, such as gs://BUCKET/DIR.
+
+    Python would take it for a relative path and write to a new folder named `gs:`.
+    """
+    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(text)):  # one slash is what a Path leaves of two
+        raise UserError(
+            f"{option}: must be a path on a disk, got the {scheme[1]}:// address {str(text)!r}; mount it and name the "
+            "folder"
+        )
+    return Path(text)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

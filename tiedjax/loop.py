@@ -41,6 +41,9 @@ MAY_CHANGE = {
 }
 
 
+SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
+
+
 class TrainingError(RuntimeError):
     """The run cannot go on, and its config is at fault: one line that says where and what to try."""
 
@@ -79,6 +82,7 @@ def train(
         if process.is_main():
             held.enter_context(sole_writer(out))
         _refuse_another_run(cfg, out)
+        _refuse_lost_states(out)
 
         # ---- Data ----
         prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
@@ -104,6 +108,11 @@ def train(
         about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
         state, start = _begin(cfg, steps, checkpoints, about)
         trace.check(start, last)
+        recorded = start > 0
+        if recorded:
+            _record_state(out, start)  # the process may have been killed between the state's commit and its record
+        elif (out / "config.yaml").exists():
+            _say(f"{label}: ended before it had saved a state; it starts again from step 0")
         if start >= last:
             _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
             return Outcome(start, start >= cfg.train.steps)
@@ -142,6 +151,10 @@ def train(
             if checks:
                 snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
                 checkpoints.save(step, state._asdict(), about)
+                if not recorded:
+                    checkpoints.wait()  # for the first one only: what is recorded must be there
+                    _record_state(out, step)
+                    recorded = True
             if ends:
                 break
     return Outcome(step, step >= cfg.train.steps, stop.signal)
@@ -184,6 +197,22 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
             raise UserError(
                 f"{out}: holds a run with {key} = {old[key]!r}, not {new[key]!r}; choose another --out or go back to it"
             )
+
+
+def _refuse_lost_states(out: Path) -> None:
+    """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
+    record = out / SAVED_STATE
+    if record.exists() and not any(path.name.isdigit() for path in out.glob("checkpoints/*")):
+        step = json.loads(record.read_text(encoding="utf-8"))["step"]
+        raise UserError(
+            f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
+            "--out to begin anew"
+        )
+
+
+def _record_state(out: Path, step: int) -> None:
+    if process.is_main():
+        write_atomically(out / SAVED_STATE, json.dumps({"step": step}) + "\n")
 
 
 def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray) -> None:

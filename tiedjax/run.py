@@ -16,6 +16,7 @@ from tiedjax import tying
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import RunConfig, load_run_config
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 from tiedjax.lm import init_params
 from tiedjax.model import Transformer
 
@@ -35,7 +36,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = local_path(path, "run")
         self.name = self.path.absolute().name
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")

@@ -22,6 +22,7 @@ from tiedjax.analysis.commands import (
     spectrum,
 )
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 # A new instrument is one more file in `commands` and one more entry here.
 INSTRUMENTS: dict[str, Any] = {
@@ -54,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what `add_arguments` parsed; returns the exit status. UserError for bad input."""
+    if args.json:
+        local_path(args.json, "--json")
     result, text = _all(args) if args.instrument == "all" else INSTRUMENTS[args.instrument].run(args)
     if args.json:
         from tiedjax.analysis.records import write_json

@@ -14,6 +14,7 @@ import numpy as np
 
 from tiedjax.analysis.blocked import row_blocks
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 ROLES = ("input", "output")
 _FORMS = "a run directory, RUN@STEP, or a .npy, .npz or .safetensors file"
@@ -66,7 +67,7 @@ def seen_rows(counts: np.ndarray) -> np.ndarray:
 def read_table(text: str) -> Table:
     """The table that `text` names. UserError when there is none, more than one, or not a table of finite numbers."""
     place, pick = _split(text)
-    path = Path(place)
+    path = local_path(place, "table")
     if path.suffix == ".npy":
         held = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
@@ -93,7 +94,7 @@ class _Arrays:
 
 def open_run(place: str) -> Any:
     """The run in a directory. UserError when it is not one."""
-    path = Path(place)
+    path = local_path(place, "run")
     if not path.exists():
         raise UserError(f"{place}: no such file or directory; tables are named by {_FORMS}")
     if not (path / "config.yaml").is_file():
@@ -105,7 +106,7 @@ def open_run(place: str) -> Any:
 
 def read_counts(place: str) -> np.ndarray:
     """Token counts from a .npy file, [V] or [2, V]. UserError for anything else."""
-    counts = _read_npy(Path(place))
+    counts = _read_npy(local_path(place, "--counts"))
     if counts.dtype.kind not in "iu" or counts.ndim not in (1, 2) or (counts.ndim == 2 and len(counts) != 2):
         raise UserError(
             f"{place}: counts must be integers of shape [V] or [2, V], got {counts.dtype} {list(counts.shape)}"

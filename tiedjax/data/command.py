@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
+PREPARE = "turn text into token shards with their tokenizer and counts"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments that `run` reads."""
+    """Declares `prepare` with the arguments that `run` reads."""
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_prepare(commands.add_parser("prepare", help=PREPARE, description=PREPARE))
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",

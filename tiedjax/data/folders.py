@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 
 def cache_folder(configured: str | None) -> Path:
     """The folder of prepared data: the configured one, else $TIEDJAX_CACHE, else ~/.cache/tiedjax."""
-    return Path(configured or os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax").expanduser().resolve()
+    if configured:
+        return local_path(configured, "data.cache").expanduser().resolve()
+    return local_path(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax", "TIEDJAX_CACHE").expanduser().resolve()
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from tiedjax.data.shards import ShardWriter
 from tiedjax.data.sources import Source, file_identity, open_source
 from tiedjax.data.text_files import matching_files
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 Report = Callable[[str], None]
 
@@ -54,7 +55,7 @@ def prepare(data: DataConfig, vocab_size: int, *, report: Report, out: str | Pat
     write, identity = _recipe(data, vocab_size, given, cache, report)
     recipe = given and tokenizers.tokenizer_hash(given)
     key = sha256_of({"format": FORMAT, "source": identity, "tokenizer": recipe, "holdout": data.holdout})
-    folder = Path(out).expanduser().resolve() if out else cache / "prepared" / key[:20]
+    folder = local_path(out, "--out").expanduser().resolve() if out else cache / "prepared" / key[:20]
     if not _is_there(folder, key):
         with locked(folder, report):
             if not _is_there(folder, key):  # another process may have made it while this one waited

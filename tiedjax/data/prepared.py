@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
@@ -180,7 +181,7 @@ def save_meta(
 
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files have changed size."""
-    directory = Path(directory).expanduser().resolve()
+    directory = local_path(directory, "data.source").expanduser().resolve()
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

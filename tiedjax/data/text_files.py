@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from tiedjax.data.tokenizer import END_MARKER
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 _JSON_LINES = {".jsonl", ".json", ".ndjson"}
 LONGEST = 2**18  # characters of a plain-text document; a longer one is cut, so that a single book can be split
@@ -21,6 +22,7 @@ LONGEST = 2**18  # characters of a plain-text document; a longer one is cut, so 
 
 def matching_files(pattern: str, key: str) -> list[Path]:
     """The files that a glob (`**` allowed) matches, sorted; UserError where there are none."""
+    local_path(pattern, key)
     paths = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
     files = sorted({path.absolute() for path in paths if path.is_file()})
     if not files:

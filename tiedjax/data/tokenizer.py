@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tiedjax.data.pieces import pieces
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,7 +72,7 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
 def read_tokenizer_json(path: str | Path) -> str:
     """The text of a tokenizer.json; UserError where there is none."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return local_path(path, "data.tokenizer").expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
