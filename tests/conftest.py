@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["NPROC"] = "2"  # threads of XLA: those that train.threads names by default
 
 import dataclasses
 from collections.abc import Iterator

@@ -105,8 +105,15 @@ def test_figures_are_files_too(results, out):
 def test_the_numbers_of_the_results_are_in_the_page(results, page):
     head = results["headline"]
     assert results["answer"] in page
-    for span in (head["vs_output"], head["vs_input"], head["margin"]):
-        assert words.spread(span) in page
+    for span in (head["vs_output"], head["vs_input"]):
+        assert f"({words.number(span['mean'])})" in page
+        assert f"<td>{words.spread(span)}</td>" in page
+    for statement in results["statements"].values():
+        assert words.margin_of(statement) in page
+    for arm in results["arms"].values():
+        assert f"<td>{words.spread(arm['eval_loss'])}</td>" in page
+    assert page.index('<table id="arms">') < page.index("<table>"), "the first table is that of losses"
+    assert words.testing(results) in page
     for comparison in results["arms"]["tied"]["alignment"]["shared"].values():
         for cell in comparison.values():
             assert f"<td>{words.number(cell['score']['mean'])}</td>" in page
@@ -132,7 +139,7 @@ def test_results_of_something_else_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write_report({"kind": "study", "schema": SCHEMA}, tmp_path / "file")
-    with pytest.raises(UserError, match="has schema 1, this version draws 2; `tiedjax study` analyses"):
+    with pytest.raises(UserError, match="has schema 1, this version draws 3; `tiedjax study` analyses"):
         write_report({"kind": "study", "schema": 1}, tmp_path)
 
 

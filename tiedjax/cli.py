@@ -51,6 +51,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     study = command("study", "train every run of a study, analyse them, write the report", _study)
     study.add_argument("config", nargs="?", metavar="STUDY.yaml", help="study file; default: the quick study")
     study.add_argument("--out", metavar="DIR", help="study directory; default: studies/NAME")
+    study.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs trained side by side on a CPU; default: one for every train.threads cores",
+    )
     study.epilog = "keys of STUDY.yaml:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
     _add_overrides(study)
@@ -136,17 +142,24 @@ def _train(args: argparse.Namespace) -> int:
 
     cfg = load_run_config(args.config, _overrides(args))
     out = local_path(args.out or f"runs/{Path(args.config).stem}", "--out")
+    platform_flags.use_threads(cfg.train.threads)
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
 
 
 def _study(args: argparse.Namespace) -> int:
-    from tiedjax import study
+    from tiedjax import process, study
 
     path = Path(args.config) if args.config else study.quick_study()
     plan = study.load_study(path, _overrides(args))
     out = local_path(args.out or f"studies/{path.stem}", "--out")
-    return _with_cluster(args, lambda _: study.run_study(plan, out))
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers: must be at least 1, got {args.workers}")
+    alone = args.processes is None and not process.launched_as_one_of_many()
+    workers = study.workers_for(plan, args.workers) if alone else 1
+    if workers == 1:
+        platform_flags.use_threads(plan.threads)
+    return _with_cluster(args, lambda _: study.run_study(plan, out, workers))
 
 
 def _json_file(args: argparse.Namespace) -> Path | None:
@@ -161,6 +174,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     cfg = load_run_config(args.config, _overrides(args))
     json_file = _json_file(args)
+    platform_flags.use_threads(cfg.train.threads)
 
     def measure(_: Any) -> None:
         from tiedjax import bench

@@ -217,6 +217,13 @@ class TrainConfig(_Checked):
     stop_at: int | None = _option(
         None, "end at this step as an interruption would; the schedule is that of `steps`", at_least=1
     )
+    threads: int = _option(
+        2,
+        "CPU threads that compute the run on a CPU; never taken from the machine, since another number changes the "
+        "last bits of every result",
+        at_least=1,
+        at_most=1024,
+    )
     seed: int = _option(0, "seeds parameters and data order", at_least=0, below=2**32)
     z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
     log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tiedjax import process, profiling, sharding, tying
+from tiedjax import platform_flags, process, profiling, sharding, tying
 from tiedjax.checkpoint import Checkpoints, is_snapshot_step
 from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
@@ -35,7 +35,7 @@ from tiedjax.step import Steps, TrainState, decided, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
-    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every"),
 }
@@ -70,6 +70,7 @@ def train(
     trace = profiling.Trace(profile, out / "profile", _say)
     with ExitStack() as held:
         if jax.default_backend() == "cpu":
+            _refuse_other_threads(cfg)
             process.keep_freed_memory()
         else:
             process.keep_compiled(cache_folder(cfg.data.cache) / "xla")
@@ -176,6 +177,16 @@ def _all_finite(state: TrainState) -> jax.Array:
 def _say(line: str) -> None:
     if process.is_main():
         print(line, flush=True)
+
+
+def _refuse_other_threads(cfg: RunConfig) -> None:
+    """What a run records of its threads must be true; XLA has its threads since the backend started."""
+    threads = cfg.train.threads
+    if platform_flags.threads_in_force() != threads:
+        raise UserError(
+            f"train.threads: {threads} cannot be had in a process that runs JAX already; start it with NPROC={threads} "
+            "in its environment"
+        )
 
 
 def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:

@@ -9,11 +9,12 @@ asynchronous collectives and their fusion with matrix products are defaults of l
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
@@ -60,6 +61,27 @@ def apply(environment: MutableMapping[str, str] = os.environ) -> None:
     added = [flag.text for flag in _wanted(environment) if flag.name not in names]
     if added:
         environment["XLA_FLAGS"] = " ".join([*added, given]).strip()
+
+
+def use_threads(count: int, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets XLA compute with this many threads where the CPU is what computes; before JAX starts a backend."""
+    if not has_accelerator(environment):
+        environment["NPROC"] = str(count)  # XLA asks it before it asks the machine
+
+
+def threads_in_force(environment: Mapping[str, str] = os.environ) -> int | None:
+    """What `use_threads` set; None: as many as the machine has."""
+    text = environment.get("NPROC", "")
+    return int(text) if text.isdigit() else None
+
+
+def has_accelerator(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether JAX will compute on a GPU or TPU: by JAX_PLATFORMS, else by its plugins and the devices they need."""
+    if platforms := environment.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] != "cpu"
+    present = lambda modules, *devices: any(map(importlib.util.find_spec, modules)) and any(map(glob.glob, devices))
+    gpu = present(_CUDA_PLUGINS, "/dev/nvidia[0-9]*", "/dev/dxg")
+    return gpu or present(("libtpu",), "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def in_force(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:

@@ -38,7 +38,7 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
             )
         if ":" not in coordinator:
             raise UserError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
-    elif not _launched_as_one_of_many():
+    elif not launched_as_one_of_many():
         return
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
@@ -46,7 +46,8 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
 
 
-def _launched_as_one_of_many() -> bool:
+def launched_as_one_of_many() -> bool:
+    """Whether the environment says so: an srun of several tasks, a TPU slice."""
     # SLURM_STEP_NODELIST is there under srun only: the shell of a batch script is one process, whatever it asked for.
     slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys() and int(
         os.environ.get("SLURM_NTASKS", "1")

@@ -9,19 +9,22 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from tiedjax import process, tying
+from tiedjax import platform_flags, process, tying
 from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_yaml
+from tiedjax.data.prepare import prepare
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.loop import Outcome, train
 from tiedjax.run import load_run
 from tiedjax.text import duration
+from tiedjax.workers import Task, train_all
 
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -33,6 +36,11 @@ class Plan:
     name: str
     study: StudyConfig
     runs: dict[tuple[str, int], RunConfig]
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of every run."""
+        return next(iter(self.runs.values())).train.threads
 
 
 def quick_study() -> Path:
@@ -68,26 +76,54 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
         if tying.SCHEMES[scheme].shares_one_table != shared:
             wanted = "one table in both roles" if shared else "a table for each role"
             raise UserError(f"{path}: arm {arm!r} needs a scheme with {wanted}, its tying.scheme is {scheme!r}")
+    if len(threads := sorted({cfg.train.threads for cfg in runs.values()})) > 1:
+        raise UserError(f"{path}: train.threads: must be one number for all arms, got {threads}")
     return Plan(path.stem, study, runs)
 
 
-def run_study(plan: Plan, out: Path) -> Outcome:
+def workers_for(plan: Plan, asked: int | None = None) -> int:
+    """How many runs of a study train side by side on this machine; needs no JAX.
+
+    On a CPU as many as were `asked` for, by default as many as have `train.threads` cores each; 1 on accelerators,
+    which a run has to itself. Results do not depend on it.
+    """
+    if platform_flags.has_accelerator():
+        return 1
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(asked or max(1, cores // plan.threads), len(plan.runs))
+
+
+def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
     """Trains what is not yet trained, then writes results.json, report.html and figures/ in `out`.
 
-    Returns the outcome of the run that was stopped, or else of the last one.
+    With more than one of `workers`, that many processes of this machine train a run each. Returns the outcome of the
+    run that was stopped, or else of the last one.
     """
     began = time.monotonic()
     if process.is_main():
         with sole_writer(out):
             write_atomically(out / "study.yaml", to_yaml(plan.study))
-    for number, ((arm, seed), cfg) in enumerate(plan.runs.items(), 1):
-        left = (time.monotonic() - began) / max(number - 1, 1) * (len(plan.runs) - number + 1)
-        name = f"{arm}-{seed}"
+    names = [f"{arm}-{seed}" for arm, seed in plan.runs]
+
+    def begins(number: int) -> None:
+        done = max(0, number - workers)
+        left = (time.monotonic() - began) / max(done, 1) * (len(names) - done)
         if process.is_main():
-            print(
-                f"run {number} of {len(plan.runs)}: {name}" + (f"; about {duration(left)} left" if number > 1 else "")
-            )
-        outcome = train(cfg, out / "runs" / name)
+            soon = f"; about {duration(left)} left" if done else ""
+            print(f"run {number} of {len(names)}: {names[number - 1]}{soon}", flush=True)
+
+    tasks = [Task(cfg, out / "runs" / name) for name, cfg in zip(names, plan.runs.values(), strict=True)]
+    if workers > 1:
+        say = partial(print, flush=True)
+        for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):
+            prepare(data, vocab_size, report=say)  # once, by one process
+        outcome = train_all(tasks, workers, plan.threads, begins, say)
+        if not outcome.finished or outcome.signal:
+            return outcome
+    for number, task in enumerate(tasks if workers == 1 else [], 1):
+        begins(number)
+        outcome = train(task.cfg, task.out)
         if not outcome.finished or outcome.signal:
             return outcome
     if process.is_main():

@@ -1,7 +1,7 @@
 """What the literature on tied tables claims, put to a study's results: the baseline arm, over seeds.
 
-Each claim is turned into a quantity that is above 0 if it is true; it holds when that is above 0 by more than half the
-width of its interval (`verdict`).
+Each claim is turned into a quantity that is above 0 if it is true; `verdict` decides it among all statements of the
+study.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tiedjax.analysis.statistics import Interval, interval
-from tiedjax.analysis.verdict import affine, statement
+from tiedjax.analysis.verdict import Statement, affine
 
 Results = Mapping[str, Any]
 
 
-def claims(results: Results) -> dict[str, dict[str, Any]]:
-    """Name: statement, as of `verdict`, of every claim that the results have something to say about."""
-    found = [*_early_layers(results), *_centrality(results), *_calibration(results), *_cooccurrence(results)]
-    return {name: statement(claim, span) for name, claim, span in found}
+def claims(results: Results) -> dict[str, Statement]:
+    """By name, every claim that the results have something to say about."""
+    made = [*_early_layers(results), *_centrality(results), *_calibration(results), *_cooccurrence(results)]
+    return {name: Statement(claim, margin) for name, claim, margin in made}
 
 
 def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,46 @@ class Interval:
         """Whether the mean is farther from 0 than half the interval's width; False without an interval."""
         return self.mean is not None and self.half_width is not None and abs(self.mean) > self.half_width
 
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided p of Student's t test that the mean is 0 (n - 1 degrees of freedom); None without an interval."""
+        if self.mean is None or self.half_width is None:
+            return None
+        if self.half_width == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        from scipy.special import stdtr
+
+        t = abs(self.mean) / self.half_width * _t_quantile(self.n - 1, self.confidence)
+        return float(2 * stdtr(self.n - 1, -t))
+
+    def at(self, confidence: float) -> Interval:
+        """The same Student-t interval at another confidence."""
+        if self.mean is None or self.half_width is None:
+            return dataclasses.replace(self, confidence=confidence)
+        half = self.half_width * _t_quantile(self.n - 1, confidence) / _t_quantile(self.n - 1, self.confidence)
+        return Interval(self.mean, self.mean - half, self.mean + half, self.n, confidence)
+
+
+def _t_quantile(degrees: int, confidence: float) -> float:
+    from scipy.special import stdtrit  # the t quantile without the seconds that importing scipy.stats takes
+
+    return float(stdtrit(degrees, (1 + confidence) / 2))
+
+
+def holm_levels(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> list[float]:
+    """The level at which each of n statements is tested so that all together err with probability `level` at most.
+
+    Holm 1979, Scand. J. Statist. 6: the k-th smallest p is held against level / (n - k + 1), until one fails; that one
+    and all after it are held against the level of the first that failed. A statement is decided where p < its level.
+    """
+    n = len(p_values)
+    levels, failed = [level] * n, None
+    for rank, place in enumerate(sorted(range(n), key=p_values.__getitem__)):
+        levels[place] = failed or level / (n - rank)
+        if failed is None and p_values[place] >= levels[place]:
+            failed = levels[place]
+    return levels
+
 
 def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> Interval:
     """Mean and Student-t interval, mean +- t(n-1) * s / sqrt(n); values that are None or NaN do not count."""
@@ -41,9 +82,7 @@ def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> 
     mean = float(known.mean())
     if n == 1:
         return Interval(mean, None, None, 1, confidence)
-    from scipy.special import stdtrit  # the t quantile without the seconds that importing scipy.stats takes
-
-    half = float(stdtrit(n - 1, (1 + confidence) / 2) * known.std(ddof=1) / math.sqrt(n))
+    half = float(_t_quantile(n - 1, confidence) * known.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, confidence)
 
 

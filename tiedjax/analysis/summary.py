@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,20 +60,23 @@ def summarize(
     final = [r for r in walk.comparisons if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
     arms = {
-        arm: verdict.arm_summary(arm, final, {seed: flow for (a, seed), flow in flows.items() if a == arm})
+        arm: verdict.arm_summary(
+            arm,
+            final,
+            {seed: flow for (a, seed), flow in flows.items() if a == arm},
+            _held_out_losses(runs, arm),
+            _held_out_losses(runs, study.baseline),
+        )
         | {"overrides": study.arms[arm], "differs_from_reference": _differences(study, runs, arm, seeds[0])}
         for arm in study.arms
         if any(a == arm for a, _ in runs)
     }
     held = StudyRuns(study, runs, text)
-    across = list(_between_seeds(study, held))
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
-        "between_seeds": verdict.between_seeds(across),
-        "disattenuated": verdict.disattenuated_nearness(study, across, list(_repetitions(study, held))),
-        "statements": verdict.statements(study, arms, final),
+        "between_seeds": verdict.between_seeds(list(_between_seeds(study, held))),
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
         "comparisons": [_without(r, "final") for r in final],
@@ -93,7 +97,8 @@ def summarize(
         "notes": _notes(study, runs),
     }
     plain = to_plain(results)
-    plain["statements"] |= to_plain(claims(plain))
+    made = verdict.statements(study, arms, final) | claims(plain)
+    plain["statements"] = to_plain(verdict.decided(made))
     answer, *findings = words.answer(plain)
     return {"answer": answer, "findings": findings, **plain}
 
@@ -153,7 +158,7 @@ def _compared(
                 about["held_out"] = found.held_out[fit].score
                 about["paper"] = uncorrected(every.cosines[fit])
                 about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
-                about["beyond_frequency"] = alike.scores[fit].corrected
+                about[verdict.MAIN] = alike.scores[fit].corrected
             yield {**where, **roles, **about, **to_plain(score)}
 
 
@@ -168,7 +173,7 @@ def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndar
 
 
 def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
-    """Every arm's last tables against those of the reference runs of the other seeds, all fits.
+    """Every arm's last tables against those of the reference runs of the other seeds.
 
     The reference arm's own are compared role by role, and each two seeds once.
     """
@@ -179,23 +184,14 @@ def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, An
         for table, target in itertools.product(held.last[arm, seed], held.last.get((study.reference, other_seed), [])):
             if own and table.role != target.role:
                 continue
-            found = align(target.values, table.values, rows=table.seen & target.seen, held_out=True)
+            rows, tenths = table.seen & target.seen, frequency_parts(target.counts, 10)
+            compare = partial(align, target.values, table.values, fits=(verdict.FIT,), rows=rows)
+            found, alike = compare(held_out=True), compare(within=tenths)
             for fit, score in found.scores.items():
                 about = {"subject_role": table.role, "reference_role": target.role, "fit": fit}
                 seeds = {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
-                outside = {"held_out": found.held_out[fit].score}
+                outside = {"held_out": found.held_out[fit].score, verdict.MAIN: alike.scores[fit].corrected}
                 yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
-
-
-def _repetitions(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
-    """The last tables of every arm but the reference against their own kind of another seed, each two seeds once."""
-    for (arm, seed), other_seed in itertools.product(held.last, study.seeds):
-        if arm == study.reference or seed <= other_seed:
-            continue
-        for table, other in zip(held.last[arm, seed], held.last.get((arm, other_seed), []), strict=False):
-            score = align(other.values, table.values, fits=(verdict.FIT,), rows=table.seen & other.seen).scores
-            about = {"subject_role": table.role, "seeds": [seed, other_seed]}
-            yield {"arm": arm, **about, **to_plain(score[verdict.FIT])}
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,6 +222,10 @@ def _examples(study: StudyConfig, runs: Runs, seed: int, walk: _Walk) -> dict[st
         for n, i in enumerate(walk.ids)
     ]
     return {"seed": seed, "tokens": found}
+
+
+def _held_out_losses(runs: Runs, arm: str) -> dict[int, float | None]:
+    return {seed: _last(run.metrics.get("eval_loss")) for (name, seed), run in runs.items() if name == arm}
 
 
 def _run_facts(key: tuple[str, int], run: Any) -> dict[str, Any]:

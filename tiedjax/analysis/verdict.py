@@ -1,24 +1,32 @@
 """From comparisons to verdicts: means over seeds, margins, changes, and which statements hold.
 
-A statement holds when its margin is above 0 by more than half the width of its interval over seeds. One seed has no
-interval, so nothing can be said to hold.
+A statement holds where the interval of its margin over seeds lies above 0, at the level that Holm's method gives it
+among all statements of the study. One seed has no interval, so it decides nothing.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
-from tiedjax.analysis.reproducibility import disattenuated, jackknife
-from tiedjax.analysis.statistics import CONFIDENCE, Interval, interval, paired
-from tiedjax.analysis.tables import ROLES
+from tiedjax.analysis.statistics import CONFIDENCE, Interval, holm_levels, interval, paired
 from tiedjax.config import StudyConfig
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
-MEASURES = ("score", "floor", "corrected", "held_out")  # of every comparison
+MAIN = "beyond_frequency"  # the score above what tokens of like frequency share by chance: of headline and statements
+MEASURES = ("score", "floor", "corrected", MAIN, "held_out")  # of every comparison
+EDGE = 2.0  # a verdict whose p is within this factor of its level could be another one with other last bits
 Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A claim, and a quantity over seeds that is above 0 if it is true."""
+
+    claim: str
+    margin: Interval
 
 
 def by_seed(records: Records, field: str, **where: Any) -> dict[int, float | None]:
@@ -26,8 +34,17 @@ def by_seed(records: Records, field: str, **where: Any) -> dict[int, float | Non
     return {r["seed"]: r[field] for r in records if all(r[name] == value for name, value in where.items())}
 
 
-def arm_summary(arm: str, final: Records, flows: Mapping[int, GradientFlow]) -> dict[str, Any]:
-    """An arm's alignment (subject role, vs_input or vs_output, fit) and gradient shares, as intervals over seeds."""
+def arm_summary(
+    arm: str,
+    final: Records,
+    flows: Mapping[int, GradientFlow],
+    losses: Mapping[int, float | None],
+    baseline_losses: Mapping[int, float | None],
+) -> dict[str, Any]:
+    """An arm's alignment (subject role, vs_input or vs_output, fit), gradient shares and held-out losses by seed.
+
+    All as intervals over seeds; losses in nats per token, against the baseline's paired by seed.
+    """
     alignment: dict[str, Any] = {}
     for record in final:
         if record["arm"] != arm:
@@ -35,15 +52,17 @@ def arm_summary(arm: str, final: Records, flows: Mapping[int, GradientFlow]) -> 
         where = {k: record[k] for k in ("arm", "subject_role", "reference_role", "fit")}
         place = alignment.setdefault(record["subject_role"], {}).setdefault(f"vs_{record['reference_role']}", {})
         place[record["fit"]] = {name: interval(by_seed(final, name, **where).values()) for name in MEASURES} | {
-            "by_seed": by_seed(final, "corrected", **where),
+            "by_seed": by_seed(final, MAIN, **where),
             "floor_closed_form": record["floor_closed_form"],
         }
     margins = {
-        role: {fit: paired(*_both(final, "corrected", arm, role, fit)) for fit in found["vs_output"]}
+        role: {fit: paired(*_both(final, MAIN, arm, role, fit)) for fit in found["vs_output"]}
         for role, found in alignment.items()
         if {"vs_input", "vs_output"} <= set(found)
     }
     return {
+        "eval_loss": interval(losses.values()),
+        "eval_loss_against_baseline": paired(losses, baseline_losses),
         "alignment": alignment,
         "margin": margins,
         "early_output_share": interval(flow.early.output_share for flow in flows.values()),
@@ -62,7 +81,7 @@ def between_seeds(records: Records) -> dict[str, Any]:
     for key in dict.fromkeys(tuple(r[name] for name in names) for r in records):
         where = dict(zip(names, key, strict=True))
         arm, subject, target, fit = key
-        cell: dict[str, Any] = {"by_seed": by_seed(records, "corrected", **where)}
+        cell: dict[str, Any] = {"by_seed": by_seed(records, MAIN, **where)}
         for name in MEASURES:
             known = [v for v in by_seed(records, name, **where).values() if v is not None]
             mean = sum(known) / len(known) if known else None
@@ -71,69 +90,24 @@ def between_seeds(records: Records) -> dict[str, Any]:
     return found
 
 
-def disattenuated_nearness(study: StudyConfig, across: Records, repetitions: Records) -> dict[str, Any]:
-    """Arm, subject role, vs_input or vs_output: nearness corrected for how alike each table is to its repetition.
-
-    Beside them `margin`, the difference. See `reproducibility`.
-    """
-
-    def pairs(records: Records, **where: Any) -> dict[tuple[int, int], float | None]:
-        return {
-            (first, second): record["corrected"]
-            for record in records
-            if all(record.get(name) == value for name, value in where.items())
-            for first, second in (record["seeds"], record["seeds"][::-1])
-        }
-
-    own = {role: pairs(across, arm=study.reference, subject_role=role, fit=FIT) for role in ROLES}
-    found: dict[str, Any] = {}
-    for arm, role in dict.fromkeys((r["arm"], r["subject_role"]) for r in repetitions):
-        repeated = pairs(repetitions, arm=arm, subject_role=role)
-        cross = {
-            target: {
-                (r["seeds"][0], r["seeds"][1]): r["corrected"]
-                for r in across
-                if (r["arm"], r["subject_role"], r["reference_role"], r["fit"]) == (arm, role, target, FIT)
-            }
-            for target in ROLES
-        }
-        nearness = {target: functools.partial(disattenuated, cross[target], repeated, own[target]) for target in ROLES}
-
-        def margin(seeds: Sequence[int], of: Any = nearness) -> float | None:
-            output, input_ = of["output"](seeds), of["input"](seeds)
-            return None if output is None or input_ is None else output - input_
-
-        found.setdefault(arm, {})[role] = {
-            **{f"vs_{target}": jackknife(nearness[target], study.seeds) for target in ROLES},
-            "margin": jackknife(margin, study.seeds),
-            "repetition": _mean_interval(repeated),
-        }
-    return found
-
-
-def _mean_interval(pairs: Mapping[Any, float | None]) -> Interval:
-    known = [v for v in pairs.values() if v is not None]
-    return Interval(sum(known) / len(known) if known else None, None, None, len(known) // 2, CONFIDENCE)
-
-
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
     """The baseline arm in four numbers: nearness to either reference table, the margin, the early gradient share."""
     arm = study.baseline
-    output, input_ = _both(final, "corrected", arm, "shared", FIT)
-    own = by_seed(final, "corrected", arm=study.reference, reference_role="input", fit=FIT)
-    beyond = dict(zip(("output", "input"), _both(final, "beyond_frequency", arm, "shared", FIT), strict=True))
+    output, input_ = _both(final, MAIN, arm, "shared", FIT)
+    any_output, any_input = _both(final, "corrected", arm, "shared", FIT)
+    own = by_seed(final, MAIN, arm=study.reference, reference_role="input", fit=FIT)
     return {
         "arm": arm,
         "reference": study.reference,
         "fit": FIT,
-        "measure": "corrected",
+        "measure": MAIN,
         "vs_output": interval(output.values()),
         "vs_input": interval(input_.values()),
         "margin": paired(output, input_),
-        "beyond_frequency": {
-            "vs_output": interval(beyond["output"].values()),
-            "vs_input": interval(beyond["input"].values()),
-            "margin": paired(beyond["output"], beyond["input"]),
+        "frequency_not_controlled": {
+            "vs_output": interval(any_output.values()),
+            "vs_input": interval(any_input.values()),
+            "margin": paired(any_output, any_input),
         },
         "reference_input_vs_output": interval(own.values()),
         "early_output_share": arms[arm]["early_output_share"] if arm in arms else interval([]),
@@ -142,7 +116,7 @@ def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dic
 
 
 def changes(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
-    """Per intervention arm: how the corrected scores differ from the baseline arm's, paired by seed, per fit."""
+    """Per intervention arm: how its nearness differs from the baseline arm's, paired by seed, per fit."""
     found: dict[str, Any] = {}
     for arm in _interventions(study, arms):
         fits = arms[arm]["alignment"]["shared"]["vs_output"]
@@ -152,18 +126,17 @@ def changes(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict
     return found
 
 
-def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
-    """Name: {claim, holds, margin, interval, n, note} of everything the study set out to see."""
+def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Statement]:
+    """By name, everything the study set out to see."""
     arm, reference = study.baseline, study.reference
     head = headline(study, arms, final)
     share = head["early_output_share"]
     first, last = EARLY
-    found = {
-        f"{arm}_nearer_output": statement(
-            f"{arm} is nearer to the output table of {reference} than to its input table",
-            head["margin"],
+    made = {
+        f"{arm}_nearer_output": Statement(
+            f"{arm} is nearer to the output table of {reference} than to its input table", head["margin"]
         ),
-        f"{arm}_output_dominates_early": statement(
+        f"{arm}_output_dominates_early": Statement(
             f"the output role has the larger share of the norms of {arm}'s table gradient over steps {first} to {last}",
             affine(share, 1.0, -0.5),
         ),
@@ -172,8 +145,43 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
         for verb, role, sign in [("lowers", "output", -1.0), ("raises", "input", 1.0)]:
             change = _change(study, final, other, role, FIT)
             claim = f"{other} {verb} the nearness to the {role} table of {reference}, against {arm}"
-            found[f"{other}_{verb}_vs_{role}"] = statement(claim, affine(change, sign, 0.0))
-    return found
+            made[f"{other}_{verb}_vs_{role}"] = Statement(claim, affine(change, sign, 0.0))
+    for other in arms:
+        if other != arm:
+            claim = f"{other} has a higher held-out loss than {arm} (nats per token)"
+            made[f"{other}_costs_loss"] = Statement(claim, arms[other]["eval_loss_against_baseline"])
+    return made
+
+
+def decided(made: Mapping[str, Statement]) -> dict[str, dict[str, Any]]:
+    """Name: {claim, verdict, margin, interval, p, level, near_edge, n} of every statement that was measured.
+
+    The verdict is holds, the opposite or undecided: whether the interval of the margin lies above 0, below 0 or around
+    it. Its confidence is 1 - level, the level at which Holm's method tests this statement among all of them, and None
+    stands for what needs more than one seed. A verdict is near the edge where p is within a factor of EDGE of the
+    level.
+    """
+    measured = {name: statement for name, statement in made.items() if statement.margin.n}
+    tested = {name: p for name, statement in measured.items() if (p := statement.margin.p_value) is not None}
+    levels = dict(zip(tested, holm_levels(list(tested.values())), strict=True))
+    return {name: _decided(statement, tested.get(name), levels.get(name)) for name, statement in measured.items()}
+
+
+def _decided(statement: Statement, p: float | None, level: float | None) -> dict[str, Any]:
+    margin = statement.margin if level is None else statement.margin.at(1 - level)
+    verdict = "undecided"
+    if p is not None and level is not None and margin.mean is not None and p < level:
+        verdict = "holds" if margin.mean > 0 else "the opposite"
+    return {
+        "claim": statement.claim,
+        "verdict": verdict,
+        "margin": margin.mean,
+        "interval": None if margin.low is None else [margin.low, margin.high],
+        "p": p,
+        "level": level,
+        "near_edge": p is not None and level is not None and level / EDGE < p < level * EDGE,
+        "n": margin.n,
+    }
 
 
 def _both(final: Records, field: str, arm: str, role: str, fit: str) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -193,9 +201,7 @@ def _interventions(study: StudyConfig, arms: Mapping[str, Any]) -> list[str]:
 
 def _change(study: StudyConfig, final: Records, arm: str, role: str, fit: str) -> Interval:
     where = {"subject_role": "shared", "reference_role": role, "fit": fit}
-    return paired(
-        by_seed(final, "corrected", arm=arm, **where), by_seed(final, "corrected", arm=study.baseline, **where)
-    )
+    return paired(by_seed(final, MAIN, arm=arm, **where), by_seed(final, MAIN, arm=study.baseline, **where))
 
 
 def affine(span: Interval, factor: float, shift: float) -> Interval:
@@ -207,25 +213,6 @@ def affine(span: Interval, factor: float, shift: float) -> Interval:
         return Interval(mean, None, None, span.n, span.confidence)
     ends = sorted(factor * end + shift for end in (span.low, span.high))
     return Interval(mean, ends[0], ends[1], span.n, span.confidence)
-
-
-def statement(claim: str, margin: Interval) -> dict[str, Any]:
-    """Whether a claim holds whose margin is positive if it is true: {claim, holds, margin, interval, n, note}."""
-    note = None
-    if margin.n == 0:
-        note = "not measured"
-    elif margin.low is None:
-        note = "one seed: no interval, so it cannot be said to hold"
-    return {
-        "claim": claim,
-        "holds": margin.mean is not None and margin.mean > 0 and margin.excludes_zero,
-        "margin": margin.mean,
-        "interval": None if margin.low is None else [margin.low, margin.high],
-        "half_width": margin.half_width,
-        "confidence": margin.confidence,
-        "n": margin.n,
-        "note": note,
-    }
 
 
 def _windows(flows: Sequence[GradientFlow]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 from tiedjax import text
 from tiedjax.analysis import published
 from tiedjax.analysis.align import closed_form_floor
+from tiedjax.analysis.statistics import CONFIDENCE
 
 Results = Mapping[str, Any]
 Span = Mapping[str, Any]  # statistics.Interval as JSON
@@ -40,168 +41,144 @@ def percent(span: Span) -> str:
 
 
 def answer(results: Results) -> list[str]:
-    """The finding, what nearness was possible, the gradients' share, each intervention; worded by what holds."""
+    """The finding, what each intervention does and costs, the gradients' share; worded by the verdicts."""
     return [
         _main_sentence(results),
-        *_beyond_frequency_sentence(results),
-        *_between_seeds_sentence(results),
-        *_disattenuated_sentence(results),
-        *_share_sentence(results),
         *_intervention_sentences(results),
+        *_share_sentence(results),
     ]
 
 
 def basis(results: Results) -> str:
     """What the uncertainties are."""
-    n = max(results["headline"][name]["n"] for name in ("margin", "reference_input_vs_output"))
-    if n == 1:
-        return "One seed: no uncertainty can be given, and nothing is claimed to hold."
-    level = round(100 * results["headline"]["margin"]["confidence"])
+    n = max((statement["n"] for statement in results["statements"].values()), default=0)
+    if n < 2:
+        return "One seed: no interval can be given, and nothing is decided."
     return (
-        f"± is half of a {level} % Student-t interval over {n} seeds, paired by seed where two runs are compared; "
-        "each is of one statement, not of all together."
+        f"± is half of a Student-t interval over {n} seeds, paired by seed where two runs are compared. Intervals of "
+        "statements have the level at which Holm’s method tests each; all others have 95 %."
     )
+
+
+def testing(results: Results) -> str:
+    """How many statements are tested, and what chance alone would give."""
+    tested = [statement for statement in results["statements"].values() if statement["level"] is not None]
+    if not tested:
+        return "One seed: no statement can be tested."
+    number_tested, level = len(tested), 1 - CONFIDENCE
+    return (
+        f"{number_tested} statements are tested together by Holm’s method: if all were false, chance alone would "
+        f"decide any of them in at most {level:.0%} of studies. Each tested alone at {level:.0%}, chance would decide "
+        f"{number_tested * level:.1f} of {number_tested}."
+    ).replace("%", "\u00a0%")
 
 
 def _main_sentence(results: Results) -> str:
     head = results["headline"]
     arm, reference = head["arm"], head["reference"]
-    holds = results["statements"][f"{arm}_nearer_output"]["holds"]
-    margin = head["margin"]
-    if margin["mean"] is None:
+    statement = results["statements"].get(f"{arm}_nearer_output")
+    if statement is None:
         return f"Not measured: there is no pair of a {arm} and an {reference} run with the same seed."
-    numbers = (
-        f"{spread(head['vs_output'])} to the output table against {spread(head['vs_input'])} to the input table "
-        f"(0 is chance, 1 is identical; difference {spread(margin)})"
-    )
-    if holds:
-        nearer = f"nearer to its {reference} twin’s output table than to its input table"
-        return f"Yes. The {arm} table lies {nearer}: {numbers}."
-    if margin["low"] is None:
-        side = "output" if margin["mean"] > 0 else "input"
+    near = {role: f"{role} table ({number(head[f'vs_{role}']['mean'])})" for role in ("output", "input")}
+    subject = f"With token frequency controlled, the {arm} table"
+    if statement["verdict"] == "undecided" and statement["interval"]:
         return (
-            f"One seed, so only a hint: the {arm} table lies nearer to its {reference} twin’s {side} table: {numbers}."
+            f"Undecided. {subject} is not measurably nearer to its {reference} twin’s {near['output']} or "
+            f"{near['input']}: difference {margin_of(statement)}.{_edge(statement)}"
         )
-    if margin["high"] < 0:
-        return f"No, the opposite. The {arm} table lies nearer to its {reference} twin’s input table: {numbers}."
-    return f"Not shown. The {arm} table is not measurably nearer to either of its {reference} twin’s tables: {numbers}."
-
-
-def _beyond_frequency_sentence(results: Results) -> Iterator[str]:
-    """The same nearness with what frequency alone gives counted as chance."""
-    found = results["headline"]["beyond_frequency"]
-    if found["margin"]["mean"] is not None:
-        yield (
-            "Counting as chance also what tokens of like frequency share (rows shuffled within tenths of frequency), "
-            f"it is {spread(found['vs_output'])} to the output table and {spread(found['vs_input'])} to the input "
-            f"table (difference {spread(found['margin'])})."
-        )
-
-
-def _between_seeds_sentence(results: Results) -> Iterator[str]:
-    """The same nearness between runs that share no seed, beside that of the reference's own tables: like with like."""
-    head, between = results["headline"], results["between_seeds"]
-    if not {head["arm"], head["reference"]} <= between.keys():
-        return
-    own, other = between[head["reference"]], between[head["arm"]]
-    mean = lambda compared, subject, target: number(compared[subject][f"vs_{target}"][head["fit"]]["corrected"]["mean"])
-    reference = head["reference"]
-    repeated = results["disattenuated"].get(head["arm"], {}).get("shared", {}).get("repetition")
-    repetition = f" and {head['arm']} tables at {number(repeated['mean'])}" if repeated else ""
-    yield (
-        f"Between runs of different seeds, {reference} output tables lie at {mean(own, 'output', 'output')}, "
-        f"input tables at {mean(own, 'input', 'input')}{repetition} from one another, the {head['arm']} table at "
-        f"{mean(other, 'shared', 'output')} from the output and {mean(other, 'shared', 'input')} from the input "
-        "tables: what training does not repeat in two tables limits how near they come (by the root of the two "
-        "repetitions)."
+    nearer, other = ("output", "input") if statement["margin"] > 0 else ("input", "output")
+    start = {"holds": "Yes. ", "the opposite": "No, the opposite. ", "undecided": "One seed, so only a hint. "}
+    return (
+        f"{start[statement['verdict']]}{subject} lies nearer to its {reference} twin’s {near[nearer]} than to its "
+        f"{near[other]}: difference {margin_of(statement, absolute=True)}.{_edge(statement)}"
     )
 
 
-def _disattenuated_sentence(results: Results) -> Iterator[str]:
-    """The nearness with that limit divided out, of the baseline and of every intervention."""
-    for arm in (results["headline"]["arm"], *results["changes"]):
-        found = results["disattenuated"].get(arm, {}).get("shared")
-        if found is None or found["margin"]["mean"] is None:
-            continue
-        yield (
-            f"With that limit divided out (Spearman’s correction for attenuation, jackknife over seeds), the {arm} "
-            f"table reaches {spread(found['vs_output'])} of the nearness possible to the output table and "
-            f"{spread(found['vs_input'])} of that to the input table; {_side(found['margin'])} "
-            f"{spread(found['margin'])}."
-        )
+def _edge(statement: Mapping[str, Any]) -> str:
+    return " This verdict is near the edge." if statement["near_edge"] else ""
 
 
-def _side(margin: Span) -> str:
-    if margin["low"] is None:
-        return "difference"
-    if margin["low"] > 0:
-        return "nearer to the output table: difference"
-    if margin["high"] < 0:
-        return "nearer to the input table: difference"
-    return "not measurably nearer to either: difference"
+def margin_of(statement: Mapping[str, Any], *, absolute: bool = False) -> str:
+    """A statement's margin ± half of its interval."""
+    low, high = statement["interval"] or (None, None)
+    mean = abs(statement["margin"]) if absolute else statement["margin"]
+    return spread({"mean": mean, "low": low, "high": high})
 
 
 def _share_sentence(results: Results) -> Iterator[str]:
     head = results["headline"]
     if head["early_output_share"]["mean"] is not None:
         arm = results["arms"][head["arm"]]
-        early = [
-            f"{percent(window['output_share'])} over steps {window['first']} to {window['last']}"
-            for window in arm["output_share_windows"][:2]
-        ]
+        first, last = head["early_steps"]
         yield (
-            f"Of the sum of the norms of the {head['arm']} table’s two role gradients, the output role’s makes "
-            f"{', '.join(early)}, and {percent(arm['overall_output_share'])} over the whole run."
+            f"The output role supplies {percent(head['early_output_share'])} of the {head['arm']} table’s gradient "
+            f"(sum of both norms) in steps {first} to {last} and {percent(arm['overall_output_share'])} over the whole "
+            "run."
         )
 
 
 def _intervention_sentences(results: Results) -> Iterator[str]:
-    for arm, change in results["changes"].items():
-        output, input_ = change["vs_output"]["orthogonal"], change["vs_input"]["orthogonal"]
-        baseline = results["headline"]["arm"]
-        yield (
-            f"With {arm} instead of {baseline}, nearness to the output table {_moved(output)} and nearness to "
-            f"the input table {_moved(input_)}."
-        )
+    baseline, statements = results["headline"]["arm"], results["statements"]
+    for arm in results["changes"]:
+        output, input_ = (statements.get(f"{arm}_{change}") for change in ("lowers_vs_output", "raises_vs_input"))
+        if output and input_:
+            yield (
+                f"With {arm} instead of {baseline}, nearness to the output table {_moved(output, -1)} and nearness to "
+                f"the input table {_moved(input_, 1)}."
+            )
+        if cost := statements.get(f"{arm}_costs_loss"):
+            yield f"With {arm} instead of {baseline}, the held-out loss {_moved(cost, 1)} nats a token."
 
 
-def _moved(change: Span) -> str:
-    if change["mean"] is None:
-        return "was not measured"
-    size = spread({"mean": abs(change["mean"])} | _ends(change))
-    if change["low"] is None:
-        return f"{'rises' if change['mean'] > 0 else 'falls'} by {size} (one seed)"
-    if change["low"] > 0:
-        return f"rises by {size}"
-    if change["high"] < 0:
-        return f"falls by {size}"
-    return f"does not measurably change ({spread(change)})"
-
-
-def _ends(change: Span) -> dict[str, float | None]:
-    """The ends of the interval of |x|, for an x whose interval does not contain 0."""
-    if change["low"] is None:
-        return {"low": None, "high": None}
-    low, high = sorted((abs(change["low"]), abs(change["high"])))
-    return {"low": low, "high": high}
+def _moved(statement: Mapping[str, Any], sign: int) -> str:
+    """How a quantity changes whose increase is `sign` times the statement's margin."""
+    rises = sign * statement["margin"] > 0
+    if statement["interval"] is None:
+        return f"{'rises' if rises else 'falls'} by {margin_of(statement, absolute=True)} (one seed)"
+    edge = ", near the edge," if statement["near_edge"] else ""
+    if statement["verdict"] == "undecided":
+        low, high = sorted(sign * end for end in statement["interval"])
+        change = spread({"mean": sign * statement["margin"], "low": low, "high": high})
+        return f"does not measurably change{edge} ({change})"
+    return f"{'rises' if rises else 'falls'}{edge} by {margin_of(statement, absolute=True)}"
 
 
 def verdicts(results: Results) -> list[dict[str, str]]:
     """Each statement with its verdict in words and its margin."""
+    return [
+        {
+            "claim": statement["claim"],
+            "verdict": statement["verdict"],
+            "edge": "near the edge" if statement["near_edge"] else "",
+            "margin": margin_of(statement),
+        }
+        for statement in results["statements"].values()
+    ]
+
+
+def arm_rows(results: Results) -> list[dict[str, str]]:
+    """Per arm: held-out loss, its difference to the baseline arm, nearness to the reference's two tables."""
+    baseline = results["headline"]["arm"]
     rows = []
-    for statement in results["statements"].values():
-        if statement["holds"]:
-            verdict = "holds"
-        elif statement["interval"] is None:
-            verdict = "open"
-        elif statement["interval"][1] < 0:
-            verdict = "the opposite"
-        else:
-            verdict = "does not hold"
-        low, high = statement["interval"] or (None, None)
-        span = {"mean": statement["margin"], "low": low, "high": high}
-        rows.append({"claim": statement["claim"], "verdict": verdict, "margin": spread(span)})
+    for arm, summary in results["arms"].items():
+        near = summary["alignment"].get("shared", {})
+        cells = {role: near.get(f"vs_{role}", {}).get(results["headline"]["fit"], {}) for role in ("output", "input")}
+        against = NONE if arm == baseline else signed(summary["eval_loss_against_baseline"])
+        rows.append(
+            {
+                "arm": arm,
+                "loss": spread(summary["eval_loss"]),
+                "against": against,
+                **{role: spread(cell.get(results["headline"]["measure"])) for role, cell in cells.items()},
+            }
+        )
     return rows
+
+
+def signed(span: Span) -> str:
+    """As `spread`, with a plus sign where the mean is above 0."""
+    rounded = float(f"{span['mean'] or 0:.3f}")
+    return f"+{spread(span)}" if rounded > 0 else spread(span)
 
 
 def alignment_groups(results: Results) -> list[dict[str, Any]]:
@@ -231,6 +208,7 @@ def _group(results: Results, arm: str, title: str, fits: Mapping[str, Any]) -> d
             "score": number(cell["score"]["mean"]),
             "floor": number(cell["floor"]["mean"]),
             "corrected": spread(cell["corrected"]),
+            "controlled": spread(cell[results["headline"]["measure"]]),
             "held_out": number(cell["held_out"]["mean"]),
             "main": fit == results["headline"]["fit"],
         }

@@ -48,7 +48,7 @@ def _draw_alignment(ax: drawing.Axes, results: drawing.Results) -> None:
     colours = drawing.colours(results)
     rows = list(_nearness(results))
     for y, (arm, role, cell, _) in enumerate(rows):
-        span, colour = cell["corrected"], colours[arm]
+        span, colour = cell[results["headline"]["measure"]], colours[arm]
         seeds = [v for v in cell["by_seed"].values() if v is not None]
         if span["low"] is not None:
             ax.plot([span["low"], span["high"]], [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round")

@@ -19,7 +19,7 @@ from tiedjax.analysis.sections import (
     spectrum,
 )
 
-SCHEMA = 2  # of results.json: another number where a key changes its meaning or goes
+SCHEMA = 3  # of results.json: another number where a key changes its meaning or goes
 
 SECTIONS: dict[str, Any] = {
     "alignment": alignment,
