@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_count(parser, "--draws", 5, "row permutations for the floor")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser)
     shared.add_all_rows(parser)
 
 
@@ -44,14 +45,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tiedjax.analysis.strata import frequency_parts
 
     draws = shared.at_least(args, "draws")
-    a, b = shared.read_pair(args)
+    inputs = shared.read_tables(args)
+    a, b = inputs.tables
     rows = shared.counting_rows(args, a, b)
     square = a.values.shape[1] == b.values.shape[1]
     fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
     report = shared.reporter("align")
     found = align(a.values, b.values, fits=fits, rows=rows, draws=draws, held_out=not args.paper, report=report)
     result = {
-        "inputs": [a.describe(), b.describe()],
+        **inputs.described,
         "form": "paper" if args.paper else "corrected",
         "rows": found.rows,
         "rows_masked_out": len(a.values) - found.rows,
@@ -66,20 +68,18 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result["raw_cosine"] = raw
     head = shared.heading(f"{a.name} mapped onto {b.name}", found.rows, len(a.values) - found.rows, found.width)
     if args.paper:
-        text = f"{head}; paper's form: both tables centred\n{_paper_table(found)}{_raw_line(result)}"
+        text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(found)}{_raw_line(result)}"
         return result | {"fits": _paper(found)}, text
     everywhere = found if rows is None else align(a.values, b.values, fits=fits, draws=0)
     free = [fit for fit in fits if fit not in SQUARE]
     back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
-    counts = shared.counts_of(args, a, b)
+    counts = shared.counts_of(a, b)
     alike = None
     if counts is not None:
         tenths = frequency_parts(counts, 10)
         alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
     described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
-    text = (
-        f"{head}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
-    )
+    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
     return result | {"fits": described}, text
 
 
