@@ -8,7 +8,7 @@ rows by number, whatever their tokens: likeness of such rows is inherited, not l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class Matching:
       tokens: of each vocabulary; None unless rows were matched by token.
       unknown: names of the tables whose tokenizer is not known; empty unless rows are taken as they stand.
       same_start: whether both tables started from the same initial array; None where that is not known.
-      equal_at_start: how many of the rows that correspond were equal then, bit for bit.
+      equal_at_start: boolean [rows], whether their two vectors were equal then, bit for bit; None likewise.
     """
 
     names: tuple[str, str]
@@ -44,15 +44,15 @@ class Matching:
     tokens: tuple[int, int] | None = None
     unknown: tuple[str, ...] = ()
     same_start: bool | None = None
-    equal_at_start: int | None = None
+    equal_at_start: np.ndarray | None = field(default=None, compare=False)
 
-    def describe(self) -> dict[str, Any]:
-        """What a result says of it."""
-        described = asdict(self)
-        return {name: described[name] for name in ("by", "rows", "tokens", "same_start", "equal_at_start")}
+    def describe(self, kept: np.ndarray | None) -> dict[str, Any]:
+        """What a result says of it; `kept` is a boolean mask of the rows that are compared (None: all)."""
+        equal = None if self.equal_at_start is None else int(_kept(self.equal_at_start, kept).sum())
+        plain = {"by": self.by, "rows": self.rows, "tokens": self.tokens}
+        return plain | {"same_start": self.same_start, "rows_equal_at_start": equal}
 
-    @property
-    def lines(self) -> list[str]:
+    def lines(self, kept: np.ndarray | None) -> list[str]:
         """What a person must know of it; nothing where both tables have one tokenizer and began apart."""
         lines = []
         a, b = self.names
@@ -61,17 +61,14 @@ class Matching:
                 f"{self.rows:,} tokens match, of {self.tokens[0]:,} in {a} and {self.tokens[1]:,} in {b}: "
                 "only their rows are compared"
             )
-        elif self.unknown:
+        if self.unknown:
             lines.append(f"rows are taken as they stand: the tokenizer of {' and of '.join(self.unknown)} is not known")
-        if self.same_start and self.equal_at_start:
+        if self.same_start and self.equal_at_start is not None:
+            equal = _kept(self.equal_at_start, kept)
+            inherited = ", and their likeness at identity is inherited, not learnt" if equal.any() else ""
             lines.append(
-                f"{a} and {b} started from the same initial array: {self.equal_at_start:,} of {self.rows:,} rows were "
-                "equal at step 0, and their likeness at identity is inherited, not learnt"
-            )
-        elif self.same_start:
-            lines.append(
-                f"{a} and {b} started from the same initial array, but none of the {self.rows:,} matched rows were "
-                "equal at step 0"
+                f"{a} and {b} started from the same initial array: {equal.sum():,} of {len(equal):,} compared rows "
+                f"were equal at step 0{inherited}"
             )
         return lines
 
@@ -110,11 +107,11 @@ def matched(a: Table, b: Table) -> tuple[Table, Table, Matching]:
         if spelled[0] != spelled[1]:
             rows, tokens = match(*spelled), (_known(spelled[0]), _known(spelled[1]))
             _check_enough(names, len(rows[0]), tokens)
-    same_start, equal_at_start = _start(a, b, rows)
+    start = _start(a, b, rows)
     if rows is not None:
         a, b = a.take(rows[0]), b.take(rows[1])
     by = "row" if unknown else "same tokenizer" if tokens is None else "token"
-    return a, b, Matching(names, by, len(a.values), tokens, unknown, same_start, equal_at_start)
+    return a, b, Matching(names, by, len(a.values), tokens, unknown, *start)
 
 
 def _first_rows(tokens: Tokens) -> dict[str, int]:
@@ -153,17 +150,20 @@ def _check_enough(names: tuple[str, str], matches: int, tokens: tuple[int, int])
         )
 
 
-def _start(a: Table, b: Table, rows: tuple[np.ndarray, np.ndarray] | None) -> tuple[bool | None, int | None]:
-    """Whether rows of one number were equal at step 0, and how many of the rows that correspond; None where unknown."""
+def _kept(equal: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    return equal if kept is None else equal[kept]
+
+
+def _start(a: Table, b: Table, rows: tuple[np.ndarray, np.ndarray] | None) -> tuple[bool | None, np.ndarray | None]:
+    """Whether any rows of one number were equal at step 0, and which of the rows that correspond; None if unknown."""
     if a.initial is None or b.initial is None:
         return None, None
     x_VD, y_VD = a.initial(), b.initial()
-    if x_VD.shape[1] != y_VD.shape[1]:
-        return False, 0
-    V = min(len(x_VD), len(y_VD))
-    blocks = row_blocks(V, x_VD.shape[1])
-    equal_V = np.concatenate([(x_VD[:V][block] == y_VD[:V][block]).all(axis=1) for block in blocks])
+    V = max(len(x_VD), len(y_VD))
+    equal_V = np.zeros(V, bool)
+    if x_VD.shape[1] == y_VD.shape[1]:
+        for block in row_blocks(min(len(x_VD), len(y_VD)), x_VD.shape[1]):
+            equal_V[block] = (x_VD[block] == y_VD[block]).all(axis=1)
     if rows is None:
-        return bool(equal_V.any()), int(equal_V.sum())
-    of_one_number = rows[0][rows[0] == rows[1]]
-    return bool(equal_V.any()), int(equal_V[of_one_number].sum())
+        return bool(equal_V.any()), equal_V
+    return bool(equal_V.any()), (rows[0] == rows[1]) & equal_V[rows[0]]

@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     draws = shared.at_least(args, "draws")
     inputs = shared.read_tables(args)
-    a, b = inputs.tables
-    rows = shared.counting_rows(args, a, b)
+    (a, b), rows = inputs.tables, inputs.rows
     square = a.values.shape[1] == b.values.shape[1]
     fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
     report = shared.reporter("align")
@@ -79,8 +78,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         tenths = frequency_parts(counts, 10)
         alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
     described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
-    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
-    return result | {"fits": described}, text
+    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}"
+    return result | {"fits": described}, text + _strata_table(described)
 
 
 def _described(

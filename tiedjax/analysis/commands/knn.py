@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper and args.centre:
         raise UserError("--centre: the paper's form does not centre; leave out --centre or --paper")
     inputs = shared.read_tables(args)
-    a, b = inputs.tables
-    mask, counts = shared.counting_rows(args, a, b), shared.counts_of(a, b)
+    (a, b), mask = inputs.tables, inputs.rows
+    counts = shared.counts_of(a, b)
     report = lambda line: print(line, file=sys.stderr, flush=True)
     measure = partial(knn, a.values, b.values, k=k, draws=draws, counts=counts, report=report)
     found, left_out = measure(zero_rows=True) if args.paper else measure(rows=mask, centre=args.centre)

@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     k = shared.at_least(args, "neighbours")
     inputs = shared.read_tables(args)
-    tables = inputs.tables
-    mask = shared.counting_rows(args, *tables)
+    tables, mask = inputs.tables, inputs.rows
     kept = np.arange(len(tables[0].values)) if mask is None else np.flatnonzero(mask)
     asked, texts_of = _chosen(args, tables, kept)
     maps = [draw_map(t.values[kept], args.method, report=shared.reporter("map")) for t in tables]

@@ -86,9 +86,14 @@ def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tables of a command, with corresponding rows; what its result says of them, and lines after its heading."""
+    """The tables of a command, with corresponding rows, and which of them count.
+
+    `rows` is a boolean mask, None where all count; `described` is what a result says of the tables, `note` the lines
+    that follow the heading.
+    """
 
     tables: tuple[Table, ...]
+    rows: np.ndarray | None
     described: dict[str, Any]
     note: str = ""
 
@@ -105,9 +110,11 @@ def read_tables(args: argparse.Namespace) -> Inputs:
     tables = _with_tokenizers(args, _with_counts(args, [read_table(name) for name in names]))
     described: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
     if len(tables) == 1:
-        return Inputs((tables[0],), described)
+        return Inputs((tables[0],), _counting_rows(args, tables), described)
     a, b, matching = matched(*tables)
-    return Inputs((a, b), described | {"matching": matching.describe()}, "".join(f"\n{x}" for x in matching.lines))
+    rows = _counting_rows(args, [a, b])
+    note = "".join(f"\n{line}" for line in matching.lines(rows))
+    return Inputs((a, b), rows, described | {"matching": matching.describe(rows)}, note)
 
 
 def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
@@ -140,7 +147,7 @@ def counts_of(*tables: Table) -> np.ndarray | None:
     return next((table.counts for table in tables if table.counts is not None), None)
 
 
-def counting_rows(args: argparse.Namespace, *tables: Table) -> np.ndarray | None:
+def _counting_rows(args: argparse.Namespace, tables: Sequence[Table]) -> np.ndarray | None:
     """Boolean [V]: rows of tokens that every table with known counts saw in training; None keeps all.
 
     All count with --all-rows and in the paper's form.

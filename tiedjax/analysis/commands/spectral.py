@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     k, eigenpairs, draws = (shared.at_least(args, name) for name in ("k", "eigenpairs", "draws"))
     inputs = shared.read_tables(args)
-    a, b = inputs.tables
-    mask = shared.counting_rows(args, a, b)
+    (a, b), mask = inputs.tables, inputs.rows
     report = lambda line: print(line, file=sys.stderr, flush=True)
     measure = partial(spectral, a.values, b.values, k=k, eigenpairs=eigenpairs, report=report)
     found, left_out = measure(rows=mask, zero_rows=args.paper, draws=draws)

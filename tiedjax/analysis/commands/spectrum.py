@@ -37,8 +37,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     draws = shared.at_least(args, "draws")
     inputs = shared.read_tables(args)
-    tables = inputs.tables
-    rows = shared.counting_rows(args, *tables)
+    tables, rows = inputs.tables, inputs.rows
     values = [t.values if rows is None else t.values[rows] for t in tables]
     shapes = [
         spectrum(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
