@@ -130,7 +130,7 @@ def test_a_thousand_matches_are_enough_and_so_is_a_fifth_of_the_larger_vocabular
         matched(*tables)
     assert str(error.value) == (
         f"{matches:,} tokens match, of {first} and {second}: too few to compare; "
-        "1,000 must match, or 20% of the larger vocabulary"
+        "1,000 must match, or 20 % of the larger vocabulary"
     )
 
 
@@ -345,7 +345,7 @@ def test_what_cannot_be_matched_is_one_line(planted, capsys):
         option = "--tokenizers" if instrument == "map" else "--tokens"
         assert refused(capsys, instrument, "a.npy", "b.npy", option, "a.json", "words.json", *options) == (
             "9 tokens match, of 312 in a.npy and 300 in b.npy: too few to compare; "
-            "1,000 must match, or 20% of the larger vocabulary"
+            "1,000 must match, or 20 % of the larger vocabulary"
         )
     assert refused(capsys, "spectrum", "a.npy", "--tokens", "a.json", "b.json") == (
         "a.json: tokenizers match the rows of two tables, but there is one"

@@ -1,8 +1,8 @@
 """Which rows of two tables are of the same token.
 
 A row number says nothing across tokenizers, so rows are matched by what their tokens stand for (`token_strings`). Where
-both tables have one vocabulary, or a tokenizer is not known, rows stay as they are. Runs of one seed start from equal
-rows by number, whatever their tokens: likeness of such rows is inherited, not learnt, and is therefore counted.
+both tables have one vocabulary, or a tokenizer is not known, rows stay as they are. Runs of one seed and scheme start
+equal by row number, whatever their tokens: likeness of such rows is inherited, not learnt, so they are counted.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _check_enough(names: tuple[str, str], matches: int, tokens: tuple[int, int])
     if matches < ENOUGH and matches < SHARE * max(tokens):
         raise UserError(
             f"{matches:,} tokens match, of {tokens[0]:,} in {names[0]} and {tokens[1]:,} in {names[1]}: too few to "
-            f"compare; {ENOUGH:,} must match, or {SHARE:.0%} of the larger vocabulary"
+            f"compare; {ENOUGH:,} must match, or {100 * SHARE:.0f} % of the larger vocabulary"
         )
 
 
