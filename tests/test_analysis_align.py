@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
 
 from tiedjax.analysis import blocked, fitting, maps
-from tiedjax.analysis.align import align, by_stratum, closed_form_floor, distribution, uncorrected
+from tiedjax.analysis.align import (
+    RawCosine,
+    align,
+    by_stratum,
+    closed_form_floor,
+    distribution,
+    raw_cosine,
+    uncorrected,
+)
 from tiedjax.analysis.fitting import FITS
 from tiedjax.errors import UserError
 
@@ -349,3 +360,47 @@ def test_the_polar_iteration_is_the_polar_factor_and_gives_up_on_a_singular_matr
     M[:, 0] = 0
     assert maps._polar_iteration(M) is None
     assert maps._polar_iteration(np.zeros((4, 4))) is None
+
+
+def raw_by_numpy(X: np.ndarray, Y: np.ndarray) -> float:
+    return np.mean(np.sum(X * Y, 1) / np.linalg.norm(X, axis=1) / np.linalg.norm(Y, axis=1))
+
+
+def test_the_raw_cosine_centres_nothing():
+    X, Y = tables(300, 12)
+    X, Y = X + 2, Y - 1
+    raw = raw_cosine(X, Y)
+    assert raw.score == pytest.approx(raw_by_numpy(X, Y), abs=1e-12)
+    assert abs(raw.score - align(X, Y, fits=["identity"], draws=0).scores["identity"].score) > 0.3
+    assert raw_cosine(X.astype(np.float32), Y.astype(np.float32)).score == pytest.approx(raw.score, abs=1e-6)
+    mask = np.arange(300) % 3 > 0
+    assert raw_cosine(X, Y, rows=mask) == raw_cosine(X[mask], Y[mask])
+
+
+def test_the_floor_of_the_raw_cosine_is_its_mean_over_all_permutations():
+    X, Y = np.random.default_rng(5).normal(1, 1, (2, 5, 3))
+    raw = raw_cosine(X, Y)
+    scores = [raw_by_numpy(X, Y[list(order)]) for order in itertools.permutations(range(5))]
+    assert raw.floor == pytest.approx(np.mean(scores), abs=1e-12)
+    assert raw.corrected == pytest.approx((raw.score - raw.floor) / (1 - raw.floor), abs=1e-12)
+
+
+def test_rows_of_zeros_have_no_raw_cosine_or_count_as_0():
+    X, Y = tables(50, 6)
+    X[7], Y[[7, 9]] = 0, 0
+    known = np.delete(np.arange(50), [7, 9])
+    raw, paper = raw_cosine(X, Y), raw_cosine(X, Y, zero_rows=True)
+    assert (raw.rows_left_out, paper.rows_left_out) == (2, 0)
+    assert raw == replace(raw_cosine(X[known], Y[known]), rows_left_out=2)
+    assert paper.score == pytest.approx(raw.score * 48 / 50, abs=1e-12)
+    assert raw_cosine(0 * X, Y) == RawCosine(None, None, None, 50)
+    with pytest.raises(UserError, match=r"the raw cosine needs equal shapes, got \[50, 6\] and \[50, 5\]"):
+        raw_cosine(X, Y[:, :5])
+
+
+@pytest.mark.parametrize("blocks", [2**25, 300])
+@pytest.mark.parametrize("size", [1e-200, 1, 1e200])
+def test_the_raw_cosine_does_not_depend_on_size_or_blocks(monkeypatch, size, blocks):
+    monkeypatch.setattr(blocked.row_blocks, "__defaults__", (4, blocks))
+    X, Y = tables(90, 5)
+    assert raw_cosine(size * X, Y).score == pytest.approx(raw_by_numpy(X, Y), abs=1e-12)

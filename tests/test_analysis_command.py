@@ -89,6 +89,42 @@ def test_paper_form_keeps_all_rows_and_corrects_nothing(runs):
     assert json.loads(Path("all.json").read_text())["fits"]["linear"]["score"] == paper["fits"]["linear"]["score"]
 
 
+def test_align_says_that_it_centres_and_gives_the_raw_cosine_beside(here, capsys):
+    X, Y = np.load("a.npy") + 1, np.load("b.npy") + 1
+    X[4] = 0
+    np.save("a.npy", X)
+    np.save("b.npy", Y)
+    unit = lambda table: table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-9)
+    every, known = (unit(X), unit(Y)), (np.delete(unit(X), 4, axis=0), np.delete(unit(Y), 4, axis=0))
+
+    analyze("align", "a.npy", "b.npy", "--paper", "--json", "paper.json")
+    shown, paper = capsys.readouterr().out, json.loads(Path("paper.json").read_text())["raw_cosine"]
+    score, floor = np.sum(every[0] * every[1]) / 300, every[0].mean(axis=0) @ every[1].mean(axis=0)
+    assert paper == pytest.approx({"score": score, "floor": floor, "rows_left_out": 0}, abs=1e-12)
+    assert f"\nraw cosine: {score:.4f}, floor {floor:.4f}; rows as they are, not centred\n" in shown
+    assert "; paper's form: both tables centred\n" in shown
+
+    analyze("align", "a.npy", "b.npy", "--json", "ours.json")
+    shown, ours = capsys.readouterr().out, json.loads(Path("ours.json").read_text())["raw_cosine"]
+    score, floor = np.sum(known[0] * known[1]) / 299, known[0].mean(axis=0) @ known[1].mean(axis=0)
+    corrected = (score - floor) / (1 - floor)
+    assert ours == pytest.approx(
+        {"score": score, "floor": floor, "corrected": corrected, "rows_left_out": 1}, abs=1e-12
+    )
+    assert (
+        f"\nraw cosine: {score:.4f}, floor {floor:.4f}, corrected {corrected:.4f}; rows as they are, not centred; "
+        "1 rows of zeros left out\nscore: mean cosine in sample, both tables centred by their column means;"
+    ) in shown
+
+    np.save("wide.npy", np.ones((300, 5)))
+    analyze("align", "a.npy", "wide.npy", "--json", "wide.json")
+    assert "raw cosine" not in capsys.readouterr().out
+    assert "raw_cosine" not in json.loads(Path("wide.json").read_text())
+    with pytest.raises(SystemExit):
+        analyze("align", "--help")
+    assert "centred, identity too" in " ".join(capsys.readouterr().out.split())
+
+
 def test_fits_and_draws_can_be_chosen(here):
     analyze("align", "a.npy", "b.npy", "--fit", "linear", "--draws", "2", "--json", "o.json")
     fits = json.loads(Path("o.json").read_text())["fits"]

@@ -23,8 +23,8 @@ def dense(a: np.ndarray, b: np.ndarray, k: int, eigenpairs: int) -> float:
     for table in (a, b):
         adjacency = np.zeros((len(table), len(table)))
         for row, near in enumerate(brute_force(table, k)):
-            adjacency[row, near] = adjacency[near, row] = 1
-        graphs.append(adjacency)
+            adjacency[row, near] = 1
+        graphs.append((adjacency + adjacency.T) / 2)
     A, B = graphs
     values, vectors = np.linalg.eigh(np.block([[A, (A + B) / 2], [(A + B) / 2, B]]))
     keep = np.argsort(-np.abs(values))[:eigenpairs]
@@ -46,12 +46,57 @@ def test_the_distance_is_that_of_a_dense_solver(V, k, eigenpairs):
     assert (found.rows, found.eigenpairs, left_out) == (V, eigenpairs, 0)
 
 
-def test_the_graph_is_symmetric_and_hollow():
-    found = graph(neighbours(normal(200, 6), 9).indices_VK).toarray()
-    np.testing.assert_array_equal(found, found.T)
-    assert set(np.unique(found)) == {0, 1}
-    assert not found.diagonal().any()
-    assert (found.sum(axis=1) >= 9).all()
+def clusters(rng: np.random.Generator, V: int, D: int) -> np.ndarray:
+    """Rows about a dozen centres, of lengths that differ a hundredfold."""
+    lengths = 10 ** rng.uniform(-1, 1, (V, 1))
+    return lengths * (2 * rng.normal(size=(12, D))[rng.integers(12, size=V)] + rng.normal(size=(V, D)))
+
+
+def common_direction(rng: np.random.Generator, V: int, D: int) -> np.ndarray:
+    """Rows with a large mean and a falling spectrum: hubs, and so many one-sided neighbours."""
+    return rng.normal(size=(V, D)) / np.sqrt(1 + np.arange(D)) + 1.5 * rng.normal(size=D)
+
+
+@pytest.mark.parametrize(
+    ("seed", "V", "widths", "structure"),
+    [
+        (11, 200, (12, 12), clusters),
+        (12, 330, (24, 9), common_direction),
+        (13, 450, (7, 40), clusters),
+        (14, 520, (48, 48), common_direction),
+    ],
+)
+def test_the_form_of_the_paper_is_a_dense_computation(seed, V, widths, structure):
+    """k-NN graphs as (A + A') / 2, the omnibus matrix, its 128 eigenpairs of largest magnitude, all written out."""
+    rng = np.random.default_rng(seed)
+    x = structure(rng, V, widths[0])
+    y = x @ rng.normal(size=widths) / np.sqrt(widths[0]) + structure(rng, V, widths[1])
+    halves = []
+    for table in (x, y):
+        unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+        cosines = unit @ unit.T
+        np.fill_diagonal(cosines, -np.inf)
+        joined = cosines >= np.sort(cosines, axis=1)[:, [-64]]
+        halves.append((joined.astype(float) + joined.T) / 2)
+    A, B = halves
+    values, vectors = np.linalg.eigh(np.block([[A, (A + B) / 2], [(A + B) / 2, B]]))
+    leading = np.argsort(np.abs(values))[-128:]
+    za, zb = np.split(vectors[:, leading] * np.sqrt(np.abs(values[leading])), 2)
+    wanted = np.linalg.norm(za - zb, 2) / min(np.linalg.norm(za, 2), np.linalg.norm(zb, 2))
+    measured, _ = spectral(x, y, zero_rows=True, draws=0)
+    assert measured.distance == pytest.approx(wanted, abs=1e-4)
+    assert measured.edges == tuple(int(np.count_nonzero(np.triu(half))) for half in halves)
+
+
+def test_the_graph_is_symmetric_and_hollow_and_a_one_sided_neighbour_weighs_half():
+    near = neighbours(normal(200, 6), 9).indices_VK
+    adjacency = graph(near).toarray()
+    np.testing.assert_array_equal(adjacency, adjacency.T)
+    assert not adjacency.diagonal().any()
+    for row in range(200):
+        for other in range(200):
+            assert adjacency[row, other] == ((other in near[row]) + (row in near[other])) / 2
+    assert adjacency.sum() == 200 * 9
 
 
 @pytest.mark.parametrize("V", [150, 400])
@@ -117,7 +162,7 @@ def test_floors_are_optional_and_counted():
     one = compare(*graphs, eigenpairs=8, draws=1)
     assert one.floor is not None
     assert one.floor_standard_error is None
-    assert one.edges == tuple(int(g.toarray().sum()) // 2 for g in graphs)
+    assert one.edges == tuple(np.count_nonzero(g.toarray()) // 2 for g in graphs)
 
 
 def test_the_command_gives_both_forms(tmp_path, monkeypatch, capsys):

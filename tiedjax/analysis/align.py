@@ -11,6 +11,8 @@ A map is fitted on the rows it is scored on, so unrelated tables score above 0. 
 Y[p] for the successive p of `numpy.random.default_rng(0).permutation(rows)`, the map fitted anew for each. Held out,
 the map is fitted on one half of the rows (the first of `numpy.random.default_rng(1).permutation(rows)`) and scored on
 the other about the first one's means, and the other way round: its floor is 0 but for noise.
+
+The raw cosine is the one score without centring: the mean over rows of cosine(row of X, row of Y) as they are.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tiedjax.analysis.blocked import row_blocks
 from tiedjax.analysis.fitting import FITS, Measured, Pair
 from tiedjax.analysis.statistics import Interval, bootstrap_mean
+from tiedjax.errors import UserError
 
 DRAWS = 5
 BINS = 40
@@ -41,6 +45,20 @@ class Score:
     corrected: float | None
     rows_left_out: int
     penalty: float | None = None
+
+
+@dataclass(frozen=True)
+class RawCosine:
+    """The mean cosine of rows that are not centred; None where no row counts.
+
+    `floor` is its mean over all permutations of Y's rows, exactly: the product of the two mean directions. So tables
+    with a common mean row have a high one.
+    """
+
+    score: float | None
+    floor: float | None
+    corrected: float | None
+    rows_left_out: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,46 @@ def align(
         cosines=whole[0].cosines,
         chance={fit: np.mean([each.cosines[fit] for each in whole[1:]], axis=0) for fit in fits if draws},
     )
+
+
+def raw_cosine(
+    x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = None, zero_rows: bool = False
+) -> RawCosine:
+    """The mean over rows of cosine(row of X, row of Y), nothing centred, with its floor.
+
+    `rows` is a boolean [V] mask of the rows that count. Rows that are all zero in either table are left out and
+    counted, unless `zero_rows`: then their cosine is 0. UserError: tables of different shapes.
+
+    >>> raw_cosine(np.array([[3.0, 0.0], [1.0, 1.0]]), np.array([[5.0, 0.0], [0.0, 2.0]])).score
+    0.8535533905932737
+    """
+    if x_VD.shape != y_VD.shape:
+        raise UserError(f"align: the raw cosine needs equal shapes, got {list(x_VD.shape)} and {list(y_VD.shape)}")
+    kept = np.arange(len(x_VD)) if rows is None else np.flatnonzero(rows)
+    total, known, x_D, y_D = 0.0, 0, np.zeros(x_VD.shape[1]), np.zeros(x_VD.shape[1])
+    for block in row_blocks(len(kept), x_VD.shape[1], itemsize=8):
+        x, y = _directions(x_VD[kept[block]]), _directions(y_VD[kept[block]])
+        both = x.any(axis=1) & y.any(axis=1)
+        if not zero_rows:
+            x, y = x[both], y[both]
+        total += float(np.vecdot(x, y).sum())
+        known += int(both.sum())
+        x_D += x.sum(axis=0)
+        y_D += y.sum(axis=0)
+    counted = len(kept) if zero_rows else known
+    if not counted:
+        return RawCosine(None, None, None, len(kept))
+    score, floor = total / counted, float(x_D @ y_D) / counted**2
+    return RawCosine(score, floor, correct(score, floor), len(kept) - counted)
+
+
+def _directions(rows_ND: np.ndarray) -> np.ndarray:
+    """Rows of length 1, float64; rows of zeros stay so."""
+    rows = np.asarray(rows_ND, np.float64)
+    peak = np.abs(rows).max(axis=1, keepdims=True)
+    rows = rows / np.where(peak == 0, 1, peak)  # by the largest entry first: its square always is a float
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(length == 0, 1, length)
 
 
 def _permutation(rng: np.random.Generator, rows: int, labels: np.ndarray | None) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Spectral distance: how far apart two tables' neighbour graphs lie once both are embedded in one space.
 
-Two rows are joined where either is among the other's k nearest by cosine; A and B are the symmetric, hollow adjacency
-matrices. The omnibus matrix [[A, (A + B) / 2], [(A + B) / 2, B]] has 2V eigenpairs; with U and S the `eigenpairs`
-largest in magnitude, Z = U sqrt|S|, whose first V rows embed A, the last V rows B:
+A and B are the hollow adjacency matrices of every row's k nearest by cosine, made symmetric as (A + A') / 2: two rows
+are joined with weight 1 where each is among the other's nearest, and with 1/2 where only one is. That is the form of
+arXiv 2603.26663; the corrected form differs from it only in the rows that count. The omnibus matrix
+[[A, (A + B) / 2], [(A + B) / 2, B]] has 2V eigenpairs; with U and S the `eigenpairs` largest in magnitude,
+Z = U sqrt|S|, whose first V rows embed A, the last V rows B:
 
     distance = ||Za - Zb|| / min(||Za||, ||Zb||), spectral norms            (arXiv 2305.05126)
 
@@ -31,7 +33,10 @@ Graph = Any  # scipy.sparse.csr_array
 
 @dataclass(frozen=True)
 class Spectral:
-    """The distance of two graphs beside what it is by chance; `relative` is distance / floor: 0 the same, 1 chance."""
+    """The distance of two graphs beside what it is by chance; `relative` is distance / floor: 0 the same, 1 chance.
+
+    `edges` counts the pairs of rows that are joined at all, graph by graph.
+    """
 
     distance: float
     floor: float | None
@@ -65,12 +70,12 @@ def spectral(
 
 
 def graph(indices_VK: np.ndarray) -> Graph:
-    """The symmetric, hollow adjacency matrix of nearest neighbours [V, k], csr float64 [V, V]."""
+    """The hollow adjacency matrix of nearest neighbours [V, k], symmetric as (A + A') / 2, csr float64 [V, V]."""
     from scipy.sparse import csr_array
 
     V, k = indices_VK.shape
     one_way = csr_array((np.ones(V * k), indices_VK.ravel(), np.arange(0, V * k + 1, k)), shape=(V, V))
-    return one_way.maximum(one_way.T).tocsr()
+    return ((one_way + one_way.T) / 2).tocsr()
 
 
 def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None) -> Spectral:

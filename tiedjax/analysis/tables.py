@@ -6,7 +6,7 @@ import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class Table:
     """One [V, D] table: the name it was asked for by, its values, and what is known of its tokens.
 
     `role` is input, output, shared (one table in both roles) or None (a file does not say). `counts` is int64 [2, V]:
-    as input, as target. `tokenizer_path` is the run's tokenizer.json.
+    as input, as target. `tokenizer_path` is the run's tokenizer.json, `run_path` its directory, and `initial` gives the
+    table of step 0, if the run holds it. `ids` int [V] are the rows' token ids; None where they are the row numbers.
     """
 
     name: str
@@ -33,6 +34,9 @@ class Table:
     role: str | None = None
     counts: np.ndarray | None = None
     tokenizer_path: Path | None = None
+    run_path: Path | None = None
+    initial: Callable[[], np.ndarray] | None = None
+    ids: np.ndarray | None = None
 
     @property
     def sha256(self) -> str:
@@ -43,6 +47,11 @@ class Table:
     def seen(self) -> np.ndarray | None:
         """Boolean [V]: tokens that occurred in training in either role; None where counts are not known."""
         return None if self.counts is None else seen_rows(self.counts)
+
+    def take(self, index: np.ndarray) -> Table:
+        """The table of those rows alone, in that order, with their counts and token ids."""
+        counts = None if self.counts is None else self.counts[:, index]
+        return replace(self, values=self.values[index], counts=counts, ids=index, initial=None)
 
     def describe(self) -> dict[str, Any]:
         """Name, hash, role and shape, as every result states its inputs."""
@@ -156,7 +165,15 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
     if len(found) > 1 and pick is None:
         raise UserError(f"{text}: the run has two tables; pick one with {text}#input or {text}#output")
     role = pick if pick in found else next(iter(found))
-    return Table(text, checked(found[role], text), role, np.asarray(run.token_counts), run.tokenizer_path)
+    return Table(
+        text,
+        checked(found[role], text),
+        role,
+        np.asarray(run.token_counts),
+        run.tokenizer_path,
+        run_path=Path(place).resolve(),
+        initial=(lambda: distinct(run.tables(0))[role]) if 0 in run.snapshot_steps else None,
+    )
 
 
 def _listed(steps: list[int]) -> str:

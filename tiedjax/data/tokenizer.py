@@ -62,7 +62,10 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
         raise UserError(f"{where}: not a tokenizer.json: {error}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)")
-    tokenizer = Tokenizer.from_str(text)
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text that spells the end marker must not end its document

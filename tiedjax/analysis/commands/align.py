@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 HELP = "mean cosine of two tables' rows under four maps, with floors"
 SUBJECT = "pair"
 
-_NOTE = """score: mean cosine in sample; floor: its mean over row permutations of B;
+_NOTE = """score: mean cosine in sample, both tables centred by their column means;
+floor: its mean over row permutations of B;
 corrected: (score - floor) / (1 - floor); back: B mapped onto A, corrected;
 held out: fitted on one half of the rows, scored on the other;
 paper: all rows, in sample, uncorrected"""
@@ -24,30 +25,34 @@ paper: all rows, in sample, uncorrected"""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B and the options."""
     shared.add_pair(parser)
-    shared.add_paper(parser, "all rows, in sample, uncorrected; rows without a direction count as 0")
+    shared.add_paper(
+        parser, "centred, identity too; all rows, in sample, uncorrected; rows without a direction count as 0"
+    )
     parser.add_argument(
         "--fit", action="append", metavar="FIT", help="identity, orthogonal, linear or ridge; repeatable (default: all)"
     )
     shared.add_count(parser, "--draws", 5, "row permutations for the floor")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser)
     shared.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.align import align
+    from tiedjax.analysis.align import align, raw_cosine
     from tiedjax.analysis.fitting import FITS, SQUARE
+    from tiedjax.analysis.records import to_plain
     from tiedjax.analysis.strata import frequency_parts
 
     draws = shared.at_least(args, "draws")
-    a, b = shared.read_pair(args)
-    rows = shared.counting_rows(args, a, b)
+    inputs = shared.read_tables(args)
+    (a, b), rows = inputs.tables, inputs.rows
     square = a.values.shape[1] == b.values.shape[1]
     fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
     report = shared.reporter("align")
     found = align(a.values, b.values, fits=fits, rows=rows, draws=draws, held_out=not args.paper, report=report)
     result = {
-        "inputs": [a.describe(), b.describe()],
+        **inputs.described,
         "form": "paper" if args.paper else "corrected",
         "rows": found.rows,
         "rows_masked_out": len(a.values) - found.rows,
@@ -55,20 +60,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "target_width": found.target_width,
         "centred": True,
     }
+    if square:
+        raw = to_plain(raw_cosine(a.values, b.values, rows=rows, zero_rows=args.paper))
+        if args.paper:
+            del raw["corrected"]
+        result["raw_cosine"] = raw
     head = shared.heading(f"{a.name} mapped onto {b.name}", found.rows, len(a.values) - found.rows, found.width)
     if args.paper:
-        return result | {"fits": _paper(found)}, f"{head}; paper's form\n{_paper_table(found)}"
+        text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(found)}{_raw_line(result)}"
+        return result | {"fits": _paper(found)}, text
     everywhere = found if rows is None else align(a.values, b.values, fits=fits, draws=0)
     free = [fit for fit in fits if fit not in SQUARE]
     back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
-    counts = shared.counts_of(args, a, b)
+    counts = shared.counts_of(a, b)
     alike = None
     if counts is not None:
         tenths = frequency_parts(counts, 10)
         alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
     described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
-    text = f"{head}\n{_table(described)}\n{_NOTE}\n\n{_rows_table(described)}{_strata_table(described)}"
-    return result | {"fits": described}, text
+    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}"
+    return result | {"fits": described}, text + _strata_table(described)
 
 
 def _described(
@@ -95,6 +106,17 @@ def _described(
         masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
         about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
     return about
+
+
+def _raw_line(result: dict[str, Any]) -> str:
+    """The raw cosine on a line of its own; nothing for tables of different widths, which have none."""
+    if "raw_cosine" not in result:
+        return ""
+    raw = result["raw_cosine"]
+    corrected = f", corrected {shared.cell(raw['corrected'])}" if "corrected" in raw else ""
+    zeros = f"; {raw['rows_left_out']} rows of zeros left out" if raw["rows_left_out"] else ""
+    score, floor = shared.cell(raw["score"]), shared.cell(raw["floor"])
+    return f"\nraw cosine: {score}, floor {floor}{corrected}; rows as they are, not centred{zeros}"
 
 
 def _paper(found: Alignment) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--centre", action="store_true", help="subtract each table's column means first")
     shared.add_count(parser, "--draws", 10, "row permutations for the floor")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser)
     shared.add_all_rows(parser)
 
 
@@ -37,8 +38,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     k, draws = shared.at_least(args, "k"), shared.at_least(args, "draws")
     if args.paper and args.centre:
         raise UserError("--centre: the paper's form does not centre; leave out --centre or --paper")
-    a, b = shared.read_pair(args)
-    mask, counts = shared.counting_rows(args, a, b), shared.counts_of(args, a, b)
+    inputs = shared.read_tables(args)
+    (a, b), mask = inputs.tables, inputs.rows
+    counts = shared.counts_of(a, b)
     report = lambda line: print(line, file=sys.stderr, flush=True)
     measure = partial(knn, a.values, b.values, k=k, draws=draws, counts=counts, report=report)
     found, left_out = measure(zero_rows=True) if args.paper else measure(rows=mask, centre=args.centre)
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     plain = to_plain(found)
     overlap = plain.pop("overlap")
     result = {
-        "inputs": [a.describe(), b.describe()],
+        **inputs.described,
         "form": "paper" if args.paper else "corrected",
         **overlap,
         "rows_masked_out": len(a.values) - found.overlap.rows - left_out,
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     form = "; paper's form: uncorrected" if args.paper else ""
     low, high = (shared.cell(end) for end in (found.interval.low, found.interval.high))
     return result, (
-        f"{head}{zeros}{form}\n{table}\nscore {found.overlap.score:.4f}, over rows {low} to {high}\n"
+        f"{head}{zeros}{form}{inputs.note}\n{table}\nscore {found.overlap.score:.4f}, over rows {low} to {high}\n"
         f"floor: mean over row permutations of the second table, +- standard error; closed form: k / (rows - 1)\n{hubs}"
     )
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tiedjax.analysis.commands import shared
+from tiedjax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tiedjax.analysis.map import Map
+    from tiedjax.analysis.map import Map, Nearest
     from tiedjax.analysis.tables import Table
 
 HELP = "a table in the plane, how far that picture can be trusted, and the nearest rows of single tokens"
@@ -21,7 +23,7 @@ _TOKENS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, perhaps B, and the options."""
     parser.add_argument("a", metavar="A", help=f"a table: {shared.TABLE}")
-    parser.add_argument("b", metavar="B", nargs="?", help="another, of the same tokens in the same order")
+    parser.add_argument("b", metavar="B", nargs="?", help="another, to show beside it")
     parser.add_argument("--method", default="pca", help="pca, or tsne where openTSNE is installed (default: pca)")
     parser.add_argument(
         "--tokens",
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_count(parser, "--neighbours", 5, "nearest rows of each of those tokens")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser, "--tokenizers")
     shared.add_all_rows(parser)
 
 
@@ -40,24 +43,24 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tiedjax.analysis import words
     from tiedjax.analysis.map import draw_map, nearest
     from tiedjax.analysis.records import to_plain
-    from tiedjax.analysis.tables import read_table
 
     k = shared.at_least(args, "neighbours")
-    tables = [read_table(args.a)] if args.b is None else list(shared.read_pair(args))
-    mask = shared.counting_rows(args, *tables)
+    inputs = shared.read_tables(args)
+    tables, mask = inputs.tables, inputs.rows
     kept = np.arange(len(tables[0].values)) if mask is None else np.flatnonzero(mask)
-    tokens, texts_of = _chosen(args, tables, kept)
+    asked, texts_of = _chosen(args, tables, kept)
     maps = [draw_map(t.values[kept], args.method, report=shared.reporter("map")) for t in tables]
-    near = [nearest(t.values, tokens, k, mask) for t in tables]
+    ids_V = _ids(tables[0])
+    near = [[_with_ids(n, ids_V) for n in nearest(t.values, asked, k, mask)] for t in tables]
     ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
     texts = {i: words.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
     result = {
-        "inputs": [t.describe() for t in tables],
+        **inputs.described,
         "form": "corrected",
         "rows": len(kept),
         "rows_masked_out": len(tables[0].values) - len(kept),
         "width": tables[0].values.shape[1],
-        "tokens": kept,
+        "tokens": ids_V[kept],
         "maps": to_plain(maps),
         "nearest": to_plain(near),
         "texts": texts,
@@ -70,31 +73,54 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     head = shared.heading(
         f"{' and '.join(t.name for t in tables)} in the plane", len(kept), result["rows_masked_out"], result["width"]
     )
-    return result, f"{head}\n{_trust(tables, maps)}\nnearest rows by cosine\n{beside}"
+    return result, f"{head}{inputs.note}\n{_trust(tables, maps)}\nnearest rows by cosine\n{beside}"
 
 
-def _chosen(args: argparse.Namespace, tables: list[Table], kept: np.ndarray) -> tuple[list[int], Any]:
-    """The tokens whose neighbours are asked for, and what gives ids their texts."""
+def _chosen(args: argparse.Namespace, tables: tuple[Table, ...], kept: np.ndarray) -> tuple[list[int], Any]:
+    """The rows of the tokens whose neighbours are asked for, and what gives ids their texts."""
     from functools import partial
 
     from tiedjax.analysis.tokens import most_frequent, token_ids, token_texts
 
     path = next((t.tokenizer_path for t in tables if t.tokenizer_path), None)
-    counts = shared.counts_of(args, *tables)
+    counts = shared.counts_of(*tables)
     if args.tokens is not None:
-        tokens = token_ids(path, [text for text in args.tokens.split(",") if text])
+        asked = _rows(tables[0], token_ids(path, [text for text in args.tokens.split(",") if text]))
     elif counts is not None:
-        tokens = most_frequent(counts, _TOKENS)
+        asked = most_frequent(counts, _TOKENS)
     else:
-        tokens = kept[:_TOKENS].tolist()
-    return tokens, partial(token_texts, path)
+        asked = kept[:_TOKENS].tolist()
+    return asked, partial(token_texts, path)
+
+
+def _ids(table: Table) -> np.ndarray:
+    """The rows' token ids, int [V]."""
+    import numpy as np
+
+    return np.arange(len(table.values)) if table.ids is None else table.ids
+
+
+def _rows(table: Table, ids: list[int]) -> list[int]:
+    """The rows of those ids. UserError for one that matched no token of the other table."""
+    if table.ids is None:
+        return ids
+    row_of = {int(i): row for row, i in enumerate(table.ids)}
+    missing = [i for i in ids if i not in row_of]
+    if missing:
+        raise UserError(f"map: token {missing[0]} of {table.name} matches no token of the other table")
+    return [row_of[i] for i in ids]
+
+
+def _with_ids(near: Nearest, ids_V: np.ndarray) -> Nearest:
+    """The same with token ids in the place of rows."""
+    return replace(near, token=int(ids_V[near.token]), neighbours=ids_V[near.neighbours].tolist())
 
 
 def _listed(near: Any) -> Any:
     return zip(near.neighbours, near.cosines, strict=True)
 
 
-def _trust(tables: list[Table], maps: list[Map]) -> str:
+def _trust(tables: tuple[Table, ...], maps: list[Map]) -> str:
     rows = [
         [
             table.name,

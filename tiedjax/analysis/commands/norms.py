@@ -28,17 +28,18 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.norms import curve, norms_by_count, row_norms
     from tiedjax.analysis.records import to_plain
-    from tiedjax.analysis.tables import read_table, seen_rows
+    from tiedjax.analysis.tables import seen_rows
 
     draws = shared.at_least(args, "draws")
-    table = read_table(args.a)
-    counts = shared.counts_of(args, table)
+    inputs = shared.read_tables(args)
+    (table,) = inputs.tables
+    counts = shared.counts_of(table)
     if counts is None:
         raise UserError(f"{args.a}: no token counts are known for it; give them with --counts FILE.npy")
     count = counts[-1]  # as target
     every, width = len(count), table.values.shape[1]
     published = curve(row_norms(table.values), count)
-    result: dict[str, Any] = {"inputs": [table.describe()], "counts": "as target"}
+    result: dict[str, Any] = {**inputs.described, "counts": "as target"}
     paper = {"rows": every, "norm": to_plain(published)}
     if args.paper:
         result |= {"form": "paper", "rows_masked_out": 0, "width": width, **paper}

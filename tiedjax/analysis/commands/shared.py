@@ -6,6 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiedjax.errors import UserError
@@ -22,6 +24,17 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     """A and B."""
     parser.add_argument("a", metavar="A", help=f"the first table: {TABLE}")
     parser.add_argument("b", metavar="B", help="the table it is compared with, named likewise")
+
+
+def add_tokenizers(parser: argparse.ArgumentParser, name: str = "--tokens") -> None:
+    """What matches the rows of tables from files."""
+    parser.add_argument(
+        name,
+        dest="tokenizers",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="tokenizer.json of A and of B, for tables from files: rows are matched by token (runs know theirs)",
+    )
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +61,9 @@ def add_all_rows(parser: argparse.ArgumentParser) -> None:
 
 def add_counts(parser: argparse.ArgumentParser) -> None:
     """--counts."""
-    parser.add_argument("--counts", metavar="FILE.npy", help="[V] or [2, V] token counts, for tables from a file")
+    parser.add_argument(
+        "--counts", metavar="FILE.npy", help="[V] or [2, V] token counts of the first table, for tables from a file"
+    )
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -69,51 +84,77 @@ def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
     return int(value)
 
 
-def read_pair(args: argparse.Namespace) -> tuple[Table, Table]:
-    """The tables A and B, of equally many rows."""
+@dataclass(frozen=True)
+class Inputs:
+    """The tables of a command, with corresponding rows, and which of them count.
+
+    `rows` is a boolean mask, None where all count; `described` is what a result says of the tables, `note` the lines
+    that follow the heading.
+    """
+
+    tables: tuple[Table, ...]
+    rows: np.ndarray | None
+    described: dict[str, Any]
+    note: str = ""
+
+
+def read_tables(args: argparse.Namespace) -> Inputs:
+    """The table A or, with B, both with corresponding rows. Counts from --counts are those of A's rows.
+
+    UserError: tables that cannot be read or compared, counts that do not fit.
+    """
+    from tiedjax.analysis.matching import matched
     from tiedjax.analysis.tables import read_table
 
-    a, b = read_table(args.a), read_table(args.b)
-    if len(a.values) != len(b.values):
-        raise UserError(
-            f"{a.name} has {len(a.values)} rows but {b.name} has {len(b.values)}; "
-            "rows must be the same tokens in the same order"
-        )
-    return a, b
+    names = [args.a] if getattr(args, "b", None) is None else [args.a, args.b]
+    tables = _with_tokenizers(args, _with_counts(args, [read_table(name) for name in names]))
+    described: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
+    if len(tables) == 1:
+        return Inputs((tables[0],), _counting_rows(args, tables), described)
+    a, b, matching = matched(*tables)
+    rows = _counting_rows(args, [a, b])
+    note = "".join(f"\n{line}" for line in matching.lines(rows))
+    return Inputs((a, b), rows, described | {"matching": matching.describe(rows)}, note)
 
 
-def counts_of(args: argparse.Namespace, *tables: Table) -> np.ndarray | None:
-    """Counts [2, V] of the tokens: from --counts, else from the first table that knows them; None where none does."""
+def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
+    """The tables with the counts of --counts, which stand for what any of them knows."""
     import numpy as np
 
     from tiedjax.analysis.tables import read_counts
 
-    given = getattr(args, "counts", None)
-    known = [read_counts(given)] if given else [t.counts for t in tables if t.counts is not None]
-    if not known:
-        return None
-    counts = np.broadcast_to(np.atleast_2d(known[0]), (2, np.shape(known[0])[-1]))
-    if counts.shape[1] != len(tables[0].values):
-        raise UserError(
-            f"{tables[0].name}: has {len(tables[0].values)} rows but there are counts for {counts.shape[1]} tokens"
-        )
-    return counts
+    if not getattr(args, "counts", None):
+        return tables
+    counts = np.atleast_2d(read_counts(args.counts))
+    V = len(tables[0].values)
+    if counts.shape[1] != V:
+        raise UserError(f"{tables[0].name}: has {V} rows but there are counts for {counts.shape[1]} tokens")
+    given = [np.broadcast_to(counts, (2, V)), None]
+    return [replace(table, counts=of) for table, of in zip(tables, given, strict=False)]
 
 
-def counting_rows(args: argparse.Namespace, *tables: Table) -> np.ndarray | None:
+def _with_tokenizers(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
+    paths = getattr(args, "tokenizers", None)
+    if not paths:
+        return tables
+    if len(tables) == 1:
+        raise UserError(f"{paths[0]}: tokenizers match the rows of two tables, but there is one")
+    return [replace(table, tokenizer_path=Path(path)) for table, path in zip(tables, paths, strict=True)]
+
+
+def counts_of(*tables: Table) -> np.ndarray | None:
+    """Counts [2, V] from the first table that knows them; None where none does."""
+    return next((table.counts for table in tables if table.counts is not None), None)
+
+
+def _counting_rows(args: argparse.Namespace, tables: Sequence[Table]) -> np.ndarray | None:
     """Boolean [V]: rows of tokens that every table with known counts saw in training; None keeps all.
 
     All count with --all-rows and in the paper's form.
     """
-    from tiedjax.analysis.tables import read_counts, seen_rows
-
     if getattr(args, "paper", False) or args.all_rows:
         return None
-    if getattr(args, "counts", None):
-        seen = [read_counts(args.counts) > 0]
-        seen = [seen[0] if seen[0].ndim == 1 else seen_rows(seen[0])]
-    else:
-        seen = [t.seen for t in tables if t.seen is not None]
+    seen = [table.seen for table in tables if table.seen is not None]
     if not seen:
         return None
     rows = seen[0].copy()

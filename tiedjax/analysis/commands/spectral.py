@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_count(parser, "--eigenpairs", 128, "eigenpairs of largest magnitude that are kept")
     shared.add_count(parser, "--draws", 2, "row permutations for the floor")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser)
     shared.add_all_rows(parser)
 
 
@@ -34,13 +35,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tiedjax.analysis.spectral import spectral
 
     k, eigenpairs, draws = (shared.at_least(args, name) for name in ("k", "eigenpairs", "draws"))
-    a, b = shared.read_pair(args)
-    mask = shared.counting_rows(args, a, b)
+    inputs = shared.read_tables(args)
+    (a, b), mask = inputs.tables, inputs.rows
     report = lambda line: print(line, file=sys.stderr, flush=True)
     measure = partial(spectral, a.values, b.values, k=k, eigenpairs=eigenpairs, report=report)
     found, left_out = measure(rows=mask, zero_rows=args.paper, draws=draws)
     result = {
-        "inputs": [a.describe(), b.describe()],
+        **inputs.described,
         "form": "paper" if args.paper else "corrected",
         "k": k,
         "width": a.values.shape[1],
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     zeros = f"; {left_out} rows without a direction left out" if left_out else ""
     return result, (
-        f"{head}{zeros}\n{table}\n"
+        f"{head}{zeros}{inputs.note}\n{table}\n"
         f"distance: 0 is the same graph; {eigenpairs} eigenpairs\n"
         f"by chance: mean over {draws} row permutations of the second table, +- standard error; "
         "relative: distance / by chance"

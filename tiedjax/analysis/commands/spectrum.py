@@ -22,9 +22,10 @@ _LONG = 1e11  # numbers times width from which stages are reported: about 5 s ea
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, perhaps B, and the options."""
     parser.add_argument("a", metavar="A", help=f"a table: {shared.TABLE}")
-    parser.add_argument("b", metavar="B", nargs="?", help="another, of the same tokens in the same order")
+    parser.add_argument("b", metavar="B", nargs="?", help="another, to compare it with")
     shared.add_count(parser, "--draws", 5, "isotropic tables, and row permutations of B, for the floors")
     shared.add_counts(parser)
+    shared.add_tokenizers(parser)
     shared.add_all_rows(parser)
 
 
@@ -33,12 +34,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from tiedjax.analysis.records import to_plain
     from tiedjax.analysis.similarity import compare
     from tiedjax.analysis.spectrum import spectrum
-    from tiedjax.analysis.tables import read_table
 
     draws = shared.at_least(args, "draws")
-    tables = [read_table(args.a)] if args.b is None else list(shared.read_pair(args))
-    shared.counts_of(args, *tables)  # says so where they do not fit
-    rows = shared.counting_rows(args, *tables)
+    inputs = shared.read_tables(args)
+    tables, rows = inputs.tables, inputs.rows
     values = [t.values if rows is None else t.values[rows] for t in tables]
     shapes = [
         spectrum(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     ]
     widths = [shape.width for shape in shapes]
     result: dict[str, Any] = {
-        "inputs": [t.describe() for t in tables],
+        **inputs.described,
         "form": "corrected",
         "rows": shapes[0].rows,
         "rows_masked_out": len(tables[0].values) - shapes[0].rows,
@@ -54,7 +53,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "tables": to_plain(shapes),
     }
     names = " and ".join(t.name for t in tables)
-    text = [shared.heading(names, result["rows"], result["rows_masked_out"], widths[0]), _shapes(tables, shapes)]
+    head = shared.heading(names, result["rows"], result["rows_masked_out"], widths[0])
+    text = [f"{head}{inputs.note}", _shapes(tables, shapes)]
     if len(tables) == 2:
         report = _reporter(tables[0], values[0].size * max(widths))
         comparison = compare(values[0], values[1], draws=draws, report=report)
@@ -71,7 +71,7 @@ def _reporter(table: Table, work: float) -> Callable[[str], None]:
     return lambda line: print(f"spectrum of {table.name}: {line}", file=sys.stderr, flush=True)
 
 
-def _shapes(tables: list[Table], shapes: list[Spectrum]) -> str:
+def _shapes(tables: tuple[Table, ...], shapes: list[Spectrum]) -> str:
     lines = []
     for table, shape in zip(tables, shapes, strict=True):
         for form in ("raw", "centred"):
