@@ -43,9 +43,10 @@ class Task:
 def train_all(
     tasks: Sequence[Task], workers: int, threads: int, begins: Callable[[int], None], say: Callable[[str], None]
 ) -> Outcome:
-    """Trains every run, `workers` at a time, each in a process with `threads` threads; the outcome of the last to end.
+    """Trains every run, `workers` at a time, each in a process with `threads` threads.
 
-    `begins` is called with the place of a run in `tasks` when a worker takes it up, `say` with what runs say. SIGINT
+    Returns the outcome of the first that ended before its last step, after which no other begins, or else of the last
+    to end. `begins` is called with the place of a run in `tasks` when a worker takes it up, `say` with what runs say. SIGINT
     and SIGTERM ask every worker to save its state and stop, and are named in the outcome; a second one ends them at
     once. Raises the UserError or TrainingError of the first run that fails, once the others have saved and stopped.
     """
@@ -128,7 +129,7 @@ class _Crew:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._previous: dict[int, Any] = {}
-        self.outcome = Outcome(0, finished=False)
+        self.outcome = Outcome(0, finished=True)
         self.signal: signal.Signals | None = None
         self.failure: Exception | None = None
 
@@ -160,7 +161,7 @@ class _Crew:
 
     def _next(self, worker: _Worker) -> None:
         worker.task = None
-        if self.signal or self.failure:
+        if self.signal or self.failure or not self.outcome.finished:
             return
         number, task = next(self._waiting, (0, None))
         if task:
@@ -179,7 +180,8 @@ class _Crew:
             worker.task = None
             self._fail(FAILURES[message["failed"]](message["message"]))
         else:
-            self.outcome = Outcome(message["step"], message["finished"])
+            if self.outcome.finished:
+                self.outcome = Outcome(message["step"], message["finished"])
             self._next(worker)
 
     def _fail(self, error: Exception) -> None:

@@ -1,0 +1,199 @@
+"""Runs side by side are the runs of one after the other, and end as one program does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import REPOSITORY, finish, start
+from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands
+
+from tiedjax import load_run, study
+from tiedjax.cli import main
+from tiedjax.config import load_run_config
+from tiedjax.errors import UserError
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from tiedjax.config import RunConfig, structure
+from tiedjax.loop import TrainingError
+from tiedjax.workers import Task, train_all
+tasks = [Task(structure(RunConfig, tree, out), Path(out)) for out, tree in json.loads(sys.argv[1]).items()]
+begins = lambda number: print("begins", number, flush=True)
+try:
+    outcome = train_all(tasks, int(sys.argv[2]), int(sys.argv[3]), begins, lambda line: print(line, flush=True))
+except TrainingError as error:
+    print("failed:", error, flush=True)
+    sys.exit(1)
+print(outcome, flush=True)
+"""
+
+
+def side_by_side(
+    runs: Mapping[Path, Mapping[str, Any]], text: Path, workers: int = 2, threads: int = 2
+) -> subprocess.Popen[str]:
+    """Starts a process that trains shrunk configs/tiny.yaml with each of these changes, into the directories named."""
+    import json
+
+    from tiedjax.config import to_tree
+
+    trees = {}
+    for out, changes in runs.items():
+        overrides = {"data.source": f"text:{text}", **SHRUNK, "train.threads": threads, **changes}
+        cfg = load_run_config(
+            REPOSITORY / "configs" / "tiny.yaml", {key: str(value) for key, value in overrides.items()}
+        )
+        trees[str(out)] = to_tree(cfg)
+    return start(["-c", PROGRAM, json.dumps(trees), str(workers), str(threads)])
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"waited in vain; exit {process.returncode}\n{out}\n{err}")
+        time.sleep(0.05)
+
+
+def lines(run: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return len((run / "metrics.jsonl").read_text().splitlines())
+    return 0
+
+
+def workers_of(parent: int) -> list[int]:
+    """The processes whose parent this is, that are `tiedjax.workers`."""
+    children = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            status = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(status[1]) == parent and b"tiedjax.workers" in (entry / "cmdline").read_bytes():
+                children.append(int(entry.name))
+    return children
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+ENDLESS = {"train.steps": 100_000, "train.snapshot_every": 100_000, "train.eval_batches": 1}
+
+
+def test_runs_side_by_side_are_those_of_one_after_the_other(finished: Path, text: Path, tmp_path: Path) -> None:
+    """Three runs for two workers, every bit; two of them share what one worker compiled."""
+    runs: dict[Path, dict[str, Any]] = {tmp_path / "run": {}, tmp_path / "other": {"train.seed": 1}}
+    runs[tmp_path / "untied"] = {"tying.scheme": "untied"}
+    out, err = finish(side_by_side(runs, text))
+    assert err == ""
+    said = out.splitlines()
+    assert [line for line in said if line.startswith("begins")] == ["begins 1", "begins 2", "begins 3"]
+    for run in runs:
+        assert any(line.startswith(f"{run.name}  {STEPS}/{STEPS}  loss ") for line in said)
+    assert said[-1] == f"Outcome(step={STEPS}, finished=True, signal=None)"
+    assert_same_run(tmp_path / "run", finished)
+    alone = tmp_path / "alone"
+    assert main(arguments(alone, text, {"tying.scheme": "untied"})) == 0
+    assert_same_run(tmp_path / "untied", alone)
+
+
+def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path) -> None:
+    """One thread in a worker and one in a process of its own: the same bits; what was not given is refused."""
+    big = {"model.d_model": 64, "model.d_ff": 256, "model.seq_len": 64, "data.batch_size": 16, "train.threads": 1}
+    finish(side_by_side({tmp_path / "one": big}, text, threads=1))
+    finish(start_commands([arguments(tmp_path / "own", text, big)]))
+    assert load_run(tmp_path / "one").config.train.threads == 1
+    assert_same_run(tmp_path / "one", tmp_path / "own")
+    finish(start_commands([arguments(tmp_path / "two", text, {**big, "train.threads": 2})]))
+    assert rows(tmp_path / "one") != rows(tmp_path / "two"), "else this test would show nothing"
+
+
+def test_threads_that_cannot_be_had_are_refused(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tiedjax import platform_flags
+
+    monkeypatch.setattr(platform_flags, "use_threads", lambda count: None)
+    assert main(arguments(tmp_path / "run", text, {"train.threads": 3})) == 2
+    assert capfd.readouterr().err == (
+        "tiedjax: train.threads: 3 cannot be had in a process that runs JAX already; start it with NPROC=3 in its "
+        "environment\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_every_run_with_its_state(number: signal.Signals, text: Path, tmp_path: Path) -> None:
+    runs = {tmp_path / name: ENDLESS for name in ("a", "b", "c")}
+    process = side_by_side(runs, text)
+    until(lambda: min(lines(tmp_path / "a"), lines(tmp_path / "b")) >= 3, process)
+    process.send_signal(number)
+    out, _ = finish(process, seconds=60)
+    assert out.splitlines()[-1].endswith(f"finished=False, signal=<Signals.{number.name}: {number.value}>)")
+    for name in "ab":
+        (step,) = load_run(tmp_path / name).checkpoint_steps
+        assert [row["step"] for row in rows(tmp_path / name)] == list(range(1, step + 1))
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_first_failure_is_the_last_word_and_the_others_keep_their_state(text: Path, tmp_path: Path) -> None:
+    diverging = {**ENDLESS, "optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0, "optimizer.clip_norm": "null"}
+    process = side_by_side({tmp_path / "good": ENDLESS, tmp_path / "bad": diverging, tmp_path / "c": ENDLESS}, text)
+    out, _ = finish(process, seconds=120, status=1)
+    assert out.splitlines()[-1].startswith("failed: step ")
+    assert "try a lower optimizer.learning_rate" in out.splitlines()[-1]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_worker_that_dies_is_said(text: Path, tmp_path: Path) -> None:
+    process = side_by_side({tmp_path / "a": ENDLESS, tmp_path / "b": ENDLESS}, text)
+    until(lambda: min(lines(tmp_path / "a"), lines(tmp_path / "b")) >= 3, process)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    out, _ = finish(process, seconds=60, status=1)
+    last = out.splitlines()[-1]
+    assert last in {f"failed: {tmp_path / name}: its process ended with status -9" for name in "ab"}
+
+
+def test_no_worker_outlives_its_parent(text: Path, tmp_path: Path) -> None:
+    """Killed without warning; the same command goes on at once, since nobody holds the runs any more."""
+    process = side_by_side({tmp_path / "a": ENDLESS, tmp_path / "b": ENDLESS}, text)
+    until(lambda: min(lines(tmp_path / "a"), lines(tmp_path / "b")) >= 3, process)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 10
+    while any(map(alive, workers)):
+        assert time.monotonic() < end, "a worker goes on without its parent"
+        time.sleep(0.05)
+
+
+def test_workers_follow_the_cores_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = study.load_study(REPOSITORY / "configs" / "studies" / "quick.yaml")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for cores, threads, asked, wanted in [(2, 1, None, 2), (8, 1, None, 8), (64, 1, None, 15), (8, 1, 3, 3)]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert plan.threads == threads
+        assert study.workers_for(plan, asked) == wanted
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert study.workers_for(plan) == 1
+
+
+def test_arms_with_other_threads_are_refused(tmp_path: Path) -> None:
+    quick = REPOSITORY / "configs" / "quick.yaml"
+    path = tmp_path / "study.yaml"
+    arms = "arms: {untied: {tying: {scheme: untied}}, tied: {train: {threads: 1}}}"
+    path.write_text(f"base: {quick}\n{arms}\n")
+    with pytest.raises(UserError, match=r"train\.threads: must be one number for all arms, got \[1, 2\]"):
+        study.load_study(path)
