@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands
 
 from tiedjax import load_run, study
 from tiedjax.cli import main
-from tiedjax.config import load_run_config
+from tiedjax.config import load_run_config, to_tree
 from tiedjax.errors import UserError
 
 PROGRAM = """
@@ -41,17 +42,11 @@ def side_by_side(
     runs: Mapping[Path, Mapping[str, Any]], text: Path, workers: int = 2, threads: int = 2
 ) -> subprocess.Popen[str]:
     """Starts a process that trains shrunk configs/tiny.yaml with each of these changes, into the directories named."""
-    import json
-
-    from tiedjax.config import to_tree
-
     trees = {}
     for out, changes in runs.items():
-        overrides = {"data.source": f"text:{text}", **SHRUNK, "train.threads": threads, **changes}
-        cfg = load_run_config(
-            REPOSITORY / "configs" / "tiny.yaml", {key: str(value) for key, value in overrides.items()}
-        )
-        trees[str(out)] = to_tree(cfg)
+        values = {"data.source": f"text:{text}", **SHRUNK, "train.threads": threads, **changes}
+        overrides = {key: str(value) for key, value in values.items()}
+        trees[str(out)] = to_tree(load_run_config(REPOSITORY / "configs" / "tiny.yaml", overrides))
     return start(["-c", PROGRAM, json.dumps(trees), str(workers), str(threads)])
 
 
@@ -147,7 +142,7 @@ def test_a_signal_stops_every_run_with_its_state(number: signal.Signals, text: P
     assert not (tmp_path / "c").exists()
 
 
-def test_the_first_failure_is_the_last_word_and_the_others_keep_their_state(text: Path, tmp_path: Path) -> None:
+def test_the_first_failure_is_the_last_word_and_nothing_else_begins(text: Path, tmp_path: Path) -> None:
     diverging = {**ENDLESS, "optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0, "optimizer.clip_norm": "null"}
     process = side_by_side({tmp_path / "good": ENDLESS, tmp_path / "bad": diverging, tmp_path / "c": ENDLESS}, text)
     out, _ = finish(process, seconds=120, status=1)

@@ -46,9 +46,10 @@ def train_all(
     """Trains every run, `workers` at a time, each in a process with `threads` threads.
 
     Returns the outcome of the first that ended before its last step, after which no other begins, or else of the last
-    to end. `begins` is called with the place of a run in `tasks` when a worker takes it up, `say` with what runs say. SIGINT
-    and SIGTERM ask every worker to save its state and stop, and are named in the outcome; a second one ends them at
-    once. Raises the UserError or TrainingError of the first run that fails, once the others have saved and stopped.
+    to end. `begins` is called with the place of a run in `tasks` when a worker takes it up, `say` with what runs say.
+    SIGINT and SIGTERM ask every worker to save its state and stop, and are named in the outcome; a second one ends
+    them at once. Raises the UserError or TrainingError of the first run that fails, once the others have saved and
+    stopped.
     """
     crew = _Crew(tasks, begins, say)
     with crew:
