@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tiedjax.analysis import words
 from tiedjax.analysis.align import align
 from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.records import write_json
+from tiedjax.analysis.reproducibility import reproducible_shares
 from tiedjax.analysis.summary import summarize
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
@@ -291,20 +293,50 @@ def test_every_arm_is_compared_with_reference_runs_of_other_seeds(found):
     assert any("different seeds" in finding for finding in found["findings"])
 
 
-def test_nearness_is_divided_by_that_of_each_table_to_its_repetition(found):
-    _, runs = fake_study()
-    seen = runs["untied", 0].token_counts.sum(0) > 0
+def test_the_reproducible_share_is_of_the_last_tables_of_the_rows_that_all_saw(found):
+    study, runs = fake_study()
     last = {key: run.tables() for key, run in runs.items()}
-    near = lambda x, y: align(x, y, rows=seen).scores["orthogonal"].corrected
-    both = [(i, j) for i in range(3) for j in range(3) if i != j]
-    cross = np.mean([near(last["untied", j].output, last["tied", i].input) for i, j in both])
-    repeated = np.mean([near(last["tied", j].input, last["tied", i].input) for i, j in both if i > j])
-    target = np.mean([near(last["untied", j].output, last["untied", i].output) for i, j in both if i > j])
-    cell = found["disattenuated"]["tied"]["shared"]
-    assert cell["vs_output"]["mean"] == pytest.approx(cross / np.sqrt(repeated * target))
-    assert cell["margin"]["mean"] == pytest.approx(cell["vs_output"]["mean"] - cell["vs_input"]["mean"])
+    tables = {
+        (arm, seed): {"shared": t.input} if t.tied else {"input": t.input, "output": t.output}
+        for (arm, seed), t in last.items()
+    }
+    counts = {key: run.token_counts for key, run in runs.items()}
+    wanted = reproducible_shares(tables, counts, study.reference)["tied-x5"]["shared"]
+    cell = found["reproducible_share"]["tied-x5"]["shared"]
+    seen = runs["untied", 0].token_counts.sum(0) > 0
+    assert (cell["rows"], cell["parts"], cell["reason"]) == (seen.sum(), 4, None)
     assert cell["margin"]["low"] < cell["margin"]["mean"] < cell["margin"]["high"]
-    assert any("attenuation" in finding for finding in found["findings"])
+    for name in ("vs_output", "vs_input", "margin"):
+        assert cell[name]["mean"] == getattr(wanted, name).mean
+    near = lambda i, j: align(last["tied-x5", j].input, last["tied-x5", i].input, rows=seen).scores["orthogonal"]
+    repeated = np.mean([near(i, j).corrected for i, j in ((1, 0), (2, 0), (2, 1))])
+    assert (cell["repetition"]["mean"], cell["repetition"]["n"]) == (pytest.approx(repeated), 3)
+
+
+def test_the_reproducible_share_is_said_where_it_is_measured(found):
+    for arm in ("tied", "tied-x5"):
+        said = [finding for finding in found["findings"] if f"the {arm} table shares" in finding]
+        share = found["reproducible_share"][arm]["shared"]
+        spans = [words.spread(share[name]) for name in ("vs_output", "vs_input", "margin")]
+        assert said == [
+            "Of the geometry that training repeats over seeds (Gram matrices, token frequency controlled, Spearman’s "
+            f"correction for attenuation), the {arm} table shares {spans[0]} with the output table and {spans[1]} with "
+            f"the input table; nearer to the output table: difference {spans[2]}."
+        ]
+
+
+def test_nothing_is_said_of_a_share_of_tables_that_do_not_repeat():
+    study, runs = fake_study()
+    for seed in study.seeds:
+        run = runs["untied", seed]
+        kept, noise = run.tables, np.random.default_rng(seed).normal(size=(256, 16))
+        run.tables = lambda step=None, kept=kept, noise=noise: SimpleNamespace(**{**vars(kept(step)), "input": noise})
+    results = summarize(study, runs)
+    cell = results["reproducible_share"]["tied"]["shared"]
+    assert cell["vs_output"]["mean"] is not None
+    assert (cell["vs_input"]["mean"], cell["margin"]["mean"]) == (None, None)
+    assert cell["reason"] == "not measurably alike between seeds: input"
+    assert not any("table shares" in finding for finding in results["findings"])
 
 
 def test_an_arm_with_the_reference_scheme_is_noted():

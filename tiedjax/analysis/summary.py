@@ -12,7 +12,7 @@ reference arm included. A table that training hardly shapes is near to nothing, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,10 @@ from tiedjax.analysis.evolution import Trail
 from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.gradients import gradient_flow
 from tiedjax.analysis.records import to_plain
+from tiedjax.analysis.reproducibility import reproducible_shares
 from tiedjax.analysis.run_data import data_of
 from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
+from tiedjax.analysis.statistics import CONFIDENCE, Interval
 from tiedjax.analysis.strata import frequency_parts, strata
 from tiedjax.analysis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.tables import ROLES, seen_rows
@@ -65,13 +67,12 @@ def summarize(
         if any(a == arm for a, _ in runs)
     }
     held = StudyRuns(study, runs, text)
-    across = list(_between_seeds(study, held))
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
-        "between_seeds": verdict.between_seeds(across),
-        "disattenuated": verdict.disattenuated_nearness(study, across, list(_repetitions(study, held))),
+        "between_seeds": verdict.between_seeds(list(_between_seeds(study, held))),
+        "reproducible_share": _reproducible_shares(study, held),
         "statements": verdict.statements(study, arms, final),
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
@@ -187,15 +188,36 @@ def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, An
                 yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
 
 
-def _repetitions(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
-    """The last tables of every arm but the reference against their own kind of another seed, each two seeds once."""
+def _reproducible_shares(study: StudyConfig, held: StudyRuns) -> dict[str, dict[str, Any]]:
+    """Arm, role: its reproducible share, and `repetition`: how near it aligns with its own kind of another seed."""
+    tables = {run: {table.role: table.values for table in last} for run, last in held.last.items()}
+    shares = reproducible_shares(tables, {run: last[0].counts for run, last in held.last.items()}, study.reference)
+    near: dict[tuple[str, str], list[float | None]] = {}
+    for arm, role, corrected in _repetitions(study, held):
+        near.setdefault((arm, role), []).append(corrected)
+    return {
+        arm: {role: {**vars(share), "repetition": _mean(near.get((arm, role), []))} for role, share in by_role.items()}
+        for arm, by_role in shares.items()
+    }
+
+
+def _repetitions(study: StudyConfig, held: StudyRuns) -> Iterator[tuple[str, str, float | None]]:
+    """(arm, role, corrected score): last tables of every arm but the reference against their own kind of another seed.
+
+    Each two seeds once.
+    """
     for (arm, seed), other_seed in itertools.product(held.last, study.seeds):
         if arm == study.reference or seed <= other_seed:
             continue
         for table, other in zip(held.last[arm, seed], held.last.get((arm, other_seed), []), strict=False):
-            score = align(other.values, table.values, fits=(verdict.FIT,), rows=table.seen & other.seen).scores
-            about = {"subject_role": table.role, "seeds": [seed, other_seed]}
-            yield {"arm": arm, **about, **to_plain(score[verdict.FIT])}
+            scores = align(other.values, table.values, fits=(verdict.FIT,), rows=table.seen & other.seen).scores
+            yield arm, table.role, scores[verdict.FIT].corrected
+
+
+def _mean(values: Iterable[float | None]) -> Interval:
+    """Without an interval: pairs of seeds share runs, so they are no independent sample."""
+    known = [value for value in values if value is not None]
+    return Interval(sum(known) / len(known) if known else None, None, None, len(known), CONFIDENCE)
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

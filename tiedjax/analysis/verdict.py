@@ -6,14 +6,11 @@ interval, so nothing can be said to hold.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
-from tiedjax.analysis.reproducibility import disattenuated, jackknife
 from tiedjax.analysis.statistics import CONFIDENCE, Interval, interval, paired
-from tiedjax.analysis.tables import ROLES
 from tiedjax.config import StudyConfig
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
@@ -69,51 +66,6 @@ def between_seeds(records: Records) -> dict[str, Any]:
             cell[name] = Interval(mean, None, None, len(known), CONFIDENCE)
         found.setdefault(arm, {}).setdefault(subject, {}).setdefault(f"vs_{target}", {})[fit] = cell
     return found
-
-
-def disattenuated_nearness(study: StudyConfig, across: Records, repetitions: Records) -> dict[str, Any]:
-    """Arm, subject role, vs_input or vs_output: nearness corrected for how alike each table is to its repetition.
-
-    Beside them `margin`, the difference. See `reproducibility`.
-    """
-
-    def pairs(records: Records, **where: Any) -> dict[tuple[int, int], float | None]:
-        return {
-            (first, second): record["corrected"]
-            for record in records
-            if all(record.get(name) == value for name, value in where.items())
-            for first, second in (record["seeds"], record["seeds"][::-1])
-        }
-
-    own = {role: pairs(across, arm=study.reference, subject_role=role, fit=FIT) for role in ROLES}
-    found: dict[str, Any] = {}
-    for arm, role in dict.fromkeys((r["arm"], r["subject_role"]) for r in repetitions):
-        repeated = pairs(repetitions, arm=arm, subject_role=role)
-        cross = {
-            target: {
-                (r["seeds"][0], r["seeds"][1]): r["corrected"]
-                for r in across
-                if (r["arm"], r["subject_role"], r["reference_role"], r["fit"]) == (arm, role, target, FIT)
-            }
-            for target in ROLES
-        }
-        nearness = {target: functools.partial(disattenuated, cross[target], repeated, own[target]) for target in ROLES}
-
-        def margin(seeds: Sequence[int], of: Any = nearness) -> float | None:
-            output, input_ = of["output"](seeds), of["input"](seeds)
-            return None if output is None or input_ is None else output - input_
-
-        found.setdefault(arm, {})[role] = {
-            **{f"vs_{target}": jackknife(nearness[target], study.seeds) for target in ROLES},
-            "margin": jackknife(margin, study.seeds),
-            "repetition": _mean_interval(repeated),
-        }
-    return found
-
-
-def _mean_interval(pairs: Mapping[Any, float | None]) -> Interval:
-    known = [v for v in pairs.values() if v is not None]
-    return Interval(sum(known) / len(known) if known else None, None, None, len(known) // 2, CONFIDENCE)
 
 
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:

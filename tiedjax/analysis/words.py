@@ -45,7 +45,7 @@ def answer(results: Results) -> list[str]:
         _main_sentence(results),
         *_beyond_frequency_sentence(results),
         *_between_seeds_sentence(results),
-        *_disattenuated_sentence(results),
+        *_reproducible_share_sentences(results),
         *_share_sentence(results),
         *_intervention_sentences(results),
     ]
@@ -106,7 +106,7 @@ def _between_seeds_sentence(results: Results) -> Iterator[str]:
     own, other = between[head["reference"]], between[head["arm"]]
     mean = lambda compared, subject, target: number(compared[subject][f"vs_{target}"][head["fit"]]["corrected"]["mean"])
     reference = head["reference"]
-    repeated = results["disattenuated"].get(head["arm"], {}).get("shared", {}).get("repetition")
+    repeated = results["reproducible_share"].get(head["arm"], {}).get("shared", {}).get("repetition")
     repetition = f" and {head['arm']} tables at {number(repeated['mean'])}" if repeated else ""
     yield (
         f"Between runs of different seeds, {reference} output tables lie at {mean(own, 'output', 'output')}, "
@@ -117,17 +117,17 @@ def _between_seeds_sentence(results: Results) -> Iterator[str]:
     )
 
 
-def _disattenuated_sentence(results: Results) -> Iterator[str]:
-    """The nearness with that limit divided out, of the baseline and of every intervention."""
+def _reproducible_share_sentences(results: Results) -> Iterator[str]:
+    """The share of what repeats, of the baseline and of every intervention; none where it would divide by chance."""
     for arm in (results["headline"]["arm"], *results["changes"]):
-        found = results["disattenuated"].get(arm, {}).get("shared")
-        if found is None or found["margin"]["mean"] is None:
+        share = results["reproducible_share"].get(arm, {}).get("shared")
+        if share is None or share["margin"]["low"] is None:
             continue
         yield (
-            f"With that limit divided out (Spearman’s correction for attenuation, jackknife over seeds), the {arm} "
-            f"table reaches {spread(found['vs_output'])} of the nearness possible to the output table and "
-            f"{spread(found['vs_input'])} of that to the input table; {_side(found['margin'])} "
-            f"{spread(found['margin'])}."
+            "Of the geometry that training repeats over seeds (Gram matrices, token frequency controlled, Spearman’s "
+            f"correction for attenuation), the {arm} table shares {spread(share['vs_output'])} with the output table "
+            f"and {spread(share['vs_input'])} with the input table; {_side(share['margin'])} "
+            f"{spread(share['margin'])}."
         )
 
 
