@@ -14,6 +14,7 @@ from scipy import stats
 from tiedjax.analysis.align import align
 from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.records import write_json
+from tiedjax.analysis.reproducibility import reproducible_shares
 from tiedjax.analysis.strata import frequency_parts
 from tiedjax.analysis.summary import summarize
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
@@ -306,6 +307,23 @@ def test_every_arm_is_compared_with_reference_runs_of_other_seeds(found):
     by_seed = [controlled(last["untied", j].output, last["tied-x5", i].input) for i, j in ordered]
     assert list(cells[1]["orthogonal"]["by_seed"].values()) == pytest.approx(by_seed)
     assert list(between["untied"]["input"]) == ["vs_input"]
+
+
+def test_the_reproducible_share_is_of_the_last_tables_of_the_rows_that_all_saw(found):
+    study, runs = fake_study()
+    last = {key: run.tables() for key, run in runs.items()}
+    tables = {
+        (arm, seed): {"shared": t.input} if t.tied else {"input": t.input, "output": t.output}
+        for (arm, seed), t in last.items()
+    }
+    counts = {key: run.token_counts for key, run in runs.items()}
+    wanted = reproducible_shares(tables, counts, study.reference)["tied-x5"]["shared"]
+    cell = found["reproducible_share"]["tied-x5"]["shared"]
+    seen = runs["untied", 0].token_counts.sum(0) > 0
+    assert (cell["rows"], cell["parts"], cell["reason"]) == (seen.sum(), 4, None)
+    assert cell["margin"]["low"] < cell["margin"]["mean"] < cell["margin"]["high"]
+    for name in ("vs_output", "vs_input", "margin"):
+        assert cell[name]["mean"] == getattr(wanted, name).mean
 
 
 def test_an_arm_with_the_reference_scheme_is_noted():

@@ -43,9 +43,12 @@ def small_results(**statements: Any) -> dict[str, Any]:
         "lowers": statement(0.095, 0.023, "holds"),
         "raises": statement(0.022, 0.013, "holds"),
         "costs": statement(0.161, 0.017, "holds"),
+        "shares": None,
+        "x5_shares": None,
     } | statements
     names = {"nearer": "tied_nearer_output", "lowers": "x5_lowers_vs_output", "raises": "x5_raises_vs_input"}
     names["costs"] = "x5_costs_loss"
+    names |= {"shares": "tied_shares_more_with_output", "x5_shares": "x5_shares_more_with_output"}
     cell = lambda mean, half: {"orthogonal": {"beyond_frequency": span(mean, half)}}
     near = {
         "tied": {"shared": {"vs_output": cell(0.283, 0.006), "vs_input": cell(0.129, 0.025)}},
@@ -66,6 +69,10 @@ def small_results(**statements: Any) -> dict[str, Any]:
             "early_steps": [1, 50],
         },
         "changes": {"x5": {}},
+        "reproducible_share": {
+            "tied": {"shared": {"vs_output": span(0.923, 0.01), "vs_input": span(0.583, 0.06)}},
+            "x5": {"shared": {"vs_output": span(0.801, 0.03), "vs_input": span(0.719, 0.05)}},
+        },
         "arms": {
             arm: {
                 "alignment": near[arm],
@@ -142,6 +149,20 @@ def test_what_an_intervention_does_and_costs() -> None:
     )
     edge = small_results(lowers=statement(-0.01, 0.02, "undecided", near_edge=True))
     assert f"output table does not measurably change, near the edge, (0.010{N}±{N}0.020)" in words.answer(edge)[1]
+
+
+def test_what_is_shared_of_what_repeats_is_said_where_it_is_measured() -> None:
+    both = small_results(shares=statement(0.34, 0.07, "holds"), x5_shares=statement(0.082, 0.09, "undecided"))
+    assert words.answer(both)[3:5] == [
+        "Of what training repeats over seeds, the tied table shares 0.923 with the output table and 0.583 with the "
+        f"input table: difference 0.340{N}±{N}0.070.",
+        "Of what training repeats over seeds, the x5 table shares 0.801 with the output table and 0.719 with the input "
+        f"table: difference 0.082{N}±{N}0.090, undecided.",
+    ]
+    edge = small_results(shares=statement(-0.34, 0.3, "the opposite", near_edge=True))
+    assert words.answer(edge)[3].endswith(f"difference −0.340{N}±{N}0.300, near the edge.")
+    assert not any("repeats" in sentence for sentence in words.answer(small_results()))
+    assert not any("repeats" in s for s in words.answer(small_results(shares=statement(0.3, None, "undecided"))))
 
 
 def test_the_first_table_has_the_losses_and_their_difference_to_the_baseline() -> None:

@@ -25,6 +25,7 @@ from tiedjax.analysis.evolution import Trail
 from tiedjax.analysis.fitting import FITS
 from tiedjax.analysis.gradients import gradient_flow
 from tiedjax.analysis.records import to_plain
+from tiedjax.analysis.reproducibility import ReproducibleShare, reproducible_shares
 from tiedjax.analysis.run_data import data_of
 from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
 from tiedjax.analysis.strata import frequency_parts, strata
@@ -72,11 +73,13 @@ def summarize(
         if any(a == arm for a, _ in runs)
     }
     held = StudyRuns(study, runs, text)
+    shares = _reproducible_shares(study, held)
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
         "between_seeds": verdict.between_seeds(list(_between_seeds(study, held))),
+        "reproducible_share": shares,
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
         "comparisons": [_without(r, "final") for r in final],
@@ -97,7 +100,7 @@ def summarize(
         "notes": _notes(study, runs),
     }
     plain = to_plain(results)
-    made = verdict.statements(study, arms, final) | claims(plain)
+    made = verdict.statements(study, arms, final) | verdict.share_statements(study, shares) | claims(plain)
     plain["statements"] = to_plain(verdict.decided(made))
     answer, *findings = words.answer(plain)
     return {"answer": answer, "findings": findings, **plain}
@@ -192,6 +195,11 @@ def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, An
                 seeds = {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
                 outside = {"held_out": found.held_out[fit].score, verdict.MAIN: alike.scores[fit].corrected}
                 yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
+
+
+def _reproducible_shares(study: StudyConfig, held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:
+    tables = {run: {table.role: table.values for table in last} for run, last in held.last.items()}
+    return reproducible_shares(tables, {run: last[0].counts for run, last in held.last.items()}, study.reference)
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

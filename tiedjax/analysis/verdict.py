@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
+from tiedjax.analysis.reproducibility import ReproducibleShare
 from tiedjax.analysis.statistics import CONFIDENCE, Interval, holm_levels, interval, paired
 from tiedjax.config import StudyConfig
 
@@ -153,6 +154,19 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
     return made
 
 
+def share_statements(study: StudyConfig, shares: Mapping[str, Mapping[str, ReproducibleShare]]) -> dict[str, Statement]:
+    """By name, of every arm with one table: with which of the reference's tables it shares more of what repeats."""
+    return {
+        f"{arm}_shares_more_with_output": Statement(
+            f"{arm} shares more with the output table of {study.reference} than with its input table, of what training "
+            "repeats over seeds",
+            roles["shared"].margin,
+        )
+        for arm, roles in shares.items()
+        if "shared" in roles
+    }
+
+
 def decided(made: Mapping[str, Statement]) -> dict[str, dict[str, Any]]:
     """Name: {claim, verdict, margin, interval, p, level, near_edge, n} of every statement that was measured.
 
@@ -161,7 +175,7 @@ def decided(made: Mapping[str, Statement]) -> dict[str, dict[str, Any]]:
     stands for what needs more than one seed. A verdict is near the edge where p is within a factor of EDGE of the
     level.
     """
-    measured = {name: statement for name, statement in made.items() if statement.margin.n}
+    measured = {name: statement for name, statement in made.items() if statement.margin.mean is not None}
     tested = {name: p for name, statement in measured.items() if (p := statement.margin.p_value) is not None}
     levels = dict(zip(tested, holm_levels(list(tested.values())), strict=True))
     return {name: _decided(statement, tested.get(name), levels.get(name)) for name, statement in measured.items()}

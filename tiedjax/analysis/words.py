@@ -45,6 +45,7 @@ def answer(results: Results) -> list[str]:
     return [
         _main_sentence(results),
         *_intervention_sentences(results),
+        *_reproducible_share_sentences(results),
         *_share_sentence(results),
     ]
 
@@ -128,6 +129,22 @@ def _intervention_sentences(results: Results) -> Iterator[str]:
             )
         if cost := statements.get(f"{arm}_costs_loss"):
             yield f"With {arm} instead of {baseline}, the held-out loss {_moved(cost, 1)} nats a token."
+
+
+def _reproducible_share_sentences(results: Results) -> Iterator[str]:
+    """The share of what repeats, of the baseline and of every intervention; none where it would divide by chance."""
+    for arm in (results["headline"]["arm"], *results["changes"]):
+        statement = results["statements"].get(f"{arm}_shares_more_with_output")
+        if statement is None or statement["interval"] is None:
+            continue
+        share = results["reproducible_share"][arm]["shared"]
+        shares = [f"{number(share[f'vs_{role}']['mean'])} with the {role} table" for role in ("output", "input")]
+        undecided = ", undecided" if statement["verdict"] == "undecided" else ""
+        edge = ", near the edge" if statement["near_edge"] else ""
+        yield (
+            f"Of what training repeats over seeds, the {arm} table shares {shares[0]} and {shares[1]}: difference "
+            f"{margin_of(statement)}{undecided}{edge}."
+        )
 
 
 def _moved(statement: Mapping[str, Any], sign: int) -> str:
