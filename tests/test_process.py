@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from programs import finish, start
 
 from tiedjax import process
 from tiedjax.errors import UserError
@@ -112,19 +113,37 @@ def test_what_was_compiled_is_kept_where_jax_was_not_told_to_already(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_is_what_it_always_was(number: signal.Signals) -> None:
-    def second(*_: Any) -> None:
-        raise KeyboardInterrupt
+def test_the_first_signal_asks_and_what_was_before_comes_back(number: signal.Signals) -> None:
+    def before(*_: Any) -> None:
+        heard.append(1)
 
-    before = signal.signal(number, second)
+    heard: list[int] = []
+    outside = signal.signal(number, before)
     try:
         with process.StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert heard == [1]
+            stop.listen()
             assert not stop.requested_at(1)
             os.kill(os.getpid(), number)
             assert stop.requested_at(2)
             assert stop.signal == number
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is second
+        assert heard == [1]
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(number, before)
+        signal.signal(number, outside)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_the_process_whatever_it_waits_for(number: signal.Signals) -> None:
+    program = f"""
+import os, signal, threading
+from tiedjax.process import StopRequest
+with StopRequest() as stop:
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal == signal.SIGINT
+    threading.Thread(target=lambda: threading.Event().wait()).start()
+    os.kill(os.getpid(), {int(number)})
+"""
+    finish(start(["-c", program]), seconds=60, status=-number)

@@ -98,6 +98,7 @@ def train(
         counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
 
         # ---- State: new or restored ----
+        stop = held.enter_context(process.StopRequest())  # left after the last save is complete
         keep = cfg.train.keep_checkpoints
         checkpoints = held.enter_context(closing(Checkpoints(out / "checkpoints", keep=keep)))
         snapshots = held.enter_context(closing(Checkpoints(out / "snapshots")))
@@ -120,8 +121,8 @@ def train(
         evaluation = _Evaluation(cfg, mesh, steps, prepared)
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
-        stop = held.enter_context(process.StopRequest())
         held.enter_context(trace)
+        stop.listen()
         place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
         on_devices = _one_ahead(map(place, batches.iterate(start)))
         for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):

@@ -10,6 +10,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -107,30 +108,34 @@ def is_main() -> bool:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one stops at once.
+    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one kills the process.
 
+    From `listen` until it is left: entered before what must be closed in peace, it lets a save in progress be finished.
     In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM
     to any of them); there SIGINT keeps its meaning.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        return self
+
+    def listen(self) -> None:
+        """From here on a signal is a request; until here it does what it always did."""
         if jax.process_count() == 1:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)  # type: ignore[arg-type]
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)  # which ends a process even while it waits in a library
 
     def requested_at(self, step: int) -> bool:
         """Whether to stop after this step. All processes ask at every step."""
