@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import Prepared, prepare
-from tiedjax.errors import UserError
+from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
@@ -39,10 +39,6 @@ MAY_CHANGE = {
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
     *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every"),
 }
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and its config is at fault: one line that says where and what to try."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,7 @@ def train(
             process.keep_compiled(cache_folder(cfg.data.cache) / "xla")
 
         # ---- Refuse what cannot work, before anything slow ----
+        process.refuse_unshared(out)
         trace.check(0, last)
         mesh = sharding.make_mesh(cfg.mesh)
         cfg = decided(_as_begun(cfg, out), mesh)
@@ -100,8 +97,8 @@ def train(
         # ---- State: new or restored ----
         stop = held.enter_context(process.StopRequest())  # left after the last save is complete
         keep = cfg.train.keep_checkpoints
-        checkpoints = held.enter_context(closing(Checkpoints(out / "checkpoints", keep=keep)))
-        snapshots = held.enter_context(closing(Checkpoints(out / "snapshots")))
+        checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
+        snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
         about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
         state, start = _begin(cfg, steps, checkpoints, about)
         trace.check(start, last)
