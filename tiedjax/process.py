@@ -95,7 +95,7 @@ def _watch_over_cluster(coordinator: str | None) -> None:
 
 def _from_main(message: dict[str, Any]) -> dict[str, Any]:
     """Process 0's message, on every process."""
-    content = np.zeros(1024, np.uint8)
+    content = np.zeros(8192, np.uint8)  # room for the longest path
     text = json.dumps(message).encode()
     content[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(content)).rstrip(b"\0"))
@@ -139,8 +139,9 @@ def refuse_unshared(folder: Path) -> None:
             os.close(handle)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-        message = {"name": Path(path).name}
-    token = folder / _from_main(message)["name"]
+        message = {"folder": str(folder), "name": Path(path).name}
+    message = _from_main(message)
+    token = folder / message["name"]
     blind = [i for i, seen in enumerate(_gathered(_appears(token))) if not seen]
     if is_main():
         token.unlink()
@@ -148,7 +149,7 @@ def refuse_unshared(folder: Path) -> None:
             made.rmdir()
     if blind:
         raise UserError(
-            f"{folder}: --out must name one folder that all processes share; "
+            f"{message['folder']}: --out must name one folder that all processes share; "
             f"process {blind[0]} does not see what process 0 wrote there"
         )
 

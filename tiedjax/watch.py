@@ -34,11 +34,11 @@ class Failure:
     status: int
     cause: str | None
 
-    def seen_from(self, process: int) -> str:
-        """The line in which another process, or itself, says it."""
+    def sentence(self, known: str | None) -> str:
+        """The line in which a process says it that failed of the cause `known` itself, or of none."""
         if self.cause is None:
             return f"process {self.process} ended without a word: it was killed, or its machine is lost"
-        return self.cause if process == self.process else f"process {self.process} failed: {self.cause}"
+        return self.cause if self.cause == known else f"process {self.process} failed: {self.cause}"
 
 
 class Watch:
@@ -46,21 +46,22 @@ class Watch:
 
     def __init__(self, process: int):
         self._process = process
+        self._cause: str | None = None
         self._over = threading.Event()
         self._deadline: threading.Timer | None = None
 
     def fail(self, cause: str, status: int) -> NoReturn:
         """Ends all processes, this one included. The first cause of all that are reported is what each one says."""
-        self._report(Failure(self._process, status, cause))
+        self._say(cause, status)
         time.sleep(SETTLING + 2 * PARTING)
         end(cause, status)  # nobody answered
 
     def expect(self, cause: str, status: int) -> None:
         """Announces `fail`: all processes end after `GRACE` at the latest, or at once when this is said again."""
         if self._deadline:
-            self._report(Failure(self._process, status, cause))
+            self._say(cause, status)
             return
-        self._deadline = threading.Timer(GRACE, self._report, [Failure(self._process, status, cause)])
+        self._deadline = threading.Timer(GRACE, self._say, [cause, status])
         self._deadline.daemon = True
         self._deadline.start()
 
@@ -84,6 +85,10 @@ class Watch:
     def close(self) -> None:
         """Hangs up; from then on nobody's end is noticed."""
         raise NotImplementedError
+
+    def _say(self, cause: str, status: int) -> None:
+        self._cause = self._cause or cause
+        self._report(Failure(self._process, status, cause))
 
     def _report(self, failure: Failure) -> None:
         raise NotImplementedError
@@ -167,7 +172,7 @@ class Hub(Watch):
         parted = time.monotonic() + PARTING
         for reader in self._readers:
             reader.join(max(0.0, parted - time.monotonic()))
-        end(first.seen_from(0), first.status)
+        end(first.sentence(self._cause), first.status)
 
     def _tell(self, message: dict[str, Any]) -> None:
         for wire in self._wires.values():
@@ -210,10 +215,10 @@ class Spoke(Watch):
         for message in _messages(self._wire):
             if "verdict" in message:
                 first = Failure(**message["verdict"])
-                end(first.seen_from(self._process), first.status)
+                end(first.sentence(self._cause), first.status)
             self._over.set()
         if not self._over.is_set():
-            end(Failure(0, 1, None).seen_from(self._process), 1)
+            end(Failure(0, 1, None).sentence(None), 1)
 
 
 def end(line: str, status: int) -> NoReturn:
