@@ -260,6 +260,8 @@ def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Pat
         last = error.splitlines()[-1]
         assert last.startswith("tiedjax: " if number == failing else f"tiedjax: process {failing} failed: "), error
         assert last.endswith(cause), error
+    if moment in ("step", "SIGINT"):
+        assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "the save under way is finished"
 
 
 @pytest.mark.parametrize("killed", [0, 1])

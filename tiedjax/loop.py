@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import process, profiling, sharding, tying
-from tiedjax.checkpoint import Checkpoints, is_snapshot_step
+from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
 from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
@@ -96,6 +96,7 @@ def train(
 
         # ---- State: new or restored ----
         stop = held.enter_context(process.StopRequest())  # left after the last save is complete
+        held.enter_context(failed_saves(process.end_cluster_soon_if_any))
         keep = cfg.train.keep_checkpoints
         checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
         snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))

@@ -196,6 +196,13 @@ def end_cluster_if_any(why: Cause) -> None:
         end(why.line, why.status)
 
 
+def end_cluster_soon_if_any(error: BaseException) -> None:
+    """As `end_cluster_if_any`, but returns, and leaves this process a little time to finish what it is saving."""
+    if _watch:
+        why = cause(error)
+        _watch.expect(why.line, why.status)
+
+
 def part_from_cluster_if_any() -> None:
     """Waits until all processes of the cluster, if there is one, are done; what ends one until then ends all."""
     if _watch:
@@ -211,8 +218,7 @@ def closing(saves: _Saves) -> Iterator[_Saves]:
     try:
         yield saves
     except BaseException as error:
-        if _watch:
-            _watch.expect(*cause(error)[:2])
+        end_cluster_soon_if_any(error)
         raise
     finally:
         saves.close()

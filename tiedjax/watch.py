@@ -57,24 +57,28 @@ class Watch:
         end(cause, status)  # nobody answered
 
     def expect(self, cause: str, status: int) -> None:
-        """Announces `fail`: all processes end after `GRACE` at the latest, or at once when this is said again."""
-        if self._deadline:
-            self._say(cause, status)
-            return
-        self._deadline = threading.Timer(GRACE, self._say, [cause, status])
-        self._deadline.daemon = True
-        self._deadline.start()
+        """Announces `fail`: all processes end after `GRACE` at the latest."""
+        if not self._deadline:
+            self._deadline = threading.Timer(GRACE, self._say, [cause, status])
+            self._deadline.daemon = True
+            self._deadline.start()
 
     def hear_interrupts(self) -> None:
-        """Has SIGINT end all processes even while this one waits in a library, where Python runs no handler."""
+        """Has SIGINT end all processes even while this one waits in a library, where Python runs no handler.
+
+        They have `GRACE` seconds; a second SIGINT ends them at once.
+        """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        why = ("interrupted", 128 + signal.SIGINT)
 
         def listen() -> None:
+            heard = 0
             while number := os.read(reading, 1):
                 if number[0] == signal.SIGINT:
-                    self.expect("interrupted", 128 + signal.SIGINT)
+                    heard += 1
+                    self.expect(*why) if heard == 1 else self._say(*why)
 
         threading.Thread(target=listen, daemon=True).start()
 
