@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import jax
 import pytest
 from programs import finish, start
 
-from tiedjax import process
-from tiedjax.errors import UserError
+from tiedjax import process, study
+from tiedjax.errors import TrainingError, UserError
 
 Joined = list[tuple[Any, ...]]
 
@@ -110,6 +112,87 @@ def test_what_was_compiled_is_kept_where_jax_was_not_told_to_already(tmp_path: P
         assert jax.config.jax_compilation_cache_dir == "theirs"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+# ---- How processes end ----
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("a bad\n  key"), ("a bad key", 2, True)),
+        (TrainingError("step 3: the loss is nan"), ("step 3: the loss is nan", 1, True)),
+        (KeyboardInterrupt(), ("interrupted", 130, True)),
+        (OSError(28, "No space left on device"), ("OSError: [Errno 28] No space left on device", 1, False)),
+        (ValueError("one\ntwo"), ("ValueError: one", 1, False)),
+        (AssertionError(), ("AssertionError", 1, False)),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB.\nmore"),
+            ("RESOURCE_EXHAUSTED: 9 GiB. Try a larger mesh or more data.microbatches.", 1, True),
+        ),
+    ],
+)
+def test_why_a_process_ends_is_one_line_and_a_status(error: BaseException, expected: tuple[str, int, bool]) -> None:
+    assert process.cause(error) == expected
+
+
+@pytest.fixture
+def cluster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 of two, the other of which sees whatever this one sees."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(process, "_from_main", lambda message: message)
+    monkeypatch.setattr(process, "_gathered", lambda seen: [seen, seen])
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_shared_folder_is_made_and_nothing_left_in_it(tmp_path: Path) -> None:
+    process.refuse_unshared(tmp_path / "new" / "run")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "run"]
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_folder_that_is_not_shared_is_refused_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_gathered", lambda seen: [seen, False])
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "new" / "run"):
+        with pytest.raises(UserError) as caught:
+            process.refuse_unshared(folder)
+        assert str(caught.value) == (
+            f"{folder}: --out must name one folder that all processes share; "
+            "process 1 does not see what process 0 wrote there"
+        )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        process.refuse_unshared(tmp_path / "file")
+    assert str(caught.value) == f"{tmp_path}/file: cannot be written: File exists"
+
+
+def test_a_file_may_appear_a_little_later_as_on_a_network_disk(tmp_path: Path) -> None:
+    threading.Timer(0.4, (tmp_path / "late").touch).start()
+    assert process._appears(tmp_path / "late")
+    began = time.monotonic()
+    assert not process._appears(tmp_path / "never")
+    assert time.monotonic() - began < 4
+
+
+def test_a_study_asks_for_one_folder_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise UserError(str(folder))
+
+    monkeypatch.setattr(process, "refuse_unshared", refuse)
+    with pytest.raises(UserError, match="study"):
+        study.run_study(study.load_study(study.quick_study()), tmp_path / "study")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Requests to stop ----
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

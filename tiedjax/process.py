@@ -177,12 +177,12 @@ def cause(error: BaseException) -> Cause:
     """Why a process ends that raised this."""
     if isinstance(error, KeyboardInterrupt):
         return Cause("interrupted", 128 + signal.SIGINT, True)
-    lines = str(error).splitlines() or [""]
     if isinstance(error, UserError | TrainingError):
         return Cause(" ".join(str(error).split()), 2 if isinstance(error, UserError) else 1, True)
+    lines = str(error).splitlines()
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)
-    return Cause(f"{type(error).__name__}: {lines[0]}", 1, False)
+    return Cause(": ".join([type(error).__name__, *lines[:1]]), 1, False)
 
 
 def end_cluster_if_any(why: Cause) -> None:
