@@ -123,6 +123,12 @@ def test_a_failure_ends_those_that_are_done_too() -> None:
     ]
 
 
+def test_a_wire_that_is_taken_down_ends_nobody() -> None:
+    for late in range(2):
+        bodies = [f"time.sleep({float(number == late)}); end.close(); time.sleep(2)" for number in range(2)]
+        assert ended(wire(*bodies)) == [(0, ""), (0, "")]
+
+
 @pytest.mark.parametrize("busy", [0, 1])
 def test_a_failure_that_is_announced_comes_after_its_grace(busy: int) -> None:
     announces = f"watch.GRACE = 1.0; end.expect('no luck', 2); {WAIT}"
@@ -173,11 +179,11 @@ def test_process_0_is_looked_for_under_each_of_its_names() -> None:
         invitation["hosts"] = ["no.such.host.invalid", "127.0.0.1"]
         spoke = watch.Spoke.reach(1, invitation)
         assert spoke
-        spoke.close()
         assert watch.Spoke.reach(1, {**invitation, "hosts": []}) is None
         assert watch.Spoke.reach(1, {**invitation, "token": "guessed"}) is None
     finally:
         hub.close()
+    spoke.close()
 
 
 # ---- Training processes, each started by hand as on a cluster ----

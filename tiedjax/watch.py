@@ -87,7 +87,7 @@ class Watch:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Hangs up; from then on nobody's end is noticed."""
+        """Hangs up, as all processes do together; from then on nobody's end is noticed."""
         raise NotImplementedError
 
     def _say(self, cause: str, status: int) -> None:
@@ -127,6 +127,7 @@ class Hub(Watch):
 
     def close(self) -> None:
         self._over.set()
+        self._tell({"over": True})
         self._listener.close()
         for wire in self._wires.values():
             _hang_up(wire)
@@ -179,7 +180,7 @@ class Hub(Watch):
         end(first.sentence(self._cause), first.status)
 
     def _tell(self, message: dict[str, Any]) -> None:
-        for wire in self._wires.values():
+        for wire in list(self._wires.values()):  # others may be joining
             _send(wire, message)
 
 
@@ -209,7 +210,7 @@ class Spoke(Watch):
         self._over.wait()
 
     def close(self) -> None:
-        self._over.set()
+        self._over.wait(REACHING)  # until process 0 no longer minds
         _hang_up(self._wire)
 
     def _report(self, failure: Failure) -> None:
