@@ -34,6 +34,7 @@ else:
 sys.stdin.readline()
 """
 WAIT = "time.sleep(600)"
+PATIENT = "watch.SETTLING = 4.0"  # on a busy machine
 
 
 def wire(*bodies: str) -> list[subprocess.Popen[str]]:
@@ -79,11 +80,11 @@ def test_the_cause_and_status_of_one_are_those_of_all() -> None:
 
 
 def test_what_all_find_together_each_says_for_itself() -> None:
-    assert ended(wire(*["end.fail('one and the same', 2)"] * 3)) == [(2, "tiedjax: one and the same\n")] * 3
+    assert ended(wire(*[f"{PATIENT}; end.fail('one and the same', 2)"] * 3)) == [(2, "tiedjax: one and the same\n")] * 3
 
 
 def test_the_first_failure_is_the_cause_and_later_ones_are_silent() -> None:
-    late = "time.sleep(0.2); end.fail('the collective failed', 1)"
+    late = f"{PATIENT}; time.sleep(1); end.fail('the collective failed', 1)"
     for status, line in ended(wire(late, "end.fail('no luck', 2)", late)):
         assert status == 2
         assert line.endswith("no luck\n")
@@ -92,7 +93,7 @@ def test_the_first_failure_is_the_cause_and_later_ones_are_silent() -> None:
 
 def test_a_death_is_the_cause_of_what_was_reported_just_before() -> None:
     """The others' collectives fail when a process dies, and may say so before its end is seen."""
-    says = "end.fail('the collective failed', 1)"
+    says = f"{PATIENT}; end.fail('the collective failed', 1)"
     dies = "time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
     line = "tiedjax: process 2 ended without a word: it was killed, or its machine is lost\n"
     assert ended(wire(says, WAIT, dies)) == [(1, line), (1, line), (-signal.SIGKILL, "")]
@@ -291,7 +292,7 @@ loop.process.refuse_unshared = marked
 """
     outs = {number: tmp_path / f"host-{number}" / "run" for number in range(2)}
     results = ended(cluster(tmp_path, text, {0: joined}, outs), seconds=120)
-    assert time.time() - (tmp_path / "mark").stat().st_mtime < 5 + 1  # half a second to settle, and the way out
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 5
     line = (
         f"tiedjax: {outs[0]}: --out must name one folder that all processes share; "
         "process 1 does not see what process 0 wrote there\n"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 GRACE = 15.0  # seconds in which a process that fails may finish what it is saving before all are ended
-SETTLING = 0.5  # seconds in which the death of a process may show that caused a failure reported before it
+SETTLING = 1.0  # seconds in which the death of a process may show that caused a failure reported before it
 PARTING = 5.0  # seconds in which the others may say the cause and go; process 0 goes last, JAX's service with it
 REACHING = 5.0  # seconds to reach process 0
 
@@ -187,9 +187,9 @@ class Hub(Watch):
 class Spoke(Watch):
     """The end of every other process."""
 
-    def __init__(self, process: int, wire: socket.socket):
+    def __init__(self, process: int, wire: socket.socket, messages: Iterator[dict[str, Any]]):
         super().__init__(process)
-        self._wire = wire
+        self._wire, self._messages = wire, messages
         threading.Thread(target=self._listen, daemon=True).start()
 
     @classmethod
@@ -199,9 +199,10 @@ class Spoke(Watch):
             with contextlib.suppress(OSError):
                 wire = socket.create_connection((host, invitation["port"]), timeout=REACHING)
                 _send(wire, {"token": invitation["token"], "process": process})
-                if next(_messages(wire), {}).get("welcome"):
+                messages = _messages(wire)
+                if next(messages, {}).get("welcome"):
                     wire.settimeout(None)
-                    return cls(process, wire)
+                    return cls(process, wire, messages)
                 wire.close()
         return None
 
@@ -217,7 +218,7 @@ class Spoke(Watch):
         _send(self._wire, {"failed": vars(failure)})
 
     def _listen(self) -> None:
-        for message in _messages(self._wire):
+        for message in self._messages:
             if "verdict" in message:
                 first = Failure(**message["verdict"])
                 end(first.sentence(self._cause), first.status)
