@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from programs import finish, start
 from runs import STEPS
 
 import tiedjax
-from tiedjax.checkpoint import Checkpoints, fingerprints, is_snapshot_step
+from tiedjax.checkpoint import Checkpoints, failed_saves, fingerprints, is_snapshot_step
 from tiedjax.errors import UserError
 
 
@@ -237,3 +240,30 @@ def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:
 def test_the_snapshot_schedule_is_dense_early() -> None:
     steps = [step for step in range(36) if is_snapshot_step(step, 10, 35)]
     assert steps == [0, 1, 2, 4, 8, 10, 20, 30, 35]
+
+
+def test_a_save_that_fails_says_so_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anybody waits for it; and saves that do not fail are silent."""
+    errors: list[BaseException] = []
+    heard = threading.Event()
+
+    def hear(error: BaseException) -> None:
+        errors.append(error)
+        heard.set()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = Checkpoints(tmp_path)
+    with failed_saves(hear):
+        checkpoints.save(1, some_tree(), {})
+        checkpoints.wait()
+        assert errors == []
+        monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
+        checkpoints.save(2, some_tree(), {})
+        assert heard.wait(30)
+    (error,) = errors
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints.close()

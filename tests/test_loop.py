@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,6 +290,43 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(
     assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
 
 
+SIGNALLED_IN_A_SAVE = """
+import os, pathlib, signal, threading, time
+import orbax.checkpoint as ocp
+from tiedjax import loop
+save = ocp.PyTreeCheckpointHandler.finalize
+def slow_and_signalled(self, directory):
+    if "checkpoints" in str(directory) and "SIGNALLED" not in os.environ:
+        os.environ["SIGNALLED"] = "yes"
+        while not closing.is_set():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIG)
+        time.sleep(2)
+    save(self, directory)
+ocp.PyTreeCheckpointHandler.finalize = slow_and_signalled
+closing, close = threading.Event(), loop.Checkpoints.close
+def observed_close(self):
+    closing.set()
+    close(self)
+loop.Checkpoints.close = observed_close
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_save_that_is_under_way_when_a_signal_comes_is_finished(
+    finished: Path, text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """The signal comes while the run waits for its last checkpoint, which takes two more seconds."""
+    out = tmp_path / "run"
+    before = SIGNALLED_IN_A_SAVE.replace("signal.SIG)", f"signal.{number.name})")
+    process = start_commands([arguments(out, text, {"train.stop_at": 4})], before=before)
+    _, stderr = finish(process, seconds=120, status=128 + number)
+    assert stderr == f"tiedjax: stopped by {number.name}; the same command continues from there\n"
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["4"]
+    assert cli.main(arguments(out, text)) == 0
+    assert_same_run(out, finished)
+
+
 def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +445,42 @@ def test_accelerators_keep_what_was_compiled_beside_the_prepared_data(
     monkeypatch.setattr(loop.jax, "default_backend", lambda: "gpu")
     assert cli.main(arguments(tmp_path / "gpu", text, {"train.stop_at": 1})) == 0
     assert kept == [Path(os.environ["TIEDJAX_CACHE"]) / "xla"]
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own on which no byte is left."""
+    folder = tmp_path / "run" / "tensorboard"
+    folder.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            (folder / "filler").write_bytes(bytes(2**17))
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("obstacle", ["full disk", "file"])
+def test_a_run_goes_on_without_tensorboard(
+    finished: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
+) -> None:
+    out = tmp_path / "run"
+    if obstacle == "full disk":
+        request.getfixturevalue("full_disk")
+        reason = "No space left on device"
+    else:
+        out.mkdir()
+        (out / "tensorboard").write_text("not a folder")
+        reason = "File exists"
+    _, stderr = finish(start(["-m", "tiedjax", *arguments(out, text)]), seconds=120)
+    assert stderr == (
+        f"tiedjax: {out}/tensorboard: TensorBoard's files cannot be written: {reason}; "
+        "the run goes on, with every number in metrics.jsonl\n"
+    )
+    assert_same_run(out, finished)
 
 
 # ---- Refused ----

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import struct
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from tiedjax import metrics
 from tiedjax.errors import UserError
 from tiedjax.metrics import NO_DECILE, MetricsLog, Progress, duration, frequency_deciles
 from tiedjax.run import read_metrics
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that `metrics` reads; a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    return now
+
 
 # ---- Deciles ----
 
@@ -103,6 +120,78 @@ def test_a_run_without_tensorboard_is_no_less_a_run(tmp_path: Path, monkeypatch:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+# ---- TensorBoard ----
+
+
+def events(folder: Path) -> list[Any]:
+    """Every event of the files in `folder`, oldest file first, each record checked by both of its sums."""
+    decoded = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,), sums = struct.unpack("<Q", content[:8]), []
+            head, body = content[:8], content[12 : 12 + size]
+            sums = [*struct.unpack("<I", content[8:12]), *struct.unpack("<I", content[12 + size : 16 + size])]
+            assert sums == [masked_crc32c(head), masked_crc32c(body)]
+            decoded.append(Event.FromString(body))
+            content = content[16 + size :]
+    return decoded
+
+
+def test_tensorboard_reads_every_scalar_and_where_a_run_was_taken_up_again(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 4)
+    log.write({"step": 5, "loss": 2.5, "tokens": 640, "deciles": [1.0, 2.0]})
+    log.write({"step": 6, "loss": float("inf"), "tokens": 768})
+    log.close()
+    version, start, *scalars = events(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, SessionLog.START)
+    assert [(each.step, each.summary.value[0].tag, each.summary.value[0].simple_value) for each in scalars] == [
+        (5, "loss", 2.5),
+        (5, "tokens", 640.0),
+        (6, "loss", float("inf")),
+        (6, "tokens", 768.0),
+    ]
+    assert all(abs(each.wall_time - time.time()) < 600 for each in (start, *scalars))
+
+
+def test_scalars_are_on_disk_half_a_minute_later(tmp_path: Path, clock: list[float]) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2):
+        log.write({"step": step, "loss": 2.5})
+    assert events(tmp_path / "tensorboard") == []
+    clock[0] += metrics.FLUSH_SECONDS
+    log.write({"step": 3, "loss": 2.5})
+    assert [each.step for each in events(tmp_path / "tensorboard")[2:]] == [1, 2, 3]
+    log.close()
+
+
+@pytest.mark.parametrize("times", [0, 1, 50])
+def test_a_full_disk_ends_tensorboard_with_one_line_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], times: int
+) -> None:
+    """Whichever write it is that fails first."""
+    write, calls = EventsWriter.write_event, []
+
+    def full(self: EventsWriter, event: Any) -> None:
+        calls.append(event)
+        if len(calls) > times:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, event)
+
+    monkeypatch.setattr(EventsWriter, "write_event", full)
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 101):
+        log.write({"step": step, "loss": 2.5})
+    log.close()
+    assert len(calls) == times + 1
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 100
+    assert capsys.readouterr().err == (
+        f"tiedjax: {tmp_path}/tensorboard: TensorBoard's files cannot be written: No space left on device; "
+        "the run goes on, with every number in metrics.jsonl\n"
+    )
+
+
 # ---- Progress ----
 
 
@@ -111,14 +200,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that `metrics` reads; a test moves it."""
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    return now
 
 
 def run_progress(stream: io.StringIO, clock: list[float], seconds: float, steps: int = 10) -> str:

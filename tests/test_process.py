@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from programs import finish, start
 
-from tiedjax import process
-from tiedjax.errors import UserError
+from tiedjax import process, study
+from tiedjax.errors import TrainingError, UserError
 
 Joined = list[tuple[Any, ...]]
 
@@ -111,20 +114,119 @@ def test_what_was_compiled_is_kept_where_jax_was_not_told_to_already(tmp_path: P
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_is_what_it_always_was(number: signal.Signals) -> None:
-    def second(*_: Any) -> None:
-        raise KeyboardInterrupt
+# ---- How processes end ----
 
-    before = signal.signal(number, second)
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("a bad\n  key"), ("a bad key", 2, True)),
+        (TrainingError("step 3: the loss is nan"), ("step 3: the loss is nan", 1, True)),
+        (KeyboardInterrupt(), ("interrupted", 130, True)),
+        (OSError(28, "No space left on device"), ("OSError: [Errno 28] No space left on device", 1, False)),
+        (ValueError("one\ntwo"), ("ValueError: one", 1, False)),
+        (AssertionError(), ("AssertionError", 1, False)),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB.\nmore"),
+            ("RESOURCE_EXHAUSTED: 9 GiB. Try a larger mesh or more data.microbatches.", 1, True),
+        ),
+    ],
+)
+def test_why_a_process_ends_is_one_line_and_a_status(error: BaseException, expected: tuple[str, int, bool]) -> None:
+    assert process.cause(error) == expected
+
+
+@pytest.fixture
+def cluster_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process 0 of two, the other of which sees whatever this one sees."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(process, "_from_main", lambda message: message)
+    monkeypatch.setattr(process, "_gathered", lambda seen: [seen, seen])
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_shared_folder_is_made_and_nothing_left_in_it(tmp_path: Path) -> None:
+    process.refuse_unshared(tmp_path / "new" / "run")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new" / "run"]
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_folder_that_is_not_shared_is_refused_and_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_gathered", lambda seen: [seen, False])
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "old", tmp_path / "new" / "run"):
+        with pytest.raises(UserError) as caught:
+            process.refuse_unshared(folder)
+        assert str(caught.value) == (
+            f"{folder}: --out must name one folder that all processes share; "
+            "process 1 does not see what process 0 wrote there"
+        )
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as caught:
+        process.refuse_unshared(tmp_path / "file")
+    assert str(caught.value) == f"{tmp_path}/file: cannot be written: File exists"
+
+
+def test_a_file_may_appear_a_little_later_as_on_a_network_disk(tmp_path: Path) -> None:
+    threading.Timer(0.4, (tmp_path / "late").touch).start()
+    assert process._appears(tmp_path / "late")
+    began = time.monotonic()
+    assert not process._appears(tmp_path / "never")
+    assert time.monotonic() - began < 4
+
+
+def test_a_study_asks_for_one_folder_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise UserError(str(folder))
+
+    monkeypatch.setattr(process, "refuse_unshared", refuse)
+    with pytest.raises(UserError, match="study"):
+        study.run_study(study.load_study(study.quick_study()), tmp_path / "study")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Requests to stop ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_what_was_before_comes_back(number: signal.Signals) -> None:
+    def before(*_: Any) -> None:
+        heard.append(1)
+
+    heard: list[int] = []
+    outside = signal.signal(number, before)
     try:
         with process.StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert heard == [1]
+            stop.listen()
             assert not stop.requested_at(1)
             os.kill(os.getpid(), number)
             assert stop.requested_at(2)
             assert stop.signal == number
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is second
+        assert heard == [1]
+        assert signal.getsignal(number) is before
     finally:
-        signal.signal(number, before)
+        signal.signal(number, outside)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_the_process_whatever_it_waits_for(number: signal.Signals) -> None:
+    program = f"""
+import os, signal, threading
+from tiedjax.process import StopRequest
+with StopRequest() as stop:
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.signal == signal.SIGINT
+    threading.Thread(target=lambda: threading.Event().wait()).start()
+    os.kill(os.getpid(), {int(number)})
+"""
+    finish(start(["-c", program]), seconds=60, status=-number)

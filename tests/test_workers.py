@@ -25,7 +25,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from tiedjax.config import RunConfig, structure
-from tiedjax.loop import TrainingError
+from tiedjax.errors import TrainingError
 from tiedjax.workers import Task, train_all
 tasks = [Task(structure(RunConfig, tree, out), Path(out)) for out, tree in json.loads(sys.argv[1]).items()]
 begins = lambda number: print("begins", number, flush=True)

@@ -6,6 +6,9 @@ and every restore compares it.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,30 @@ class Checkpoints:
         """Waits for what is being saved and raises its errors."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+class _Listener(logging.Handler):
+    def __init__(self, to: Callable[[BaseException], None]):
+        super().__init__(logging.ERROR)
+        self._to = to
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1] and record.threadName == "async_save":
+            self._to(record.exc_info[1])
+
+
+@contextlib.contextmanager
+def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
+    """Calls `to`, in another thread, with the error of a save at the moment it fails.
+
+    Orbax raises it only behind a barrier at which the other processes of a cluster do not arrive, but it logs it first.
+    """
+    logger, listener = logging.getLogger("absl"), _Listener(to)
+    logger.addHandler(listener)
+    try:
+        yield
+    finally:
+        logger.removeHandler(listener)
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

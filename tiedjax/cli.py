@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         platform_flags.apply()  # before any command imports JAX
         return args.run(args)
     except UserError as error:
-        return _fail(error, 2)
+        return _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         print("tiedjax: interrupted", file=sys.stderr)
         return 130
@@ -202,24 +203,22 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
     process.join_cluster(args.coordinator, args.processes, args.process_id)
     try:
         outcome = work(loop)
-    except loop.TrainingError as error:  # every process of a cluster sees the same loss and raises it
-        return _fail(error, 1)
-    except jax.errors.JaxRuntimeError as error:
-        if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+        if outcome and outcome.signal:
+            print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
+        process.part_from_cluster_if_any()
+    except BaseException as error:
+        why = process.cause(error)
+        if not why.enough and jax.process_count() > 1:
+            traceback.print_exc()
+        process.end_cluster_if_any(why)
+        if not why.enough or isinstance(error, KeyboardInterrupt):
             raise
-        return _fail(RuntimeError(f"{str(error).splitlines()[0]} Try a larger mesh or more data.microbatches."), 1)
-    except UserError as error:
-        status = _fail(error, 2)
-        process.leave_cluster_if_any(status)
-        return status
-    if outcome is None or outcome.signal is None:
-        return 0
-    print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
-    return 128 + outcome.signal
+        return _fail(why.line, why.status)
+    return 128 + outcome.signal if outcome and outcome.signal else 0
 
 
-def _fail(error: Exception, status: int) -> int:
-    print(f"tiedjax: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+def _fail(line: str, status: int) -> int:
+    print(f"tiedjax: {line}", file=sys.stderr, flush=True)
     return status
 
 

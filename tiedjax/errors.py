@@ -1,4 +1,4 @@
-"""The one exception that means: the person who called can mend this."""
+"""The exceptions whose message, one line, is all that a person needs to read."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message and exits with status 2; Python callers see a ValueError.
     """
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and its config is at fault: one line that says where and what to try."""

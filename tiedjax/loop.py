@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import platform_flags, process, profiling, sharding, tying
-from tiedjax.checkpoint import Checkpoints, is_snapshot_step
+from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
 from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import Prepared, prepare
-from tiedjax.errors import UserError
+from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
@@ -42,10 +42,6 @@ MAY_CHANGE = {
 
 
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and its config is at fault: one line that says where and what to try."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ def train(
             process.keep_compiled(cache_folder(cfg.data.cache) / "xla")
 
         # ---- Refuse what cannot work, before anything slow ----
+        process.refuse_unshared(out)
         trace.check(0, last)
         mesh = sharding.make_mesh(cfg.mesh)
         cfg = decided(_as_begun(cfg, out), mesh)
@@ -103,9 +100,11 @@ def train(
         counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
 
         # ---- State: new or restored ----
+        stop = held.enter_context(process.StopRequest())  # left after the last save is complete
+        held.enter_context(failed_saves(process.end_cluster_soon_if_any))
         keep = cfg.train.keep_checkpoints
-        checkpoints = held.enter_context(closing(Checkpoints(out / "checkpoints", keep=keep)))
-        snapshots = held.enter_context(closing(Checkpoints(out / "snapshots")))
+        checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
+        snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
         about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
         state, start = _begin(cfg, steps, checkpoints, about)
         trace.check(start, last)
@@ -130,8 +129,8 @@ def train(
         evaluation = _Evaluation(cfg, mesh, steps, prepared)
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
-        stop = held.enter_context(process.StopRequest())
         held.enter_context(trace)
+        stop.listen()
         place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
         on_devices = _one_ahead(map(place, batches.iterate(start)))
         for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +19,7 @@ from tiedjax.run import read_metrics
 from tiedjax.text import duration
 
 NO_DECILE = -1
+FLUSH_SECONDS = 30  # what TensorBoard shows may be this late
 
 
 def frequency_deciles(counts_V: np.ndarray, bins: int = 10) -> np.ndarray:
@@ -37,26 +40,74 @@ class MetricsLog:
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._board = _Board(directory / "tensorboard", step) if importlib.util.find_spec("tensorboardX") else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one step; non-finite numbers become null."""
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in row.items():
-                if name != "step" and not isinstance(value, list):
-                    self._board.add_scalar(name, value, row["step"])
+            scalars = {name: x for name, x in row.items() if name != "step" and not isinstance(x, list)}
+            self._board.write(row["step"], scalars)
 
     def close(self) -> None:
         """Flushes and closes both."""
         self._file.close()
         if self._board:
             self._board.close()
+
+
+class _Board:
+    """One event file of TensorBoard. A disk that takes no more ends it with one line on standard error, not the run.
+
+    The thread that trains writes it itself: tensorboardX's SummaryWriter hands events to a thread, and once that has
+    died of a full disk, the next event and the close wait for ever.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._folder, self._flushed_at = folder, time.monotonic()
+        self._events: EventsWriter | None = None
+        with self._ended_by_errors():
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"))
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))  # hides what a run before it did later
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Adds the scalars of one step; they are on disk within `FLUSH_SECONDS`, if steps go on."""
+        from tensorboardX.summary import scalar
+
+        with self._ended_by_errors():
+            for name, value in scalars.items():
+                self._add(step, summary=scalar(name, value))
+            if self._events and time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+                self._flushed_at = time.monotonic()
+                self._events.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        with self._ended_by_errors():
+            if self._events:
+                self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        if self._events:
+            self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+
+    @contextlib.contextmanager
+    def _ended_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._events = None
+            reason = f"{self._folder}: TensorBoard's files cannot be written: {error.strerror or error}"
+            print(
+                f"tiedjax: {reason}; the run goes on, with every number in metrics.jsonl", file=sys.stderr, flush=True
+            )
 
 
 def _finite(value: Any) -> Any:

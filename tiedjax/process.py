@@ -1,21 +1,39 @@
-"""Membership of a cluster of processes, and requests to stop."""
+"""Membership of a cluster of processes, how they end together, and requests to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tiedjax.errors import UserError
+from tiedjax.errors import TrainingError, UserError
+from tiedjax.watch import Hub, Spoke, Watch, end
+
+_watch: Watch | None = None  # of this process's cluster, once it has joined one
+
+
+class _Closeable(Protocol):
+    def close(self) -> None: ...
+
+
+_Saves = TypeVar("_Saves", bound=_Closeable)
 
 
 def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -44,6 +62,48 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
+    if jax.process_count() > 1:
+        _watch_over_cluster(coordinator)
+
+
+def _watch_over_cluster(coordinator: str | None) -> None:
+    """From here on whatever ends one process ends all; says so in one line if process 0 cannot be reached for that."""
+    global _watch
+    watch: Watch | None = None
+    if is_main():
+        with contextlib.suppress(OSError):
+            watch = Hub(jax.process_count())
+    host = coordinator.rsplit(":", 1)[0].strip("[]") if coordinator else None
+    invitation = _from_main(watch.invitation(host) if isinstance(watch, Hub) else {})
+    if invitation and not is_main():
+        watch = Spoke.reach(jax.process_index(), invitation)
+    unreached = [i for i, laid in enumerate(_gathered(watch is not None)) if not laid]
+    if watch and not unreached:
+        watch.hear_interrupts()
+        _watch = watch
+        return
+    if watch:
+        watch.close()
+    if is_main():
+        print(
+            f"tiedjax: process {unreached[0]} cannot reach process 0 beside JAX's own port; "
+            "when a process fails, the others notice only after a minute or two",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _from_main(message: dict[str, Any]) -> dict[str, Any]:
+    """Process 0's message, on every process."""
+    content = np.zeros(8192, np.uint8)  # room for the longest path
+    text = json.dumps(message).encode()
+    content[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(content)).rstrip(b"\0"))
+
+
+def _gathered(answer: bool) -> list[bool]:
+    """Every process's answer, by process, on every process."""
+    return [bool(each) for each in np.asarray(multihost_utils.process_allgather(np.array(answer))).ravel()]
 
 
 def launched_as_one_of_many() -> bool:
@@ -68,13 +128,101 @@ def same_everywhere(text: str) -> bool:
     return bool((np.asarray(multihost_utils.process_allgather(digest)) == digest).all())
 
 
-def leave_cluster_if_any(status: int) -> None:
-    """Ends this process at once, with this status, if others are waiting for it in a cluster.
+def refuse_unshared(folder: Path) -> None:
+    """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind."""
+    if jax.process_count() == 1:
+        return
+    missing, message = [path for path in (folder, *folder.parents) if not path.exists()], {}
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, path = tempfile.mkstemp(prefix=".shared-", dir=folder)
+            os.close(handle)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        message = {"folder": str(folder), "name": Path(path).name}
+    message = _from_main(message)
+    token = folder / message["name"]
+    blind = [i for i, seen in enumerate(_gathered(_appears(token))) if not seen]
+    if is_main():
+        token.unlink()
+        for made in missing if blind else []:
+            made.rmdir()
+    if blind:
+        raise UserError(
+            f"{message['folder']}: --out must name one folder that all processes share; "
+            f"process {blind[0]} does not see what process 0 wrote there"
+        )
 
-    An orderly exit would wait for processes that cannot go on; their launcher ends them when it sees this one gone.
+
+def _appears(path: Path) -> bool:
+    for _ in range(20):
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)  # has a network disk look again instead of remembering
+        if path.exists():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+class Cause(NamedTuple):
+    """Why a process ends, in one line; its exit status; whether the line says all that a person needs."""
+
+    line: str
+    status: int
+    enough: bool
+
+
+def cause(error: BaseException) -> Cause:
+    """Why a process ends that raised this."""
+    if isinstance(error, KeyboardInterrupt):
+        return Cause("interrupted", 128 + signal.SIGINT, True)
+    if isinstance(error, UserError | TrainingError):
+        return Cause(" ".join(str(error).split()), 2 if isinstance(error, UserError) else 1, True)
+    lines = str(error).splitlines()
+    if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+        return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)
+    return Cause(": ".join([type(error).__name__, *lines[:1]]), 1, False)
+
+
+def end_cluster_if_any(why: Cause) -> None:
+    """In a cluster ends this process at once, and with it all others, each with this cause as its last line.
+
+    An orderly exit would wait for processes that cannot go on.
     """
+    if _watch:
+        _watch.fail(why.line, why.status)
     if jax.process_count() > 1:
-        os._exit(status)
+        end(why.line, why.status)
+
+
+def end_cluster_soon_if_any(error: BaseException) -> None:
+    """As `end_cluster_if_any`, but returns, and leaves this process a little time to finish what it is saving."""
+    if _watch:
+        why = cause(error)
+        _watch.expect(why.line, why.status)
+
+
+def part_from_cluster_if_any() -> None:
+    """Waits until all processes of the cluster, if there is one, are done; what ends one until then ends all."""
+    if _watch:
+        _watch.part()
+
+
+@contextlib.contextmanager
+def closing(saves: _Saves) -> Iterator[_Saves]:
+    """As contextlib.closing. In a cluster all processes are ended if closing takes long after an error.
+
+    It may be waiting for processes that never come.
+    """
+    try:
+        yield saves
+    except BaseException as error:
+        end_cluster_soon_if_any(error)
+        raise
+    finally:
+        saves.close()
 
 
 def keep_freed_memory() -> None:
@@ -108,33 +256,43 @@ def is_main() -> bool:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one stops at once.
+    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one kills the process.
 
-    In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM
-    to any of them); there SIGINT keeps its meaning.
+    From `listen` until it is left: entered before what must be closed in peace, it lets a save in progress be finished.
+    In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM to
+    any of them); there SIGINT is a KeyboardInterrupt after the step in progress, or after the last save.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def listen(self) -> None:
+        """From here on a signal is a request; until here it does what it always did."""
+        for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
+        if kind is None:
+            self._interrupt_cluster()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)  # type: ignore[arg-type]
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)  # which ends a process even while it waits in a library
 
     def requested_at(self, step: int) -> bool:
         """Whether to stop after this step. All processes ask at every step."""
+        self._interrupt_cluster()
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None
+
+    def _interrupt_cluster(self) -> None:
+        if self.signal == signal.SIGINT and jax.process_count() > 1:
+            raise KeyboardInterrupt

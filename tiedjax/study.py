@@ -101,6 +101,7 @@ def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
     run that was stopped, or else of the last one.
     """
     began = time.monotonic()
+    process.refuse_unshared(out)
     if process.is_main():
         with sole_writer(out):
             write_atomically(out / "study.yaml", to_yaml(plan.study))

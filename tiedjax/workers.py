@@ -25,8 +25,8 @@ from typing import Any
 
 from tiedjax import platform_flags
 from tiedjax.config import RunConfig, structure, to_tree
-from tiedjax.errors import UserError
-from tiedjax.loop import Outcome, TrainingError, train
+from tiedjax.errors import TrainingError, UserError
+from tiedjax.loop import Outcome, train
 
 FAILURES: dict[str, type[Exception]] = {"UserError": UserError, "TrainingError": TrainingError}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it

@@ -1,0 +1,339 @@
+"""Whatever ends one process of a cluster ends all of them, soon, and each says the first cause last."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from programs import REPOSITORY, environment, finish, start
+from runs import arguments
+
+from tiedjax import watch
+
+# ---- The wire alone, between processes without JAX ----
+
+WIRE = """
+import json, os, signal, sys, threading, time
+from tiedjax import watch
+from tiedjax.watch import Hub, Spoke
+process, processes = int(sys.argv[1]), int(sys.argv[2])
+if process == 0:
+    end = Hub(processes)
+    print(json.dumps(end.invitation("127.0.0.1")), flush=True)
+else:
+    end = Spoke.reach(process, json.loads(sys.argv[3]))
+    print("reached", flush=True)
+sys.stdin.readline()
+"""
+WAIT = "time.sleep(600)"
+PATIENT = "watch.SETTLING = 4.0"  # on a busy machine
+
+
+def wire(*bodies: str) -> list[subprocess.Popen[str]]:
+    """Connected processes, each of which then runs its body."""
+    processes: list[subprocess.Popen[str]] = []
+    invitation = ""
+    for number, body in enumerate(bodies):
+        argv = [sys.executable, "-c", WIRE + body, str(number), str(len(bodies)), invitation]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(argv, cwd=REPOSITORY, env=environment(), text=True, **pipes))  # type: ignore[call-overload]
+        invitation = invitation or processes[0].stdout.readline()  # type: ignore[union-attr]
+    for process in processes[1:]:
+        assert process.stdout
+        assert process.stdout.readline() == "reached\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return processes
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float = 30) -> list[tuple[int, str]]:
+    """Exit status and standard error of each, which must come within so many seconds."""
+    deadline = time.monotonic() + seconds
+    try:
+        errors = [process.communicate(timeout=deadline - time.monotonic())[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def test_the_cause_and_status_of_one_are_those_of_all() -> None:
+    assert ended(wire(WAIT, "end.fail('no luck', 2)", WAIT)) == [
+        (2, "tiedjax: process 1 failed: no luck\n"),
+        (2, "tiedjax: no luck\n"),
+        (2, "tiedjax: process 1 failed: no luck\n"),
+    ]
+    assert ended(wire("end.fail('no luck', 1)", WAIT)) == [
+        (1, "tiedjax: no luck\n"),
+        (1, "tiedjax: process 0 failed: no luck\n"),
+    ]
+
+
+def test_what_all_find_together_each_says_for_itself() -> None:
+    assert ended(wire(*[f"{PATIENT}; end.fail('one and the same', 2)"] * 3)) == [(2, "tiedjax: one and the same\n")] * 3
+
+
+def test_the_first_failure_is_the_cause_and_later_ones_are_silent() -> None:
+    late = f"{PATIENT}; time.sleep(1); end.fail('the collective failed', 1)"
+    for status, line in ended(wire(late, "end.fail('no luck', 2)", late)):
+        assert status == 2
+        assert line.endswith("no luck\n")
+        assert line.count("\n") == 1
+
+
+def test_a_death_is_the_cause_of_what_was_reported_just_before() -> None:
+    """The others' collectives fail when a process dies, and may say so before its end is seen."""
+    says = f"{PATIENT}; end.fail('the collective failed', 1)"
+    dies = "time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
+    line = "tiedjax: process 2 ended without a word: it was killed, or its machine is lost\n"
+    assert ended(wire(says, WAIT, dies)) == [(1, line), (1, line), (-signal.SIGKILL, "")]
+
+
+def test_the_death_of_process_0_ends_the_others() -> None:
+    line = "tiedjax: process 0 ended without a word: it was killed, or its machine is lost\n"
+    assert ended(wire("os.kill(os.getpid(), signal.SIGKILL)", WAIT)) == [(-signal.SIGKILL, ""), (1, line)]
+
+
+def test_processes_that_are_done_wait_for_each_other_and_then_go_unnoticed() -> None:
+    slow = "time.sleep(1); end.part(); print(time.time())"
+    quick = "end.part(); print(time.time()); os._exit(0)"
+    processes = wire(quick, slow, quick)
+    outputs = [process.communicate(timeout=30) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [error for _, error in outputs] == ["", "", ""]
+    times = [float(out.splitlines()[-1]) for out, _ in outputs]
+    assert max(times) - min(times) < 0.9
+
+
+def test_a_failure_ends_those_that_are_done_too() -> None:
+    fails = "time.sleep(0.5); end.fail('no luck', 1)"
+    assert ended(wire("end.part()", "end.part()", fails)) == [
+        (1, "tiedjax: process 2 failed: no luck\n"),
+        (1, "tiedjax: process 2 failed: no luck\n"),
+        (1, "tiedjax: no luck\n"),
+    ]
+
+
+def test_a_wire_that_is_taken_down_ends_nobody() -> None:
+    for late in range(2):
+        bodies = [f"time.sleep({float(number == late)}); end.close(); time.sleep(2)" for number in range(2)]
+        assert ended(wire(*bodies)) == [(0, ""), (0, "")]
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_a_failure_that_is_announced_comes_after_its_grace(busy: int) -> None:
+    announces = f"watch.GRACE = 1.0; end.expect('no luck', 2); {WAIT}"
+    began = time.monotonic()
+    bodies = [announces, WAIT] if busy == 0 else [WAIT, announces]
+    for number, (status, line) in enumerate(ended(wire(*bodies))):
+        assert status == 2
+        assert line == ("tiedjax: no luck\n" if number == busy else f"tiedjax: process {busy} failed: no luck\n")
+    assert time.monotonic() - began > 1
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_sigint_ends_all_even_if_the_process_it_reaches_never_acts_on_it(signals: int) -> None:
+    """After the grace; at once when it comes again."""
+    deaf = f"""
+signal.signal(signal.SIGINT, lambda *_: None)
+end.hear_interrupts()
+watch.GRACE = {2.0 if signals == 1 else 600.0}
+for _ in range({signals}):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.5)
+{WAIT}
+"""
+    assert ended(wire(WAIT, deaf)) == [
+        (130, "tiedjax: process 1 failed: interrupted\n"),
+        (130, "tiedjax: interrupted\n"),
+    ]
+
+
+def test_strangers_are_not_listened_to() -> None:
+    hub = watch.Hub(2)
+    try:
+        invitation = hub.invitation(None)
+        for greeting in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "process": 1}\n'):
+            with socket.create_connection(("127.0.0.1", invitation["port"]), timeout=10) as stranger:
+                stranger.sendall(greeting)
+                stranger.settimeout(10)
+                assert stranger.recv(100) == b""
+    finally:
+        hub.close()
+
+
+def test_process_0_is_looked_for_under_each_of_its_names() -> None:
+    hub = watch.Hub(2)
+    try:
+        invitation = hub.invitation("no.such.host.invalid")
+        assert invitation["hosts"][:2] == ["no.such.host.invalid", socket.gethostname()]
+        invitation["hosts"] = ["no.such.host.invalid", "127.0.0.1"]
+        spoke = watch.Spoke.reach(1, invitation)
+        assert spoke
+        assert watch.Spoke.reach(1, {**invitation, "hosts": []}) is None
+        assert watch.Spoke.reach(1, {**invitation, "token": "guessed"}) is None
+    finally:
+        hub.close()
+    spoke.close()
+
+
+# ---- Training processes, each started by hand as on a cluster ----
+
+PRELUDE = """
+import errno, os, pathlib, signal, sys, threading, time
+import orbax.checkpoint as ocp
+from tiedjax import loop
+from tiedjax.cli import main
+from tiedjax.errors import TrainingError, UserError
+def now():
+    pathlib.Path({mark!r}).touch()
+def fails(error):
+    def failing(*args, **kwargs):
+        now()
+        raise error
+    return failing
+requested_at = loop.process.StopRequest.requested_at
+def at_step_3(act):
+    def observed(self, step):
+        if step == 3:
+            act()
+        return requested_at(self, step)
+    loop.process.StopRequest.requested_at = observed
+def dies(number):
+    now()
+    os.kill(os.getpid(), number)
+def interrupted_soon():
+    time.sleep(2)
+    dies(signal.SIGINT)
+prepare = loop.prepare
+def prepared_and_interrupted(*args, **kwargs):
+    prepared = prepare(*args, **kwargs)
+    threading.Thread(target=interrupted_soon, daemon=True).start()
+    return prepared
+"""
+
+
+def cluster(
+    tmp_path: Path, text: Path, hooks: Mapping[int, str], outs: Mapping[int, Path] | None = None
+) -> list[subprocess.Popen[str]]:
+    """Two processes of one run, each after its hook."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    changes = {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1}
+    for number in range(2):
+        flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(number)]
+        argv = [*arguments((outs or {}).get(number, tmp_path / "run"), text, changes), *flags]
+        program = (
+            f"{PRELUDE.format(mark=str(tmp_path / 'mark'))}\n{hooks.get(number, '')}\nsys.exit(main(sys.argv[1:]))"
+        )
+        processes.append(start(["-c", program, *argv]))
+    return processes
+
+
+NO_SPACE = "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
+FAILURES = {
+    "data": (1, "loop.prepare = fails(RuntimeError('no luck'))", 1, "RuntimeError: no luck"),
+    "state": (0, "loop._begin = fails(UserError('no luck'))", 2, "no luck"),
+    "step": (1, "at_step_3(fails(TrainingError('no luck')))", 1, "no luck"),
+    "save": (0, f"ocp.PyTreeCheckpointHandler.finalize = fails({NO_SPACE})", 1, "[Errno 28] No space left on device"),
+    "SIGINT": (1, "at_step_3(lambda: dies(signal.SIGINT))", 130, "interrupted"),
+    "SIGINT in a collective": (1, "loop.prepare = prepared_and_interrupted", 130, "interrupted"),
+}
+
+
+@pytest.mark.parametrize("moment", FAILURES)
+def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Path, tmp_path: Path) -> None:
+    failing, hook, status, cause = FAILURES[moment]
+    hooks = {failing: hook}
+    if moment == "SIGINT in a collective":
+        hooks[0] = "loop.prepare = lambda *args, **kwargs: time.sleep(600)"
+    processes = cluster(tmp_path, text, hooks)
+    results = ended(processes, seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    for number, (code, error) in enumerate(results):
+        assert code == status, error
+        last = error.splitlines()[-1]
+        assert last.startswith("tiedjax: " if number == failing else f"tiedjax: process {failing} failed: "), error
+        assert last.endswith(cause), error
+    if moment in ("step", "SIGINT"):
+        assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "the save under way is finished"
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other(killed: int, text: Path, tmp_path: Path) -> None:
+    results = ended(cluster(tmp_path, text, {killed: "at_step_3(lambda: dies(signal.SIGKILL))"}), seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    assert results[killed][0] == -signal.SIGKILL
+    status, error = results[1 - killed]
+    assert status == 1
+    line = f"tiedjax: process {killed} ended without a word: it was killed, or its machine is lost"
+    assert error.splitlines()[-1] == line
+
+
+def test_folders_that_are_not_one_are_refused_at_once_and_nothing_is_left(text: Path, tmp_path: Path) -> None:
+    joined = """
+refuse = loop.process.refuse_unshared
+def marked(folder):
+    now()
+    refuse(folder)
+loop.process.refuse_unshared = marked
+"""
+    outs = {number: tmp_path / f"host-{number}" / "run" for number in range(2)}
+    results = ended(cluster(tmp_path, text, {0: joined}, outs), seconds=120)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 5
+    line = (
+        f"tiedjax: {outs[0]}: --out must name one folder that all processes share; "
+        "process 1 does not see what process 0 wrote there\n"
+    )
+    assert results == [(2, line), (2, line)]
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"]
+
+
+def test_processes_that_cannot_be_watched_say_so_and_go_on(text: Path, tmp_path: Path) -> None:
+    hook = "loop.process.Spoke.reach = classmethod(lambda *_: None)\nloop.train = lambda *args, **kwargs: None"
+    processes = cluster(tmp_path, text, {0: hook, 1: hook})
+    assert ended(processes, seconds=120) == [
+        (
+            0,
+            "tiedjax: process 1 cannot reach process 0 beside JAX's own port; "
+            "when a process fails, the others notice only after a minute or two\n",
+        ),
+        (0, ""),
+    ]
+
+
+def test_the_launcher_ends_with_the_cause(text: Path, tmp_path: Path) -> None:
+    """Process 1 fails in the launcher's hands, while process 0 is in the middle of the same step."""
+    program = f"{PRELUDE.format(mark=str(tmp_path / 'mark'))}\nif sys.argv[-1] == '1':\n    "
+    program += "at_step_3(fails(TrainingError('no luck')))\nsys.exit(main(sys.argv[1:]))"
+    stand_in = tmp_path / "bin" / "tiedjax"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/usr/bin/env bash\nexec {shlex.join([sys.executable, "-c", program])} "$@"\n')
+    stand_in.chmod(0o755)
+    argv = [str(REPOSITORY / "launch" / "local.sh"), "2", *arguments(tmp_path / "run", text, {"train.steps": 1000})[1:]]
+    path = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
+    launcher = subprocess.Popen(
+        ["bash", *argv],
+        cwd=REPOSITORY,
+        env=environment(PATH=path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _, error = finish(launcher, seconds=240, status=1)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    lines = {"tiedjax: process 1 failed: no luck", "[1] tiedjax: no luck"}
+    assert lines <= set(error.splitlines())
+    assert error.splitlines()[-1] in lines

@@ -1,0 +1,268 @@
+"""A wire from every process of a cluster to process 0, so that whatever ends one of them ends all, with its cause.
+
+JAX alone leaves the others waiting: a minute in a collective, longer in a barrier, and then they die of an error that
+names no cause. This file knows sockets and processes, nothing of JAX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+GRACE = 15.0  # seconds in which a process that fails may finish what it is saving before all are ended
+SETTLING = 1.0  # seconds in which the death of a process may show that caused a failure reported before it
+PARTING = 5.0  # seconds in which the others may say the cause and go; process 0 goes last, JAX's service with it
+REACHING = 5.0  # seconds to reach process 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ends a cluster: which process, its exit status and cause; without a cause it ended without a word."""
+
+    process: int
+    status: int
+    cause: str | None
+
+    def sentence(self, known: str | None) -> str:
+        """The line in which a process says it that failed of the cause `known` itself, or of none."""
+        if self.cause is None:
+            return f"process {self.process} ended without a word: it was killed, or its machine is lost"
+        return self.cause if self.cause == known else f"process {self.process} failed: {self.cause}"
+
+
+class Watch:
+    """One process's end of the wire. Subclasses carry reports to where the first of them is chosen."""
+
+    def __init__(self, process: int):
+        self._process = process
+        self._cause: str | None = None
+        self._over = threading.Event()
+        self._deadline: threading.Timer | None = None
+
+    def fail(self, cause: str, status: int) -> NoReturn:
+        """Ends all processes, this one included. The first cause of all that are reported is what each one says."""
+        self._say(cause, status)
+        time.sleep(SETTLING + 2 * PARTING)
+        end(cause, status)  # nobody answered
+
+    def expect(self, cause: str, status: int) -> None:
+        """Announces `fail`: all processes end after `GRACE` at the latest."""
+        if not self._deadline:
+            self._deadline = threading.Timer(GRACE, self._say, [cause, status])
+            self._deadline.daemon = True
+            self._deadline.start()
+
+    def hear_interrupts(self) -> None:
+        """Has SIGINT end all processes even while this one waits in a library, where Python runs no handler.
+
+        They have `GRACE` seconds; a second SIGINT ends them at once.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        why = ("interrupted", 128 + signal.SIGINT)
+
+        def listen() -> None:
+            heard = 0
+            while number := os.read(reading, 1):
+                if number[0] == signal.SIGINT:
+                    heard += 1
+                    self.expect(*why) if heard == 1 else self._say(*why)
+
+        threading.Thread(target=listen, daemon=True).start()
+
+    def part(self) -> None:
+        """Returns when all processes have come here: from then on they may end without being missed."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Hangs up, as all processes do together; from then on nobody's end is noticed."""
+        raise NotImplementedError
+
+    def _say(self, cause: str, status: int) -> None:
+        self._cause = self._cause or cause
+        self._report(Failure(self._process, status, cause))
+
+    def _report(self, failure: Failure) -> None:
+        raise NotImplementedError
+
+
+class Hub(Watch):
+    """Process 0's end: hears the others, and decides which failure was the first."""
+
+    def __init__(self, processes: int):
+        super().__init__(0)
+        self._failures: queue.Queue[Failure] = queue.Queue()
+        self._wires: dict[int, socket.socket] = {}
+        self._waiting, self._all_wait = set(range(1, processes)), threading.Event()
+        self._readers: list[threading.Thread] = []
+        self._token = secrets.token_hex(16)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=both)
+        threading.Thread(target=self._accept, daemon=True).start()
+        threading.Thread(target=self._judge, daemon=True).start()
+
+    def invitation(self, host: str | None) -> dict[str, Any]:
+        """What `Spoke.reach` needs: hosts to try in turn (`host` first, if it is known), a port, a password."""
+        hosts = [host, socket.gethostname(), _address()]
+        port = self._listener.getsockname()[1]
+        return {"hosts": [name for name in dict.fromkeys(hosts) if name], "port": port, "token": self._token}
+
+    def part(self) -> None:
+        self._all_wait.wait()
+        self._over.set()
+        self._tell({"over": True})
+
+    def close(self) -> None:
+        self._over.set()
+        self._tell({"over": True})
+        self._listener.close()
+        for wire in self._wires.values():
+            _hang_up(wire)
+
+    def _report(self, failure: Failure) -> None:
+        self._failures.put(failure)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                wire, _ = self._listener.accept()
+            except OSError:
+                return
+            reader = threading.Thread(target=self._listen, args=[wire], daemon=True)
+            self._readers.append(reader)
+            reader.start()
+
+    def _listen(self, wire: socket.socket) -> None:
+        messages = _messages(wire)
+        greeting = next(messages, {})
+        if greeting.get("token") != self._token:
+            wire.close()
+            return
+        process = greeting["process"]
+        self._wires[process] = wire
+        _send(wire, {"welcome": True})
+        for message in messages:
+            if "failed" in message:
+                self._report(Failure(**message["failed"]))
+            else:
+                self._waiting.discard(process)
+                if not self._waiting:
+                    self._all_wait.set()
+        if not self._over.is_set():
+            self._report(Failure(process, 1, None))
+
+    def _judge(self) -> None:
+        first = self._failures.get()
+        settled = time.monotonic() + SETTLING
+        while first.cause is not None and (left := settled - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                # Collectives fail in the others when a process dies, and what they say may be here before its end is.
+                later = self._failures.get(timeout=left)
+                first = later if later.cause is None else first
+        self._over.set()
+        self._tell({"verdict": vars(first)})
+        parted = time.monotonic() + PARTING
+        for reader in self._readers:
+            reader.join(max(0.0, parted - time.monotonic()))
+        end(first.sentence(self._cause), first.status)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        for wire in list(self._wires.values()):  # others may be joining
+            _send(wire, message)
+
+
+class Spoke(Watch):
+    """The end of every other process."""
+
+    def __init__(self, process: int, wire: socket.socket, messages: Iterator[dict[str, Any]]):
+        super().__init__(process)
+        self._wire, self._messages = wire, messages
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @classmethod
+    def reach(cls, process: int, invitation: dict[str, Any]) -> Spoke | None:
+        """Connects to process 0 under the first of its addresses at which it answers; None if it does not."""
+        for host in invitation["hosts"]:
+            with contextlib.suppress(OSError):
+                wire = socket.create_connection((host, invitation["port"]), timeout=REACHING)
+                _send(wire, {"token": invitation["token"], "process": process})
+                messages = _messages(wire)
+                if next(messages, {}).get("welcome"):
+                    wire.settimeout(None)
+                    return cls(process, wire, messages)
+                wire.close()
+        return None
+
+    def part(self) -> None:
+        _send(self._wire, {"waiting": True})
+        self._over.wait()
+
+    def close(self) -> None:
+        self._over.wait(REACHING)  # until process 0 no longer minds
+        _hang_up(self._wire)
+
+    def _report(self, failure: Failure) -> None:
+        _send(self._wire, {"failed": vars(failure)})
+
+    def _listen(self) -> None:
+        for message in self._messages:
+            if "verdict" in message:
+                first = Failure(**message["verdict"])
+                end(first.sentence(self._cause), first.status)
+            self._over.set()
+        if not self._over.is_set():
+            end(Failure(0, 1, None).sentence(None), 1)
+
+
+def end(line: str, status: int) -> NoReturn:
+    """Says why and ends this process at once: an orderly exit would wait for others, threads and processes."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(1)  # whoever holds the stream may be what hangs
+    os.write(2, f"tiedjax: {line}\n".encode())
+    os._exit(status)
+
+
+def _send(wire: socket.socket, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # the reader of this wire sees its end
+        wire.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _hang_up(wire: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        wire.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the reader
+    wire.close()
+
+
+def _messages(wire: socket.socket) -> Iterator[dict[str, Any]]:
+    """What comes over the wire until the other process ends, or its machine has been silent for half a minute."""
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    buffer = b""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stranger who speaks another language
+        while received := wire.recv(4096):
+            *lines, buffer = (buffer + received).split(b"\n")
+            yield from (json.loads(line) for line in lines)
+
+
+def _address() -> str | None:
+    """The address of this machine on the network of its default route; nothing is sent."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # an address that is reserved for documentation
+        return probe.getsockname()[0]
+    return None
