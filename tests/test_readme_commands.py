@@ -1,0 +1,142 @@
+"""Every command line of README that one machine can run, in processes of its own, as it is written there.
+
+Placeholders stand for small things and training is short; the two set-up commands are run by `.ci/run` and by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import REPOSITORY, environment, finish
+from runs import SHRUNK
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SHORT = "--train.steps 6 --train.eval_batches 1"
+STUDY = "tiedjax study STUDY.yaml --out study"
+PAIR = "study/runs/tied-0 study/runs/untied-0#output"
+MADE = {
+    "tiedjax study [STUDY.yaml] [--out DIR]": [
+        "study/report.html",
+        "study/results.json",
+        "study/runs/tied-1/metrics.jsonl",
+    ],
+    "tiedjax train CONFIG.yaml [--out DIR]": ["run/config.yaml", "run/metrics.jsonl", "run/checkpoints/6"],
+    "tiedjax bench CONFIG.yaml [--steps N] [--json FILE]": ["bench.json"],
+    "tiedjax data prepare SOURCE --out DIR": ["prepared/tokenizer.json"],
+    "tiedjax analyze INSTRUMENT ...": ["norms.json"],
+    "tiedjax train CONFIG.yaml --profile-steps A:B": ["traced/profile/plugins"],
+    "launch/local.sh 2 configs/tiny.yaml --out runs/two": ["runs/two/checkpoints/6"],
+}
+
+# README's command: the same with its placeholders filled in, and with what keeps it short.
+RUN_HERE = {
+    "tiedjax study [STUDY.yaml] [--out DIR]": STUDY,
+    "tiedjax train CONFIG.yaml [--out DIR]": f"tiedjax train CONFIG.yaml --out run {SHORT}",
+    "tiedjax bench CONFIG.yaml [--steps N] [--json FILE]": "tiedjax bench CONFIG.yaml --steps 3 --json bench.json",
+    "tiedjax data prepare SOURCE --out DIR": (
+        "tiedjax data prepare 'text:*.jsonl' --out prepared --vocab-size 300 --holdout 0.1"
+    ),
+    "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/tied-0 --json norms.json",
+    "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/tied-0 --against study/runs/untied-0",
+    "tiedjax report DIR": "tiedjax report study",
+    "tiedjax train --help": "tiedjax train --help",
+    "tiedjax train CONFIG.yaml --profile-steps A:B": (
+        f"tiedjax train CONFIG.yaml --profile-steps 2:3 --out traced {SHORT}"
+    ),
+    "--train.steps 200 --tying.scheme untied --mesh.fsdp 8": (
+        f"tiedjax train CONFIG.yaml --out options {SHORT} --tying.scheme untied --mesh.fsdp 8"
+    ),
+    "tiedjax analyze align A B": f"tiedjax analyze align {PAIR}",
+    "tiedjax analyze knn A B": f"tiedjax analyze knn {PAIR}",
+    "tiedjax analyze spectral A B": f"tiedjax analyze spectral {PAIR} --k 8 --eigenpairs 16",
+    "tiedjax analyze spectrum A [B]": f"tiedjax analyze spectrum {PAIR}",
+    "tiedjax analyze norms TABLE": "tiedjax analyze norms study/runs/tied-0@4",
+    "tiedjax analyze map A [B]": f"tiedjax analyze map {PAIR}",
+    "tiedjax analyze evolution RUN": "tiedjax analyze evolution study/runs/tied-0",
+    "tiedjax analyze gradients RUN": "tiedjax analyze gradients study/runs/tied-0",
+    "tiedjax analyze lens RUN": "tiedjax analyze lens study/runs/tied-0",
+    "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/tied-0",
+    "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/tied-0",
+    "launch/local.sh 2 configs/tiny.yaml --out runs/two": (
+        f"launch/local.sh 2 configs/tiny.yaml --out runs/two {SHORT} --data.source 'text:*.jsonl' "
+        "--data.holdout 0.1 --model.vocab_size 320"
+    ),
+    "sbatch launch/slurm.sbatch configs/olmo_1b.yaml": "bash launch/slurm.sbatch --dry-run configs/olmo_1b.yaml",
+    "launch/tpu_vm.sh NAME ZONE configs/olmo_1b.yaml": "launch/tpu_vm.sh --dry-run NAME ZONE configs/olmo_1b.yaml",
+}
+# The set-up commands, and what needs more than the test command installs.
+ELSEWHERE = {
+    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[tensorboard]" && .venv/bin/tiedjax study',
+    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
+    '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
+    "tiedjax compile CONFIG.yaml --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
+    "pytest -m slow",  # the same
+}
+
+
+def commands() -> list[str]:
+    """Every command line of README: of its blocks, its tables, its sentences."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    listed = [line.split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    spans = re.findall(r"`((?:tiedjax|pytest|--[a-z]+\.[a-z_]+ \S+ --) ?[^`]*)`", prose)
+    instruments = README.split("## Instruments")[1].split("\n## ")[0]
+    listed += [f"tiedjax analyze {row}" for row in re.findall(r"^\| `([^`]+)` \|", instruments, flags=re.M)]
+    return [*listed, *(span for span in spans if " " in span)]
+
+
+def test_every_command_is_run_here_or_elsewhere() -> None:
+    assert set(commands()) == RUN_HERE.keys() | ELSEWHERE
+
+
+@pytest.fixture(scope="module")
+def place(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with launchers, configs, text, a small CONFIG.yaml and STUDY.yaml, and that study's directory."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, target in {"launch": REPOSITORY / "launch", "configs": REPOSITORY / "configs", text.name: text}.items():
+        (folder / name).symlink_to(target)
+    sections: dict[str, list[str]] = {}
+    for key, value in {"data.source": f"text:{text}", **SHRUNK}.items():
+        section, _, field = key.partition(".")
+        sections.setdefault(section, []).append(f"{field}: {value}")
+    config = "".join(f"{section}: {{{', '.join(fields)}}}\n" for section, fields in sections.items())
+    (folder / "CONFIG.yaml").write_text(config)
+    arms = "arms: {untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}\nseeds: [0, 1]\n"
+    (folder / "STUDY.yaml").write_text(f"base: CONFIG.yaml\n{arms}")
+    shell(STUDY, folder)
+    return folder
+
+
+def shell(line: str, folder: Path) -> str:
+    """Standard output of a command line, run by a shell in `folder` with this Python's programs found first."""
+    devices = 8 if "--mesh.fsdp 8" in line else 1
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(devices, PATH=path), **pipes)
+    out, err = finish(process, seconds=280)
+    assert "Traceback" not in out + err
+    return out
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_a_command_of_readme_does_what_it_says(command: str, place: Path) -> None:
+    if RUN_HERE[command] != STUDY:  # which made the place
+        assert shell(RUN_HERE[command], place)
+    for name in MADE.get(command, []):
+        assert (place / name).exists()
+
+
+def test_the_python_of_readme_runs(place: Path, tmp_path: Path) -> None:
+    """On a study directory of the name that the snippet reads."""
+    (block,) = re.findall(r"```python\n(import tiedjax\n.*?)```", README, flags=re.S)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "quick").symlink_to(place / "study")
+    tokens = "import numpy\ntokens_BT = numpy.array([[1, 2, 3]])\n"
+    program = f"{tokens}{block.replace('step=50', 'step=4')}print(h_BTD.shape)\n"
+    (tmp_path / "snippet.py").write_text(program)
+    assert shell("python snippet.py", tmp_path) == "(1, 3, 16)\n"
