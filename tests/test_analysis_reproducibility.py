@@ -176,9 +176,15 @@ def test_what_runs_of_one_seed_have_in_common_is_not_counted():
         for roles in (tables["untied", seed], tables["tied", seed]):
             for role, table in roles.items():
                 roles[role] = table / table.std() + both
-    first, second = (Geometry(roles["output"], frequency_groups([COUNTS])) for roles in list(tables.values())[:3:2])
-    assert list(across_seeds({0: first, 1: second}, {0: second, 1: first})) == [(0, 1), (1, 0)]
     assert shares(tables)["tied"]["shared"].vs_output.mean == pytest.approx(0.6, abs=0.05)
+
+
+def test_tables_of_different_seeds_are_paired_both_ways():
+    rng = np.random.default_rng(6)
+    a, b, c, d = (Geometry(rng.normal(size=(V, D)), frequency_groups([COUNTS])) for _ in range(4))
+    assert across_seeds({0: a, 1: b}, {0: c, 1: d}) == {(0, 1): similarity(a, d), (1, 0): similarity(b, c)}
+    runs = {0: a, 1: b}
+    assert across_seeds(runs, runs) == {(0, 1): similarity(a, b), (1, 0): similarity(a, b)}
 
 
 # ---- The interval and the gate ----
