@@ -10,6 +10,7 @@ import pytest
 from tiedjax.analysis.align import align
 from tiedjax.analysis.reproducibility import (
     Geometry,
+    across_seeds,
     correlation,
     frequency_groups,
     inner,
@@ -167,18 +168,23 @@ def test_a_signal_is_all_its_own_and_nothing_of_an_independent_one():
     assert cell.vs_input.mean == pytest.approx(0, abs=0.03)
 
 
-def test_runs_of_one_seed_are_never_compared():
+def test_what_runs_of_one_seed_have_in_common_is_not_counted():
     tables = study(0.6)
-    before = shares(tables)["tied"]["shared"]
     rng = np.random.default_rng(4)
-    for seed in SEEDS:  # what two runs of a seed have in common, beside their arms' signals
-        both = 3.0 * rng.normal(size=(V, 2 * D))
-        tables["untied", seed]["output"] = tables["untied", seed]["output"] / 10 + both
-        tables["tied", seed]["shared"] = both
-    after = shares(tables)["tied"]["shared"]
-    assert before.vs_output.mean == pytest.approx(0.6, abs=0.02)
-    assert after.vs_output.mean is None
-    assert after.divides_by["subject"].mean == pytest.approx(0, abs=0.01)
+    for seed in SEEDS:
+        both = rng.normal(size=(V, 2 * D))
+        for roles in (tables["untied", seed], tables["tied", seed]):
+            for role, table in roles.items():
+                roles[role] = table / table.std() + both
+    assert shares(tables)["tied"]["shared"].vs_output.mean == pytest.approx(0.6, abs=0.05)
+
+
+def test_tables_of_different_seeds_are_paired_both_ways():
+    rng = np.random.default_rng(6)
+    a, b, c, d = (Geometry(rng.normal(size=(V, D)), frequency_groups([COUNTS])) for _ in range(4))
+    assert across_seeds({0: a, 1: b}, {0: c, 1: d}) == {(0, 1): similarity(a, d), (1, 0): similarity(b, c)}
+    runs = {0: a, 1: b}
+    assert across_seeds(runs, runs) == {(0, 1): similarity(a, b), (1, 0): similarity(a, b)}
 
 
 # ---- The interval and the gate ----
