@@ -217,6 +217,43 @@ def test_the_first_signal_asks_and_what_was_before_comes_back(number: signal.Sig
         signal.signal(number, outside)
 
 
+@pytest.mark.usefixtures("cluster_of_two")
+def test_in_a_cluster_sigint_interrupts_between_steps_or_after_the_last_save() -> None:
+    moments: list[str] = []
+
+    def interrupted(steps: int) -> None:
+        with process.StopRequest() as stop:
+            stop.listen()
+            os.kill(os.getpid(), signal.SIGINT)
+            for step in range(steps):
+                stop.requested_at(step)
+            moments.append("saved")
+
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(steps=1)
+        assert moments == []
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(steps=0)
+        assert moments == ["saved"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
+@pytest.mark.usefixtures("cluster_of_two")
+def test_a_cluster_whose_launcher_keeps_ctrl_c_to_itself_goes_on_ignoring_it() -> None:
+    outside = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with process.StopRequest() as stop:
+            stop.listen()
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGINT, outside)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_the_process_whatever_it_waits_for(number: signal.Signals) -> None:
     program = f"""

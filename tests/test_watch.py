@@ -195,6 +195,7 @@ import orbax.checkpoint as ocp
 from tiedjax import loop
 from tiedjax.cli import main
 from tiedjax.errors import TrainingError, UserError
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have it ignored
 def now():
     pathlib.Path({mark!r}).touch()
 def fails(error):

@@ -95,7 +95,7 @@ def _watch_over_cluster(coordinator: str | None) -> None:
 
 def _from_main(message: dict[str, Any]) -> dict[str, Any]:
     """Process 0's message, on every process."""
-    content = np.zeros(8192, np.uint8)  # room for the longest path
+    content = np.zeros(2**15, np.uint8)  # room for the longest path
     text = json.dumps(message).encode()
     content[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(content)).rstrip(b"\0"))
@@ -272,7 +272,11 @@ class StopRequest:
 
     def listen(self) -> None:
         """From here on a signal is a request; until here it does what it always did."""
-        for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,):
+        if jax.process_count() == 1:
+            numbers = [signal.SIGINT, signal.SIGTERM]
+        else:  # a launcher that has its processes ignore Ctrl-C sends them SIGTERM instead
+            numbers = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._receive)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
