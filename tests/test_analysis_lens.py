@@ -36,6 +36,12 @@ from tiedjax.run import Run, load_run
 LAYERS, V, D, T = 3, SHRUNK["model.vocab_size"], SHRUNK["model.d_model"], SHRUNK["model.seq_len"]
 
 
+def lens_results(study: StudyRuns) -> dict:
+    """As in results.json."""
+    runs = [run for seed in study.study.seeds for run in section.collect(study, seed)]
+    return section.together(study.study.reference, runs)
+
+
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Three layers, long enough trained that they do something."""
@@ -339,7 +345,7 @@ def results(run: Run) -> dict:
     runs = {("untied", 0): other, ("untied", 1): other, ("tied", 0): run, ("tied", 1): run}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(section, "HELD_OUT_TOKENS", 400)
-        found = {"lens": section.collect(StudyRuns(study, runs))}
+        found = {"lens": lens_results(StudyRuns(study, runs))}
     return found | {"headline": {"arm": "tied", "reference": "untied"}, "arms": {"untied": {}, "tied": {}}}
 
 
@@ -405,7 +411,7 @@ def test_the_sections_figures_can_be_drawn(results):
 
 def test_runs_whose_text_is_gone_are_not_measured():
     study, runs = fake_study(seeds=(0,))
-    found = {"lens": section.collect(StudyRuns(study, runs))}
+    found = {"lens": lens_results(StudyRuns(study, runs))}
     assert all("nowhere" in r["not_measured"] for r in found["lens"]["runs"])
     assert found["lens"]["twins"] == []
     found["headline"] = {"arm": "tied", "reference": "untied"}

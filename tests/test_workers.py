@@ -23,18 +23,18 @@ from tiedjax.errors import UserError
 
 PROGRAM = """
 import json, sys
-from pathlib import Path
-from tiedjax.config import RunConfig, structure
 from tiedjax.errors import TrainingError
-from tiedjax.workers import Task, train_all
-tasks = [Task(structure(RunConfig, tree, out), Path(out)) for out, tree in json.loads(sys.argv[1]).items()]
-begins = lambda number: print("begins", number, flush=True)
+from tiedjax.workers import Crew, Task
+trees = json.loads(sys.argv[1])
+tasks = [Task(out, "tiedjax.study:train_run", {"config": tree, "out": out}) for out, tree in trees.items()]
+begins = lambda place, task: print("begins", place, flush=True)
 try:
-    outcome = train_all(tasks, int(sys.argv[2]), int(sys.argv[3]), begins, lambda line: print(line, flush=True))
+    with Crew(int(sys.argv[2]), int(sys.argv[3]), lambda line: print(line, flush=True)) as crew:
+        results = crew.run(tasks, begins, lambda result: not result["finished"])
 except TrainingError as error:
     print("failed:", error, flush=True)
     sys.exit(1)
-print(outcome, flush=True)
+print(json.dumps({"signal": crew.signal, "finished": [result["finished"] for result in results.values()]}), flush=True)
 """
 
 
@@ -94,10 +94,10 @@ def test_runs_side_by_side_are_those_of_one_after_the_other(finished: Path, text
     out, err = finish(side_by_side(runs, text))
     assert err == ""
     said = out.splitlines()
-    assert [line for line in said if line.startswith("begins")] == ["begins 1", "begins 2", "begins 3"]
+    assert [line for line in said if line.startswith("begins")] == ["begins 0", "begins 1", "begins 2"]
     for run in runs:
         assert any(line.startswith(f"{run.name}  {STEPS}/{STEPS}  loss ") for line in said)
-    assert said[-1] == f"Outcome(step={STEPS}, finished=True, signal=None)"
+    assert json.loads(said[-1]) == {"signal": None, "finished": [True, True, True]}
     assert_same_run(tmp_path / "run", finished)
     alone = tmp_path / "alone"
     assert main(arguments(alone, text, {"tying.scheme": "untied"})) == 0
@@ -135,7 +135,7 @@ def test_a_signal_stops_every_run_with_its_state(number: signal.Signals, text: P
     until(lambda: min(lines(tmp_path / "a"), lines(tmp_path / "b")) >= 3, process)
     process.send_signal(number)
     out, _ = finish(process, seconds=60)
-    assert out.splitlines()[-1].endswith(f"finished=False, signal=<Signals.{number.name}: {number.value}>)")
+    assert json.loads(out.splitlines()[-1]) == {"signal": number, "finished": [False, False]}
     for name in "ab":
         (step,) = load_run(tmp_path / name).checkpoint_steps
         assert [row["step"] for row in rows(tmp_path / name)] == list(range(1, step + 1))

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from tiedjax import platform_flags, process, tying
-from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_yaml
+from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.loop import Outcome, train
-from tiedjax.run import load_run
+from tiedjax.run import Run, load_run
 from tiedjax.text import duration
-from tiedjax.workers import Task, train_all
+from tiedjax.workers import Crew, Task, call
+
+if TYPE_CHECKING:
+    from tiedjax.analysis.study_runs import StudyRuns
 
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -97,47 +104,127 @@ def workers_for(plan: Plan, asked: int | None = None) -> int:
 def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
     """Trains what is not yet trained, then writes results.json, report.html and figures/ in `out`.
 
-    With more than one of `workers`, that many processes of this machine train a run each. Returns the outcome of the
-    run that was stopped, or else of the last one.
+    With more than one of `workers`, that many processes of this machine train a run each, and analyse side by side.
+    Returns the outcome of the run that was stopped, or else of the last one.
     """
     began = time.monotonic()
     process.refuse_unshared(out)
     if process.is_main():
         with sole_writer(out):
             write_atomically(out / "study.yaml", to_yaml(plan.study))
-    names = [f"{arm}-{seed}" for arm, seed in plan.runs]
-
-    def begins(number: int) -> None:
-        done = max(0, number - workers)
-        left = (time.monotonic() - began) / max(done, 1) * (len(names) - done)
-        if process.is_main():
-            soon = f"; about {duration(left)} left" if done else ""
-            print(f"run {number} of {len(names)}: {names[number - 1]}{soon}", flush=True)
-
-    tasks = [Task(cfg, out / "runs" / name) for name, cfg in zip(names, plan.runs.values(), strict=True)]
-    if workers > 1:
-        say = partial(print, flush=True)
-        for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):
-            prepare(data, vocab_size, report=say)  # once, by one process
-        outcome = train_all(tasks, workers, plan.threads, begins, say)
-        if not outcome.finished or outcome.signal:
+    with Crew(workers, plan.threads, partial(print, flush=True)) if workers > 1 else nullcontext() as crew:
+        outcome = _train_all(plan, out, crew)
+        if not outcome.finished or outcome.signal or not process.is_main():
             return outcome
-    for number, task in enumerate(tasks if workers == 1 else [], 1):
-        begins(number)
-        outcome = train(task.cfg, task.out)
-        if not outcome.finished or outcome.signal:
-            return outcome
-    if process.is_main():
         print("analysing ...", flush=True)
-        _analyse(plan, out, time.monotonic() - began)
-        print(draw_report(out))
-    return outcome
+        parts = _parts(plan, out, crew)
+        if not crew or not crew.signal:
+            _analyse(plan, out, parts, time.monotonic() - began)
+            print(draw_report(out, crew))
+        heard = crew.signal if crew else None
+    return dataclasses.replace(outcome, signal=heard)
 
 
-def draw_report(out: Path) -> str:
+def _train_all(plan: Plan, out: Path, crew: Crew | None) -> Outcome:
+    tasks = []
+    for (arm, seed), cfg in plan.runs.items():
+        arguments = {"config": to_tree(cfg), "out": str(out / "runs" / f"{arm}-{seed}")}
+        tasks.append(Task(f"{arm}-{seed}", f"{__name__}:train_run", arguments))
+    began, at_once = time.monotonic(), crew.size if crew else 1
+
+    def begins(place: int, task: Task) -> None:
+        done = max(0, place + 1 - at_once)
+        left = (time.monotonic() - began) / max(done, 1) * (len(tasks) - done)
+        if process.is_main():
+            print(f"run {place + 1} of {len(tasks)}: {task.name}" + (f"; about {duration(left)} left" if done else ""))
+
+    stops = lambda result: not result["finished"] or result["signal"]
+    results: dict[int, Any] = {}
+    if crew:
+        for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):
+            prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
+        results = crew.run(tasks, begins, stops)
+    for place, task in enumerate([] if crew else tasks):
+        begins(place, task)
+        results[place] = call(task)
+        if stops(results[place]):
+            break
+    nothing: dict[str, Any] = {"step": 0, "finished": False}
+    ended = next(filter(stops, results.values()), results[max(results)] if results else nothing)
+    heard = crew.signal if crew else ended.get("signal")
+    return Outcome(ended["step"], ended["finished"], signal.Signals(heard) if heard else None)
+
+
+def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """`loop.train` of a resolved config, as a task: the outcome's fields."""
+    outcome = train(structure(RunConfig, config, out), Path(out))
+    return {"step": outcome.step, "finished": outcome.finished, "signal": outcome.signal}
+
+
+def _parts(plan: Plan, out: Path, crew: Crew | None) -> dict[str, Any]:
+    """Every part of the results that takes long, by name."""
+    from tiedjax.analysis.summary import parts_of
+
+    names = list(parts_of(plan.study))
+    where = {"study": to_tree(plan.study), "folder": str(out / "runs")}
+    tasks = [Task(f"{out}: {name}", f"{__name__}:analyse_part", where | {"name": name}) for name in names]
+    if crew:
+        results = crew.run(tasks)
+        return {name: results[place] for place, name in enumerate(names) if place in results}
+    return {name: call(task) for name, task in zip(names, tasks, strict=True)}
+
+
+def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
+    """One of `summary.parts_of` the runs in a folder, as a task."""
+    from tiedjax.analysis.blocked import few_threads
+    from tiedjax.analysis.summary import collect
+
+    held = _held(json.dumps(study), folder)
+    model = next(iter(held.runs.values())).config.model
+    with few_threads(model.table_rows * model.d_model):
+        return collect(name, held)
+
+
+@functools.lru_cache(maxsize=1)
+def _held(study: str, folder: str) -> StudyRuns:
+    """The runs of a study, whose tables a process reads once for all its parts."""
+    from tiedjax.analysis.study_runs import StudyRuns
+
+    config = structure(StudyConfig, json.loads(study), folder)
+    return StudyRuns(config, _runs(config, Path(folder)))
+
+
+def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
+    return {(arm, seed): load_run(folder / f"{arm}-{seed}") for seed in study.seeds for arm in study.arms}
+
+
+def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer and where the report is."""
-    from tiedjax.analysis.report import write_report
+    from tiedjax.analysis.report import refuse_other_results, write_report
+    from tiedjax.analysis.sections.registry import SECTIONS
 
+    results = _read_results(out)
+    refuse_other_results(results)
+    drawings = None
+    if crew:
+        place = {"out": str(out)}
+        drawn = crew.run(
+            [Task(f"{out}: {name}", f"{__name__}:draw_section", place | {"name": name}) for name in SECTIONS]
+        )
+        drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
+    if not crew or not crew.signal:
+        write_report(results, out, drawings)
+    return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
+
+
+def draw_section(out: str, name: str) -> dict[str, list[str]]:
+    """`report.draw` of one section, as a task."""
+    from tiedjax.analysis.report import draw
+
+    return draw(_read_results(Path(out)), name, Path(out))
+
+
+def _read_results(out: Path) -> dict[str, Any]:
     path = out / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -147,20 +234,15 @@ def draw_report(out: Path) -> str:
         raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
     if not isinstance(results, dict):
         raise UserError(f"{path}: must hold an object, got {type(results).__name__}; `tiedjax study` writes it")
-    write_report(results, out)
-    return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
+    return results
 
 
-def _analyse(plan: Plan, out: Path, seconds: float) -> None:
-    from tiedjax.analysis.blocked import few_threads
+def _analyse(plan: Plan, out: Path, parts: Mapping[str, Any], seconds: float) -> None:
     from tiedjax.analysis.summary import summarize
 
-    runs = {key: load_run(out / "runs" / f"{key[0]}-{key[1]}") for key in plan.runs}
     environment = environment_now() | {"study_seconds": seconds}
-    model = next(iter(plan.runs.values())).model
-    with few_threads(model.table_rows * model.d_model):
-        results = summarize(plan.study, runs, environment=environment) | {"name": plan.name}
-    write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    results = summarize(plan.study, _runs(plan.study, out / "runs"), environment=environment, parts=parts)
+    write_atomically(out / "results.json", json.dumps(results | {"name": plan.name}, indent=1, allow_nan=False))
 
 
 def environment_now() -> dict[str, Any]:

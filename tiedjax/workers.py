@@ -1,13 +1,13 @@
-"""Runs side by side on one machine's CPU: long-lived processes that each train one run after the other.
+"""Work side by side on one machine's CPU: long-lived processes that each call one function after the other.
 
-A worker is `python -m tiedjax.workers [CORES]`. It reads a line of JSON for each run from standard input and answers
-with lines of JSON: what the run says, then how it ended. A worker whose parent is gone ends at once.
+A worker is `python -m tiedjax.workers [CORES]`. It reads a line of JSON for each call from standard input and answers
+with lines of JSON: what the call prints, then what it returns. A worker whose parent is gone ends at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import importlib
 import io
 import json
 import os
@@ -19,14 +19,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from tiedjax import platform_flags
-from tiedjax.config import RunConfig, structure, to_tree
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.loop import Outcome, train
 
 FAILURES: dict[str, type[Exception]] = {"UserError": UserError, "TrainingError": TrainingError}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
@@ -34,48 +31,25 @@ PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 @dataclass(frozen=True)
 class Task:
-    """One run and its directory."""
+    """One call: `module:function`, its keyword arguments and its result in JSON; `name` says what it is about."""
 
-    cfg: RunConfig
-    out: Path
-
-
-def train_all(
-    tasks: Sequence[Task], workers: int, threads: int, begins: Callable[[int], None], say: Callable[[str], None]
-) -> Outcome:
-    """Trains every run, `workers` at a time, each in a process with `threads` threads.
-
-    Returns the outcome of the first that ended before its last step, after which no other begins, or else of the last
-    to end. `begins` is called with the place of a run in `tasks` when a worker takes it up, `say` with what runs say.
-    SIGINT and SIGTERM ask every worker to save its state and stop, and are named in the outcome; a second one ends
-    them at once. Raises the UserError or TrainingError of the first run that fails, once the others have saved and
-    stopped.
-    """
-    crew = _Crew(tasks, begins, say)
-    with crew:
-        cores = _shares(workers, threads)
-        for number in range(min(workers, len(tasks))):
-            crew.hire(threads, cores[number] if cores else None)
-        crew.work()
-    if crew.failure:
-        raise crew.failure
-    if crew.signal:
-        return dataclasses.replace(crew.outcome, finished=False, signal=crew.signal)
-    return crew.outcome
+    name: str
+    function: str
+    arguments: dict[str, Any]
 
 
-def _shares(workers: int, threads: int) -> list[list[int]] | None:
-    """Cores of its own for every worker: two that wander over the same cores slow each other; None: too few cores."""
-    if not hasattr(os, "sched_getaffinity"):
-        return None
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < workers * threads:
-        return None
-    return [cores[i * threads : (i + 1) * threads] for i in range(workers)]
+def call(task: Task) -> Any:
+    """The call, in this process."""
+    return _call(task.function, task.arguments)
+
+
+def _call(function: str, arguments: Mapping[str, Any]) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
 
 
 class _Worker:
-    """A process, the lines it has sent so far, and the run that it trains."""
+    """A process, the task that it has, and the part of a line that it has sent so far."""
 
     def __init__(self, threads: int, cores: Sequence[int] | None):
         environment: dict[str, str] = dict(os.environ)
@@ -92,19 +66,20 @@ class _Worker:
         assert self.process.stdout
         self._input, self.output = self.process.stdin, self.process.stdout
         self.task: Task | None = None
+        self.place = 0  # of the task among those of its batch
         self._rest = b""
 
-    def give(self, task: Task) -> None:
-        """Hands over the next run."""
-        self.task = task
-        line = json.dumps({"config": to_tree(task.cfg), "out": str(task.out)}) + "\n"
+    def give(self, place: int, task: Task) -> None:
+        """Hands over the next task."""
+        self.place, self.task = place, task
+        line = json.dumps({"function": task.function, "arguments": task.arguments}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has died; its output ends and says so
             self._input.write(line.encode())
             self._input.flush()
 
     def messages(self) -> Iterator[dict[str, Any] | None]:
         """What it has sent since the last call; None at its end."""
-        data = os.read(self.output.fileno(), 2**16)
+        data = os.read(self.output.fileno(), 2**20)
         *lines, self._rest = (self._rest + data).split(b"\n")
         yield from map(json.loads, lines)
         if not data:
@@ -122,21 +97,29 @@ class _Worker:
         self.output.close()
 
 
-class _Crew:
-    """The workers of one call, and what has come of their runs."""
+class Crew:
+    """`workers` processes with `threads` threads each; `say` takes the lines that their calls print.
 
-    def __init__(self, tasks: Sequence[Task], begins: Callable[[int], None], say: Callable[[str], None]):
-        self._waiting, self._begins, self._say = iter(enumerate(tasks, 1)), begins, say
+    While it is entered SIGINT and SIGTERM ask every worker that has a task to stop, and are remembered as `signal`; a
+    second one ends the workers at once.
+    """
+
+    def __init__(self, workers: int, threads: int, say: Callable[[str], None]):
+        self.size, self._threads, self._say = workers, threads, say
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._previous: dict[int, Any] = {}
-        self.outcome = Outcome(0, finished=True)
+        self._failure: Exception | None = None
         self.signal: signal.Signals | None = None
-        self.failure: Exception | None = None
 
-    def __enter__(self) -> _Crew:
+    def __enter__(self) -> Crew:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._receive)
+        shares = _shares(self.size, self._threads)
+        for place in range(self.size):
+            worker = _Worker(self._threads, shares[place] if shares else None)
+            self._workers.append(worker)
+            self._selector.register(worker.output, selectors.EVENT_READ, worker)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,47 +129,58 @@ class _Crew:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def hire(self, threads: int, cores: Sequence[int] | None) -> None:
-        """Starts one more worker on its first run."""
-        worker = _Worker(threads, cores)
-        self._workers.append(worker)
-        self._selector.register(worker.output, selectors.EVENT_READ, worker)
-        self._next(worker)
+    def run(
+        self,
+        tasks: Sequence[Task],
+        begins: Callable[[int, Task], None] = lambda place, task: None,
+        enough: Callable[[Any], bool] = lambda result: False,
+    ) -> dict[int, Any]:
+        """Place: result of the tasks that were called, each by the next worker that is free; `begins` hears of each.
 
-    def work(self) -> None:
-        """Returns when no worker trains any more."""
+        After a result that is `enough`, or a signal, no other begins. Raises the UserError or TrainingError of the
+        first that fails, once the others have stopped.
+        """
+        self._waiting: Iterator[tuple[int, Task]] = iter(enumerate(tasks))
+        self._begins, self._enough = begins, enough
+        results: dict[int, Any] = {}
+        for worker in self._workers:
+            self._next(worker)
         while any(worker.task for worker in self._workers):
             for key, _ in self._selector.select():
                 for message in key.data.messages():
-                    self._take(key.data, message)
+                    self._take(key.data, message, results)
+        if self._failure:
+            raise self._failure
+        return results
 
     def _next(self, worker: _Worker) -> None:
         worker.task = None
-        if self.signal or self.failure or not self.outcome.finished:
+        if self.signal or self._failure:
             return
-        number, task = next(self._waiting, (0, None))
-        if task:
-            self._begins(number)
-            worker.give(task)
+        for place, task in self._waiting:
+            self._begins(place, task)
+            worker.give(place, task)
+            break
 
-    def _take(self, worker: _Worker, message: Mapping[str, Any] | None) -> None:
+    def _take(self, worker: _Worker, message: Mapping[str, Any] | None, results: dict[int, Any]) -> None:
         if message is None:
             self._selector.unregister(worker.output)
             task, worker.task = worker.task, None
-            if task and not self.signal and not self.failure:
-                self._fail(TrainingError(f"{task.out}: its process ended with status {worker.process.wait()}"))
+            if task and not self.signal and not self._failure:
+                self._fail(TrainingError(f"{task.name}: its process ended with status {worker.process.wait()}"))
         elif "say" in message:
             self._say(message["say"])
         elif "failed" in message:
             worker.task = None
             self._fail(FAILURES[message["failed"]](message["message"]))
         else:
-            if self.outcome.finished:
-                self.outcome = Outcome(message["step"], message["finished"])
+            results[worker.place] = message["result"]
+            if self._enough(message["result"]):
+                self._waiting = iter(())
             self._next(worker)
 
     def _fail(self, error: Exception) -> None:
-        self.failure = self.failure or error
+        self._failure = self._failure or error
         self._ask_all(signal.SIGTERM)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -197,6 +191,16 @@ class _Crew:
         for worker in self._workers:
             if worker.task and worker.process.poll() is None:
                 worker.process.send_signal(number)
+
+
+def _shares(workers: int, threads: int) -> list[list[int]] | None:
+    """Cores of its own for every worker: two that wander over the same cores slow each other; None: too few cores."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < workers * threads:
+        return None
+    return [cores[i * threads : (i + 1) * threads] for i in range(workers)]
 
 
 # ---- The worker itself ----
@@ -219,30 +223,30 @@ class _Said(io.TextIOBase):
 
 
 def serve() -> None:
-    """Trains the runs that standard input names, until it ends."""
+    """Makes the calls that standard input names, until it ends."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no message
 
     def send(message: Mapping[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
+        channel.write(json.dumps(message, allow_nan=False) + "\n")
 
     sys.stdout = _Said(send)
-    tasks: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_receive_tasks, args=(tasks,), daemon=True).start()
+    calls: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_receive_calls, args=(calls,), daemon=True).start()
     while True:
-        task = json.loads(tasks.get())
+        wanted = json.loads(calls.get())
         try:
-            outcome = train(structure(RunConfig, task["config"], task["out"]), Path(task["out"]))
+            result = _call(wanted["function"], wanted["arguments"])
         except (UserError, TrainingError) as error:
             send({"failed": type(error).__name__, "message": str(error)})
         else:
-            send({"step": outcome.step, "finished": outcome.finished})
+            send({"result": result})
 
 
-def _receive_tasks(tasks: queue.SimpleQueue[str]) -> None:
+def _receive_calls(calls: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
-        tasks.put(line)
-    os._exit(0)  # the parent has no more runs, or is gone: what was committed is enough to continue from
+        calls.put(line)
+    os._exit(0)  # the parent has no more calls, or is gone: what a run has saved is enough to continue from
 
 
 if __name__ == "__main__":

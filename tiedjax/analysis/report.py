@@ -47,12 +47,24 @@ _STYLE: Any = {
 }
 
 
-def write_report(results: drawing.Results, out: Path) -> None:
+Drawings = Mapping[str, Sequence[str]]  # plot: its panels as SVG elements
+
+
+def write_report(results: drawing.Results, out: Path, drawings: Drawings | None = None) -> None:
     """Writes figures/*.{png,pdf} and report.html under `out` from a results.json dict; the same dict gives the same
     page.
 
-    UserError when `out` cannot be written.
+    `drawings` are what `draw` gave for every section, if others have drawn them. UserError when `out` cannot be
+    written.
     """
+    refuse_other_results(results)
+    if drawings is None:
+        drawings = {name: panels for section in SECTIONS for name, panels in draw(results, section, out).items()}
+    write_atomically(Path(out) / "report.html", _page(results, drawings))
+
+
+def refuse_other_results(results: drawing.Results) -> None:
+    """UserError unless these are the results of a study, as this version writes them."""
     if results.get("kind") != "study":
         raise UserError("report: these are not the results of a study; `tiedjax study` writes them to results.json")
     if results.get("schema") != SCHEMA:
@@ -60,27 +72,31 @@ def write_report(results: drawing.Results, out: Path) -> None:
             f"report: results.json has schema {results.get('schema')}, this version draws {SCHEMA}; "
             "`tiedjax study` analyses the finished runs again"
         )
+
+
+def draw(results: drawing.Results, section: str, out: Path) -> dict[str, list[str]]:
+    """Writes one section's figures/*.{png,pdf} under `out`; returns their panels as SVG; UserError as above."""
     folder = Path(out) / "figures"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    drawings = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the caller draws in, the report looks the same
         matplotlib.rcParams.update(_STYLE)
-        svgs = {}
-        for plot in (plot for section in SECTIONS.values() for plot in section.plots(results)):
+        for plot in SECTIONS[section].plots(results):
             figure = _figure(plot.panels, plot.size, results)
             for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
                 write_atomically(folder / f"{plot.name}.{suffix}", _rendered(figure, suffix, metadata))
-            svgs[plot.name] = [
+            drawings[plot.name] = [
                 _inline_svg(_figure([panel], plot.size, results), f"{plot.name}-{i}")
                 for i, panel in enumerate(plot.panels)
             ]
-    write_atomically(Path(out) / "report.html", _page(results, svgs))
+    return drawings
 
 
-def _page(results: drawing.Results, svgs: Mapping[str, list[Markup]]) -> str:
+def _page(results: drawing.Results, drawings: Drawings) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tiedjax.analysis", "templates"),
         autoescape=True,
@@ -95,7 +111,8 @@ def _page(results: drawing.Results, svgs: Mapping[str, list[Markup]]) -> str:
         w=words,
         published=published,
         sections=SECTIONS,
-        svgs=svgs,
+        # Matplotlib escapes every text that it draws, so what came from the results is text here too.
+        svgs={name: list(map(Markup, panels)) for name, panels in drawings.items()},
         arm_index=index,
         light=drawing.LIGHT,
         dark=drawing.DARK,
@@ -131,7 +148,7 @@ def _rendered(figure: Figure, suffix: str, metadata: Mapping[str, Any]) -> bytes
     return stream.getvalue()
 
 
-def _inline_svg(figure: Figure, name: str) -> Markup:
+def _inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element that takes its colours and its font from the page around it."""
     with matplotlib.rc_context({"svg.hashsalt": name}):
         text = _rendered(figure, "svg", {"Date": None, "Creator": None}).decode()
@@ -144,6 +161,4 @@ def _inline_svg(figure: Figure, name: str) -> Markup:
         text = text.replace(colour, f"var(--arm{i})")
     for colour, variable in [(drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "line")]:
         text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    # Matplotlib escapes every text that it draws, so what came from the results is text here too.
-    return Markup(text)
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,13 +116,25 @@ def bootstrap_mean(
     n, mean = len(sums), float(values.mean())
     if n == 1:
         return Interval(mean, None, None, 1, confidence)
-    rng = np.random.default_rng(0)
-    means = np.empty(draws)
-    for i in range(draws):
-        times = np.bincount(rng.integers(0, n, n), minlength=n)
-        means[i] = (times @ sums) / (times @ sizes)
+    means = np.concatenate([(times @ sums) / (times @ sizes) for times in _resamples(n, draws)])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean, float(low), float(high), n, confidence)
+
+
+def _resamples(n: int, draws: int) -> Iterable[np.ndarray]:
+    """How often each of n values is drawn, [draws, n] in blocks: the same in every call, and kept while it is small."""
+    return [_drawn(n, draws)] if n * draws <= 2**22 else _drawn_in_blocks(n, draws)
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(n: int, draws: int) -> np.ndarray:
+    return np.concatenate(list(_drawn_in_blocks(n, draws)))
+
+
+def _drawn_in_blocks(n: int, draws: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(0)
+    for _ in range(draws):
+        yield np.bincount(rng.integers(0, n, n), minlength=n)[None].astype(np.float64)
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:

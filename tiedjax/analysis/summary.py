@@ -45,20 +45,22 @@ def summarize(
     *,
     environment: Mapping[str, Any] | None = None,
     text: Callable[[Any], Prepared] = data_of,
+    parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """results.json of a study, from its runs by (arm, seed).
 
-    `environment` says what the caller knows of the machine, versions and time; `text` finds a run's data. Pairs
-    without a run are named in `notes`. UserError when no seed has a run of the reference arm.
+    `environment` says what the caller knows of the machine, versions and time; `text` finds a run's data; `parts` are
+    those of `parts_of`, if others have collected them. Pairs without a run are named in `notes`. UserError when no
+    seed has a run of the reference arm.
     """
     seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
     if not seeds:
         raise UserError(f"study: no run of the reference arm {study.reference!r}; nothing can be compared with it")
-    ids = tokens.most_frequent(runs[study.reference, seeds[0]].token_counts, EXAMPLES)
-    walk = _Walk(ids)
-    for seed in study.seeds:
-        walk.through(study, {arm: runs[arm, seed] for arm in study.arms if (arm, seed) in runs}, seed)
-    final = [r for r in walk.comparisons if r["final"]]
+    if parts is None:
+        held = StudyRuns(study, runs, text)
+        parts = {name: collect(name, held) for name in parts_of(study)}
+    walk = parts["walk"]
+    final = [r for r in walk["comparisons"] if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
     arms = {
         arm: verdict.arm_summary(
@@ -72,22 +74,23 @@ def summarize(
         for arm in study.arms
         if any(a == arm for a, _ in runs)
     }
-    held = StudyRuns(study, runs, text)
-    shares = _reproducible_shares(study, held)
     results = {
         "schema": SCHEMA,
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
-        "between_seeds": verdict.between_seeds(list(_between_seeds(study, held))),
-        "reproducible_share": shares,
+        "between_seeds": verdict.between_seeds(parts["between_seeds"]),
+        "reproducible_share": parts["reproducible_share"],
         "changes": verdict.changes(study, arms, final),
         "arms": arms,
         "comparisons": [_without(r, "final") for r in final],
-        "alignment_over_steps": _over_steps(walk.comparisons),
+        "alignment_over_steps": _over_steps(walk["comparisons"]),
         "gradients": [_key(key) | to_plain(flow) for key, flow in flows.items()],
-        "evolution": walk.evolution,
-        **{name: section.collect(held) for name, section in SECTIONS.items() if hasattr(section, "collect")},
-        "examples": _examples(study, runs, seeds[0], walk),
+        "evolution": walk["evolution"],
+        **{name: parts[name] for name in SECTIONS if name in parts},
+        "lens": SECTIONS["lens"].together(
+            study.reference, [run for seed in study.seeds for run in parts[f"lens {seed}"]]
+        ),
+        "examples": walk["examples"],
         "runs": [_run_facts(key, run) for key, run in runs.items()],
         "study": {
             "reference": study.reference,
@@ -100,10 +103,39 @@ def summarize(
         "notes": _notes(study, runs),
     }
     plain = to_plain(results)
-    made = verdict.statements(study, arms, final) | verdict.share_statements(study, shares) | claims(plain)
+    made = verdict.statements(study, arms, final)
+    made |= verdict.share_statements(study, plain["reproducible_share"]) | claims(plain)
     plain["statements"] = to_plain(verdict.decided(made))
     answer, *findings = words.answer(plain)
     return {"answer": answer, "findings": findings, **plain}
+
+
+def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
+    """What takes long, each from the runs alone, so that several processes can share it out: the longest first."""
+    sections = {name: section.collect for name, section in SECTIONS.items() if hasattr(section, "collect")}
+    of_every_seed = sections.pop("lens")
+    return {
+        "walk": _walked,
+        **{f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds},
+        "between_seeds": lambda held: list(_between_seeds(held)),
+        "reproducible_share": _reproducible_shares,
+        **sections,
+    }
+
+
+def collect(name: str, held: StudyRuns) -> Any:
+    """One of `parts_of` the study, as plain JSON."""
+    return to_plain(parts_of(held.study)[name](held))
+
+
+def _walked(held: StudyRuns) -> dict[str, Any]:
+    study, runs = held.study, held.runs
+    first = next(seed for seed in study.seeds if (study.reference, seed) in runs)
+    walk = _Walk(tokens.most_frequent(runs[study.reference, first].token_counts, EXAMPLES))
+    for seed in study.seeds:
+        walk.through(study, {arm: runs[arm, seed] for arm in study.arms if (arm, seed) in runs}, seed)
+    examples = _examples(study, runs, first, walk)
+    return {"comparisons": walk.comparisons, "evolution": walk.evolution, "examples": examples}
 
 
 class _Walk:
@@ -175,11 +207,12 @@ def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndar
             yield subject_role, reference_role, getattr(reference, reference_role), table
 
 
-def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, Any]]:
+def _between_seeds(held: StudyRuns) -> Iterator[dict[str, Any]]:
     """Every arm's last tables against those of the reference runs of the other seeds.
 
     The reference arm's own are compared role by role, and each two seeds once.
     """
+    study = held.study
     for (arm, seed), other_seed in itertools.product(held.last, study.seeds):
         own = arm == study.reference
         if (seed <= other_seed) if own else (seed == other_seed):
@@ -197,9 +230,9 @@ def _between_seeds(study: StudyConfig, held: StudyRuns) -> Iterator[dict[str, An
                 yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
 
 
-def _reproducible_shares(study: StudyConfig, held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:
+def _reproducible_shares(held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:
     tables = {run: {table.role: table.values for table in last} for run, last in held.last.items()}
-    return reproducible_shares(tables, {run: last[0].counts for run, last in held.last.items()}, study.reference)
+    return reproducible_shares(tables, {run: last[0].counts for run, last in held.last.items()}, held.study.reference)
 
 
 def _over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiedjax.analysis.gradients import EARLY, GradientFlow, Window
-from tiedjax.analysis.reproducibility import ReproducibleShare
 from tiedjax.analysis.statistics import CONFIDENCE, Interval, holm_levels, interval, paired
 from tiedjax.config import StudyConfig
 
@@ -154,13 +153,16 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
     return made
 
 
-def share_statements(study: StudyConfig, shares: Mapping[str, Mapping[str, ReproducibleShare]]) -> dict[str, Statement]:
-    """By name, of every arm with one table: with which of the reference's tables it shares more of what repeats."""
+def share_statements(study: StudyConfig, shares: Mapping[str, Any]) -> dict[str, Statement]:
+    """By name, of every arm with one table: with which of the reference's tables it shares more of what repeats.
+
+    `shares` is `reproducible_share` of results.json.
+    """
     return {
         f"{arm}_shares_more_with_output": Statement(
             f"{arm} shares more with the output table of {study.reference} than with its input table, of what training "
             "repeats over seeds",
-            roles["shared"].margin,
+            Interval(**roles["shared"]["margin"]),
         )
         for arm, roles in shares.items()
         if "shared" in roles

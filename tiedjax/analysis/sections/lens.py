@@ -19,12 +19,16 @@ QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") fo
 PREDICTORS = ("uniform", "unigram", "bigram")
 
 
-def collect(study: StudyRuns) -> dict[str, Any]:
-    """Every run through the lenses, and the differences between twins, paired by seed."""
+def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
+    """Every run of one seed through the lenses."""
+    return [{"arm": arm, "seed": s} | _measured(study, run) for (arm, s), run in study.runs.items() if s == seed]
+
+
+def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `collect` gave for every seed, and the differences between twins, paired by seed."""
     from tiedjax.analysis.lens_training import CRITERION  # here: it brings JAX, which drawing does not need
 
-    runs = [{"arm": arm, "seed": seed} | _measured(study, run) for (arm, seed), run in study.runs.items()]
-    return {"criterion": CRITERION, "runs": runs, "twins": list(_twins(study, runs))}
+    return {"criterion": CRITERION, "runs": list(runs), "twins": list(_twins(reference, runs))}
 
 
 def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
@@ -45,15 +49,15 @@ def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
     return {"step": model.step, "rows": rows, "width": width, **found, "baselines": to_plain(counted.beside(model))}
 
 
-def _twins(study: StudyRuns, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference at every state."""
     from tiedjax.analysis.lens import early_states
 
     by_arm = {arm: {r["seed"]: r["states"] for r in of if "states" in r} for arm, of in drawing.by_arm(runs)}
-    reference = by_arm.get(study.study.reference, {})
+    reference = by_arm.get(reference_arm, {})
     for arm, own in by_arm.items():
         common = reference.keys() & own.keys()
-        if arm == study.study.reference or not common:
+        if arm == reference_arm or not common:
             continue
         states = own[min(common)]
         for state, about in enumerate(states):
