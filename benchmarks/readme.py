@@ -36,7 +36,7 @@ def block(results: dict[str, Any]) -> str:
     environment = results["environment"]
     packages = environment["packages"]
     made = (
-        f"{len(results['runs'])} runs trained in {environment['study_seconds'] / 60:.1f} minutes on a "
+        f"{len(results['runs'])} runs trained and analysed in {environment['study_seconds'] / 60:.1f} minutes on a "
         f"{environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
         f"flax {packages['flax']})"
     )

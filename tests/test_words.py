@@ -188,8 +188,8 @@ def test_the_first_table_has_the_losses_and_their_difference_to_the_baseline() -
 
 def test_how_many_statements_and_what_chance_alone_gives() -> None:
     assert words.testing(small_results()) == (
-        "4 statements are tested together by Holm’s method: if all were false, chance alone would decide any of them "
-        f"in at most 5{N}% of studies. Each tested alone at 5{N}%, chance would decide 0.2 of 4."
+        "4 statements are tested together by Holm’s method: if every margin were 0, chance alone would decide any of "
+        f"them in at most 5{N}% of studies. Each tested alone at 5{N}%, chance would decide 0.2 of 4."
     )
     assert words.basis(small_results()) == (
         "± is half of a Student-t interval over 5 seeds, paired by seed where two runs are compared. Intervals of "

@@ -174,6 +174,29 @@ def test_no_worker_outlives_its_parent(text: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
+def test_a_stopped_study_says_so_and_keeps_every_state(text: Path, tmp_path: Path) -> None:
+    """The whole command: exit status 143, and the sentence that says what continues it."""
+    options = {"data.source": f"text:{text}", **SHRUNK, **ENDLESS}
+    sections: dict[str, list[str]] = {}
+    for key, value in options.items():
+        section, _, field = key.partition(".")
+        sections.setdefault(section, []).append(f"{field}: {value}")
+    config = "".join(f"{section}: {{{', '.join(fields)}}}\n" for section, fields in sections.items())
+    (tmp_path / "config.yaml").write_text(config)
+    arms = "{untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}"
+    (tmp_path / "study.yaml").write_text(f"base: config.yaml\narms: {arms}\nseeds: [0]\n")
+    out = tmp_path / "out"
+    process = start(["-m", "tiedjax", "study", tmp_path / "study.yaml", "--out", out, "--workers", "2"])
+    runs = [out / "runs" / name for name in ("untied-0", "tied-0")]
+    until(lambda: min(map(lines, runs)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = finish(process, seconds=60, status=128 + signal.SIGTERM)
+    assert "run 1 of 2: untied-0\nrun 2 of 2: tied-0\n" in stdout
+    assert stderr == "tiedjax: stopped by SIGTERM; the same command continues from there\n"
+    assert [len(load_run(run).checkpoint_steps) for run in runs] == [1, 1]
+    assert not (out / "results.json").exists()
+
+
 def test_workers_follow_the_cores_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = study.load_study(REPOSITORY / "configs" / "studies" / "quick.yaml")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -68,7 +68,7 @@ def testing(results: Results) -> str:
         return "One seed: no statement can be tested."
     number_tested, level = len(tested), 1 - CONFIDENCE
     return (
-        f"{number_tested} statements are tested together by Holm’s method: if all were false, chance alone would "
+        f"{number_tested} statements are tested together by Holm’s method: if every margin were 0, chance alone would "
         f"decide any of them in at most {level:.0%} of studies. Each tested alone at {level:.0%}, chance would decide "
         f"{number_tested * level:.1f} of {number_tested}."
     ).replace("%", "\u00a0%")
