@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -38,6 +39,17 @@ def finish(process: subprocess.Popen[str], *, seconds: float = 240, status: int 
         raise AssertionError(f"still running after {seconds} s\n{out}\n{err}") from None
     assert process.returncode == status, f"exit {process.returncode}, not {status}\n{out}\n{err}"
     return out, err
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Waits until `holds()`, while the process lives."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            out, err = process.communicate()
+            raise AssertionError(f"waited in vain; exit {process.returncode}\n{out}\n{err}")
+        time.sleep(0.05)
 
 
 def tiedjax(

@@ -49,6 +49,15 @@ def arguments(out: Path, text: Path, changes: Mapping[str, Any] | None = None) -
     return ["train", str(REPOSITORY / "configs" / "tiny.yaml"), "--out", str(out), *options]
 
 
+def write_config(path: Path, text: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """The config file of a shrunk run."""
+    sections: dict[str, list[str]] = {}
+    for key, value in {"data.source": f"text:{text}", **SHRUNK, **(changes or {})}.items():
+        section, _, field = key.partition(".")
+        sections.setdefault(section, []).append(f"{field}: {value}")
+    path.write_text("".join(f"{section}: {{{', '.join(fields)}}}\n" for section, fields in sections.items()))
+
+
 def start_commands(commands: Sequence[list[str]], *, devices: int = 1, before: str = "") -> subprocess.Popen[str]:
     """Starts one process that runs command lines one after the other, after the Python statements `before`."""
     program = f"import json, sys\nfrom tiedjax.cli import main\n{before}\n"

@@ -9,14 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from programs import REPOSITORY, environment, finish, start
+from programs import REPOSITORY, environment, finish, start, until
 from runs import STEPS, arguments, assert_same_run, rows, write_text
 
 import tiedjax
@@ -50,17 +49,6 @@ def launch(script: str, *args: str | int | Path, devices: int = 1, path: Path | 
     )
     STARTED.append(process)
     return process
-
-
-def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Waits until `holds()`, while the process lives."""
-    end = time.monotonic() + seconds
-    while not holds():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            out, err = process.communicate()
-            raise AssertionError(f"waited in vain; exit {process.returncode}\n{out}\n{err}")
-        time.sleep(0.05)
 
 
 # ---- A run of two processes ----

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from programs import REPOSITORY, environment, finish
-from runs import SHRUNK
+from runs import write_config
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHORT = "--train.steps 6 --train.eval_batches 1"
@@ -100,12 +100,7 @@ def place(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     for name, target in {"launch": REPOSITORY / "launch", "configs": REPOSITORY / "configs", text.name: text}.items():
         (folder / name).symlink_to(target)
-    sections: dict[str, list[str]] = {}
-    for key, value in {"data.source": f"text:{text}", **SHRUNK}.items():
-        section, _, field = key.partition(".")
-        sections.setdefault(section, []).append(f"{field}: {value}")
-    config = "".join(f"{section}: {{{', '.join(fields)}}}\n" for section, fields in sections.items())
-    (folder / "CONFIG.yaml").write_text(config)
+    write_config(folder / "CONFIG.yaml", text)
     arms = "arms: {untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}\nseeds: [0, 1]\n"
     (folder / "STUDY.yaml").write_text(f"base: CONFIG.yaml\n{arms}")
     shell(STUDY, folder)

@@ -8,13 +8,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import REPOSITORY, finish, start
-from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands
+from programs import REPOSITORY, finish, start, until
+from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands, write_config
 
 from tiedjax import load_run, study
 from tiedjax.cli import main
@@ -48,16 +48,6 @@ def side_by_side(
         overrides = {key: str(value) for key, value in values.items()}
         trees[str(out)] = to_tree(load_run_config(REPOSITORY / "configs" / "tiny.yaml", overrides))
     return start(["-c", PROGRAM, json.dumps(trees), str(workers), str(threads)])
-
-
-def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        if process.poll() is not None or time.monotonic() > end:
-            process.kill()
-            out, err = process.communicate()
-            raise AssertionError(f"waited in vain; exit {process.returncode}\n{out}\n{err}")
-        time.sleep(0.05)
 
 
 def lines(run: Path) -> int:
@@ -176,13 +166,7 @@ def test_no_worker_outlives_its_parent(text: Path, tmp_path: Path) -> None:
 
 def test_a_stopped_study_says_so_and_keeps_every_state(text: Path, tmp_path: Path) -> None:
     """The whole command: exit status 143, and the sentence that says what continues it."""
-    options = {"data.source": f"text:{text}", **SHRUNK, **ENDLESS}
-    sections: dict[str, list[str]] = {}
-    for key, value in options.items():
-        section, _, field = key.partition(".")
-        sections.setdefault(section, []).append(f"{field}: {value}")
-    config = "".join(f"{section}: {{{', '.join(fields)}}}\n" for section, fields in sections.items())
-    (tmp_path / "config.yaml").write_text(config)
+    write_config(tmp_path / "config.yaml", text, ENDLESS)
     arms = "{untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}"
     (tmp_path / "study.yaml").write_text(f"base: config.yaml\narms: {arms}\nseeds: [0]\n")
     out = tmp_path / "out"
