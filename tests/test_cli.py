@@ -123,6 +123,7 @@ ADDRESSES: dict[str, list[str]] = {
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
     "table": ["analyze", "norms", "gs://bucket/run@400"],
     "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
+    "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],
     "run": ["analyze", "gradients", "gs://bucket/run"],
     "--json of an instrument": ["analyze", "align", "TABLE", "TABLE", "--json", "s3://bucket/align.json"],
 }

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiedjax.errors import UserError
+from tiedjax.files import local_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +139,9 @@ def _with_tokenizers(args: argparse.Namespace, tables: list[Table]) -> list[Tabl
         return tables
     if len(tables) == 1:
         raise UserError(f"{paths[0]}: tokenizers match the rows of two tables, but there is one")
-    return [replace(table, tokenizer_path=Path(path)) for table, path in zip(tables, paths, strict=True)]
+    return [
+        replace(table, tokenizer_path=local_path(path, "--tokens")) for table, path in zip(tables, paths, strict=True)
+    ]
 
 
 def counts_of(*tables: Table) -> np.ndarray | None:
