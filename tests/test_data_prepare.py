@@ -284,7 +284,8 @@ def test_the_command_prepares_a_folder_to_train_on(tmp_path: Path, capsys: pytes
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     out = tmp_path / "out"
-    args = parser.parse_args([f"text:{tmp_path}/a.jsonl", "--out", str(out), "--vocab-size", "300", "--holdout", "0.2"])
+    options = ["--out", str(out), "--vocab-size", "300", "--holdout", "0.2"]
+    args = parser.parse_args(["prepare", f"text:{tmp_path}/a.jsonl", *options])
     assert command.run(args) == 0
     printed = capsys.readouterr()
     assert printed.out == f"data.source: prepared:{out}\n"

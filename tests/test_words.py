@@ -11,7 +11,7 @@ from scipy import stats
 
 from tiedjax.analysis import words
 from tiedjax.analysis.statistics import Interval, holm_levels, interval
-from tiedjax.analysis.verdict import Statement, decided
+from tiedjax.analysis.verdict import EDGE, Statement, decided
 
 N = "\u00a0"  # a no-break space
 
@@ -198,6 +198,14 @@ def test_how_many_statements_and_what_chance_alone_gives() -> None:
     alone = {name: statement(0.1, None, "undecided") for name in ("nearer", "lowers", "raises", "costs")}
     assert words.testing(small_results(**alone)) == "One seed: no statement can be tested."
     assert words.basis(small_results(**alone)) == "One seed: no interval can be given, and nothing is decided."
+
+
+def test_what_near_the_edge_means_is_said_where_it_occurs() -> None:
+    assert words.near_edge(small_results()) == ""
+    assert EDGE == 2
+    assert words.near_edge(small_results(costs=statement(0.3, 0.4, "undecided", near_edge=True))) == (
+        "Near the edge, p is within a factor of 2 of the level: the same study run again could say otherwise."
+    )
 
 
 def test_every_verdict_stands_beside_its_claim() -> None:

@@ -74,6 +74,13 @@ def testing(results: Results) -> str:
     ).replace("%", "\u00a0%")
 
 
+def near_edge(results: Results) -> str:
+    """What a verdict near the edge is; empty where there is none."""
+    if not any(statement["near_edge"] for statement in results["statements"].values()):
+        return ""
+    return "Near the edge, p is within a factor of 2 of the level: the same study run again could say otherwise."
+
+
 def _main_sentence(results: Results) -> str:
     head = results["headline"]
     arm, reference = head["arm"], head["reference"]
