@@ -1,4 +1,4 @@
-"""Run by test_sharding.py on 8 fake devices: losses, gradients and steps on several meshes, of the scheme named, against one."""
+"""Run by test_sharding.py on 8 fake devices: losses, gradients and steps of one scheme on several meshes, against one."""
 
 from __future__ import annotations
 
