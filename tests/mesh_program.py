@@ -1,4 +1,4 @@
-"""Run by test_sharding.py on 8 fake devices: losses, gradients and steps of one scheme on several meshes, against one."""
+"""Run by test_sharding.py on 8 fake devices: losses, gradients and steps of one scheme, meshes against one device."""
 
 from __future__ import annotations
 
