@@ -2,15 +2,18 @@
 
     python benchmarks/gpu.py --machine "one H100 80GB"                 # all parts
     python benchmarks/gpu.py --machine "one H100 80GB" --parts correctness loss
+    python benchmarks/gpu.py --machine "one H100 80GB" --parts step:olmo_60m --set model.remat=dots --label dots
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --machine any --smoke   # the same with tiny sizes, to test this program
 
-Needs jax, flax and optax, and for the side by side torch and transformers; no data and no command line of tiedjax. Each
-part runs in a process of its own, so that its memory is its own, and is saved as soon as it is done to
-benchmarks/results/gpu_DEVICE.json. Parts:
+Needs jax, flax and optax; `resume` needs what tiedjax itself needs, `torch:` torch and transformers (and liger-kernel
+for its last side). Each part runs in a process of its own, so that its memory is its own, and is saved as soon as it is
+done to benchmarks/results/gpu_DEVICE.json. Parts:
 
     correctness       20 steps of configs/tiny.yaml on the device in float32 and bfloat16, and on the CPU in float32
+    gradients         both role gradients of one batch of configs/tiny.yaml, beside float64 on the CPU
+    resume            `tiedjax train` of configs/tiny.yaml, interrupted and continued, beside itself uninterrupted
     loss              fused loss and both gradients beside the plain ones: seconds and temporary memory
-    step:MODEL        seconds, MFU and memory of the train step, with role metrics
+    step:MODEL        seconds, MFU and memory of the train step, with role metrics, and which kernels take its time
     torch:MODEL       the train step beside the compiled PyTorch model (benchmarks/step.py)
     roles:MODEL       the train step beside itself without the split and the metrics (benchmarks/step.py)
 """
@@ -20,10 +23,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,32 +40,39 @@ import loss
 import numpy as np
 import step as sides
 
-from tiedjax import bench, platform_flags, sharding
+from tiedjax import bench, hlo, load_run, model, platform_flags, sharding, tying
 from tiedjax.config import RunConfig
-from tiedjax.step import make_steps
+from tiedjax.step import loss_and_gradients, make_steps
 
-# Sequences of a step for which the sizes were chosen: about 32 thousand tokens. Beside PyTorch, whose state and
-# activations must lie in the same memory, a half or a quarter.
-MODELS = {"olmo_60m": (1024, 32, 32), "olmo_300m": (4096, 8, 4), "olmo_1b": (2048, 16, 4)}
+# Positions; sequences of a step that fit a card of 80 GB with nothing recomputed; and sequences beside PyTorch, whose
+# state and activations must lie in the same memory.
+MODELS = {"olmo_60m": (1024, 32, 32), "olmo_300m": (4096, 8, 4), "olmo_1b": (2048, 8, 4)}
 SMOKE = {"layers": 2, "d_model": 64, "heads": 2, "d_ff": 128, "seq_len": 64, "vocab_size": 512}
-LIMITS = {"float32": 1e-3, "bfloat16": 1e-2}
+LOSS_LIMITS = {"float32": 1e-3, "bfloat16": 1e-2}  # nats
+GRADIENT_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # of the gradient's own norm
+TRACED = 4  # steps
 
 
-def model_config(name: str, batch_size: int, smoke: bool) -> RunConfig:
-    """The config of this model for one GPU: no accumulation and nothing recomputed."""
+def model_config(name: str, batch_size: int, smoke: bool, more: Mapping[str, Any]) -> RunConfig:
+    """The config of this model for one GPU: no accumulation and nothing recomputed, unless `more` says otherwise."""
     changes: dict[str, Any] = {"model.seq_len": MODELS[name][0], "data.batch_size": batch_size}
-    changes |= {"model.remat": "none", "data.microbatches": 1, "mesh.data": 1}
+    changes |= {"model.remat": "none", "data.microbatches": 1, "mesh.data": 1, **more}
     if smoke:
         changes |= {f"model.{key}": value for key, value in SMOKE.items()} | {"data.batch_size": 4}
     return sides.read_config(sides.CONFIGS / f"{name}.yaml", changes)
 
 
-def correctness(smoke: bool) -> dict[str, Any]:
+def tiny(dtype: str) -> RunConfig:
+    """configs/tiny.yaml on one device."""
+    return sides.read_config(sides.CONFIGS / "tiny.yaml", {"model.dtype": dtype, "mesh.data": 1})
+
+
+def correctness(smoke: bool, _: Any) -> dict[str, Any]:
     """Losses of 20 steps on the device beside those of the CPU, and the largest difference."""
     steps = 3 if smoke else 20
 
     def losses(dtype: str, device: jax.Device) -> list[float]:
-        cfg = sides.read_config(sides.CONFIGS / "tiny.yaml", {"model.dtype": dtype, "mesh.data": 1})
+        cfg = tiny(dtype)
         mesh = sharding.make_mesh(cfg.mesh, [device])
         with jax.default_device(device):
             stepper = bench.Stepper(cfg, mesh, make_steps(cfg, mesh))
@@ -68,7 +81,7 @@ def correctness(smoke: bool) -> dict[str, Any]:
 
     expected = losses("float32", jax.devices("cpu")[0])
     result: dict[str, Any] = {"steps": steps, "cpu_float32": expected}
-    for dtype, limit in LIMITS.items():
+    for dtype, limit in LOSS_LIMITS.items():
         found = losses(dtype, jax.devices()[0])
         difference = float(np.abs(np.subtract(found, expected)).max())
         result[dtype] = {
@@ -81,47 +94,218 @@ def correctness(smoke: bool) -> dict[str, Any]:
     return result
 
 
-def compare_losses(smoke: bool) -> dict[str, Any]:
+def gradients(*_: Any) -> dict[str, Any]:
+    """|difference| / |gradient| of each role's table gradient, against the same function in float64 on the CPU."""
+    cpu, device = jax.devices("cpu")[0], jax.devices()[0]
+    tokens_BS = bench.zipf_tokens(tiny("float32"), 1)[0]
+    with jax.default_device(cpu):
+        mesh = sharding.make_mesh(tiny("float32").mesh, [cpu])
+        params = jax.device_get(make_steps(tiny("float32"), mesh).init(jax.random.key(0)).params)
+
+    def roles(cfg: RunConfig, on: jax.Device, params: Any) -> tying.Tables:
+        mesh = sharding.make_mesh(cfg.mesh, [on])
+        compute = jax.jit(loss_and_gradients(cfg, sharding.Layout(mesh)))
+        given = jax.device_put((params, tokens_BS, tying.role_scale(cfg.tying)), on)
+        with jax.default_device(on):
+            return jax.tree.map(lambda g: np.asarray(g, np.float64), compute(*given)[1][1])
+
+    plain, model.compute_dtype = model.compute_dtype, lambda *_: np.dtype("float64")
+    with jax.enable_x64(True):
+        exact = roles(tiny("float32"), cpu, jax.tree.map(lambda leaf: leaf.astype(np.float64), params))
+    model.compute_dtype = plain
+    result: dict[str, Any] = {}
+    for dtype, limit in GRADIENT_LIMITS.items():
+        computed = roles(tiny(dtype), device, params)
+        apart = jax.tree.map(lambda g, e: float(np.linalg.norm(g - e) / np.linalg.norm(e)), computed, exact)
+        result[dtype] = {**apart._asdict(), "limit": limit, "holds": max(apart) <= limit}
+        print(f"  {dtype}: {json.dumps(result[dtype])}")
+    return result
+
+
+def resume(smoke: bool, _: Any) -> dict[str, Any]:
+    """Whether every metric of a run that was interrupted and continued equals that of one left alone, bit for bit."""
+    steps, stop = (60, 20) if smoke else (600, 200)
+    result: dict[str, Any] = {"steps": steps}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in ("float32", "bfloat16"):
+            options = {"train.steps": steps, "model.dtype": dtype, "model.table_gradient": "deterministic"}
+            options |= {"train.snapshot_every": steps, "train.checkpoint_every": stop, "train.eval_every": steps}
+            whole, parted = Path(folder, f"{dtype}-whole"), Path(folder, f"{dtype}-parted")
+            train(whole, options).wait(timeout=400)
+            process = train(parted, options)
+            path = parted / "metrics.jsonl"
+            while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < stop + 5):
+                time.sleep(0.002)
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=400)
+            interrupted = len(metrics(parted))
+            if train(parted, options).wait(timeout=400):
+                raise SystemExit(f"tiedjax train failed: {Path(f'{parted}.log').read_text()[-3000:]}")
+            same = [a == b for a, b in zip(metrics(whole), metrics(parted), strict=True)]
+            leaves = zip(*(jax.tree.leaves(load_run(run).params()) for run in (whole, parted)), strict=True)
+            equal_parameters = all(np.array_equal(a, b) for a, b in leaves)
+            result[dtype] = {
+                "interrupted_after": interrupted,
+                "steps": len(same),
+                "equal_steps": sum(same),
+                "equal_parameters": equal_parameters,
+                "holds": all(same) and equal_parameters and interrupted < len(same),
+            }
+            print(f"  {dtype}: {json.dumps(result[dtype])}", flush=True)
+    return result
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What the run wrote of each step, without its speed."""
+    path = run / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+
+
+def train(out: Path, options: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """`tiedjax train configs/tiny.yaml` in a process of its own."""
+    changes = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "tiedjax", "train", str(sides.CONFIGS / "tiny.yaml"), "--out", str(out), *changes]
+    with Path(f"{out}.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=sides.HERE.parent)
+
+
+def compare_losses(smoke: bool, _: Any) -> dict[str, Any]:
     """Loss and both gradients of 32k tokens at V = 50,304, for the widths of the three models (benchmarks/loss.py)."""
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     result = {}
     for shapes in [(512, 1024, 64)] if smoke else [(32_768, 50_304, width) for width in (384, 1024, 2048)]:
-        found = result[f"width {shapes[2]}"] = {
+        measured = result[f"width {shapes[2]}"] = {
             "temporary": loss.memory(shapes, dtype),
             "time": loss.seconds(shapes, dtype),
         }
-        print(f"  {json.dumps(found)}")
+        print(f"  {json.dumps(measured)}")
     return result
 
 
-def measured_step(name: str, smoke: bool) -> dict[str, Any]:
-    """`tiedjax bench` of the model at full batch."""
-    result = bench.bench(model_config(name, MODELS[name][1], smoke), steps=4 if smoke else 40)
+def measured_step(name: str, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+    """`tiedjax bench` of the model at full batch, then a trace of a few steps more."""
+    cfg = model_config(name, MODELS[name][1], smoke, more)
+    result = bench.bench(cfg, 4 if smoke else 40, None if smoke else lambda stepper: {"kernels": kernels(stepper)})
     print(bench.table(result))
+    for key, value in result.get("kernels", {}).items():
+        if key != "longest":
+            print(f"{key:<18} {json.dumps(value)}", flush=True)
     return result
 
 
-def beside(name: str, others: tuple[str, ...], batch: int, smoke: bool) -> dict[str, Any]:
+def kernels(stepper: bench.Stepper) -> dict[str, Any]:
+    """Milliseconds of a step on the device by part of the step, between kernels, and of the longest kernels."""
+    program, _ = hlo.parse(stepper.compiled.as_text() or "")
+    # A kernel of XLA's own is called as its instruction is, but for the dots.
+    instructions = {
+        name: each
+        for computation in program.values()
+        for each in computation.values()
+        for name in (each.name, each.name.replace(".", "_"))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        stepper.run(TRACED)
+        jax.profiler.stop_trace()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        events = list(device_events(path))
+    if not events:
+        return {"launches": 0}
+    # Of kernels that run in a command buffer only their own names tell where they belong, and a library's do not.
+    in_loop = {
+        buffer for kernel, buffer, *_ in events if "while/body" in scope(instructions.get(kernel)) and buffer != kernel
+    }
+    spent: Counter[tuple[str, str]] = Counter()
+    runs: Counter[tuple[str, str]] = Counter()
+    for kernel, instruction, _, nanoseconds in events:
+        each = instructions.get(instruction) or instructions.get(kernel)
+        part = part_of(kernel, each, instruction in in_loop)
+        key = part, f"{kernel[:60]} | {instruction} | {scope(each)[-90:]} | {each.shape[:60] if each else ''}"
+        spent[key] += nanoseconds
+        runs[key] += 1
+    by_part: Counter[str] = Counter()
+    for (part, _), nanoseconds in spent.items():
+        by_part[part] += nanoseconds
+    milliseconds = lambda nanoseconds: round(nanoseconds / TRACED / 1e6, 4)
+    begin, end = min(e[2] for e in events), max(e[2] + e[3] for e in events)
+    return {
+        "step_milliseconds": milliseconds(end - begin),
+        "between_kernels": milliseconds(end - begin - busy(events)),
+        "by_part": {part: milliseconds(each) for part, each in by_part.most_common()},
+        "launches": len(events) / TRACED,
+        "longest": [[milliseconds(n), runs[key] / TRACED, *key] for key, n in spent.most_common(70)],
+    }
+
+
+def device_events(path: Path) -> Iterator[tuple[str, str, float, float]]:
+    """(kernel, HLO instruction, begin, duration in ns) of everything that ran on the GPU's streams."""
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                stats = dict(event.stats)
+                yield event.name, str(stats.get("hlo_op", event.name)), event.start_ns, event.duration_ns
+
+
+def busy(events: list[tuple[str, str, float, float]]) -> float:
+    """Nanoseconds in which at least one kernel ran."""
+    total, until = 0.0, 0.0
+    for _, _, begin, duration in sorted(events, key=lambda event: event[2]):
+        total += max(0.0, begin + duration - max(begin, until))
+        until = max(until, begin + duration)
+    return total
+
+
+def scope(each: hlo.Instruction | None) -> str:
+    """Where in the program an instruction comes from: JAX's name of it."""
+    return each.attributes.partition('op_name="')[2].partition('"')[0] if each else ""
+
+
+def part_of(kernel: str, each: hlo.Instruction | None, in_loop: bool) -> str:
+    """The part of the step that a kernel belongs to; the loss is the only loop."""
+    name, where = f"{kernel} {each.name if each else ''}".lower(), scope(each)
+    if any(word in name for word in ("fmha", "sdpa", "cudnn::fusion", "dot_product_attention")):
+        return "attention"
+    products = any(word in name for word in ("gemm", "nvjet", "xmma", "cublas", "cutlass", "splitk"))
+    if in_loop or "while/body" in where:
+        return "loss, products" if products else "loss, elementwise"
+    if products:
+        return "body, products"
+    places = {"norm": "norms", "/mlp": "MLP, elementwise", "/attention": "attention, elementwise", "scatter": "lookup"}
+    for word, part in places.items():
+        if word in where or word in name:
+            return part
+    return "optimizer, roles and sums" if where.startswith("jit(train)/") and "Transformer" not in where else "other"
+
+
+def beside(name: str, others: tuple[str, ...], batch: int, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:
     """The train step beside others, interleaved."""
-    cfg = model_config(name, MODELS[name][batch], smoke)
-    return sides.compare(cfg, ("tiedjax", *others), rounds=2 if smoke else 8, window_seconds=0.1 if smoke else 2.0)
+    cfg = model_config(name, MODELS[name][batch], smoke, more)
+    return sides.compare(cfg, ("tiedjax", *others), rounds=2 if smoke else 6, window_seconds=0.1 if smoke else 1.0)
 
 
-PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[bool, Mapping[str, Any]], dict[str, Any]]] = {
     "correctness": correctness,
+    "gradients": gradients,
+    "resume": resume,
     "loss": compare_losses,
     **{f"step:{name}": partial(measured_step, name) for name in MODELS},
     **{f"torch:{name}": partial(beside, name, ("torch_compiled",), 2) for name in MODELS},
-    **{f"roles:{name}": partial(beside, name, ("without_roles",), 2) for name in MODELS},
+    **{f"roles:{name}": partial(beside, name, ("without_roles",), 1) for name in MODELS},
 }
 
 
-def run_part(name: str, machine: str, out: Path | None, smoke: bool) -> None:
+def run_part(name: str, machine: str, out: Path | None, smoke: bool, more: Mapping[str, Any], label: str) -> None:
     """Runs one part in this process and saves what it found."""
-    environment = sides.about(machine)
+    environment = sides.about(machine, pytorch=name.startswith("torch:"))
     began = time.perf_counter()
-    result = PARTS[name](smoke)
+    result = PARTS[name](smoke, more)
     result |= {"environment": environment, "seconds_in_all": time.perf_counter() - began, "smoke": smoke}
+    name = f"{name}, {label}" if label else name
     kind = "smoke" if smoke else sides.slug(environment["device"]["kind"])
     sides.save(out or sides.HERE / "results" / f"gpu_{kind}.json", name, result)
 
@@ -133,19 +317,24 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="default: all")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to test this program")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_DEVICE.json")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the models' configs")
+    parser.add_argument("--label", default="", help="what the changes are called in the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        run_part(args.parts[0], args.machine, args.out, args.smoke)
+        changes = {key: sides.scalar(value) for key, _, value in (each.partition("=") for each in args.set)}
+        run_part(args.parts[0], args.machine, args.out, args.smoke, changes, args.label)
         return 0
     platform_flags.apply()
     failed = 0
     for part in args.parts:
         print(part, flush=True)
         options = ["--smoke"] * args.smoke + (["--out", str(args.out)] if args.out else [])
+        options += ["--set", *args.set, "--label", args.label]
         command = [sys.executable, __file__, "--here", "--parts", part, "--machine", args.machine, *options]
         # PyTorch and JAX share the GPU: JAX must not take most of its memory beforehand.
-        done = subprocess.run(command, env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, check=False)
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if part.startswith("torch:") else {}
+        done = subprocess.run(command, env={**os.environ, **shared}, check=False)
         failed += done.returncode != 0
     return failed
 

@@ -4,10 +4,10 @@
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
 
 Every side starts from the same parameters and sees the same batches, and its first losses are compared: a side that
-computes something else is refused. Then windows of equally many steps alternate between the sides, in turn forwards and
-backwards. PyTorch runs in a process of its own: its threads and its allocator would slow ours down, and ours them. A
-ratio is taken within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip install torch transformers`) is
-left out of `--sides` where it is not wanted. Prints, and adds the results by config to
+computes something else is reported as failed, whatever its speed. Then windows of equally many steps alternate between
+the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and its allocator would
+slow ours down, and ours them. A ratio is taken within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip
+install torch transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results by config to
 benchmarks/results/step_DEVICE.json.
 """
 
@@ -131,16 +131,25 @@ def make_side(name: str, cfg: RunConfig, mesh: Mesh) -> Any:
 
 
 class Apart:
-    """A side in a process of its own, which sleeps while it is not asked to run."""
+    """A side in a process of its own, which sleeps while it is not asked to run.
 
-    def __init__(self, name: str, cfg: RunConfig):
+    It is made and run for `steps` steps, its compilation among them, while this process goes on; `wait` for that.
+    """
+
+    def __init__(self, name: str, cfg: RunConfig, steps: int):
         processes = multiprocessing.get_context("spawn")
         self._here, there = processes.Pipe()
         self._process = processes.Process(target=serve, args=(there, name, cfg), daemon=True)
         self._process.start()
         there.close()  # so that a child that dies is noticed
+        self._here.send(steps)
         self.losses: list[float] = []
-        self.parameters: int | None = self._answer()
+        self.about: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Until its first steps are done; raises RuntimeError with what went wrong in them."""
+        self.about = self._answer()
+        _, self.losses = self._answer()
 
     def run(self, steps: int) -> float:
         """As `Side.run`."""
@@ -162,7 +171,7 @@ def serve(there: Any, name: str, cfg: RunConfig) -> None:
     """The other end of `Apart`: makes the side, then runs as many steps as it is told."""
     try:
         side = make_side(name, cfg, sharding.make_mesh(cfg.mesh))
-        there.send(getattr(side, "parameters", None))
+        there.send(side.about)
         while True:
             there.send((side.run(there.recv()), side.losses))
     except EOFError:
@@ -180,29 +189,31 @@ def start(names: Sequence[str], cfg: RunConfig, mesh: Mesh) -> tuple[dict[str, S
     """The sides after their first `CURVE` steps, and why others could not run."""
     sides: dict[str, Side] = {}
     failed: dict[str, str] = {}
+    apart = {name: Apart(name, cfg, CURVE) for name in names if name.startswith("torch")}
     for name in names:
         try:
-            side = Apart(name, cfg) if name.startswith("torch") else make_side(name, cfg, mesh)
-            side.run(CURVE)
+            if name in apart:
+                sides[name] = apart[name]
+                apart[name].wait()
+            else:
+                sides[name] = make_side(name, cfg, mesh)
+                sides[name].run(CURVE)
         except Exception as error:  # a benchmark of the rest is worth having, whatever stopped this side
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"  {name} cannot run: {failed[name]}", flush=True)
-            continue
-        found = getattr(side, "parameters", None)
-        if found is not None and found != parameters(make_steps(cfg, mesh)):
-            raise SystemExit(f"{name}: {found} parameters, not {parameters(make_steps(cfg, mesh))}")
-        sides[name] = side
+            sides.pop(name, None)
+    ours = parameters(make_steps(cfg, mesh))
+    for name, side in apart.items():
+        if name in sides and side.about["parameters"] != ours:
+            raise SystemExit(f"{name}: {side.about['parameters']} parameters, not {ours}")
     return sides, failed
 
 
-def check_curves(sides: Mapping[str, Side], dtype: str) -> dict[str, Any]:
-    """The first losses of every side, and how far they are from ours, relative; ends the program if that is far."""
+def compare_curves(sides: Mapping[str, Side]) -> dict[str, Any]:
+    """The first losses of every side, and how far they are from ours, relative."""
     curves = {name: side.losses[:CURVE] for name, side in sides.items()}
     ours = np.array(curves["tiedjax"])
     apart = {name: float(np.abs(np.array(curve) / ours - 1).max()) for name, curve in curves.items()}
-    for name, difference in apart.items():
-        if not difference <= TOLERANCE[dtype]:
-            raise SystemExit(f"{name}: its losses differ from ours by {difference:.1e} relative: not the same training")
     return {"curves": curves, "largest_relative_difference": apart}
 
 
@@ -215,7 +226,11 @@ def compare(cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: f
     sides, failed = start(names, cfg, mesh)
     if "tiedjax" not in sides:
         raise SystemExit(f"tiedjax cannot run: {failed['tiedjax']}")
-    losses = check_curves(sides, dtype)
+    losses = compare_curves(sides)
+    for name, difference in losses["largest_relative_difference"].items():
+        if not difference <= TOLERANCE[dtype]:
+            failed[name] = f"its losses differ from ours by {difference:.1e} relative: not the same training"
+            print(f"  {name}: {failed[name]}", flush=True)
     steps = max(1, round(window_seconds / (sides["tiedjax"].run(3) / 3)))
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     load = []
@@ -235,6 +250,7 @@ def compare(cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: f
             **bench.utilisation(cfg, mesh.devices.flat[0].device_kind, tokens / spread["median"]),
             "over_tiedjax": bench.quantiles([a / b for a, b in zip(each, ours, strict=True)]),
             "windows": each,
+            **getattr(sides[name], "about", {}),
         }
         ratio = report[name]["over_tiedjax"]["median"]
         print(f"  {name:<15} {1e3 * spread['median']:9.2f} ms a step, {ratio:.3f} of ours", flush=True)
@@ -256,15 +272,15 @@ def slug(mesh_or_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", mesh_or_kind.lower()).strip("_")
 
 
-def about(machine: str) -> dict[str, Any]:
-    """Where and with what a measurement was made."""
+def about(machine: str, *, pytorch: bool) -> dict[str, Any]:
+    """Where and with what a measurement was made; with PyTorch too, if it took part."""
     mesh = sharding.make_mesh(RunConfig().mesh, jax.devices()[:1])
-    found = {"machine": machine, "cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **bench.environment(mesh)}
-    try:
-        import torch_model
-    except ImportError:
-        return found
-    return found | {"pytorch": torch_model.about("cuda" if jax.default_backend() == "gpu" else "cpu")}
+    known = {"machine": machine, "cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d"), **bench.environment(mesh)}
+    if not pytorch:
+        return known
+    import torch_model
+
+    return known | {"pytorch": torch_model.about("cuda" if jax.default_backend() == "gpu" else "cpu")}
 
 
 def main() -> None:
@@ -283,7 +299,7 @@ def main() -> None:
     if jax.default_backend() == "cpu":
         process.keep_freed_memory()
     changes = {key: scalar(value) for key, _, value in (each.partition("=") for each in args.set)}
-    environment = about(args.machine)
+    environment = about(args.machine, pytorch=any(name.startswith("torch") for name in args.sides))
     path = args.out or HERE / "results" / f"step_{slug(environment['device']['kind'])}.json"
     for config in args.configs:
         print(config.stem, flush=True)

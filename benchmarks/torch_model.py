@@ -1,9 +1,10 @@
 """The same model and train step in PyTorch: transformers' OLMo, tied, with both role gradients measured by hooks.
 
 What a user would run instead: SDPA, fused AdamW, gradient clipping, float32 parameters; on a GPU under bfloat16
-autocast. The hooks measure what arXiv 2603.26663 measures: the input role on the gradient of the embedding's output
-[B, T, D], the output role on the unembedding's weight gradient [V, D]. The norms stay on the device until they are
-asked for, where the paper's code waits for each.
+autocast, with whichever is faster of a compiled cross-entropy and Liger's fused linear cross-entropy (liger-kernel, if
+it is installed). The hooks measure what arXiv 2603.26663 measures: the input role on the gradient of the embedding's
+output [B, T, D], the output role on the unembedding's weight gradient [V, D]. The norms stay on the device until they
+are asked for, where the paper's code waits for each.
 """
 
 from __future__ import annotations
@@ -86,17 +87,27 @@ def mean_loss(h_BTD: torch.Tensor, U_VD: torch.Tensor, targets_BT: torch.Tensor,
     return loss + z_loss * logits_NV.logsumexp(-1).square().mean() if z_loss else loss
 
 
+def liger_loss(h_BTD: torch.Tensor, U_VD: torch.Tensor, targets_BT: torch.Tensor, z_loss: float) -> torch.Tensor:
+    """The same without logits in memory: Liger's fused linear cross-entropy, in chunks."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    h_ND, U_VD = h_BTD.flatten(0, 1), U_VD.to(h_BTD.dtype)
+    loss = liger_fused_linear_cross_entropy(h_ND, U_VD, targets_BT.flatten(), lse_square_scale=z_loss)
+    return loss[0] if isinstance(loss, tuple) else loss
+
+
 class TorchStepper:
     """A train step with its state and its batches on the device, run as `tiedjax.bench.Stepper` is.
 
     Attributes:
-      parameters: how many there are, the shared table once.
+      about: how many parameters there are, the shared table once; and on a GPU the loss that was chosen, with the
+        seconds of a gradient under each.
       roles: per step the norms of the two role gradients, as measured by the hooks of its last microbatch.
     """
 
     def __init__(self, cfg: RunConfig, params: Any, tokens_NBS: np.ndarray, *, device: str, compiled: bool):
         self._model = make_model(cfg, params, device)
-        self.parameters = sum(p.numel() for p in self._model.parameters())
+        self.about: dict[str, Any] = {"parameters": sum(p.numel() for p in self._model.parameters())}
         self._cfg, self._device = cfg, device
         self._batches = [torch.tensor(each, dtype=torch.long, device=device) for each in tokens_NBS]
         opt = cfg.optimizer
@@ -115,6 +126,30 @@ class TorchStepper:
         self._loss: Any = compile_(mean_loss)
         self._losses: list[torch.Tensor] = []
         self.roles: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if compiled and device == "cuda":
+            self._choose_loss()
+
+    def _choose_loss(self) -> None:
+        seconds: dict[str, float | str] = {}
+        losses = {"compiled cross-entropy": self._loss, "Liger's fused linear cross-entropy": liger_loss}
+        for name, self._loss in losses.items():
+            try:
+                each = []
+                for _ in range(5):
+                    self._wait()
+                    began = time.perf_counter()
+                    self._gradients(self._batches[0][: len(self._batches[0]) // self._cfg.data.microbatches])
+                    self._wait()
+                    each.append(time.perf_counter() - began)
+                    self._optimizer.zero_grad(set_to_none=True)
+                seconds[name] = min(each)
+            except Exception as error:  # out of memory, or not installed: the other one then
+                self._optimizer.zero_grad(set_to_none=True)
+                seconds[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        measured = {name: value for name, value in seconds.items() if isinstance(value, float)}
+        chosen = min(measured, key=lambda name: measured[name])
+        self._loss = losses[chosen]
+        self.about |= {"loss": chosen, "gradient_seconds": seconds}
 
     def _autocast(self) -> Any:
         cuda = self._device == "cuda"

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,16 @@ def utilisation(cfg: RunConfig, device_kind: str, tokens_per_second: float) -> d
     return {"mfu_causal": mfu(True), "mfu_full": mfu(False), "peak_flops": peak}
 
 
-def bench(cfg: RunConfig, steps: int = 50) -> dict[str, Any]:
+def bench(
+    cfg: RunConfig, steps: int = 50, examine: Callable[[Stepper], Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Measures the train step of `cfg` over `steps` steps after a warm-up; returns what `tiedjax bench --json` saves.
 
     The steps are cut into at most 10 windows, in which nothing waits for the devices; `step_seconds` are quantiles over
     the windows' means. Batches are on the devices beforehand. `loss` is that of the last step, a function of the config
     and of `steps`: should a faster step be a wrong one, it shows there. `tokens_per_second` counts all devices, MFU is
-    per device. Raises UserError if `steps` is less than 1 or the loss is not finite.
+    per device. What `examine` finds in the stepper afterwards is added. Raises UserError if `steps` is less than 1 or
+    the loss is not finite.
     """
     if steps < 1:
         raise UserError(f"--steps: must be at least 1, got {steps}")
@@ -158,6 +161,7 @@ def bench(cfg: RunConfig, steps: int = 50) -> dict[str, Any]:
         "compute_dtype": compute_dtype(cfg, mesh),
         **about,
         "config": to_tree(cfg),
+        **(examine(stepper) if examine else {}),
     }
 
 
@@ -166,8 +170,9 @@ def table(result: Mapping[str, Any]) -> str:
     device, steps = result["device"], result["steps"]
     median, p10, p90 = (1e3 * result["step_seconds"][name] for name in ("median", "p10", "p90"))
     after = steps["warm_up"] + steps["measured"]
-    mfu = f"unknown: {result['mfu_unknown']}"
-    if result["mfu_causal"] is not None:
+    if result["mfu_causal"] is None:
+        mfu = f"unknown: {result['mfu_unknown']}"
+    else:
         mfu = f"{result['mfu_causal']:.1%} causal, {result['mfu_full']:.1%} full attention"
     rows = {
         "devices": f"{device['count']} x {device['kind']}, {result['compute_dtype']}",

@@ -16,8 +16,9 @@ from tiedjax.lookup import RowSums, own_rows, row_sums
 from tiedjax.sharding import ONE_DEVICE, Axes, Layout
 
 # Of a chunk's logits, float32. On a CPU they should stay in its cache; an accelerator wants products large enough to
-# keep it busy.
-CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**29, "tpu": 2**29}
+# keep it busy, and each chunk costs it a pass over the table's gradient.
+CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**30, "tpu": 2**29}
+_TILE = 256  # tokens: a chunk that is a multiple of it fills the tiles of the matrix units
 
 
 def cross_entropy(
@@ -63,7 +64,9 @@ class _Spec:
         rows, width = table
         # Each chunk costs a pass over the table's gradient, D numbers a row against the chunk's C logits.
         most = self.chunk or max(width, CHUNK_BYTES[self.layout.platform] // (4 * rows))
-        return -(-tokens // most)
+        fewest = -(-tokens // most)
+        whole = (n for n in range(fewest, 2 * fewest) if tokens % (n * _TILE) == 0)
+        return fewest if self.chunk else next(whole, fewest)
 
 
 _TABLE, _TOKENS, _STATES = ("vocab", None), ("batch", None), ("batch", None, None)
@@ -157,9 +160,10 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
     if cap is not None:
         logit_CV = cap * jnp.tanh(logit_CV / cap)
     own_C1 = own_rows(target_C, len(U_VD), tensor)[:, None]
-    most_C = across(jax.lax.pmax, logit_CV.max(axis=-1))
+    own_most_C, own_sum_C = (_in_one_pass if spec.layout.platform == "gpu" else _in_two_passes)(logit_CV)
+    most_C = across(jax.lax.pmax, own_most_C)
+    sum_C = across(jax.lax.psum, own_sum_C * jnp.exp(own_most_C - most_C) if tensor else own_sum_C)
     power_CV = jnp.exp(logit_CV - most_C[:, None])
-    sum_C = across(jax.lax.psum, power_CV.sum(axis=-1))
     target_logit_C1 = jnp.take_along_axis(logit_CV, own_C1, axis=-1, mode="fill", fill_value=0)
     target_logit_C = across(jax.lax.psum, target_logit_C1[:, 0])
     log_sum_C = most_C + jnp.log(sum_C)
@@ -174,3 +178,23 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
     narrow_C = d_target_C.astype(h_CD.dtype)
     d_CV = jnp.where(own_C1 == jnp.arange(len(U_VD))[None], narrow_C[:, None], d_CV.astype(h_CD.dtype))
     return jnp.sum(weight_C * loss_C), d_CV, d_target_C - narrow_C
+
+
+def _in_two_passes(logit_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest logit of each token [C], and the sum of exp(logit - largest)."""
+    most_C = logit_CV.max(axis=-1)
+    return most_C, jnp.exp(logit_CV - most_C[:, None]).sum(axis=-1)
+
+
+def _in_one_pass(logit_CV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same, the sum corrected whenever the maximum grows (arXiv 1805.02867): logits are read from memory once."""
+
+    def add(left: Any, right: Any) -> Any:
+        (most, total), (other_most, other_total) = left, right
+        larger = jnp.maximum(most, other_most)
+        return larger, total * jnp.exp(most - larger) + other_total * jnp.exp(other_most - larger)
+
+    dtype = logit_CV.dtype
+    nothing = (jnp.finfo(dtype).min.astype(dtype), jnp.zeros((), dtype))
+    most_C, sum_C = jax.lax.reduce((logit_CV, jnp.ones_like(logit_CV)), nothing, add, (1,))
+    return most_C, sum_C
