@@ -124,10 +124,10 @@ def gradients(*_: Any) -> dict[str, Any]:
 
 def resume(smoke: bool, _: Any) -> dict[str, Any]:
     """Whether every metric of a run that was interrupted and continued equals that of one left alone, bit for bit."""
-    steps, stop = (60, 20) if smoke else (600, 200)
+    steps, stop = (40, 10) if smoke else (600, 200)
     result: dict[str, Any] = {"steps": steps}
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32",) if smoke else ("float32", "bfloat16"):
             options = {"train.steps": steps, "model.dtype": dtype, "model.table_gradient": "deterministic"}
             options |= {"train.snapshot_every": steps, "train.checkpoint_every": stop, "train.eval_every": steps}
             whole, parted = Path(folder, f"{dtype}-whole"), Path(folder, f"{dtype}-parted")
@@ -272,14 +272,16 @@ def part_of(kernel: str, each: hlo.Instruction | None, in_loop: bool) -> str:
         return "attention"
     products = any(word in name for word in ("gemm", "nvjet", "xmma", "cublas", "cutlass", "splitk"))
     if in_loop or "while/body" in where:
-        return "loss, products" if products else "loss, elementwise"
+        return "products of the loss" if products else "elementwise of the loss"
     if products:
-        return "body, products"
-    places = {"norm": "norms", "/mlp": "MLP, elementwise", "/attention": "attention, elementwise", "scatter": "lookup"}
+        return "products of the body"
+    places = {"norm": "norms", "/mlp": "elementwise of the MLP", "/attention": "elementwise around attention"}
     for word, part in places.items():
-        if word in where or word in name:
+        if word in where:
             return part
-    return "optimizer, roles and sums" if where.startswith("jit(train)/") and "Transformer" not in where else "other"
+    if "scatter" in name:
+        return "lookup"
+    return "optimizer and roles" if where.startswith("jit(train)/") and "Transformer" not in where else "other"
 
 
 def beside(name: str, others: tuple[str, ...], batch: int, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,11 +301,21 @@ PARTS: dict[str, Callable[[bool, Mapping[str, Any]], dict[str, Any]]] = {
 }
 
 
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
 def run_part(name: str, machine: str, out: Path | None, smoke: bool, more: Mapping[str, Any], label: str) -> None:
     """Runs one part in this process and saves what it found."""
     environment = sides.about(machine, pytorch=name.startswith("torch:"))
     began = time.perf_counter()
     result = PARTS[name](smoke, more)
+    environment |= {"driver": driver()}
     result |= {"environment": environment, "seconds_in_all": time.perf_counter() - began, "smoke": smoke}
     name = f"{name}, {label}" if label else name
     kind = "smoke" if smoke else sides.slug(environment["device"]["kind"])

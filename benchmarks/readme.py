@@ -95,11 +95,76 @@ def costs() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_costs() -> str:
+    """What `gpu.py` found on each card, a line each; a part that was not run has none."""
+    span = lambda q, digits: f"{q['median']:.{digits}f} ({q['p10']:.{digits}f} to {q['p90']:.{digits}f})"
+    lines = []
+    for path in sorted(SAVED.parent.glob("gpu_*.json")):
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        environment = next(iter(parts.values()))["environment"]
+        versions, card = environment["versions"], environment["device"]["kind"]
+        made = f"{environment['date']}, Python {versions['python']}, jax {versions['jax']}, flax {versions['flax']}"
+        lines.append(f"On one {card} ({made}):\n")
+        right, roles, resumed = (parts.get(name) for name in ("correctness", "gradients", "resume"))
+        if right:
+            apart = " and ".join(
+                f"{right[dtype]['largest_difference']:.1e} in {dtype}" for dtype in ("float32", "bfloat16")
+            )
+            lines.append(
+                f"* {right['steps']} losses of `tiny.yaml` differ from the CPU's float32 by at most {apart}, in nats."
+            )
+        if roles:
+            apart = " and ".join(
+                f"{max(roles[dtype]['input'], roles[dtype]['output']):.1e} in {dtype}"
+                for dtype in ("float32", "bfloat16")
+            )
+            lines.append(f"* Both role gradients of one batch differ from float64's by at most {apart} of their norms.")
+        if resumed:
+            lines.append(
+                f"* A run of {resumed['steps']} steps, interrupted and continued with `--model.table_gradient "
+                "deterministic`: "
+                + ", ".join(
+                    f"{resumed[dtype]['equal_steps']} of {resumed[dtype]['steps']} steps equal bit for bit in {dtype}"
+                    for dtype in ("float32", "bfloat16")
+                )
+                + "."
+            )
+        for name, each in parts.items():
+            kind, _, model = name.partition(":")
+            model, _, label = model.partition(", ")
+            model = f"`{model}.yaml`" + (f" ({label})" if label else "")
+            if kind == "step":
+                config, milliseconds = each["config"], {q: 1e3 * value for q, value in each["step_seconds"].items()}
+                lines.append(
+                    f"* A step of {model}, T = {config['model']['seq_len']:,}, batch {config['data']['batch_size']}: "
+                    f"{span(milliseconds, 1)} ms, {each['tokens_per_second']:,.0f} tokens per second, MFU "
+                    f"{each['mfu_causal']:.1%} ({each['mfu_full']:.1%} if all of attention is counted), "
+                    f"{each['peak_memory_bytes'] / 1e9:.1f} GB; compiled in {each['compile_seconds']:.0f} s. "
+                    + kernel_times(each["kernels"])
+                )
+            elif kind in ("torch", "roles"):
+                for side, whose in (
+                    ("torch_compiled", "In PyTorch {torch}, compiled, with both role gradients by hooks,"),
+                    ("without_roles", "Without the role split and its metrics"),
+                ):
+                    if side in each["sides"]:
+                        ratio, batch = each["sides"][side]["over_tiedjax"], each["config"]["data"]["batch_size"]
+                        whose = whose.format(torch=each["environment"].get("pytorch", {}).get("torch"))
+                        lines.append(f"* {whose} a step of {model}, batch {batch}, takes {span(ratio, 2)} times ours.")
+    return "\n".join(lines) + "\n"
+
+
+def kernel_times(kernels: dict[str, Any]) -> str:
+    """Where the time of a step goes, by kernels."""
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in kernels["by_part"].items() if value >= 0.05)
+    return f"Of {kernels['step_milliseconds']:.1f} ms on the card: {parts}, no kernel {kernels['between_kernels']:.1f}."
+
+
 def readme_with_blocks() -> str:
     """README.md as the saved results want it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     study = json.loads(SAVED.read_text(encoding="utf-8"))
-    for name, content in [("quick study", block(study)), ("costs", costs())]:
+    for name, content in [("quick study", block(study)), ("costs", costs()), ("GPU costs", gpu_costs())]:
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
         before, rest = text.split(begin)
         text = before + begin + content + end + rest.split(end)[1]

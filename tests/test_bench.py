@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -31,15 +31,27 @@ from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token, matmul_parameters
 TINY = REPOSITORY / "configs" / "tiny.yaml"
 
 
-@pytest.fixture(scope="module")
-def step_benchmark() -> ModuleType:
-    """benchmarks/step.py as a module."""
-    spec = importlib.util.spec_from_file_location("step_benchmark", REPOSITORY / "benchmarks" / "step.py")
+def benchmark(name: str) -> ModuleType:
+    """A program in benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", REPOSITORY / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def step_benchmark() -> ModuleType:
+    """benchmarks/step.py as a module."""
+    return benchmark("step")
+
+
+@pytest.fixture
+def gpu_benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/gpu.py as a module; it imports its neighbours."""
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return benchmark("gpu")
 
 
 # ---- What is counted ----
@@ -109,6 +121,39 @@ def test_utilisation_is_of_one_device_or_says_why_it_is_unknown() -> None:
     assert unknown["mfu_full"] is None
     assert "'a slice of something'" in unknown["mfu_unknown"]
     assert all(1e13 < peak < 1e16 for peak in PEAK_BF16_FLOPS.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("NVIDIA H100 80GB HBM3", "MFU                25.0% causal, 50.0% full attention"),
+        ("abacus", "MFU                unknown: no dense bfloat16 peak is known for 'abacus'"),
+    ],
+)
+def test_the_table_says_the_utilisation_or_why_it_is_unknown(kind: str, line: str) -> None:
+    known = {"mfu_causal": 0.25, "mfu_full": 0.5, "peak_flops": 1e15}
+    result = {
+        "device": {"platform": "gpu", "kind": kind, "count": 1},
+        "compute_dtype": "bfloat16",
+        "tokens_per_second": 1234567.0,
+        "step_seconds": {"median": 0.5, "p10": 0.25, "p90": 0.75},
+        "steps": {"warm_up": 3, "measured": 40, "windows": 10},
+        "peak_memory_bytes": 2_500_000,
+        "peak_memory_source": "device",
+        "loss": 2.0,
+        "first_loss": 3.0,
+        "compile_seconds": 4.0,
+        **(known if kind in PEAK_BF16_FLOPS else bench.utilisation(small_config(), kind, 1.0)),
+    }
+    assert bench.table(result).splitlines() == [
+        f"devices            1 x {kind}, bfloat16",
+        "tokens per second  1,234,567",
+        "step               500.00 ms (p10 250.00, p90 750.00 of 10 windows)",
+        line,
+        "peak memory        2.5 MB a device (by the device)",
+        "loss               2.0000 in step 43, 3.0000 in step 1",
+        "compilation        4.0 s",
+    ]
 
 
 # ---- How it is measured ----
@@ -285,10 +330,51 @@ def test_without_roles_training_is_the_same(step_benchmark: ModuleType) -> None:
     np.testing.assert_allclose(plain.losses, stepper.losses, rtol=1e-6)
 
 
+def test_kernels_are_told_apart_by_the_part_of_the_step(
+    gpu_benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of command buffers too, where a kernel of a library says nothing of its place but its neighbours do."""
+    names = {
+        "select_fusion.1": "jit(train)/jvp()/while/body/select_n",
+        "convert_fusion.2": "jit(train)/transpose(jvp(Transformer))/layer_1/mlp/mul",
+        "fusion.3": "jit(train)/jvp(Transformer)/layer_0/mlp_norm/mul",
+        "add_fusion": "jit(train)/add",
+    }
+    lines = [f'  %{name} = f32[2]{{0}} add(%a, %a), metadata={{op_name="{scope}"}}' for name, scope in names.items()]
+    text = "\n".join(["ENTRY %main (a: f32[2]) -> f32[2] {", "  %a = f32[2]{0} parameter(0)", *lines, "}"])
+    events = [  # kernel, instruction, begin and duration in ns
+        ("select_fusion_1", "buffer_1", 0, 4e6),
+        ("nvjet_sm90", "buffer_1", 4e6, 4e6),
+        ("nvjet_sm90", "buffer_2", 8e6, 8e6),
+        ("convert_fusion_2", "buffer_2", 10e6, 4e6),  # beside the product
+        ("cudnn_sdpa_flash", "buffer_2", 20e6, 12e6),
+        ("fusion_3", "buffer_2", 32e6, 4e6),
+        ("add_fusion", "add_fusion", 36e6, 4e6),
+    ]
+    stepper = SimpleNamespace(compiled=SimpleNamespace(as_text=lambda: text), run=lambda steps: 0.0)
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: Path(folder, "x.xplane.pb").touch())
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(gpu_benchmark, "device_events", lambda path: iter(events))
+    assert gpu_benchmark.TRACED == 4
+    found = gpu_benchmark.kernels(stepper)
+    assert found["by_part"] == {
+        "attention": 3.0,
+        "products of the body": 2.0,
+        "elementwise of the loss": 1.0,
+        "products of the loss": 1.0,
+        "elementwise of the MLP": 1.0,
+        "norms": 1.0,
+        "optimizer and roles": 1.0,
+    }
+    assert (found["step_milliseconds"], found["between_kernels"], found["launches"]) == (10.0, 1.0, 7 / 4)
+    monkeypatch.setattr(gpu_benchmark, "device_events", lambda path: iter(()))
+    assert gpu_benchmark.kernels(stepper) == {"launches": 0}
+
+
 def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     """One part of each kind, as far as they need no PyTorch; each is a process."""
     path = tmp_path / "gpu.json"
-    parts = ["correctness", "loss", "roles:olmo_1b"]
+    parts = ["correctness", "gradients", "resume", "loss", "roles:olmo_1b"]
     program = [REPOSITORY / "benchmarks" / "gpu.py", "--smoke", "--machine", "any", "--out", path, "--parts", *parts]
     done = subprocess.run(
         [sys.executable, *map(str, program)],
@@ -303,6 +389,8 @@ def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     assert list(found) == parts
     assert found["correctness"]["float32"]["holds"]
     assert found["correctness"]["bfloat16"]["holds"]
+    assert all(found["gradients"][dtype]["holds"] for dtype in ("float32", "bfloat16"))
+    assert found["resume"]["float32"]["holds"]
     assert found["loss"]["width 64"]["time"]["relative_difference_of_table_gradients"] < 1e-5
     assert found["roles:olmo_1b"]["config"]["model"]["remat"] == "none"
     assert set(found["roles:olmo_1b"]["sides"]) == {"tiedjax", "without_roles"}

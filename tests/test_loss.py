@@ -13,7 +13,9 @@ import scipy.special
 from loss_program import MESHES, B, D, T, V
 from programs import TESTS, finish, start
 
+from tiedjax import loss
 from tiedjax.loss import cross_entropy
+from tiedjax.sharding import Layout
 
 
 def oracle(
@@ -53,13 +55,48 @@ def relative(found: Any, wanted: Any) -> float:
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100])
 @pytest.mark.parametrize(("z_loss", "soft_cap"), [(0.0, None), (1e-2, None), (0.1, 1.5)])
-def test_loss_and_gradients_agree_with_scipy(z_loss: float, soft_cap: float | None, chunk: int | None) -> None:
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_loss_and_gradients_agree_with_scipy(
+    platform: str, z_loss: float, soft_cap: float | None, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the form that a GPU is given, which finds maximum and sum in one pass."""
+    monkeypatch.setattr(Layout, "platform", platform)
     arrays, options = example(), {"z_loss": z_loss, "soft_cap": soft_cap}
     for found, wanted in zip(fused(*arrays, **options, chunk=chunk), oracle(*arrays, **options), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
     total, weight = cross_entropy(*arrays, **options, chunk=chunk)  # the path without gradients
     np.testing.assert_allclose(total, oracle(*arrays, **options)[0], rtol=1e-12)
     np.testing.assert_allclose(weight, arrays[3][arrays[2] >= 0].sum(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_maximum_and_sum_in_one_pass_are_those_of_two(scale: float) -> None:
+    """For logits far apart too, where a sum must be corrected at every larger maximum, up to the last."""
+    logit_CV = scale * np.sort(np.random.default_rng(0).standard_normal((5, 1000)).astype(np.float32), axis=1)
+    for each in (logit_CV, logit_CV[:, ::-1].copy(), np.zeros_like(logit_CV)):
+        most_C, sum_C = loss._in_one_pass(jnp.asarray(each))
+        np.testing.assert_array_equal(most_C, each.max(axis=1))
+        np.testing.assert_allclose(sum_C, np.exp(np.float64(each) - each.max(axis=1)[:, None]).sum(axis=1), rtol=1e-5)
+    assert np.isnan(np.asarray(loss._in_one_pass(jnp.array([[0.0, np.nan]]))).astype(float)).all()
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "rows", "width", "chunk", "expected"),
+    [
+        ("gpu", 32_768, 50_304, 384, None, 8),  # 8 x 4,096 tokens
+        ("tpu", 32_768, 50_304, 384, None, 16),  # 16 x 2,048; the fewest that fit would be 13 x 2,521
+        ("cpu", 2_048, 4_096, 128, None, 16),
+        ("gpu", 1_001, 50_304, 384, None, 1),
+        ("tpu", 7 * 1_009, 50_304, 384, None, 3),  # nothing divides it
+        ("gpu", 32_768, 50_304, 384, 2_521, 13),  # as asked
+    ],
+)
+def test_chunks_fill_the_tiles_of_matrix_units(
+    platform: str, tokens: int, rows: int, width: int, chunk: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Layout, "platform", platform)
+    spec = loss._Spec(0.0, None, chunk, Layout(), loss.row_sums("scatter", platform))
+    assert spec.chunks(tokens, (rows, width)) == expected
 
 
 @pytest.mark.usefixtures("float64")

@@ -14,6 +14,7 @@ from conftest import small_config
 
 from tiedjax.config import ModelConfig
 from tiedjax.model import Transformer, init_body
+from tiedjax.sharding import Layout
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "olmo": {},
@@ -88,13 +89,32 @@ def recompute(cfg: ModelConfig, body: Any, x: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_hidden_state_agrees_with_numpy(name: str) -> None:
+def test_every_hidden_state_agrees_with_numpy(name: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the form that a GPU is given, which computes gate and up in one product."""
+    monkeypatch.setattr(Layout, "platform", platform)
     cfg = model_config(name)
     body, x_BTD = body_and_input(cfg, np.float64)
     h_BTD, states_LBTD = Transformer(cfg).apply(body, x_BTD, hidden_states=True)
     for got, expected in zip([*states_LBTD, h_BTD], recompute(cfg, body, x_BTD), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_gpu_is_given_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = model_config("olmo")
+    assert cfg.mlp == "swiglu"
+    body, x_BTD = body_and_input(cfg, np.float64)
+    total = lambda body, x: jnp.sum(jnp.sin(Transformer(cfg).apply(body, x)))
+    expected = jax.grad(total, argnums=(0, 1))(body, x_BTD)
+    monkeypatch.setattr(Layout, "platform", "gpu")
+    program = str(jax.make_jaxpr(jax.grad(total))(body, x_BTD))
+    assert "swiglu" in program
+    for got, wanted in zip(
+        *map(jax.tree.leaves, (jax.grad(total, argnums=(0, 1))(body, x_BTD), expected)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -35,6 +35,14 @@ def test_a_gpu_gets_its_flags(cuda: pytest.MonkeyPatch, platforms: dict[str, str
     assert applied(**platforms)["XLA_FLAGS"].split() == [LATENCY, SCATTER]
 
 
+def test_jax_takes_most_of_a_gpu_unless_the_user_says_how_much(cuda: pytest.MonkeyPatch) -> None:
+    assert applied()["XLA_CLIENT_MEM_FRACTION"] == "0.92"
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):  # JAX refuses both at once
+        said = {key: value for key, value in applied(**{name: ".5"}).items() if "FRACTION" in key}
+        assert said == {name: ".5"}
+    assert "XLA_CLIENT_MEM_FRACTION" not in applied(XLA_PYTHON_CLIENT_PREALLOCATE="false")
+
+
 @pytest.mark.parametrize("platforms", ["cpu", "tpu", "tpu,cpu"])
 def test_a_platform_that_is_not_asked_for_gets_none(cuda: pytest.MonkeyPatch, platforms: str) -> None:
     assert applied(JAX_PLATFORMS=platforms) == {"JAX_PLATFORMS": platforms}

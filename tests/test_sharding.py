@@ -47,10 +47,24 @@ def test_a_microbatch_must_be_divisible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "asked", "scanned"), [(2, None, False), (32, None, True), (32, False, False), (2, True, True)]
+    ("platform", "layers", "asked", "scanned"),
+    [
+        ("cpu", 2, None, False),
+        ("cpu", 32, None, True),
+        ("cpu", 32, False, False),
+        ("cpu", 2, True, True),
+        ("gpu", 31, None, False),
+        ("gpu", 32, None, True),
+        ("tpu", 11, None, False),
+        ("tpu", 12, None, True),
+    ],
 )
-def test_layers_are_scanned_by_depth_unless_the_config_says(layers: int, asked: bool | None, scanned: bool) -> None:
+def test_layers_are_scanned_by_depth_and_platform_unless_the_config_says(
+    platform: str, layers: int, asked: bool | None, scanned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = small_config(layers=layers, scan_layers=asked)
     mesh = sharding.make_mesh(MeshConfig(data=1))
+    if platform == "cpu":
+        assert ("layers" in step.make_steps(cfg, mesh).abstract.params["body"]["params"]) is scanned
+    monkeypatch.setattr(sharding.Layout, "platform", platform)
     assert step.decided(cfg, mesh).model.scan_layers is scanned
-    assert ("layers" in step.make_steps(cfg, mesh).abstract.params["body"]["params"]) is scanned

@@ -91,7 +91,7 @@ class ModelConfig(_Checked):
     scan_layers: bool | None = _option(
         None,
         "one compiled layer in a loop: compiles faster, parameters stacked over layers; null: from 12 layers on "
-        "accelerators, from 32 on a CPU",
+        "TPUs, from 32 on GPUs and CPUs",
     )
     remat: Literal["none", "dots", "attention", "full"] = _option(
         "none",

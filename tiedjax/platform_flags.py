@@ -49,8 +49,8 @@ CUDA_FLAGS = (
     Flag("--xla_gpu_enable_latency_hiding_scheduler=true"),
     # These versions compile a float32 scatter-add, such as the gradient of the lookup, to a compare-and-swap loop: up
     # to 2,000 times slower where many updates go to one row (openxla/xla#46225, jax-ml/jax#38806). The option brings
-    # back the hardware's atomic addition, which flushes subnormal sums to 0, as in the other versions. Not run on a
-    # GPU yet.
+    # back the hardware's atomic addition, which flushes subnormal sums to 0, as in the other versions. No GPU has run
+    # these versions yet.
     Flag("--xla_backend_extra_options=-nvptx-allow-ftz-atomics", since=(0, 10, 2), until=(0, 11, 1)),
 )
 
