@@ -144,12 +144,16 @@ def gpu_costs() -> str:
                 )
             elif kind in ("torch", "roles"):
                 for side, whose in (
-                    ("torch_compiled", "In PyTorch {torch}, compiled, with both role gradients by hooks,"),
+                    (
+                        "torch_compiled",
+                        "In PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks,",
+                    ),
                     ("without_roles", "Without the role split and its metrics"),
                 ):
                     if side in each["sides"]:
                         ratio, batch = each["sides"][side]["over_tiedjax"], each["config"]["data"]["batch_size"]
-                        whose = whose.format(torch=each["environment"].get("pytorch", {}).get("torch"))
+                        about = {"torch": each["environment"].get("pytorch", {}).get("torch")}
+                        whose = whose.format(**about, loss=each["sides"][side].get("loss"))
                         lines.append(f"* {whose} a step of {model}, batch {batch}, takes {span(ratio, 2)} times ours.")
     return "\n".join(lines) + "\n"
 
