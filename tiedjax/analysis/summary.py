@@ -286,10 +286,9 @@ def _parameters(config: Any) -> int:
     """How many numbers a run trains: the body's and the tables', a shared table once."""
     import jax
 
-    from tiedjax.lm import init_params
+    from tiedjax.lm import abstract_params
 
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def _training_seconds(metrics: Mapping[str, np.ndarray]) -> float | None:
