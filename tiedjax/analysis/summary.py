@@ -123,6 +123,12 @@ def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
     }
 
 
+def seed_of(name: str) -> int | None:
+    """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
+    kind, _, seed = name.partition(" ")
+    return int(seed) if kind == "lens" else None
+
+
 def collect(name: str, held: StudyRuns) -> Any:
     """One of `parts_of` the study, as plain JSON."""
     return to_plain(parts_of(held.study)[name](held))
