@@ -167,6 +167,24 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
     assert np.abs(np.asarray(tables.input) - before).max() > 1e-3
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_start_that_compiles_quickly_is_bit_identical_to_any_other(scheme: str) -> None:
+    cfg, key = small_config(scheme), jax.random.key(2)
+    steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    wanted = jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)))(key)
+    jax.tree.map(np.testing.assert_array_equal, steps.init(key).params, wanted)
+
+
+def test_what_a_run_holds_is_traced_once_for_all_that_differ_in_neither_model_nor_scheme() -> None:
+    tied, untied = (lm.abstract_params(small_config(scheme)) for scheme in ("tied", "untied"))
+    assert lm.abstract_params(small_config("tied", data=DataConfig(batch_size=4))) is tied
+    assert set(tied["tables"]) != set(untied["tables"])
+    made = nn.unbox(lm.init_params(small_config("tied"), jax.random.key(0)))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), made) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tied
+    )
+
+
 def test_each_switch_changes_one_thing_at_step_0() -> None:
     start = lambda scheme: nn.unbox(lm.init_params(small_config(scheme, d_model=256), jax.random.key(1)))
     tied, untied = start("tied"), start("untied")

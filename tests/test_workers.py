@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiedjax import load_run, study
 from tiedjax.cli import main
 from tiedjax.config import load_run_config, to_tree
 from tiedjax.errors import UserError
+from tiedjax.workers import Crew, Task
 
 PROGRAM = """
 import json, sys
@@ -30,7 +32,7 @@ tasks = [Task(out, "tiedjax.study:train_run", {"config": tree, "out": out}) for 
 begins = lambda place, task: print("begins", place, flush=True)
 try:
     with Crew(int(sys.argv[2]), int(sys.argv[3]), lambda line: print(line, flush=True)) as crew:
-        results = crew.run(tasks, begins, lambda result: not result["finished"])
+        results = crew.run(tasks, begins, lambda task, result: not result["finished"])
 except TrainingError as error:
     print("failed:", error, flush=True)
     sys.exit(1)
@@ -116,6 +118,19 @@ def test_threads_that_cannot_be_had_are_refused(
         "tiedjax: train.threads: 3 cannot be had in a process that runs JAX already; start it with NPROC=3 in its "
         "environment\n"
     )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_prefers_what_it_has_compiled_and_nothing_begins_too_early(workers: int) -> None:
+    pid = partial(Task, function="os:getpid", arguments={})
+    tasks = [pid("a", kind="x"), pid("b", kind="x", after=(3,)), pid("c", kind="y"), pid("d", kind="x", after=(0,))]
+    begun: list[str] = []
+    with Crew(workers, 1, lambda line: None) as crew:
+        results = crew.run(tasks, lambda place, task: begun.append(task.name))
+    assert sorted(results) == [0, 1, 2, 3]
+    assert len(set(results.values())) <= workers
+    assert [name for name in begun if name != "c"] == ["a", "d", "b"]
+    assert begun[1 if workers == 2 else 3] == "c"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tiedjax import loss, model, tying
-from tiedjax.config import RunConfig
+from tiedjax.config import RunConfig, TyingConfig
 from tiedjax.lookup import lookup
 from tiedjax.rng import key_for
 from tiedjax.sharding import Layout
@@ -34,6 +35,16 @@ def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
         "tables": tying.init_tables(scheme, root, table),
         "body": model.init_body(cfg.model, key_for(root, "body")),
     }
+
+
+def abstract_params(cfg: RunConfig) -> dict[str, Any]:
+    """The shapes and dtypes of `init_params`, unboxed; traced once for runs of one model and scheme."""
+    return _abstract_params(RunConfig(model=cfg.model, tying=TyingConfig(scheme=cfg.tying.scheme)))
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_params(cfg: RunConfig) -> dict[str, Any]:
+    return nn.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
 
 
 def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:

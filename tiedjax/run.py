@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -17,7 +16,7 @@ from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import RunConfig, load_run_config
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
-from tiedjax.lm import init_params
+from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
 
 
@@ -93,7 +92,7 @@ class Run:
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates; by default the last snapshot."""
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
-        abstract = _without_sharding(self._abstract_params["tables"])
+        abstract = _without_sharding(abstract_params(self.config)["tables"])
         saved = snapshots.restore(step, abstract)
         tables = tying.SCHEMES[self.config.tying.scheme].tables(saved)
         return RunTables(tables.input, tables.output, tables.input is tables.output)
@@ -101,7 +100,7 @@ class Run:
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
-        abstract = {"params": _without_sharding(self._abstract_params)}
+        abstract = {"params": _without_sharding(abstract_params(self.config))}
         return checkpoints.restore(step, abstract)["params"]
 
     def model(self) -> Transformer:
@@ -115,10 +114,6 @@ class Run:
     @cached_property
     def _checkpoints(self) -> Checkpoints | None:
         return _existing(self.path / "checkpoints")
-
-    @cached_property
-    def _abstract_params(self) -> dict[str, Any]:
-        return nn.unbox(jax.eval_shape(lambda: init_params(self.config, jax.random.key(0))))
 
     def _choose(self, step: int | None, saves: Checkpoints | None, kind: str) -> tuple[int, Checkpoints]:
         steps = saves.steps() if saves else []

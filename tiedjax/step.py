@@ -223,6 +223,8 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         with _precision(cfg, layout):
             return evaluation(scheme.tables(params["tables"]), params["body"], tokens_BS, weights_B)
 
+    # On a CPU the many small draws take twice as long to compile with all that LLVM can do, and run once.
+    quick = {"xla_backend_optimization_level": 1} if layout.platform == "cpu" else None
     boxed = jax.eval_shape(init, jax.random.key(0))
     placed, everywhere = sharding.shardings(boxed, mesh), sharding.replicated(mesh)
     batch = sharding.batch_sharding(mesh)
@@ -230,7 +232,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
     )
     return Steps(
-        init=jax.jit(lambda root: nn.unbox(init(root)), out_shardings=placed),
+        init=jax.jit(lambda root: nn.unbox(init(root)), out_shardings=placed, compiler_options=quick),
         train=jax.jit(
             train,
             donate_argnums=0,

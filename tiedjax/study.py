@@ -113,11 +113,9 @@ def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
         with sole_writer(out):
             write_atomically(out / "study.yaml", to_yaml(plan.study))
     with Crew(workers, plan.threads, partial(print, flush=True)) if workers > 1 else nullcontext() as crew:
-        outcome = _train_all(plan, out, crew)
+        outcome, parts = _train_and_collect(plan, out, crew)
         if not outcome.finished or outcome.signal or not process.is_main():
             return outcome
-        print("analysing ...", flush=True)
-        parts = _parts(plan, out, crew)
         if not crew or not crew.signal:
             _analyse(plan, out, parts, time.monotonic() - began)
             print(draw_report(out, crew))
@@ -125,34 +123,56 @@ def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
     return dataclasses.replace(outcome, signal=heard)
 
 
-def _train_all(plan: Plan, out: Path, crew: Crew | None) -> Outcome:
-    tasks = []
-    for (arm, seed), cfg in plan.runs.items():
-        arguments = {"config": to_tree(cfg), "out": str(out / "runs" / f"{arm}-{seed}")}
-        tasks.append(Task(f"{arm}-{seed}", f"{__name__}:train_run", arguments))
-    began, at_once = time.monotonic(), crew.size if crew else 1
+def _train_and_collect(plan: Plan, out: Path, crew: Crew | None) -> tuple[Outcome, dict[str, Any]]:
+    """Every run, then every part of the results that takes long, by name.
+
+    A crew begins a part as soon as the runs that it is about have ended, so that no worker waits for the last run.
+    """
+    runs, parts = _training(plan, out), _parts(plan, out)
+    at_once, began, begun = crew.size if crew else 1, time.monotonic(), 0
 
     def begins(place: int, task: Task) -> None:
-        done = max(0, place + 1 - at_once)
-        left = (time.monotonic() - began) / max(done, 1) * (len(tasks) - done)
-        if process.is_main():
-            print(f"run {place + 1} of {len(tasks)}: {task.name}" + (f"; about {duration(left)} left" if done else ""))
+        nonlocal begun
+        begun += 1
+        done = max(0, begun - at_once)
+        left = (time.monotonic() - began) / max(done, 1) * (len(runs) - done)
+        if place < len(runs) and process.is_main():
+            print(f"run {begun} of {len(runs)}: {task.name}" + (f"; about {duration(left)} left" if done else ""))
+        elif begun == len(runs) + 1:
+            print("analysing ...", flush=True)
 
-    stops = lambda result: not result["finished"] or result["signal"]
-    results: dict[int, Any] = {}
+    stops = lambda task, result: task in runs and (not result["finished"] or result["signal"])
+    tasks, results = [*runs, *parts.values()], dict[int, Any]()
     if crew:
         for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):
             prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
         results = crew.run(tasks, begins, stops)
     for place, task in enumerate([] if crew else tasks):
+        if place >= len(runs) and not process.is_main():
+            break
         begins(place, task)
         results[place] = call(task)
-        if stops(results[place]):
+        if stops(task, results[place]):
             break
+    trained = [results[place] for place in range(len(runs)) if place in results]
     nothing: dict[str, Any] = {"step": 0, "finished": False}
-    ended = next(filter(stops, results.values()), results[max(results)] if results else nothing)
+    ended = next((r for r in trained if not r["finished"] or r["signal"]), trained[-1] if trained else nothing)
     heard = crew.signal if crew else ended.get("signal")
-    return Outcome(ended["step"], ended["finished"], signal.Signals(heard) if heard else None)
+    outcome = Outcome(ended["step"], ended["finished"], signal.Signals(heard) if heard else None)
+    return outcome, {name: results[place] for place, name in enumerate(parts, len(runs)) if place in results}
+
+
+def _training(plan: Plan, out: Path) -> list[Task]:
+    """`train_run` of every run; those of one scheme compile the same."""
+    return [
+        Task(
+            name=f"{arm}-{seed}",
+            function=f"{__name__}:train_run",
+            arguments={"config": to_tree(cfg), "out": str(out / "runs" / f"{arm}-{seed}")},
+            kind=cfg.tying.scheme,
+        )
+        for (arm, seed), cfg in plan.runs.items()
+    ]
 
 
 def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
@@ -161,17 +181,22 @@ def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
     return {"step": outcome.step, "finished": outcome.finished, "signal": outcome.signal}
 
 
-def _parts(plan: Plan, out: Path, crew: Crew | None) -> dict[str, Any]:
-    """Every part of the results that takes long, by name."""
-    from tiedjax.analysis.summary import parts_of
+def _parts(plan: Plan, out: Path) -> dict[str, Task]:
+    """`analyse_part` of every part of the results that takes long, by name; that of one seed needs its runs only."""
+    from tiedjax.analysis.summary import parts_of, seed_of
 
-    names = list(parts_of(plan.study))
-    where = {"study": to_tree(plan.study), "folder": str(out / "runs")}
-    tasks = [Task(f"{out}: {name}", f"{__name__}:analyse_part", where | {"name": name}) for name in names]
-    if crew:
-        results = crew.run(tasks)
-        return {name: results[place] for place, name in enumerate(names) if place in results}
-    return {name: call(task) for name, task in zip(names, tasks, strict=True)}
+    tasks = {}
+    for name in parts_of(plan.study):
+        seeds = plan.study.seeds if (seed := seed_of(name)) is None else (seed,)
+        study = to_tree(dataclasses.replace(plan.study, seeds=seeds))
+        tasks[name] = Task(
+            name=f"{out}: {name}",
+            function=f"{__name__}:analyse_part",
+            arguments={"study": study, "folder": str(out / "runs"), "name": name},
+            kind="analysis",
+            after=tuple(place for place, (_, of) in enumerate(plan.runs) if of in seeds),
+        )
+    return tasks
 
 
 def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
@@ -185,7 +210,7 @@ def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
         return collect(name, held)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _held(study: str, folder: str) -> StudyRuns:
     """The runs of a study, whose tables a process reads once for all its parts."""
     from tiedjax.analysis.study_runs import StudyRuns

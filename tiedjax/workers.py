@@ -31,11 +31,17 @@ PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 @dataclass(frozen=True)
 class Task:
-    """One call: `module:function`, its keyword arguments and its result in JSON; `name` says what it is about."""
+    """One call: `module:function`, its keyword arguments and its result in JSON; `name` says what it is about.
+
+    It begins when those at the places `after` in its batch have ended. Tasks of one `kind` share what a process has
+    compiled for the first of them.
+    """
 
     name: str
     function: str
     arguments: dict[str, Any]
+    kind: str = ""
+    after: tuple[int, ...] = ()
 
 
 def call(task: Task) -> Any:
@@ -67,11 +73,13 @@ class _Worker:
         self._input, self.output = self.process.stdin, self.process.stdout
         self.task: Task | None = None
         self.place = 0  # of the task among those of its batch
+        self.kinds: set[str] = set()  # of all tasks that it was given
         self._rest = b""
 
     def give(self, place: int, task: Task) -> None:
         """Hands over the next task."""
         self.place, self.task = place, task
+        self.kinds.add(task.kind)
         line = json.dumps({"function": task.function, "arguments": task.arguments}) + "\n"
         with contextlib.suppress(BrokenPipeError):  # it has died; its output ends and says so
             self._input.write(line.encode())
@@ -133,18 +141,18 @@ class Crew:
         self,
         tasks: Sequence[Task],
         begins: Callable[[int, Task], None] = lambda place, task: None,
-        enough: Callable[[Any], bool] = lambda result: False,
+        enough: Callable[[Task, Any], bool] = lambda task, result: False,
     ) -> dict[int, Any]:
         """Place: result of the tasks that were called, each by the next worker that is free; `begins` hears of each.
 
-        After a result that is `enough`, or a signal, no other begins. Raises the UserError or TrainingError of the
-        first that fails, once the others have stopped.
+        A worker takes the first that can begin, if it can one of a kind that it has had before. After a result that is
+        `enough`, or a signal, no other begins. Raises the UserError or TrainingError of the first that fails, once the
+        others have stopped.
         """
-        self._waiting: Iterator[tuple[int, Task]] = iter(enumerate(tasks))
+        self._waiting = dict(enumerate(tasks))
         self._begins, self._enough = begins, enough
         results: dict[int, Any] = {}
-        for worker in self._workers:
-            self._next(worker)
+        self._share_out(results)
         while any(worker.task for worker in self._workers):
             for key, _ in self._selector.select():
                 for message in key.data.messages():
@@ -153,19 +161,22 @@ class Crew:
             raise self._failure
         return results
 
-    def _next(self, worker: _Worker) -> None:
-        worker.task = None
-        if self.signal or self._failure:
-            return
-        for place, task in self._waiting:
+    def _share_out(self, results: Mapping[int, Any]) -> None:
+        """Gives every idle worker a task, as long as there are some that can begin."""
+        for worker in self._workers:
+            ready = [place for place, task in self._waiting.items() if results.keys() >= set(task.after)]
+            if worker.task or not ready or self.signal or self._failure:
+                continue
+            place = next((place for place in ready if self._waiting[place].kind in worker.kinds), ready[0])
+            task = self._waiting.pop(place)
             self._begins(place, task)
             worker.give(place, task)
-            break
 
     def _take(self, worker: _Worker, message: Mapping[str, Any] | None, results: dict[int, Any]) -> None:
+        task = worker.task
         if message is None:
             self._selector.unregister(worker.output)
-            task, worker.task = worker.task, None
+            worker.task = None
             if task and not self.signal and not self._failure:
                 self._fail(TrainingError(f"{task.name}: its process ended with status {worker.process.wait()}"))
         elif "say" in message:
@@ -173,11 +184,12 @@ class Crew:
         elif "failed" in message:
             worker.task = None
             self._fail(FAILURES[message["failed"]](message["message"]))
-        else:
+        elif task:
+            worker.task = None
             results[worker.place] = message["result"]
-            if self._enough(message["result"]):
-                self._waiting = iter(())
-            self._next(worker)
+            if self._enough(task, message["result"]):
+                self._waiting.clear()
+            self._share_out(results)
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error

@@ -123,6 +123,12 @@ def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
     }
 
 
+def seed_of(name: str) -> int | None:
+    """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
+    kind, _, seed = name.partition(" ")
+    return int(seed) if kind == "lens" else None
+
+
 def collect(name: str, held: StudyRuns) -> Any:
     """One of `parts_of` the study, as plain JSON."""
     return to_plain(parts_of(held.study)[name](held))
@@ -286,10 +292,9 @@ def _parameters(config: Any) -> int:
     """How many numbers a run trains: the body's and the tables', a shared table once."""
     import jax
 
-    from tiedjax.lm import init_params
+    from tiedjax.lm import abstract_params
 
-    shapes = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def _training_seconds(metrics: Mapping[str, np.ndarray]) -> float | None:
