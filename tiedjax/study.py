@@ -210,7 +210,7 @@ def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
         return collect(name, held)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
 def _held(study: str, folder: str) -> StudyRuns:
     """The runs of a study, whose tables a process reads once for all its parts."""
     from tiedjax.analysis.study_runs import StudyRuns
