@@ -143,10 +143,12 @@ class TorchStepper:
                     each.append(time.perf_counter() - began)
                     self._optimizer.zero_grad(set_to_none=True)
                 seconds[name] = min(each)
-            except Exception as error:  # out of memory, or not installed: the other one then
+            except (RuntimeError, ImportError) as error:  # out of memory, or not installed: the other one then
                 self._optimizer.zero_grad(set_to_none=True)
                 seconds[name] = f"{type(error).__name__}: {str(error)[:200]}"
         measured = {name: value for name, value in seconds.items() if isinstance(value, float)}
+        if not measured:
+            raise RuntimeError(f"neither loss runs: {seconds}")
         chosen = min(measured, key=lambda name: measured[name])
         self._loss = losses[chosen]
         self.about |= {"loss": chosen, "gradient_seconds": seconds}
