@@ -350,14 +350,19 @@ def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
 
 def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of two steps, a clock that moves 0.5 s at every reading of metrics: 2 * 8 * 16 tokens in 2 * 0.5 s."""
-    clock, read = [100.0], loop.jax.device_get
+    clock, read, pack, packed = [100.0], loop.jax.device_get, loop._packed, list[Any]()
+
+    def packing(arrays: Any) -> Any:
+        packed.append(pack(arrays))
+        return packed[-1]
 
     def reading(values: Any) -> Any:
-        clock[0] += 0.5 if isinstance(values, dict) else 0.0
+        clock[0] += 0.5 if packed and values is packed[-1] else 0.0
         return read(values)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(loop.jax, "device_get", reading)
+    monkeypatch.setattr(loop, "_packed", packing)
     changes = {"train.log_every": 2, "train.snapshot_every": 100, "train.stop_at": 7, "train.eval_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, {"train.steps": 100, **changes})) == 0
     speeds = {row["step"]: row["tokens_per_second"] for row in all_columns(tmp_path / "run")}
@@ -373,7 +378,8 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
     """In order: batch i + 1 is sent, step i is dispatched, and only then is anything read, of step i - 1 at most."""
     events: list[tuple[str, int]] = []
     make_steps, place, read = loop.make_steps, loop.sharding.global_batch, loop.jax.device_get
-    numbers: dict[int, int] = {}  # by id, of metrics kept alive in `kept`
+    pack, numbers = loop._packed, dict[int, int]()  # steps, by the id of their metrics, packed and kept alive in `kept`
+    dispatched: list[Any] = []
     kept: list[Any] = []
 
     def observed_steps(*args: Any) -> Any:
@@ -381,12 +387,16 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
 
         def train(*args: Any) -> Any:
             state, metrics = steps.train(*args)
-            kept.append(metrics)
-            numbers[id(metrics)] = len(kept)
-            events.append(("dispatch", len(kept)))
+            dispatched.append(list(metrics.values()))
+            events.append(("dispatch", len(dispatched)))
             return state, metrics
 
         return dataclasses.replace(steps, train=train)
+
+    def observed_pack(arrays: Any) -> Any:
+        kept.append(pack(arrays))
+        numbers[id(kept[-1])] = next(i for i, known in enumerate(dispatched, 1) if known[0] is arrays[0])
+        return kept[-1]
 
     def observed_place(local: Any, *args: Any) -> Any:
         events.append(("send", sum(kind == "send" for kind, _ in events) + 1))
@@ -400,6 +410,7 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(loop, "make_steps", observed_steps)
     monkeypatch.setattr(loop.sharding, "global_batch", observed_place)
     monkeypatch.setattr(loop.jax, "device_get", observed_read)
+    monkeypatch.setattr(loop, "_packed", observed_pack)
     changes = {"train.stop_at": 7, "train.snapshot_every": 1000, "train.checkpoint_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
     expected = [("send", 1)]

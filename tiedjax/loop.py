@@ -266,26 +266,53 @@ class _Evaluation:
         return float(loss / weight)
 
 
+@jax.jit
+def _packed(arrays: list[jax.Array]) -> jax.Array:
+    """All their numbers one after the other, to be fetched at once: each array that is fetched costs much the same."""
+    return jnp.concatenate([array.ravel() for array in arrays])
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """The metrics of a step that was dispatched."""
+
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    packed: jax.Array
+    deciles: bool
+
+    def values(self) -> dict[str, Any]:
+        """The metrics by name, scalars and lists; waits for the step."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        parts = np.split(jax.device_get(self.packed), ends[:-1])
+        return {
+            name: part.reshape(shape).tolist() for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
 class _Recorder:
     """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
 
     def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
         self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
         self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
-        self._pending: tuple[int, dict[str, jax.Array], bool] | None = None
+        self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
 
     def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the step before."""
         self.flush(None)
-        self._pending = (step, metrics, deciles)
+        shapes = {name: value.shape for name, value in metrics.items()}
+        packed = _packed(list(metrics.values()))
+        packed.copy_to_host_async()
+        self._pending = _Pending(step, shapes, packed, deciles)
 
     def flush(self, evaluate: Callable[[], float] | None) -> None:
         """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
         if self._pending is None:
             return
-        (step, metrics, deciles), self._pending = self._pending, None
-        values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+        pending, self._pending = self._pending, None
+        step, deciles, values = pending.step, pending.deciles, pending.values()
         (before, then), now = self._read, time.monotonic()
         if not math.isfinite(values["loss"]):
             raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")

@@ -98,10 +98,7 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
             total, dU_VD = carry
             loss, d_CV, missed_C = _chunk_loss(chunk, U_VD, spec)
             dh_CD = jnp.matmul(d_CV, U_VD, preferred_element_type=wide)
-            d_VC = d_CV.T
-            if layout.platform == "cpu":  # its product with a transposed operand takes twice the time of a copy and one
-                d_VC = jax.lax.optimization_barrier(d_VC)
-            dU_VD += jnp.matmul(d_VC, chunk[0], preferred_element_type=wide)
+            dU_VD += _outer_sum(d_CV, chunk[0], wide, layout.platform)
             return (total + loss, dU_VD), (dh_CD if tensor else dh_CD.astype(h_BTD.dtype), missed_C)
 
         chunks = _cut(h_BTD, about_BT, spec.chunks(about_BT[0].size, U_VD.shape))
@@ -124,6 +121,16 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
     run = layout.per_device(local, [_STATES, _TABLE, _TOKENS, _TOKENS], results)
     total, dh_BTD, dU_VD = run(h_BTD, U_VD.astype(h_BTD.dtype), targets_BT, weights_BT)
     return total, (dh_BTD, dU_VD.astype(U_VD.dtype))
+
+
+def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str) -> jax.Array:
+    """d^T h, [V, D]: what a chunk adds to the table's gradient."""
+    if platform != "cpu":
+        return jnp.matmul(d_CV.T, h_CD, preferred_element_type=dtype)
+    # A CPU's product with a transposed operand takes longer than a copy and a product: the small one of the two is
+    # copied, and the result turned, which the barriers keep XLA from undoing.
+    h_DC = jax.lax.optimization_barrier(h_CD.T)
+    return jax.lax.optimization_barrier(jnp.matmul(h_DC, d_CV, preferred_element_type=dtype)).T
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:

@@ -77,11 +77,11 @@ class _Board:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Adds the scalars of one step; they are on disk within `FLUSH_SECONDS`, if steps go on."""
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         with self._ended_by_errors():
-            for name, value in scalars.items():
-                self._add(step, summary=scalar(name, value))
+            self._add(step, summary=Summary(value=values))
             if self._events and time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
                 self._flushed_at = time.monotonic()
                 self._events.flush()

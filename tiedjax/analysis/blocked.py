@@ -41,6 +41,11 @@ def at_once(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
         return first(), waiting.result()
 
 
+def in_turn(first: Callable[[], T], second: Callable[[], T]) -> tuple[T, T]:
+    """The same results, one after the other: a thread takes longer to start than little work takes."""
+    return first(), second()
+
+
 @contextlib.contextmanager
 def few_threads(numbers: int) -> Iterator[None]:
     """One thread for BLAS inside, if the largest table has few numbers: there its threads wait more than they work."""

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 
 from tiedjax.analysis import maps
-from tiedjax.analysis.blocked import SMALL, at_once, matmul, row_blocks
+from tiedjax.analysis.blocked import SMALL, at_once, in_turn, matmul, row_blocks
 from tiedjax.errors import UserError
 
 FITS = ("identity", "orthogonal", "linear", "ridge")
@@ -111,7 +111,8 @@ class Pair:
         _check(x_VD, y_VD, fits)
         small = max(x_VD.size, y_VD.size) <= SMALL  # then float64 costs nothing
         self._dtype = np.dtype(np.float64 if small else np.result_type(x_VD, y_VD, np.float32))
-        self._x, self._y = at_once(lambda: _Rows(x_VD, rows, self._dtype), lambda: _Rows(y_VD, rows, self._dtype))
+        self._both = in_turn if small else at_once
+        self._x, self._y = self._both(lambda: _Rows(x_VD, rows, self._dtype), lambda: _Rows(y_VD, rows, self._dtype))
         self.rows, self.fits = self._x.shape[0], fits
         self._parts: list[np.ndarray | None] = [None]
         if halves:
@@ -146,7 +147,7 @@ class Pair:
                 functools.partial(self._x.read, where, self._dtype),
                 functools.partial(self._y.read, partners, self._dtype),
             )
-            yield where, *at_once(*read)
+            yield where, *self._both(*read)
 
     def _sums(self, part: np.ndarray | None, order: np.ndarray | None) -> _Sums:
         X, Y = self._x.shape[1], self._y.shape[1]

@@ -13,6 +13,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tiedjax.analysis import published, words
 from tiedjax.analysis.sections import drawing
@@ -124,7 +125,8 @@ def _figure(
     size: tuple[float, float],
     results: drawing.Results,
 ) -> Figure:
-    figure = Figure(figsize=(size[0] * len(panels), size[1]), layout="constrained")
+    layout = ConstrainedLayoutEngine()
+    figure = Figure(figsize=(size[0] * len(panels), size[1]), layout=layout)
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, len(panels), i + 1) for i in range(len(panels))]
     for ax, panel in zip(axes, panels, strict=True):
@@ -135,7 +137,7 @@ def _figure(
     if entries:
         columns = min(len(entries), 3 * len(panels))
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
-    figure.draw_without_rendering()
+    layout.execute(figure)
     figure.set_layout_engine("none")  # laid out once, not again for every format
     return figure
 
