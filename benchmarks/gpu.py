@@ -40,8 +40,10 @@ import loss
 import numpy as np
 import step as sides
 
-from tiedjax import bench, hlo, load_run, model, platform_flags, sharding, tying
+from tiedjax import load_run, model, sharding, tying
 from tiedjax.config import RunConfig
+from tiedjax.cost import bench, hlo
+from tiedjax.host import platform_flags
 from tiedjax.step import loss_and_gradients, make_steps
 
 # Positions; sequences of a step that fit a card of 80 GB with nothing recomputed; and sequences beside PyTorch, whose

@@ -30,8 +30,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from tiedjax import bench, platform_flags, process, sharding, tying
+from tiedjax import sharding, tying
 from tiedjax.config import RunConfig, to_tree
+from tiedjax.cost import bench
+from tiedjax.host import platform_flags, process
 from tiedjax.lm import summed_loss
 from tiedjax.model import compute_dtype
 from tiedjax.optimizer import learning_rate, make_optimizer

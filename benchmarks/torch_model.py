@@ -97,7 +97,7 @@ def liger_loss(h_BTD: torch.Tensor, U_VD: torch.Tensor, targets_BT: torch.Tensor
 
 
 class TorchStepper:
-    """A train step with its state and its batches on the device, run as `tiedjax.bench.Stepper` is.
+    """A train step with its state and its batches on the device, run as `tiedjax.cost.bench.Stepper` is.
 
     Attributes:
       about: how many parameters there are, the shared table once; and on a GPU the loss that was chosen, with the

@@ -30,12 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "loss": {"sharding", "lookup"},
     "model": {"config", "sharding", "attention"},
     "optimizer": {"config"},
-    "watch": set(),
-    "process": {"watch"},
-    "platform_flags": set(),
-    "profiling": {"process"},
-    "hlo": set(),
-    "topology": set(),
+    "host": {"host"},
     "flops": {"config"},
     "checkpoint": set(),
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
@@ -47,42 +42,16 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "tying",
         "sharding",
-        "process",
-        "platform_flags",
+        "host",
         "checkpoint",
         "data",
         "metrics",
-        "profiling",
         "step",
     },
     "analysis": {"config", "tying", "model", "loss", "lookup", "checkpoint", "lm", "run", "data", "analysis"},
-    "workers": {"config", "platform_flags", "loop"},
-    "study": {
-        "config",
-        "data",
-        "process",
-        "platform_flags",
-        "tying",
-        "loop",
-        "metrics",
-        "run",
-        "workers",
-        "analysis",
-    },
-    "bench": {"config", "tying", "model", "sharding", "process", "platform_flags", "metrics", "flops", "step"},
-    "compile": {"config", "hlo", "topology", "sharding", "step", "tying"},
-    "cli": {
-        "config",
-        "data",
-        "analysis",
-        "process",
-        "platform_flags",
-        "profiling",
-        "loop",
-        "study",
-        "bench",
-        "compile",
-    },
+    "study": {"config", "data", "host", "tying", "loop", "metrics", "run", "analysis"},
+    "cost": {"config", "tying", "model", "sharding", "host", "metrics", "flops", "step", "cost"},
+    "cli": {"config", "data", "analysis", "host", "loop", "study", "cost"},
     "__main__": {"cli"},
     "__init__": {"run"},
 }
@@ -103,7 +72,7 @@ HOMES: dict[str, set[str]] = {
     "optax": {"optimizer.py", "step.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
-LIGHT = {"__init__", "__main__", "cli", "config", "errors", "files", "platform_flags"}
+LIGHT = {"__init__", "__main__", "cli", "config", "errors", "files", "host/__init__", "host/platform_flags"}
 NEVER = {"tensorflow", "torch", "absl", "clu"}
 
 
@@ -127,7 +96,9 @@ def imports(path: Path) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = str(node.module)
-            whole = module == "tiedjax" or module.endswith((".data", ".analysis", ".commands", ".sections"))
+            whole = module == "tiedjax" or module.endswith(
+                (".data", ".analysis", ".commands", ".sections", ".host", ".cost")
+            )
             names = [f"{module}.{alias.name}" if whole else module for alias in node.names]
         else:
             continue
@@ -166,7 +137,7 @@ def test_the_core_never_imports_analysis_nor_the_model_tying() -> None:
     core = set(ALLOWED) - {"analysis", "study", "cli"}
     assert all("analysis" not in ALLOWED[name] for name in core)
     assert "tying" not in ALLOWED["model"] | ALLOWED["loss"] | ALLOWED["optimizer"] | ALLOWED["sharding"]
-    assert not ALLOWED["analysis"] & {"step", "loop", "study", "cli", "metrics", "process"}
+    assert not ALLOWED["analysis"] & {"step", "loop", "study", "cli", "metrics", "host", "cost"}
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -23,8 +23,9 @@ from conftest import small_config
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from programs import REPOSITORY, environment, tiedjax
 
-from tiedjax import bench, cli, lm, sharding, step, tying
+from tiedjax import cli, lm, sharding, step, tying
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, load_run_config
+from tiedjax.cost import bench
 from tiedjax.errors import UserError
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token, matmul_parameters
 

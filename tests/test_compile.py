@@ -15,11 +15,12 @@ import pytest
 from conftest import small_config
 from programs import REPOSITORY, TESTS, finish, start, tiedjax
 
-from tiedjax import cli, hlo, sharding, step, topology
-from tiedjax import compile as compiling
+from tiedjax import cli, sharding, step
 from tiedjax.config import DataConfig, load_run_config
+from tiedjax.cost import compile as compiling
+from tiedjax.cost import hlo, topology
+from tiedjax.cost.topology import Topology
 from tiedjax.errors import UserError
-from tiedjax.topology import Topology
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

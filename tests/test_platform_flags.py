@@ -8,7 +8,7 @@ import importlib.util
 import pytest
 from programs import finish, start
 
-from tiedjax import platform_flags
+from tiedjax.host import platform_flags
 
 LATENCY, SCATTER = (flag.text for flag in platform_flags.CUDA_FLAGS)
 
@@ -90,7 +90,8 @@ def test_what_the_user_set_wins_and_stays(cuda: pytest.MonkeyPatch, theirs: str)
 
 PROGRAM = """
 import sys
-from tiedjax import cli, platform_flags
+from tiedjax import cli
+from tiedjax.host import platform_flags
 platform_flags._wanted = lambda environment: platform_flags.CUDA_FLAGS
 seen = {}
 cli._train = lambda args: seen.update(platform_flags.in_force(), jax="jax" in sys.modules) or 0
@@ -113,5 +114,5 @@ def test_a_command_sets_them_before_jax_and_jax_starts_with_every_one() -> None:
 
 
 def test_deciding_imports_no_jax() -> None:
-    program = "import sys; from tiedjax import platform_flags as p; p.apply(); print('jax' in sys.modules)"
+    program = "import sys; from tiedjax.host import platform_flags as p; p.apply(); print('jax' in sys.modules)"
     assert finish(start(["-c", program]))[0] == "False\n"

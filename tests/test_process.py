@@ -13,8 +13,9 @@ import jax
 import pytest
 from programs import finish, start
 
-from tiedjax import process, study
+from tiedjax import study
 from tiedjax.errors import TrainingError, UserError
+from tiedjax.host import process
 
 Joined = list[tuple[Any, ...]]
 
@@ -258,7 +259,7 @@ def test_a_cluster_whose_launcher_keeps_ctrl_c_to_itself_goes_on_ignoring_it() -
 def test_the_second_signal_ends_the_process_whatever_it_waits_for(number: signal.Signals) -> None:
     program = f"""
 import os, signal, threading
-from tiedjax.process import StopRequest
+from tiedjax.host.process import StopRequest
 with StopRequest() as stop:
     stop.listen()
     os.kill(os.getpid(), signal.SIGINT)

@@ -13,7 +13,7 @@ from runs import STEPS, arguments, assert_same_run
 from tiedjax import cli
 from tiedjax.config import load_run_config
 from tiedjax.errors import UserError
-from tiedjax.profiling import StepRange
+from tiedjax.host.profiling import StepRange
 
 
 def traced_steps(trace: Path) -> set[int]:

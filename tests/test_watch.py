@@ -16,14 +16,14 @@ import pytest
 from programs import REPOSITORY, environment, finish, start
 from runs import arguments
 
-from tiedjax import watch
+from tiedjax.host import watch
 
 # ---- The wire alone, between processes without JAX ----
 
 WIRE = """
 import json, os, signal, sys, threading, time
-from tiedjax import watch
-from tiedjax.watch import Hub, Spoke
+from tiedjax.host import watch
+from tiedjax.host.watch import Hub, Spoke
 process, processes = int(sys.argv[1]), int(sys.argv[2])
 if process == 0:
     end = Hub(processes)

@@ -21,12 +21,12 @@ from tiedjax import load_run, study
 from tiedjax.cli import main
 from tiedjax.config import load_run_config, to_tree
 from tiedjax.errors import UserError
-from tiedjax.workers import Crew, Task
+from tiedjax.host.workers import Crew, Task
 
 PROGRAM = """
 import json, sys
 from tiedjax.errors import TrainingError
-from tiedjax.workers import Crew, Task
+from tiedjax.host.workers import Crew, Task
 trees = json.loads(sys.argv[1])
 tasks = [Task(out, "tiedjax.study:train_run", {"config": tree, "out": out}) for out, tree in trees.items()]
 begins = lambda place, task: print("begins", place, flush=True)
@@ -59,12 +59,12 @@ def lines(run: Path) -> int:
 
 
 def workers_of(parent: int) -> list[int]:
-    """The processes whose parent this is, that are `tiedjax.workers`."""
+    """The processes whose parent this is, that are `tiedjax.host.workers`."""
     children = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             status = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(status[1]) == parent and b"tiedjax.workers" in (entry / "cmdline").read_bytes():
+            if int(status[1]) == parent and b"tiedjax.host.workers" in (entry / "cmdline").read_bytes():
                 children.append(int(entry.name))
     return children
 
@@ -110,7 +110,7 @@ def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path) -
 def test_threads_that_cannot_be_had_are_refused(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from tiedjax import platform_flags
+    from tiedjax.host import platform_flags
 
     monkeypatch.setattr(platform_flags, "use_threads", lambda count: None)
     assert main(arguments(tmp_path / "run", text, {"train.threads": 3})) == 2

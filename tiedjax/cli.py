@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import tiedjax
-from tiedjax import platform_flags
 from tiedjax.analysis import command as analyze_command
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields, nearest
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.host import platform_flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,7 +139,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
 
 def _train(args: argparse.Namespace) -> int:
     from tiedjax.config import load_run_config
-    from tiedjax.profiling import StepRange
+    from tiedjax.host.profiling import StepRange
 
     cfg = load_run_config(args.config, _overrides(args))
     out = local_path(args.out or f"runs/{Path(args.config).stem}", "--out")
@@ -149,7 +149,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from tiedjax import process, study
+    from tiedjax import study
+    from tiedjax.host import process
 
     path = Path(args.config) if args.config else study.quick_study()
     plan = study.load_study(path, _overrides(args))
@@ -178,7 +179,7 @@ def _bench(args: argparse.Namespace) -> int:
     platform_flags.use_threads(cfg.train.threads)
 
     def measure(_: Any) -> None:
-        from tiedjax import bench
+        from tiedjax.cost import bench
 
         bench.report(bench.bench(cfg, args.steps), json_file)
 
@@ -190,7 +191,7 @@ def _compile(args: argparse.Namespace) -> int:
 
     cfg = load_run_config(args.config, _overrides(args))
     json_file = _json_file(args)
-    from tiedjax.compile import run
+    from tiedjax.cost.compile import run
 
     return run(cfg, args.topology, json_file)
 
@@ -198,7 +199,8 @@ def _compile(args: argparse.Namespace) -> int:
 def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
     import jax
 
-    from tiedjax import loop, process
+    from tiedjax import loop
+    from tiedjax.host import process
 
     process.join_cluster(args.coordinator, args.processes, args.process_id)
     try:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tiedjax import platform_flags, process, profiling, sharding, tying
+from tiedjax import sharding, tying
 from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
 from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
@@ -29,6 +29,7 @@ from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import Prepared, prepare
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
+from tiedjax.host import platform_flags, process, profiling
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, TrainState, decided, make_steps

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from tiedjax import platform_flags, process, tying
+from tiedjax import tying
 from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
+from tiedjax.host import platform_flags, process
+from tiedjax.host.workers import Crew, Task, call
 from tiedjax.loop import Outcome, train
 from tiedjax.run import Run, load_run
 from tiedjax.text import duration
-from tiedjax.workers import Crew, Task, call
 
 if TYPE_CHECKING:
     from tiedjax.analysis.study_runs import StudyRuns

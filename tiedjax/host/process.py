@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.watch import Hub, Spoke, Watch, end
+from tiedjax.host.watch import Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
 

@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tiedjax import hlo, sharding
+from tiedjax import sharding
 from tiedjax.config import RunConfig, to_tree
+from tiedjax.cost import hlo
+from tiedjax.cost.hlo import Traffic
+from tiedjax.cost.topology import Topology
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
-from tiedjax.hlo import Traffic
 from tiedjax.step import Steps, decided, make_steps
-from tiedjax.topology import Topology
 from tiedjax.tying import Tables
 
 GIB = 2**30

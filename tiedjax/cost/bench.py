@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tiedjax import model, platform_flags, process, sharding, tying
+from tiedjax import model, sharding, tying
 from tiedjax.config import RunConfig, to_tree
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token
+from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, decided, make_steps

@@ -1,7 +1,7 @@
 """Work side by side on one machine's CPU: long-lived processes that each call one function after the other.
 
-A worker is `python -m tiedjax.workers [CORES]`. It reads a line of JSON for each call from standard input and answers
-with lines of JSON: what the call prints, then what it returns. A worker whose parent is gone ends at once.
+A worker is `python -m tiedjax.host.workers [CORES]`. It reads a line of JSON for each call from standard input and
+answers with lines of JSON: what the call prints, then what it returns. A worker whose parent is gone ends at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from tiedjax import platform_flags
 from tiedjax.errors import TrainingError, UserError
+from tiedjax.host import platform_flags
 
 FAILURES: dict[str, type[Exception]] = {"UserError": UserError, "TrainingError": TrainingError}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
@@ -62,7 +62,7 @@ class _Worker:
         platform_flags.use_threads(threads, environment)
         pinned = [",".join(map(str, cores))] if cores else []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tiedjax.workers", *pinned],
+            [sys.executable, "-m", "tiedjax.host.workers", *pinned],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from tiedjax import process
 from tiedjax.errors import UserError
+from tiedjax.host import process
 
 
 @dataclass(frozen=True)

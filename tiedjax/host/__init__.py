@@ -1,0 +1,1 @@
+"""This machine and its cluster: processes and what ends them, signals, workers, flags of XLA, profiling."""
