@@ -52,7 +52,7 @@ def numpy_route(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 def ours(x: np.ndarray, y: np.ndarray) -> dict[str, float | None]:
     """The same scores by tiedjax, without floors."""
-    from tiedjax.analysis.align import align
+    from tiedjax.analysis.instruments.alignment.align import align
 
     return {fit: score.score for fit, score in align(x, y, fits=FITS, draws=0).scores.items()}
 
@@ -93,7 +93,7 @@ def peak_memory(rows: int, width: int) -> dict[str, Any]:
     program = f"""
 import json, time
 import numpy as np
-from tiedjax.analysis.align import align
+from tiedjax.analysis.instruments.alignment.align import align
 rng = np.random.default_rng(0)
 x = rng.standard_normal(({rows}, {width}), dtype=np.float32)
 y = x + rng.standard_normal(({rows}, {width}), dtype=np.float32)

@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from tiedjax.analysis.align import align
-from tiedjax.analysis.reproducibility import Geometry, across_seeds, frequency_groups, inner, share_of
-from tiedjax.analysis.statistics import Interval
+from tiedjax.analysis.basis.statistics import Interval
+from tiedjax.analysis.instruments.alignment.align import align
+from tiedjax.analysis.study.reproducibility import Geometry, across_seeds, frequency_groups, inner, share_of
 
 SAVED = Path(__file__).parent / "results" / "correction.json"
 V, D = 2048, 64

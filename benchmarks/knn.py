@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy
 
-from tiedjax.analysis.neighbours import neighbours
+from tiedjax.analysis.instruments.neighbours.search import neighbours
 
 SAVED = Path(__file__).parent / "results" / "knn.json"
 BLOCK = 1024

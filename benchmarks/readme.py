@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tiedjax.analysis import words
+from tiedjax.analysis.study import words
 
 ROOT = Path(__file__).parent.parent
 SAVED = ROOT / "benchmarks" / "results" / "quick_study.json"

@@ -27,9 +27,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import published
-from tiedjax.analysis.gradients import gradient_flow, output_share, smooth
-from tiedjax.analysis.statistics import interval
+from tiedjax.analysis.basis import published
+from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.instruments.gradients.gradients import gradient_flow, output_share, smooth
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]

@@ -29,12 +29,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.baselines import MOST_TOKENS, CountPredictors
-from tiedjax.analysis.held_out import FrozenModel, held_out_windows, shown
-from tiedjax.analysis.lens import lens, training_tokens
-from tiedjax.analysis.run_data import data_of
-from tiedjax.analysis.statistics import paired
-from tiedjax.analysis.tokens import token_texts
+from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
+from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.basis.statistics import paired
+from tiedjax.analysis.basis.tokens import token_texts
+from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, CountPredictors
+from tiedjax.analysis.instruments.lens.lens import lens, training_tokens
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, seeds = study["reference"], study["baseline"], study["seeds"]

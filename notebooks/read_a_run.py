@@ -32,9 +32,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.held_out import held_out_windows
-from tiedjax.analysis.run_data import data_of
-from tiedjax.analysis.tokens import most_frequent, token_texts
+from tiedjax.analysis.basis.held_out import held_out_windows
+from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.tying import distinct
 
 study = json.loads((STUDY / "results.json").read_text())["study"]

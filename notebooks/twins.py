@@ -28,13 +28,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.align import align, by_stratum
-from tiedjax.analysis.knn import compare, shared
-from tiedjax.analysis.neighbours import neighbours
-from tiedjax.analysis.statistics import interval
-from tiedjax.analysis.strata import strata
-from tiedjax.analysis.tables import seen_rows
-from tiedjax.analysis.tokens import token_texts
+from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.basis.tables import seen_rows
+from tiedjax.analysis.basis.tokens import token_texts
+from tiedjax.analysis.instruments.alignment.align import align, by_stratum
+from tiedjax.analysis.instruments.neighbours.knn import compare, shared
+from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.tying import distinct
 
 study = json.loads((STUDY / "results.json").read_text())["study"]

@@ -10,8 +10,9 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from tiedjax.analysis import blocked, fitting, maps
-from tiedjax.analysis.align import (
+from tiedjax.analysis.basis import blocked, maps
+from tiedjax.analysis.instruments.alignment import fitting
+from tiedjax.analysis.instruments.alignment.align import (
     RawCosine,
     align,
     by_stratum,
@@ -20,7 +21,7 @@ from tiedjax.analysis.align import (
     raw_cosine,
     uncorrected,
 )
-from tiedjax.analysis.fitting import FITS
+from tiedjax.analysis.instruments.alignment.fitting import FITS
 from tiedjax.errors import UserError
 
 

@@ -17,7 +17,11 @@ from test_analysis_command import analyze
 from test_analysis_lens import layer_norm
 from test_analysis_summary import fake_study
 
-from tiedjax.analysis.calibration import (
+from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
+from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.instruments.calibration import section as section
+from tiedjax.analysis.instruments.calibration.calibration import (
     BINS,
     Forecasts,
     calibrate,
@@ -25,11 +29,7 @@ from tiedjax.analysis.calibration import (
     forecasts,
     frequency_bins,
 )
-from tiedjax.analysis.held_out import FrozenModel, held_out_windows
-from tiedjax.analysis.run_data import data_of
-from tiedjax.analysis.sections import calibration as section
-from tiedjax.analysis.strata import strata
-from tiedjax.analysis.study_runs import StudyRuns
+from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 from tiedjax.run import Run, load_run
 

@@ -13,8 +13,9 @@ import pytest
 import scipy.linalg
 from test_analysis_summary import FakeRun, fake_study
 
-from tiedjax.analysis import command, tables
-from tiedjax.analysis.tables import content_hash
+from tiedjax.analysis import command
+from tiedjax.analysis.basis import tables
+from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.errors import UserError
 
 

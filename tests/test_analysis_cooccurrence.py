@@ -15,11 +15,11 @@ from test_analysis_command import analyze
 from test_analysis_summary import fake_study
 
 from tiedjax import cli, load_run
-from tiedjax.analysis.cooccurrence import bigram_counts, contexts, cooccurrence, ppmi
-from tiedjax.analysis.pairs import agreements, rank_matrix
-from tiedjax.analysis.records import to_plain
-from tiedjax.analysis.sections import cooccurrence as section
-from tiedjax.analysis.study_runs import StudyRuns
+from tiedjax.analysis.basis.pairs import agreements, rank_matrix
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.instruments.cooccurrence import section as section
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, cooccurrence, ppmi
+from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.prepared import Windows
 from tiedjax.errors import UserError
 

@@ -13,9 +13,9 @@ from scipy import stats
 from test_analysis_command import analyze
 from test_analysis_summary import fake_study
 
-from tiedjax.analysis import tables
-from tiedjax.analysis.evolution import evolution, row_movement
-from tiedjax.analysis.records import to_plain
+from tiedjax.analysis.basis import tables
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.instruments.evolution.evolution import evolution, row_movement
 from tiedjax.errors import UserError
 
 rng = np.random.default_rng(0)

@@ -11,10 +11,10 @@ import pytest
 from test_analysis_command import analyze
 from test_analysis_summary import fake_study
 
-from tiedjax.analysis import tables
-from tiedjax.analysis.gradients import gradient_flow, output_share, smooth
-from tiedjax.analysis.records import to_plain
-from tiedjax.analysis.sections import gradients as section
+from tiedjax.analysis.basis import tables
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.instruments.gradients import section as section
+from tiedjax.analysis.instruments.gradients.gradients import gradient_flow, output_share, smooth
 from tiedjax.errors import UserError
 
 
@@ -155,8 +155,8 @@ def test_the_command_says_when_the_paper_form_was_not_logged(runs, capsys):
 def page_of(flows):
     """The section as the report draws it, for runs of the baseline arm with these flows."""
     results = {"headline": {"arm": "tied"}, "gradients": [{"arm": "tied", **to_plain(flow)} for flow in flows]}
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", "templates"), autoescape=True)
-    template = templates.get_template("sections/gradients.html.j2")
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", ""), autoescape=True)
+    template = templates.get_template("instruments/gradients/section.html.j2")
     page = template.render(r=results, s=section, head=results["headline"], plot=lambda name, caption: name)
     return section.beside_the_paper(results), page
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tiedjax.analysis.records import to_plain, write_json
-from tiedjax.analysis.statistics import interval, paired, spearman
-from tiedjax.analysis.tokens import most_frequent, token_rows, token_texts
+from tiedjax.analysis.basis.records import to_plain, write_json
+from tiedjax.analysis.basis.statistics import interval, paired, spearman
+from tiedjax.analysis.basis.tokens import most_frequent, token_rows, token_texts
 from tiedjax.errors import UserError
 
 # ---- statistics

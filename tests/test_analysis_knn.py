@@ -11,11 +11,11 @@ import pytest
 from scipy import stats
 
 from tiedjax.analysis import command
-from tiedjax.analysis import neighbours as search
-from tiedjax.analysis.knn import hubness, knn, shared
-from tiedjax.analysis.neighbours import neighbours
-from tiedjax.analysis.sections import knn as section
-from tiedjax.analysis.study_runs import LastTable, TwinTables
+from tiedjax.analysis.instruments.neighbours import search as search
+from tiedjax.analysis.instruments.neighbours import section as section
+from tiedjax.analysis.instruments.neighbours.knn import hubness, knn, shared
+from tiedjax.analysis.instruments.neighbours.search import neighbours
+from tiedjax.analysis.study.study_runs import LastTable, TwinTables
 from tiedjax.errors import UserError
 
 

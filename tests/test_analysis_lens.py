@@ -19,14 +19,15 @@ from test_analysis_command import analyze
 from test_analysis_summary import fake_study
 
 from tiedjax import cli
-from tiedjax.analysis import baselines, held_out, lens_training
-from tiedjax.analysis.baselines import CountPredictors
-from tiedjax.analysis.held_out import FrozenModel, held_out_windows, shown
-from tiedjax.analysis.lens import early_states, lens, published_translator, read, tuned_translator
-from tiedjax.analysis.lens_training import Minimum, fit, minimise, teacher
-from tiedjax.analysis.run_data import data_of
-from tiedjax.analysis.sections import lens as section
-from tiedjax.analysis.study_runs import StudyRuns
+from tiedjax.analysis.basis import held_out
+from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
+from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.instruments.lens import baselines, training
+from tiedjax.analysis.instruments.lens import section as section
+from tiedjax.analysis.instruments.lens.baselines import CountPredictors
+from tiedjax.analysis.instruments.lens.lens import early_states, lens, published_translator, read, tuned_translator
+from tiedjax.analysis.instruments.lens.training import Minimum, fit, minimise, teacher
+from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.batches import Batches
 from tiedjax.errors import UserError
 from tiedjax.lookup import lookup
@@ -156,7 +157,7 @@ def test_loss_and_slope_are_those_of_float64(model, windows):
     x_LND = model.states(windows[0])[:, :700]  # a chunk of positions and a part of one
     taught = teacher(model, x_LND[-1])
     theta = 0.1 * np.random.default_rng(0).normal(size=(D + 1, D))
-    value, slope = lens_training._loss_and_slope(
+    value, slope = training._loss_and_slope(
         model.config, model.norm, jnp.asarray(theta, jnp.float32), x_LND[1], *taught[:2], model.U_VD
     )
     kl = lambda theta: oracle(model, x_LND, 1, theta, np.zeros(700, int))[0].mean() * np.log(2)
@@ -181,7 +182,7 @@ def test_training_ends_where_another_optimiser_ends(model, windows, translators)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         theta = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
-        value, slope = lens_training._loss_and_slope(model.config, model.norm, theta, x_LND[1], *taught[:2], model.U_VD)
+        value, slope = training._loss_and_slope(model.config, model.norm, theta, x_LND[1], *taught[:2], model.U_VD)
         return float(value), np.asarray(slope, np.float64).ravel()
 
     options = {"maxiter": 400, "ftol": 1e-9, "gtol": 1e-9}
@@ -192,7 +193,7 @@ def test_training_ends_where_another_optimiser_ends(model, windows, translators)
 
 def test_training_that_is_cut_short_says_so(model, windows, monkeypatch):
     x_LND = model.states(windows[0])
-    monkeypatch.setattr(lens_training.minimise, "__kwdefaults__", {**minimise.__kwdefaults__, "most": 2})
+    monkeypatch.setattr(training.minimise, "__kwdefaults__", {**minimise.__kwdefaults__, "most": 2})
     found = fit(model, x_LND[0], teacher(model, x_LND[-1]))
     assert (found.iterations, found.converged) == (2, False)
 

@@ -15,13 +15,13 @@ from sklearn.metrics.pairwise import cosine_similarity
 from test_analysis_command import analyze
 from test_analysis_summary import fake_study
 
-from tiedjax.analysis import map as module
-from tiedjax.analysis import tables
-from tiedjax.analysis.map import draw_map, nearest, principal, trustworthiness
-from tiedjax.analysis.records import to_plain
-from tiedjax.analysis.sections import map as section
-from tiedjax.analysis.study_runs import StudyRuns
-from tiedjax.analysis.tokens import token_ids, token_texts
+from tiedjax.analysis.basis import tables
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.tokens import token_ids, token_texts
+from tiedjax.analysis.instruments.picture import map as module
+from tiedjax.analysis.instruments.picture import section as section
+from tiedjax.analysis.instruments.picture.map import draw_map, nearest, principal, trustworthiness
+from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
 
@@ -203,8 +203,8 @@ def test_the_section_draws_the_reference_and_the_baseline_of_the_first_seed():
     assert [len(r["points"]) for r in records] == [230, 230, 230]  # the seen ones
     assert {c for r in records for c in r["classes"]} == set(range(5))
     assert [len(row["tables"]) for row in section.neighbours(results)] == [3] * 8
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", "templates"), autoescape=True)
-    template = templates.get_template("sections/map.html.j2")
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", ""), autoescape=True)
+    template = templates.get_template("instruments/picture/section.html.j2")
     page = template.render(r=results, s=section, plot=lambda *_: "", swatch=lambda arm: arm)
     assert f"<td>{section.rows(results)[2]['score']}</td>" in page
     nothing = section.collect(StudyRuns(study, {("untied", 0): runs["untied", 0]}))

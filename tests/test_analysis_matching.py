@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import tiedjax
 from tiedjax import cli
-from tiedjax.analysis.matching import Matching, match, matched
-from tiedjax.analysis.tables import Table
-from tiedjax.analysis.tokens import token_strings
+from tiedjax.analysis.basis.matching import Matching, match, matched
+from tiedjax.analysis.basis.tables import Table
+from tiedjax.analysis.basis.tokens import token_strings
 from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
 

@@ -10,11 +10,11 @@ import pytest
 from scipy import stats
 from test_analysis_command import analyze
 
-from tiedjax.analysis import maps
-from tiedjax.analysis.norms import norms_by_count
-from tiedjax.analysis.probe import FOLDS, frequency_probe
-from tiedjax.analysis.records import to_plain
-from tiedjax.analysis.sections import norms as section
+from tiedjax.analysis.basis import maps
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.instruments.norms import section as section
+from tiedjax.analysis.instruments.norms.norms import norms_by_count
+from tiedjax.analysis.instruments.norms.probe import FOLDS, frequency_probe
 from tiedjax.errors import UserError
 
 rng = np.random.default_rng(0)

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from tiedjax.analysis.align import align
-from tiedjax.analysis.reproducibility import (
+from tiedjax.analysis.instruments.alignment.align import align
+from tiedjax.analysis.study.reproducibility import (
     Geometry,
     across_seeds,
     correlation,

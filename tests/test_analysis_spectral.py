@@ -11,9 +11,9 @@ import pytest
 from test_analysis_knn import brute_force, normal, related, twin
 
 from tiedjax.analysis import command
-from tiedjax.analysis.neighbours import neighbours
-from tiedjax.analysis.sections import spectral as section
-from tiedjax.analysis.spectral import compare, graph, spectral
+from tiedjax.analysis.instruments.graph_distance import section as section
+from tiedjax.analysis.instruments.graph_distance.spectral import compare, graph, spectral
+from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError
 
 

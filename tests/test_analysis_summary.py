@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tiedjax.analysis.align import align
-from tiedjax.analysis.fitting import FITS
-from tiedjax.analysis.records import write_json
-from tiedjax.analysis.reproducibility import reproducible_shares
-from tiedjax.analysis.strata import frequency_parts
-from tiedjax.analysis.summary import summarize
+from tiedjax.analysis.basis.records import write_json
+from tiedjax.analysis.basis.strata import frequency_parts
+from tiedjax.analysis.instruments.alignment.align import align
+from tiedjax.analysis.instruments.alignment.fitting import FITS
+from tiedjax.analysis.study.reproducibility import reproducible_shares
+from tiedjax.analysis.study.summary import summarize
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tiedjax.analysis import tables
-from tiedjax.analysis.tables import content_hash, open_run, read_counts, read_table, seen_rows
+from tiedjax.analysis.basis import tables
+from tiedjax.analysis.basis.tables import content_hash, open_run, read_counts, read_table, seen_rows
 from tiedjax.errors import UserError
 
 E = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -12,6 +12,7 @@ from programs import REPOSITORY
 from tiedjax.tying import SCHEMES
 
 PACKAGE = REPOSITORY / "tiedjax"
+INSTRUMENTS = tuple(f".{path.parent.name}" for path in PACKAGE.glob("analysis/instruments/*/command.py"))
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 # config, rng <- sharding <- tying, model, lookup, loss, optimizer <- lm, step <- loop <- study <- cli: for each part
@@ -61,12 +62,12 @@ HOMES: dict[str, set[str]] = {
     "orbax": {"checkpoint.py"},
     "grain": {"data/batches.py"},
     "tensorflow_datasets": {"data/sources.py", "data/embedded_corpus/embedded_corpus_dataset_builder.py"},
-    "matplotlib": {"analysis/report.py"},
-    "jinja2": {"analysis/report.py"},
+    "matplotlib": {"analysis/study/report.py"},
+    "jinja2": {"analysis/study/report.py"},
     "tensorboardX": {"metrics.py"},
-    "safetensors": {"analysis/tables.py"},
-    "tokenizers": {"data/tokenizer.py", "analysis/tokens.py"},  # analysis may not import data
-    "openTSNE": {"analysis/map.py"},
+    "safetensors": {"analysis/basis/tables.py"},
+    "tokenizers": {"data/tokenizer.py", "analysis/basis/tokens.py"},  # analysis may not import data
+    "openTSNE": {"analysis/instruments/picture/map.py"},
     "pydantic": {"config.py"},
     "ruamel": {"config.py"},
     "optax": {"optimizer.py", "step.py"},
@@ -97,7 +98,7 @@ def imports(path: Path) -> list[Import]:
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = str(node.module)
             whole = module == "tiedjax" or module.endswith(
-                (".data", ".analysis", ".commands", ".sections", ".host", ".cost")
+                (".data", ".analysis", ".host", ".cost", ".basis", ".instruments", *INSTRUMENTS)
             )
             names = [f"{module}.{alias.name}" if whole else module for alias in node.names]
         else:
@@ -153,10 +154,16 @@ def test_a_heavy_dependency_lives_behind_one_file(library: str) -> None:
 
 def test_nothing_heavy_is_imported_before_a_command_is_known() -> None:
     standard = {"importlib", "collections", "typing", "pathlib", "argparse", "dataclasses", "contextlib"}
-    commands = {
-        str(path.relative_to(PACKAGE)).removesuffix(".py") for path in (PACKAGE / "analysis/commands").iterdir()
+    instruments = PACKAGE / "analysis/instruments"
+    light = {
+        *LIGHT,
+        "data/command",
+        "analysis/command",
+        "analysis/__init__",
+        "data/__init__",
+        "analysis/basis/arguments",
     }
-    light = {*LIGHT, "data/command", "analysis/command", "analysis/__init__", "data/__init__", *commands}
+    light |= {str(path.relative_to(PACKAGE)).removesuffix(".py") for path in instruments.glob("*/command.py")}
     heavy = {*HOMES, "jax", "flax", "numpy", "scipy"} - standard
     for path in FILES:
         name = str(path.relative_to(PACKAGE)).removesuffix(".py")

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from test_analysis_summary import fake_study
 
-from tiedjax.analysis import words
-from tiedjax.analysis.records import write_json
-from tiedjax.analysis.report import write_report
-from tiedjax.analysis.sections.registry import SCHEMA, SECTIONS
-from tiedjax.analysis.summary import summarize
+from tiedjax.analysis.basis.records import write_json
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
+from tiedjax.analysis.study.report import write_report
+from tiedjax.analysis.study.summary import summarize
 from tiedjax.errors import UserError
 
 SCRIPT = "<script>alert('x')</script>"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tiedjax.analysis import words
-from tiedjax.analysis.statistics import Interval, holm_levels, interval
-from tiedjax.analysis.verdict import EDGE, Statement, decided
+from tiedjax.analysis.basis.statistics import Interval, holm_levels, interval
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.verdict import EDGE, Statement, decided
 
 N = "\u00a0"  # a no-break space
 

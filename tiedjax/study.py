@@ -32,7 +32,7 @@ from tiedjax.run import Run, load_run
 from tiedjax.text import duration
 
 if TYPE_CHECKING:
-    from tiedjax.analysis.study_runs import StudyRuns
+    from tiedjax.analysis.study.study_runs import StudyRuns
 
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -184,7 +184,7 @@ def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
 
 def _parts(plan: Plan, out: Path) -> dict[str, Task]:
     """`analyse_part` of every part of the results that takes long, by name; that of one seed needs its runs only."""
-    from tiedjax.analysis.summary import parts_of, seed_of
+    from tiedjax.analysis.study.summary import parts_of, seed_of
 
     tasks = {}
     for name in parts_of(plan.study):
@@ -202,8 +202,8 @@ def _parts(plan: Plan, out: Path) -> dict[str, Task]:
 
 def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
     """One of `summary.parts_of` the runs in a folder, as a task."""
-    from tiedjax.analysis.blocked import few_threads
-    from tiedjax.analysis.summary import collect
+    from tiedjax.analysis.basis.blocked import few_threads
+    from tiedjax.analysis.study.summary import collect
 
     held = _held(json.dumps(study), folder)
     model = next(iter(held.runs.values())).config.model
@@ -214,7 +214,7 @@ def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
 @functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
 def _held(study: str, folder: str) -> StudyRuns:
     """The runs of a study, whose tables a process reads once for all its parts."""
-    from tiedjax.analysis.study_runs import StudyRuns
+    from tiedjax.analysis.study.study_runs import StudyRuns
 
     config = structure(StudyConfig, json.loads(study), folder)
     return StudyRuns(config, _runs(config, Path(folder)))
@@ -226,8 +226,8 @@ def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer and where the report is."""
-    from tiedjax.analysis.report import refuse_other_results, write_report
-    from tiedjax.analysis.sections.registry import SECTIONS
+    from tiedjax.analysis.study.registry import SECTIONS
+    from tiedjax.analysis.study.report import refuse_other_results, write_report
 
     results = _read_results(out)
     refuse_other_results(results)
@@ -245,7 +245,7 @@ def draw_report(out: Path, crew: Crew | None = None) -> str:
 
 def draw_section(out: str, name: str) -> dict[str, list[str]]:
     """`report.draw` of one section, as a task."""
-    from tiedjax.analysis.report import draw
+    from tiedjax.analysis.study.report import draw
 
     return draw(_read_results(Path(out)), name, Path(out))
 
@@ -264,7 +264,7 @@ def _read_results(out: Path) -> dict[str, Any]:
 
 
 def _analyse(plan: Plan, out: Path, parts: Mapping[str, Any], seconds: float) -> None:
-    from tiedjax.analysis.summary import summarize
+    from tiedjax.analysis.study.summary import summarize
 
     environment = environment_now() | {"study_seconds": seconds}
     results = summarize(plan.study, _runs(plan.study, out / "runs"), environment=environment, parts=parts)

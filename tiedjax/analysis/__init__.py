@@ -1,5 +1,5 @@
-"""Instruments: arrays in, plain results out. One file per instrument; only `report` draws.
+"""Instruments: arrays in, plain results out. One folder per instrument; only the report draws.
 
 An instrument is a function of arrays that returns a frozen dataclass of Python numbers. `command` gives each one a
-command, `summary` applies them to a study's runs, `report` shows what `summary` found.
+command, `study.summary` applies them to a study's runs, `study.report` shows what it found.
 """

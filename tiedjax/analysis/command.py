@@ -8,32 +8,30 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.commands import (
-    align,
-    calibration,
-    cooccurrence,
-    evolution,
-    gradients,
-    knn,
-    lens,
-    map,
-    norms,
-    spectral,
-    spectrum,
-)
+from tiedjax.analysis.instruments.alignment import command as alignment
+from tiedjax.analysis.instruments.calibration import command as calibration
+from tiedjax.analysis.instruments.cooccurrence import command as cooccurrence
+from tiedjax.analysis.instruments.evolution import command as evolution
+from tiedjax.analysis.instruments.gradients import command as gradients
+from tiedjax.analysis.instruments.graph_distance import command as graph_distance
+from tiedjax.analysis.instruments.lens import command as lens
+from tiedjax.analysis.instruments.neighbours import command as neighbours
+from tiedjax.analysis.instruments.norms import command as norms
+from tiedjax.analysis.instruments.picture import command as picture
+from tiedjax.analysis.instruments.shape import command as shape
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 
-# A new instrument is one more file in `commands` and one more entry here.
+# A new instrument is one more folder and one more entry here.
 INSTRUMENTS: dict[str, Any] = {
-    "align": align,
-    "knn": knn,
-    "spectral": spectral,
+    "align": alignment,
+    "knn": neighbours,
+    "spectral": graph_distance,
     "evolution": evolution,
     "norms": norms,
-    "spectrum": spectrum,
+    "spectrum": shape,
     "cooccurrence": cooccurrence,
-    "map": map,
+    "map": picture,
     "gradients": gradients,
     "lens": lens,
     "calibration": calibration,
@@ -59,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         local_path(args.json, "--json")
     result, text = _all(args) if args.instrument == "all" else INSTRUMENTS[args.instrument].run(args)
     if args.json:
-        from tiedjax.analysis.records import write_json
+        from tiedjax.analysis.basis.records import write_json
 
         write_json(args.json, {"instrument": args.instrument, **result})
     print(text)
@@ -78,8 +76,8 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every instrument with its default options; what cannot be measured is said, and does not stop the others."""
-    from tiedjax.analysis.blocked import few_threads
-    from tiedjax.analysis.tables import open_run
+    from tiedjax.analysis.basis.blocked import few_threads
+    from tiedjax.analysis.basis.tables import open_run
 
     if args.json and not os.access(os.path.dirname(args.json) or ".", os.W_OK):
         raise UserError(f"--json: {args.json}: cannot be written")  # now rather than after all the work

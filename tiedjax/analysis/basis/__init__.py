@@ -1,0 +1,1 @@
+"""What instruments share: tables, statistics, strata, text that a model is read on, drawing."""

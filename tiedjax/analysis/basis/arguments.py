@@ -1,0 +1,204 @@
+"""What the commands share: arguments, reading tables, masks, and text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.errors import UserError
+from tiedjax.files import local_path
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiedjax.analysis.basis.tables import Table
+
+TABLE = "RUN[@STEP][#input|#output], FILE.npy, FILE.npz[#NAME] or FILE.safetensors[#NAME]"
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """A and B."""
+    parser.add_argument("a", metavar="A", help=f"the first table: {TABLE}")
+    parser.add_argument("b", metavar="B", help="the table it is compared with, named likewise")
+
+
+def add_tokenizers(parser: argparse.ArgumentParser, name: str = "--tokens") -> None:
+    """What matches the rows of tables from files."""
+    parser.add_argument(
+        name,
+        dest="tokenizers",
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="tokenizer.json of A and of B, for tables from files: rows are matched by token (runs know theirs)",
+    )
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """TABLE."""
+    parser.add_argument("a", metavar="TABLE", help=TABLE)
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN."""
+    parser.add_argument("a", metavar="RUN", help="a run directory")
+
+
+def add_paper(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """--paper; `meaning` says what the paper's form leaves out or does otherwise."""
+    parser.add_argument("--paper", action="store_true", help=f"the form of arXiv 2603.26663: {meaning}")
+
+
+def add_all_rows(parser: argparse.ArgumentParser) -> None:
+    """--all-rows."""
+    parser.add_argument(
+        "--all-rows", action="store_true", help="keep padding rows and never-seen tokens (default: leave them out)"
+    )
+
+
+def add_counts(parser: argparse.ArgumentParser) -> None:
+    """--counts."""
+    parser.add_argument(
+        "--counts", metavar="FILE.npy", help="[V] or [2, V] token counts of the first table, for tables from a file"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """--data."""
+    parser.add_argument("--data", metavar="SOURCE", help="where the run's text lies now (default: as in its config)")
+
+
+def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str) -> None:
+    """A whole number that must be at least 1."""
+    parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+
+
+def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
+    """The value of `--name`; UserError below `least`."""
+    value = getattr(args, name.replace("-", "_"))
+    if value < least:
+        raise UserError(f"--{name}: must be at least {least}, got {value}")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tables of a command, with corresponding rows, and which of them count.
+
+    `rows` is a boolean mask, None where all count; `described` is what a result says of the tables, `note` the lines
+    that follow the heading.
+    """
+
+    tables: tuple[Table, ...]
+    rows: np.ndarray | None
+    described: dict[str, Any]
+    note: str = ""
+
+
+def read_tables(args: argparse.Namespace) -> Inputs:
+    """The table A or, with B, both with corresponding rows. Counts from --counts are those of A's rows.
+
+    UserError: tables that cannot be read or compared, counts that do not fit.
+    """
+    from tiedjax.analysis.basis.matching import matched
+    from tiedjax.analysis.basis.tables import read_table
+
+    names = [args.a] if getattr(args, "b", None) is None else [args.a, args.b]
+    tables = _with_tokenizers(args, _with_counts(args, [read_table(name) for name in names]))
+    described: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
+    if len(tables) == 1:
+        return Inputs((tables[0],), _counting_rows(args, tables), described)
+    a, b, matching = matched(*tables)
+    rows = _counting_rows(args, [a, b])
+    note = "".join(f"\n{line}" for line in matching.lines(rows))
+    return Inputs((a, b), rows, described | {"matching": matching.describe(rows)}, note)
+
+
+def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
+    """The tables with the counts of --counts, which stand for what any of them knows."""
+    import numpy as np
+
+    from tiedjax.analysis.basis.tables import read_counts
+
+    if not getattr(args, "counts", None):
+        return tables
+    counts = np.atleast_2d(read_counts(args.counts))
+    V = len(tables[0].values)
+    if counts.shape[1] != V:
+        raise UserError(f"{tables[0].name}: has {V} rows but there are counts for {counts.shape[1]} tokens")
+    given = [np.broadcast_to(counts, (2, V)), None]
+    return [replace(table, counts=of) for table, of in zip(tables, given, strict=False)]
+
+
+def _with_tokenizers(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
+    paths = getattr(args, "tokenizers", None)
+    if not paths:
+        return tables
+    if len(tables) == 1:
+        raise UserError(f"{paths[0]}: tokenizers match the rows of two tables, but there is one")
+    return [
+        replace(table, tokenizer_path=local_path(path, "--tokens")) for table, path in zip(tables, paths, strict=True)
+    ]
+
+
+def counts_of(*tables: Table) -> np.ndarray | None:
+    """Counts [2, V] from the first table that knows them; None where none does."""
+    return next((table.counts for table in tables if table.counts is not None), None)
+
+
+def _counting_rows(args: argparse.Namespace, tables: Sequence[Table]) -> np.ndarray | None:
+    """Boolean [V]: rows of tokens that every table with known counts saw in training; None keeps all.
+
+    All count with --all-rows and in the paper's form.
+    """
+    if getattr(args, "paper", False) or args.all_rows:
+        return None
+    seen = [table.seen for table in tables if table.seen is not None]
+    if not seen:
+        return None
+    rows = seen[0].copy()
+    for other in seen[1:]:
+        rows &= other
+    if not rows.any():
+        names = ", ".join(t.name for t in tables)
+        raise UserError(f"{names}: no token was seen in training by all; --all-rows keeps every row")
+    return rows
+
+
+def reporter(name: str) -> Callable[[str], None]:
+    """Writes lines of progress to stderr, once the work has taken five seconds."""
+    began = time.monotonic()
+
+    def report(line: str) -> None:
+        if time.monotonic() - began > 5:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def heading(what: str, rows: int, masked_out: int, width: int) -> str:
+    """The first line of a command's text: what was measured, over how many rows."""
+    masked = f" ({masked_out} padding or never-seen rows left out)" if masked_out else ""
+    return f"{what}: {rows} rows{masked}, width {width}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned plain text: numbers to the right with 4 decimals, None as '-'."""
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    left = [all(isinstance(row[i], str) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True))
+        for line in [list(header), *cells]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as the text shows it: 4 decimals, None as '-'."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

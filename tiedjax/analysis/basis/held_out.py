@@ -1,0 +1,179 @@
+"""A trained model run over windows of text: its hidden states, and what any of them predicts once it is unembedded.
+
+Everything is computed in float32 at full precision, whatever the run was trained in, so that a run measures the same on
+every machine. Axes: W windows, S = T + 1 tokens, N positions laid flat, C a chunk of them, L + 1 hidden states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax import tying
+from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
+from tiedjax.analysis.basis.tables import Table
+from tiedjax.config import ModelConfig
+from tiedjax.data.batches import Batches
+from tiedjax.data.prepared import Prepared
+from tiedjax.lookup import lookup
+from tiedjax.model import Norm, Transformer
+from tiedjax.run import RunTables
+
+CHUNK = 512  # positions whose logits [C, V] are held at once
+_FORWARD = 4096  # positions that go through the body at once, rounded to whole windows
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """KL(final || predictor) and the predictor's cross-entropy with the next token: bits, intervals over windows."""
+
+    kl: Interval
+    cross_entropy: Interval
+
+
+class FrozenModel:
+    """A run's parameters at its last full checkpoint (or that of `step`), to be read.
+
+    UserError when the run holds no such checkpoint.
+    """
+
+    def __init__(self, run: Any, step: int | None = None) -> None:
+        params = run.params(step)
+        self.step: int = run.checkpoint_steps[-1] if step is None else step
+        tables = tying.SCHEMES[run.config.tying.scheme].tables(params["tables"])
+        self.tables = RunTables(tables.input, tables.output, tables.input is tables.output)
+        self.config: ModelConfig = dataclasses.replace(
+            run.config.model, dtype="float32", remat="none", attention="auto"
+        )
+        self.body = jax.device_put(params["body"])
+        self.U_VD = jax.device_put(np.asarray(self.tables.output, np.float32))
+        self.norm: dict[str, Any] = self.body["params"].get("final_norm", {})
+
+    def describe(self, name: str) -> list[dict[str, Any]]:
+        """Its distinct tables as every result states its inputs."""
+        return [Table(name, values, role).describe() for role, values in tying.distinct(self.tables).items()]
+
+    def last_states(self, tokens_WS: np.ndarray) -> np.ndarray:
+        """The last state at every input position, float32 [N, D]: all that the final prediction needs."""
+        return self.states(tokens_WS, slice(-1, None))[0]
+
+    def states(self, tokens_WS: np.ndarray, wanted: slice = slice(None)) -> np.ndarray:
+        """The L + 1 states of the residual stream (or `wanted` of them) at every input position: float32 [L + 1, N, D].
+
+        N = W T.
+        """
+        E_VD = jax.device_put(np.asarray(self.tables.input, np.float32))
+        inputs_WT = np.asarray(tokens_WS)[:, :-1]
+        rows = max(1, min(len(inputs_WT), _FORWARD // inputs_WT.shape[1]))
+        parts = []
+        for start in range(0, len(inputs_WT), rows):
+            part_BT = inputs_WT[start : start + rows]
+            full_BT = np.concatenate([part_BT, np.zeros((rows - len(part_BT), part_BT.shape[1]), part_BT.dtype)])
+            x_LND = np.asarray(_states(self.config, self.body, E_VD, full_BT))
+            parts.append(x_LND[wanted, : part_BT.size])
+        return np.concatenate(parts, axis=1)
+
+    def normed(self, x_ND: Any) -> jax.Array:
+        """The final norm of hidden states: what the output table is multiplied with."""
+        return final_norm(self.config, self.norm, jnp.asarray(x_ND))
+
+    def log_probabilities(self, y_CD: Any) -> jax.Array:
+        """log softmax(y U^T) in nats, [C, V], of normed states."""
+        return log_probabilities(jnp.asarray(y_CD), self.U_VD)
+
+
+def shown(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:
+    """The windows that the run was trained on, in its order, each once: int32 [W, T + 1] a batch, `tokens` at most.
+
+    At least one window.
+    """
+    data, T = run.config.data, run.config.model.seq_len
+    batches = Batches(prepared, T, data.batch_size, run.config.train.seed, workers=1)
+    epoch = len(prepared.windows("train", T))
+    left = min(max(1, tokens // T), run.config.train.steps * data.batch_size, epoch)
+    for step in itertools.count():
+        if left <= 0:
+            return
+        yield batches.at(step)[:left]
+        left -= data.batch_size
+
+
+def held_out_windows(prepared: Prepared, seq_len: int, tokens: int) -> np.ndarray:
+    """About `tokens` held-out tokens in windows evenly spaced over their split, int32 [W, T + 1]."""
+    windows = prepared.windows("eval", seq_len)
+    count = min(max(1, tokens // seq_len), len(windows))
+    return windows.read(np.arange(count) * len(windows) // count)
+
+
+def chunks(count: int) -> Iterator[slice]:
+    """Slices of at most CHUNK that cover `count` positions."""
+    for start in range(0, count, CHUNK):
+        yield slice(start, min(start + CHUNK, count))
+
+
+def readings(
+    model: FrozenModel,
+    last_ND: np.ndarray,
+    tokens_WS: np.ndarray,
+    predictors: Mapping[Key, Callable[[slice], jax.Array]],
+) -> dict[Key, Reading]:
+    """Each predictor beside the model's final prediction, which its last hidden states make, on windows [W, T + 1].
+
+    A predictor gives log-probabilities in nats, [C, V] or [1, V], of a slice of the N = W T positions.
+    """
+    target_N = np.asarray(tokens_WS)[:, 1:].reshape(-1)
+    parts: dict[Key, list[Any]] = {key: [] for key in predictors}
+    for chunk in chunks(len(target_N)):
+        final_CV = model.log_probabilities(model.normed(last_ND[chunk]))
+        for key, predictor in predictors.items():
+            parts[key].append(jnp.stack(compare(final_CV, predictor(chunk), target_N[chunk])))
+    bits = {key: np.concatenate([np.asarray(b, np.float64) for b in part], axis=1) for key, part in parts.items()}
+    return {key: Reading(*(over_windows(b_N, len(tokens_WS)) for b_N in both)) for key, both in bits.items()}
+
+
+def over_windows(bits_N: np.ndarray, windows: int) -> Interval:
+    """The mean with its bootstrap interval over whole windows, which are equally long."""
+    return bootstrap_mean(np.reshape(bits_N, (windows, -1)).mean(axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _states(cfg: ModelConfig, body: Any, E_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        embedded_BTD = lookup(E_VD, tokens_BT, E_VD.dtype)
+        states: Any = Transformer(cfg).apply(body, embedded_BTD, hidden_states=True)[1]
+    return jnp.reshape(states, (states.shape[0], -1, states.shape[-1]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
+    """The model's last normalisation, with its scale where it has one."""
+    y_ND: Any = Norm(cfg.norm, cfg.norm_eps, x_ND.dtype).apply({"params": params}, x_ND)
+    return y_ND
+
+
+@jax.jit
+def log_probabilities(y_CD: jax.Array, U_VD: jax.Array) -> jax.Array:
+    """log softmax(y U^T) in nats, [C, V]."""
+    return jax.nn.log_softmax(jnp.matmul(y_CD, U_VD.T, precision="highest"))
+
+
+@jax.jit
+def compare(final_CV: jax.Array, other_CV: jax.Array, target_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(final || other) and other's cross-entropy with the targets, both in bits per position, from log-probabilities.
+
+    `other_CV` may be [1, V], one distribution for all positions.
+    """
+    other_CV = jnp.broadcast_to(other_CV, final_CV.shape)
+    kl_C = jnp.sum(jnp.exp(final_CV) * (final_CV - other_CV), axis=-1)
+    nll_C = -jnp.take_along_axis(other_CV, target_C[:, None], axis=-1)[:, 0]
+    return kl_C / np.log(2), nll_C / np.log(2)

@@ -1,0 +1,234 @@
+"""Anything that names tables: RUN, RUN@STEP, .npy, .npz or .safetensors, with #input, #output or #ARRAY to pick one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.errors import UserError
+from tiedjax.files import local_path
+
+ROLES = ("input", "output")
+_FORMS = "a run directory, RUN@STEP, or a .npy, .npz or .safetensors file"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One [V, D] table: the name it was asked for by, its values, and what is known of its tokens.
+
+    `role` is input, output, shared (one table in both roles) or None (a file does not say). `counts` is int64 [2, V]:
+    as input, as target. `tokenizer_path` is the run's tokenizer.json, `run_path` its directory, and `initial` gives the
+    table of step 0, if the run holds it. `ids` int [V] are the rows' token ids; None where they are the row numbers.
+    """
+
+    name: str
+    values: np.ndarray
+    role: str | None = None
+    counts: np.ndarray | None = None
+    tokenizer_path: Path | None = None
+    run_path: Path | None = None
+    initial: Callable[[], np.ndarray] | None = None
+    ids: np.ndarray | None = None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the shape (as two little-endian int64) and the float32 bytes, row by row."""
+        return content_hash(self.values)
+
+    @property
+    def seen(self) -> np.ndarray | None:
+        """Boolean [V]: tokens that occurred in training in either role; None where counts are not known."""
+        return None if self.counts is None else seen_rows(self.counts)
+
+    def take(self, index: np.ndarray) -> Table:
+        """The table of those rows alone, in that order, with their counts and token ids."""
+        counts = None if self.counts is None else self.counts[:, index]
+        return replace(self, values=self.values[index], counts=counts, ids=index, initial=None)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, hash, role and shape, as every result states its inputs."""
+        rows, width = self.values.shape
+        return {"name": self.name, "sha256": self.sha256, "role": self.role, "rows": rows, "width": width}
+
+
+def content_hash(table_VD: np.ndarray) -> str:
+    """sha256 of the shape (as two little-endian int64) and the float32 bytes, row by row."""
+    digest = hashlib.sha256(np.array(table_VD.shape, "<i8").tobytes())
+    for block in row_blocks(*table_VD.shape):
+        with np.errstate(over="ignore", under="ignore"):
+            digest.update(np.ascontiguousarray(table_VD[block], dtype="<f4").data)
+    return digest.hexdigest()
+
+
+def seen_rows(counts: np.ndarray) -> np.ndarray:
+    """Boolean [V] of [2, V] counts: tokens that occurred at all. Padding rows never do."""
+    return counts.sum(axis=0) > 0
+
+
+def read_table(text: str) -> Table:
+    """The table that `text` names. UserError when there is none, more than one, or not a table of finite numbers."""
+    place, pick = _split(text)
+    path = local_path(place, "table")
+    if path.suffix == ".npy":
+        held = _Arrays.of({"": _read_npy(path)})
+    elif path.suffix == ".npz":
+        held = _Arrays.of(_read_npz(path))
+    elif path.suffix == ".safetensors":
+        held = _read_safetensors(path)
+    else:
+        return _read_run(text, place, pick)
+    key = _pick(text, held.dimensions, pick)
+    return Table(text, checked(held.load(key), text), key if key in ROLES else pick if pick in ROLES else None)
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """The arrays of a file: how many dimensions each has, and how one is read."""
+
+    dimensions: dict[str, int]
+    load: Callable[[str], np.ndarray]
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray]) -> _Arrays:
+        return cls({name: values.ndim for name, values in arrays.items()}, arrays.__getitem__)
+
+
+def open_run(place: str) -> Any:
+    """The run in a directory. UserError when it is not one."""
+    path = local_path(place, "run")
+    if not path.exists():
+        raise UserError(f"{place}: no such file or directory; tables are named by {_FORMS}")
+    if not (path / "config.yaml").is_file():
+        raise UserError(f"{place}: not a run (it holds no config.yaml); tables are named by {_FORMS}")
+    from tiedjax.run import load_run  # here: it brings JAX and Orbax
+
+    return load_run(path)
+
+
+def read_counts(place: str) -> np.ndarray:
+    """Token counts from a .npy file, [V] or [2, V]. UserError for anything else."""
+    counts = _read_npy(local_path(place, "--counts"))
+    if counts.dtype.kind not in "iu" or counts.ndim not in (1, 2) or (counts.ndim == 2 and len(counts) != 2):
+        raise UserError(
+            f"{place}: counts must be integers of shape [V] or [2, V], got {counts.dtype} {list(counts.shape)}"
+        )
+    if counts.size and counts.min() < 0:
+        raise UserError(f"{place}: counts must not be negative, got {counts.min()}")
+    return counts
+
+
+def checked(values: np.ndarray, where: str) -> np.ndarray:
+    """`values` as a floating [V, D] array. UserError for other shapes, no rows, other types, NaN and infinities."""
+    if values.ndim != 2:
+        raise UserError(f"{where}: a table must have 2 dimensions [V, D], got shape {list(values.shape)}")
+    if not values.size:
+        raise UserError(f"{where}: the table is empty, its shape is {list(values.shape)}")
+    if values.dtype.name in ("bfloat16", "float16") or values.dtype.kind in "iu":
+        values = values.astype(np.float64 if values.dtype.kind in "iu" else np.float32)
+    if values.dtype.kind != "f":
+        raise UserError(f"{where}: a table must hold real numbers, got {values.dtype.name}")
+    bad = np.concatenate([~np.isfinite(values[block]).all(axis=1) for block in row_blocks(*values.shape)])
+    if bad.any():
+        raise UserError(f"{where}: {int(bad.sum())} rows hold NaN or infinity, the first is row {int(bad.argmax())}")
+    return values
+
+
+def _split(text: str) -> tuple[str, str | None]:
+    """The place and what follows the last '#'; a path that exists as it stands is not cut."""
+    if Path(text).exists() or "#" not in text:
+        return text, None
+    place, _, pick = text.rpartition("#")
+    return place, pick
+
+
+def _read_run(text: str, place: str, pick: str | None) -> Table:
+    step = None
+    if not Path(place).exists() and (match := re.fullmatch(r"(.+)@(\d+)", place)):
+        place, step = match[1], int(match[2])
+    if pick is not None and pick not in ROLES:
+        raise UserError(f"{text}: {pick!r} is not a role; use #input or #output")
+    from tiedjax.tying import distinct  # here, as for the run: it brings JAX
+
+    run = open_run(place)
+    if step is not None and step not in run.snapshot_steps:
+        raise UserError(f"{text}: no snapshot at step {step}; there are {_listed(run.snapshot_steps)}")
+    tables = run.tables(step)
+    found = distinct(tables)
+    if len(found) > 1 and pick is None:
+        raise UserError(f"{text}: the run has two tables; pick one with {text}#input or {text}#output")
+    role = pick if pick in found else next(iter(found))
+    return Table(
+        text,
+        checked(found[role], text),
+        role,
+        np.asarray(run.token_counts),
+        run.tokenizer_path,
+        run_path=Path(place).resolve(),
+        initial=(lambda: distinct(run.tables(0))[role]) if 0 in run.snapshot_steps else None,
+    )
+
+
+def _listed(steps: list[int]) -> str:
+    names = [str(s) for s in steps]
+    return ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-3:]]) or "none"
+
+
+def _pick(text: str, dimensions: Mapping[str, int], pick: str | None) -> str:
+    named = ", ".join(sorted(dimensions))
+    if pick is not None and pick in dimensions:
+        return pick
+    if len(dimensions) == 1 and (pick is None or pick in ROLES):
+        return next(iter(dimensions))
+    if pick is not None:
+        raise UserError(f"{text}: holds no array {pick!r}; it holds {named or 'none'}")
+    matrices = [name for name, count in dimensions.items() if count == 2]
+    if len(matrices) == 1:
+        return matrices[0]
+    raise UserError(f"{text}: holds {len(dimensions)} arrays ({named}); pick one with {text}#NAME")
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy file: {_one_line(error)}") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one bare array; name it .npy")
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable .npz file: {_one_line(error)}") from None
+
+
+def _read_safetensors(path: Path) -> _Arrays:
+    import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        file = safe_open(path, framework="numpy")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable .safetensors file: {_one_line(error)}") from None
+    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

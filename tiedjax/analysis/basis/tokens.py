@@ -1,0 +1,109 @@
+"""Tokens: what rows stand for, example tokens, the lengths of their vectors and how far these moved."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.instruments.evolution.evolution import row_movement
+from tiedjax.errors import UserError
+
+
+def most_frequent(counts: np.ndarray, k: int) -> list[int]:
+    """Ids of the k tokens with the highest counts as target ([2, V] counts), most frequent first, seen ones only."""
+    order = np.argsort(-counts[1], kind="stable")[:k]
+    return [int(i) for i in order if counts[1][i] > 0]
+
+
+def token_texts(tokenizer_path: Path | None, ids: list[int]) -> list[str]:
+    """What each token stands for; its id in brackets where there is no tokenizer."""
+    if tokenizer_path is None:
+        return [f"[{i}]" for i in ids]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    return [tokenizer.decode([i], skip_special_tokens=False) or tokenizer.id_to_token(i) or f"[{i}]" for i in ids]
+
+
+def token_strings(tokenizer_path: Path) -> list[str | None]:
+    """What each id of a tokenizer.json stands for, so that tokenizers of different families can be compared.
+
+    Byte-level spellings (GPT-2's) are read back into text, bytes that are none by surrogates; elsewhere SentencePiece's
+    sign for a space becomes one. Added tokens, and all else (WordPiece's ##, byte tokens as <0x0A>), stand as spelled.
+    None for an id that no token has. UserError for a file that is no tokenizer.json.
+    """
+    from tiedjax.data.tokenizer import id_bound, parse_tokenizer
+
+    try:
+        text = tokenizer_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{tokenizer_path}: cannot be read: {reason}") from None
+    tokenizer, tree = parse_tokenizer(text, str(tokenizer_path)), json.loads(text)
+    added = {token["content"] for token in tree.get("added_tokens") or []}
+    read = _byte_level_text if _is_byte_level(tree) else lambda spelled: spelled.replace(_SPACE, " ")
+    strings: list[str | None] = [None] * id_bound(tokenizer)
+    for spelled, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        strings[i] = spelled if spelled in added else read(spelled)
+    return strings
+
+
+_SPACE = "\u2581"  # SentencePiece's sign for a space
+# GPT-2's: printable bytes stand for themselves, the others, in order, for the characters from 256 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_HIDDEN)}
+
+
+def _byte_level_text(spelled: str) -> str:
+    if not _BYTES.keys() >= set(spelled):
+        return spelled
+    return bytes(_BYTES[character] for character in spelled).decode("utf-8", "surrogateescape")
+
+
+def _is_byte_level(tree: Mapping[str, Any]) -> bool:
+    parts = [tree.get("decoder") or {}, tree.get("pre_tokenizer") or {}]
+    parts += [inner for part in parts for inner in (*part.get("decoders", ()), *part.get("pretokenizers", ()))]
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def token_ids(tokenizer_path: Path | None, texts: list[str]) -> list[int]:
+    """The id of each text that is one token, as it stands or after a space; "[12]" is the id 12.
+
+    UserError for a text of several tokens, and for any text without a tokenizer.
+    """
+    found = []
+    for text in texts:
+        if match := re.fullmatch(r"\[(\d+)\]", text):
+            found.append(int(match[1]))
+        elif tokenizer_path is None:
+            raise UserError(f"{text!r}: there is no tokenizer to look it up in; write the token's id in brackets, [12]")
+        else:
+            found.append(_token_id(tokenizer_path, text))
+    return found
+
+
+def _token_id(tokenizer_path: Path, text: str) -> int:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    spelled = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
+    for encoding in spelled:
+        if len(encoding.ids) == 1:
+            return int(encoding.ids[0])
+    raise UserError(f"{text!r}: is not one token but {len(spelled[0].ids)}: {' '.join(spelled[0].tokens)}")
+
+
+def token_rows(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Per token, from its vectors [tokens, D] in every role: L2 norm at the end and the cosine to the start."""
+    norm = {role: np.linalg.norm(np.asarray(vectors, np.float64), axis=1) for role, vectors in end.items()}
+    moved = {role: row_movement(start[role], end[role]) for role in end}
+    return [
+        {role: {"norm": float(norm[role][n]), "cosine_to_start": float(moved[role][n])} for role in end}
+        for n in range(len(next(iter(end.values()))))
+    ]

@@ -1,0 +1,1 @@
+"""Alignment: one table mapped onto another, row by row."""

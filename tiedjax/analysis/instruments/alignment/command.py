@@ -1,0 +1,169 @@
+"""`tiedjax analyze align A B`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.analysis.basis import arguments
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiedjax.analysis.instruments.alignment.align import Alignment
+
+HELP = "mean cosine of two tables' rows under four maps, with floors"
+SUBJECT = "pair"
+
+_NOTE = """score: mean cosine in sample, both tables centred by their column means;
+floor: its mean over row permutations of B;
+corrected: (score - floor) / (1 - floor); back: B mapped onto A, corrected;
+held out: fitted on one half of the rows, scored on the other;
+paper: all rows, in sample, uncorrected"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A, B and the options."""
+    arguments.add_pair(parser)
+    arguments.add_paper(
+        parser, "centred, identity too; all rows, in sample, uncorrected; rows without a direction count as 0"
+    )
+    parser.add_argument(
+        "--fit", action="append", metavar="FIT", help="identity, orthogonal, linear or ridge; repeatable (default: all)"
+    )
+    arguments.add_count(parser, "--draws", 5, "row permutations for the floor")
+    arguments.add_counts(parser)
+    arguments.add_tokenizers(parser)
+    arguments.add_all_rows(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.strata import frequency_parts
+    from tiedjax.analysis.instruments.alignment.align import align, raw_cosine
+    from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE
+
+    draws = arguments.at_least(args, "draws")
+    inputs = arguments.read_tables(args)
+    (a, b), rows = inputs.tables, inputs.rows
+    square = a.values.shape[1] == b.values.shape[1]
+    fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
+    report = arguments.reporter("align")
+    found = align(a.values, b.values, fits=fits, rows=rows, draws=draws, held_out=not args.paper, report=report)
+    result = {
+        **inputs.described,
+        "form": "paper" if args.paper else "corrected",
+        "rows": found.rows,
+        "rows_masked_out": len(a.values) - found.rows,
+        "width": found.width,
+        "target_width": found.target_width,
+        "centred": True,
+    }
+    if square:
+        raw = to_plain(raw_cosine(a.values, b.values, rows=rows, zero_rows=args.paper))
+        if args.paper:
+            del raw["corrected"]
+        result["raw_cosine"] = raw
+    head = arguments.heading(f"{a.name} mapped onto {b.name}", found.rows, len(a.values) - found.rows, found.width)
+    if args.paper:
+        text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(found)}{_raw_line(result)}"
+        return result | {"fits": _paper(found)}, text
+    everywhere = found if rows is None else align(a.values, b.values, fits=fits, draws=0)
+    free = [fit for fit in fits if fit not in SQUARE]
+    back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
+    counts = arguments.counts_of(a, b)
+    alike = None
+    if counts is not None:
+        tenths = frequency_parts(counts, 10)
+        alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
+    described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
+    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}"
+    return result | {"fits": described}, text + _strata_table(described)
+
+
+def _described(
+    fit: str,
+    found: Alignment,
+    back: Alignment,
+    everywhere: Alignment,
+    alike: Alignment | None,
+    counts: np.ndarray | None,
+    rows: Any,
+) -> dict[str, Any]:
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.strata import strata
+    from tiedjax.analysis.instruments.alignment.align import by_stratum, distribution, uncorrected
+
+    about: dict[str, Any] = to_plain(found.scores[fit])
+    about["held_out"] = to_plain(found.held_out[fit])
+    about["back"] = to_plain(back.scores.get(fit, found.scores[fit]))
+    about["paper"] = uncorrected(everywhere.cosines[fit])
+    about["rows_distribution"] = to_plain(distribution(found.cosines[fit]))
+    if counts is not None and alike is not None:
+        about["beyond_frequency"] = alike.scores[fit].corrected
+        kept = slice(None) if rows is None else rows
+        masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
+        about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
+    return about
+
+
+def _raw_line(result: dict[str, Any]) -> str:
+    """The raw cosine on a line of its own; nothing for tables of different widths, which have none."""
+    if "raw_cosine" not in result:
+        return ""
+    raw = result["raw_cosine"]
+    corrected = f", corrected {arguments.cell(raw['corrected'])}" if "corrected" in raw else ""
+    zeros = f"; {raw['rows_left_out']} rows of zeros left out" if raw["rows_left_out"] else ""
+    score, floor = arguments.cell(raw["score"]), arguments.cell(raw["floor"])
+    return f"\nraw cosine: {score}, floor {floor}{corrected}; rows as they are, not centred{zeros}"
+
+
+def _paper(found: Alignment) -> dict[str, Any]:
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.instruments.alignment.align import uncorrected
+
+    names = ("floor", "floor_standard_error", "floor_draws", "floor_closed_form", "rows_left_out")
+    return {
+        fit: {"score": uncorrected(found.cosines[fit])} | {name: to_plain(score)[name] for name in names}
+        for fit, score in found.scores.items()
+    }
+
+
+def _paper_table(found: Alignment) -> str:
+    columns = ["score", "floor", "floor_standard_error", "floor_closed_form"]
+    rows = [[fit, *(about[c] for c in columns)] for fit, about in _paper(found).items()]
+    return arguments.text_table(["fit", "score", "floor", "+-", "closed form"], rows)
+
+
+def _table(described: dict[str, Any]) -> str:
+    header = ["fit", "score", "floor", "+-", "closed form", "corrected", "held out", "back", "paper", "left out"]
+    names = ["score", "floor", "floor_standard_error", "floor_closed_form", "corrected"]
+    rows = []
+    for fit, d in described.items():
+        others = [d["held_out"]["score"], d["back"]["corrected"], d["paper"], d["rows_left_out"]]
+        rows.append([fit, *(d[name] for name in names), *others])
+    return arguments.text_table(header, rows)
+
+
+def _rows_table(described: dict[str, Any]) -> str:
+    levels = next(iter(described.values()))["rows_distribution"]["quantiles"]
+    rows = []
+    for fit, d in described.items():
+        quantiles, mean = d["rows_distribution"]["quantiles"], d["rows_distribution"]["mean"]
+        rows.append([fit, *(quantiles.get(level) for level in levels), mean["low"], mean["high"]])
+    header = ["fit", *(f"{level} %" for level in levels), "mean from", "to"]
+    table = arguments.text_table(header, rows)
+    return f"cosines of single rows, and the mean's 95 % bootstrap interval over rows\n{table}"
+
+
+def _strata_table(described: dict[str, Any]) -> str:
+    first = next(iter(described.values()))
+    if "strata" not in first:
+        return ""
+    rows = [
+        [name, about["rows"], *(d["strata"][name]["corrected"] for d in described.values())]
+        for name, about in first["strata"].items()
+    ]
+    title = "corrected, by training count; floors: rows shuffled among tokens of like frequency"
+    return f"\n\n{title}\n{arguments.text_table(['tokens', 'rows', *described], rows)}"

@@ -1,0 +1,1 @@
+"""Whether a model's probabilities are the frequencies that they claim to be."""

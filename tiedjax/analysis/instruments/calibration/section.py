@@ -1,0 +1,206 @@
+"""Calibration: predicted probability against what happens, by token frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.statistics import Interval, interval, paired
+from tiedjax.analysis.basis.strata import THIRDS
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.study_runs import StudyRuns
+from tiedjax.errors import UserError
+
+HELD_OUT_TOKENS = 16_384
+SCORES = ("log2_ratio", "group_error", "target_probability", "top_error", "overconfidence")
+_MEANS = {"share": 3, "target_probability": 4, "entropy": 2}  # digits
+_LEAST_POSITIONS = 30  # of a frequency bin that is drawn
+
+
+def collect(study: StudyRuns) -> dict[str, Any]:
+    """Every run by stratum and by bin of frequency, and the differences between twins, paired by seed."""
+    runs = [{"arm": arm, "seed": seed} | _measured(study, run) for (arm, seed), run in study.runs.items()]
+    return {"runs": runs, "twins": list(_twins(study.study.reference, runs))}
+
+
+def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
+    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
+    from tiedjax.analysis.basis.strata import strata
+    from tiedjax.analysis.instruments.calibration.calibration import (  # here: they bring JAX
+        calibrate,
+        forecasts,
+        frequency_bins,
+    )
+
+    try:
+        prepared = study.text(run)
+        model = FrozenModel(run)
+        tokens_WS = held_out_windows(prepared, run.config.model.seq_len, HELD_OUT_TOKENS)
+    except UserError as error:
+        return {"not_measured": str(error)}
+    count_V = run.token_counts[1]
+    partitions = [strata(count_V), frequency_bins(count_V)]
+    by_stratum, by_bin = (
+        to_plain(calibrate(forecast, groups, count_V))
+        for forecast, groups in zip(forecasts(model, tokens_WS, partitions), partitions, strict=True)
+    )
+    return {"step": model.step, **by_stratum, "strata": by_stratum.pop("groups"), "bins": by_bin["groups"]}
+
+
+def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Arm minus reference: each score of each stratum, and those of all positions."""
+    by_arm = {arm: {r["seed"]: r for r in of if "strata" in r} for arm, of in drawing.by_arm(runs)}
+    for arm, own in by_arm.items():
+        if arm == reference or not own.keys() & by_arm.get(reference, {}).keys():
+            continue
+        for stratum in THIRDS:
+            record: dict[str, Any] = {"arm": arm, "stratum": stratum}
+            for name in SCORES:
+                ours, theirs = (
+                    {seed: _of(run, stratum, name) for seed, run in side.items()} for side in (own, by_arm[reference])
+                )
+                record[name] = to_plain(paired(ours, theirs))
+            yield record
+
+
+def _of(run: Mapping[str, Any], stratum: str, name: str) -> float | None:
+    """One score of a stratum: the excess over the floor of an error, else the score itself."""
+    group = next((g for g in run["strata"] if g["name"] == stratum), None)
+    if group is None or name == "target_probability":
+        return None if group is None else group[name]
+    value: float | None = group[name]["excess" if name.endswith("error") else "score"]
+    return value
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """Its figures; none where nothing was measured."""
+    if _known(results):
+        ratio = _curves(
+            "log2_ratio", "target_positions", "log2(predicted / observed share)", "over- and under-prediction"
+        )
+        title = "likeliest token: probability less accuracy"
+        yield drawing.Plot(
+            "calibration", [ratio, _curves("overconfidence", "predicted_positions", "difference", title)]
+        )
+
+
+def not_measured(results: drawing.Results) -> list[str]:
+    """What could not be measured, and why."""
+    return list(dict.fromkeys(r["not_measured"] for r in results["calibration"]["runs"] if "not_measured" in r))
+
+
+def answers(results: drawing.Results) -> list[str]:
+    """Whether the baseline arm is more over-confident on frequent tokens and under-predicts rare ones, by its twins."""
+    head = results["headline"]
+    twins = {t["stratum"]: t for t in results["calibration"]["twins"] if t["arm"] == head["arm"]}
+    if not twins:
+        return []
+    changed = lambda span, up, down: _changed(span, head, up, down)
+    frequent, rare = twins["frequent"]["overconfidence"], twins["rare"]["log2_ratio"]
+    return [
+        f"Where it bets on a frequent token, {changed(frequent, 'is more confident', 'is less confident')}"
+        f" relative to how often it is right ({words.spread(frequent)}).",
+        f"Rare tokens as a whole: {changed(rare, 'gives them more probability', 'gives them less probability')}"
+        f" relative to how often they come (log2 ratio {words.spread(rare, 2)}).",
+    ]
+
+
+def _changed(span: Mapping[str, Any], head: Mapping[str, Any], up: str, down: str) -> str:
+    than = f"than its {head['reference']} twin"
+    if span["mean"] is None:
+        return f"there is nothing to compare between the {head['arm']} model and its {head['reference']} twin"
+    if span["low"] is None:
+        return f"the {head['arm']} model {up if span['mean'] > 0 else down} {than}, by one seed,"
+    if span["low"] > 0:
+        return f"the {head['arm']} model {up} {than}"
+    if span["high"] < 0:
+        return f"the {head['arm']} model {down} {than}"
+    return f"the {head['arm']} model does not measurably differ from its {head['reference']} twin"
+
+
+def rows(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per stratum and arm, over seeds: scores beside what a calibrated model gets."""
+    lines = []
+    for stratum in THIRDS:
+        for arm, of in drawing.by_arm(_known(results)):
+            groups = [g for r in of for g in r["strata"] if g["name"] == stratum]
+            if groups:
+                lines.append({"arm": arm, "stratum": stratum, "first": arm == _known(results)[0]["arm"]} | _row(groups))
+    return lines
+
+
+def _row(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    row = {name: words.number(_over(groups, name).mean, digits) for name, digits in _MEANS.items()}
+    row["log2_ratio"] = words.spread(vars(_over(groups, "log2_ratio", "score")))
+    row["overconfidence"] = words.spread(vars(_over(groups, "overconfidence", "score")))
+    for name in ("group_error", "top_error"):
+        row[name] = words.number(_over(groups, name, "score").mean)
+        row[f"{name}_floor"] = words.number(_over(groups, name, "floor").mean)
+    return row
+
+
+def differences(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm and stratum: arm minus reference."""
+    return [
+        {"arm": t["arm"], "stratum": t["stratum"]}
+        | {name: words.spread(t[name], 4 if name == "target_probability" else 3) for name in SCORES}
+        for t in results["calibration"]["twins"]
+    ]
+
+
+def overall(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm, all positions: loss, entropy, calibration error of the likeliest token beside its floor."""
+    lines = []
+    for arm, of in drawing.by_arm(_known(results)):
+        line = {name: words.spread(vars(_over(of, name, "mean"))) for name in ("loss", "entropy", "accuracy")}
+        line["top_error"] = words.spread(vars(_over(of, "top_error", "score")), 4)
+        line["floor"] = words.number(_over(of, "top_error", "floor").mean, 4)
+        lines.append({"arm": arm} | line)
+    return lines
+
+
+def _over(of: Sequence[Mapping[str, Any]], name: str, field: str | None = None) -> Interval:
+    return interval(r[name] if field is None else r[name][field] for r in of)
+
+
+def _known(results: drawing.Results) -> list[Mapping[str, Any]]:
+    return [r for r in results["calibration"]["runs"] if "strata" in r]
+
+
+def _curves(score: str, positions: str, label: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
+    """A score by frequency bin, over the bins that hold enough positions in every run; grey: a calibrated model's."""
+
+    def draw(ax: drawing.Axes, results: drawing.Results) -> None:
+        noise: dict[float, list[float]] = {}
+        for arm, of in drawing.by_arm(_known(results)):
+            at, means, halves = [], [], []
+            for bins in _by_bin(of):
+                if min(b[positions] for b in bins) < _LEAST_POSITIONS or len(bins) < len(of):
+                    continue
+                at.append(float(np.mean([b["log_count"] for b in bins])))
+                span = _over(bins, score, "score")
+                means.append(span.mean)
+                halves.append(span.half_width or 0.0)
+                noise.setdefault(at[-1], []).append(_over(bins, score, "floor_standard_deviation").mean or 0.0)
+            colour = drawing.colours(results)[arm]
+            ax.errorbar(at, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
+        ends = sorted(noise)
+        band = np.array([2 * max(noise[x]) for x in ends])
+        ax.fill_between(ends, -band, band, color=drawing.MUTED, alpha=0.2, linewidth=0)
+        ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="calibrated")
+        if ends:
+            ax.set_xticks(np.arange(np.floor(2 * ends[0]), np.ceil(2 * ends[-1]) + 1) / 2)
+        ax.set_xlabel("log10(count as target + 1)")
+        ax.set_ylabel(label)
+        ax.set_title(title)
+
+    return draw
+
+
+def _by_bin(of: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    for name in dict.fromkeys(b["name"] for r in of for b in r["bins"]):
+        yield [b for r in of for b in r["bins"] if b["name"] == name]

@@ -1,0 +1,1 @@
+"""Whether rows lie as their tokens' contexts do."""

@@ -1,0 +1,220 @@
+"""Co-occurrence: do tokens that keep the same company in the text lie close in a table?
+
+A token keeps company in two ways: as target with the tokens that precede it, as context with those that follow it. Both
+are rows of one matrix of counts [V, V] of neighbouring tokens, weighted by positive pointwise mutual information
+(Bullinaria and Levy 2007, Behavior Research Methods 39; Levy and Goldberg 2014, arXiv 1402.3722); the similarity of two
+tokens is the cosine of their rows. How a table's cosines rank the pairs of tokens is compared with how these do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse
+
+from tiedjax.analysis.basis.blocked import column_means, row_blocks
+from tiedjax.analysis.basis.pairs import BOOTSTRAP_DRAWS, DRAWS, Agreement, Difference, agreements, rank_matrix
+from tiedjax.analysis.basis.strata import strata
+from tiedjax.data.prepared import Windows
+from tiedjax.errors import UserError
+
+MOST_TOKENS = 50_000_000  # pairs of neighbours that are counted
+LEAST_COUNT = 10  # of a sampled token, in either role
+SAMPLE = 1000  # tokens, whose pairs are all compared
+_CHUNK = 2**22  # pairs counted at a time
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What the text says of the sampled tokens: cosines of their contexts as target and as context, [N, N] each.
+
+    `tokens` [N] are their ids, `eligible` how many tokens were frequent enough to be sampled, `counted` how many pairs
+    of neighbours were counted of how many there are, `strata` boolean [N] masks by count.
+    """
+
+    tokens: np.ndarray
+    as_target_NN: np.ndarray
+    as_context_NN: np.ndarray
+    strata: dict[str, np.ndarray]
+    eligible: int
+    least_count: int
+    counted: int
+    available: int
+
+    @cached_property
+    def ranked(self) -> list[np.ndarray]:
+        """Both similarities as centred ranks."""
+        return [rank_matrix(self.as_target_NN), rank_matrix(self.as_context_NN)]
+
+    @cached_property
+    def parts(self) -> dict[str, Contexts]:
+        """The tokens of each stratum by themselves."""
+        return {name: self.only(np.flatnonzero(mask)) for name, mask in self.strata.items()}
+
+    def only(self, index: np.ndarray) -> Contexts:
+        """The same of some of the tokens."""
+        both = np.ix_(index, index)
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[index],
+            as_target_NN=self.as_target_NN[both],
+            as_context_NN=self.as_context_NN[both],
+            strata={name: mask[index] for name, mask in self.strata.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The agreements over the pairs within one third of the tokens by count, without intervals."""
+
+    rows: int
+    as_target: Agreement
+    as_context: Agreement
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Cooccurrence:
+    """A table's agreement with the contexts as target (what precedes) and as context (what follows), and the first
+    minus the second. `rows_left_out`: sampled tokens whose centred row in the table is zero."""
+
+    rows: int
+    rows_left_out: int
+    width: int
+    as_target: Agreement
+    as_context: Agreement
+    difference: Difference
+    strata: dict[str, Stratum]
+
+
+def bigram_counts(
+    windows: Windows,
+    rows: int,
+    *,
+    most: int = MOST_TOKENS,
+    report: Callable[[str], None] = lambda line: None,
+) -> scipy.sparse.csr_array:
+    """How often each token (row) followed each other token (column) in the windows: int64 [rows, rows].
+
+    Its sums over columns and rows are the token counts as target and as input. Of more than `most` pairs, only those of
+    windows spread evenly over the text are counted.
+    """
+    T = windows.seq_len
+    chosen = np.arange(len(windows))
+    if len(windows) * T > most:
+        chosen = np.linspace(0, len(windows) - 1, max(1, most // T)).round().astype(np.int64)
+    counts = scipy.sparse.csr_array((rows, rows), dtype=np.int64)
+    step = max(1, _CHUNK // T)
+    for start in range(0, len(chosen), step):
+        tokens_WS = windows.read(chosen[start : start + step])
+        where = (tokens_WS[:, 1:].ravel(), tokens_WS[:, :-1].ravel())
+        counts += scipy.sparse.coo_array((np.ones(len(where[0]), np.int64), where), shape=counts.shape).tocsr()
+        report(f"pairs of neighbours: {min(start + step, len(chosen)) * T:,} of {len(chosen) * T:,}")
+    return counts
+
+
+def ppmi(counts_VV: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
+    """max(0, ln(n_ij n / (n_i n_j))) of the counts, float64, sparse."""
+    found = counts_VV.tocoo().astype(np.float64)
+    row, column = (np.asarray(counts_VV.sum(axis=axis), np.float64) for axis in (1, 0))
+    data = np.log(found.data * row.sum() / (row[found.coords[0]] * column[found.coords[1]]))
+    weighted = scipy.sparse.coo_array((np.maximum(data, 0), found.coords), shape=found.shape).tocsr()
+    weighted.eliminate_zeros()
+    return weighted
+
+
+def contexts(
+    counts_VV: scipy.sparse.csr_array,
+    *,
+    available: int | None = None,
+    sample: int = SAMPLE,
+    least_count: int = LEAST_COUNT,
+) -> Contexts:
+    """What the counts say of `sample` tokens, drawn by `numpy.random.default_rng(0)` from those that occurred at least
+    `least_count` times in either role and have a context of positive information in both.
+
+    `available` is how many pairs there were to count. UserError where fewer than 4 tokens are frequent enough.
+    """
+    both = np.stack([np.asarray(counts_VV.sum(axis=axis)) for axis in (0, 1)])
+    weighted = ppmi(counts_VV)
+    told = (np.diff(weighted.indptr) > 0) & (np.diff(weighted.tocsc().indptr) > 0)
+    eligible = np.flatnonzero((both.min(axis=0) >= least_count) & told)
+    if len(eligible) < 4:
+        raise UserError(
+            f"cooccurrence: only {len(eligible)} tokens occur {least_count} times as input and as target; it takes 4"
+        )
+    tokens = eligible
+    if len(eligible) > sample:
+        tokens = np.sort(np.random.default_rng(0).choice(eligible, sample, replace=False))
+    counted = int(both[0].sum())
+    return Contexts(
+        tokens=tokens,
+        as_target_NN=_cosines(weighted[tokens]),
+        as_context_NN=_cosines(weighted.T.tocsr()[tokens]),
+        strata=strata(both[:, tokens]),
+        eligible=len(eligible),
+        least_count=least_count,
+        counted=counted,
+        available=counted if available is None else available,
+    )
+
+
+def cooccurrence(
+    table_VD: np.ndarray,
+    told: Contexts,
+    *,
+    rows: np.ndarray | None = None,
+    draws: int = DRAWS,
+    bootstrap: int = BOOTSTRAP_DRAWS,
+) -> Cooccurrence:
+    """How the cosines of the table's rows agree with the text.
+
+    The table is centred by the mean of `rows`, boolean [V], by default of all. UserError: a table that is not [V, D]
+    with D of at least 2, of fewer rows than the text has tokens, or with fewer than 4 sampled rows that have a
+    direction.
+    """
+    if table_VD.ndim != 2 or table_VD.shape[1] < 2:
+        raise UserError(f"cooccurrence: a table must be [V, D] with D of at least 2, got {list(table_VD.shape)}")
+    if told.tokens[-1] >= len(table_VD):
+        raise UserError(f"cooccurrence: the text has a token {told.tokens[-1]}, the table only {len(table_VD)} rows")
+    mean_D = column_means(table_VD if rows is None else table_VD[rows])
+    x_ND = np.asarray(table_VD[told.tokens], np.float64) - mean_D
+    norm_N = np.linalg.norm(x_ND, axis=1)
+    kept = np.flatnonzero(norm_N > _ROUNDING * np.linalg.norm(mean_D))
+    if len(kept) < 4:
+        raise UserError(f"cooccurrence: only {len(kept)} of {len(norm_N)} sampled rows have a direction; it takes 4")
+    unit_ND = x_ND[kept] / norm_N[kept, None]
+    own_NN = unit_ND @ unit_ND.T
+    told = told if len(kept) == len(norm_N) else told.only(kept)
+    (as_target, as_context), difference = agreements(own_NN, told.ranked, draws=draws, bootstrap=bootstrap)
+    parts = {}
+    for name, part in told.parts.items():
+        index = np.flatnonzero(told.strata[name])
+        (a, b), gap = agreements(own_NN[np.ix_(index, index)], part.ranked, draws=draws, bootstrap=0)
+        parts[name] = Stratum(a.rows, a, b, gap)
+    return Cooccurrence(
+        rows=len(kept),
+        rows_left_out=len(norm_N) - len(kept),
+        width=table_VD.shape[1],
+        as_target=as_target,
+        as_context=as_context,
+        difference=difference,
+        strata=parts,
+    )
+
+
+def _cosines(rows_NV: scipy.sparse.csr_array) -> np.ndarray:
+    """Cosines of every two sparse rows, float64 [N, N]; the columns that are used are made dense block by block."""
+    used = np.flatnonzero(np.bincount(rows_NV.indices, minlength=rows_NV.shape[1]))
+    columns = rows_NV[:, used].tocsc()
+    product = np.zeros((rows_NV.shape[0],) * 2)
+    for block in row_blocks(len(used), rows_NV.shape[0], itemsize=8):
+        dense = columns[:, block].toarray()
+        product += dense @ dense.T
+    norm = np.sqrt(np.diagonal(product))
+    return product / norm[:, None] / norm[None, :]

@@ -1,0 +1,142 @@
+"""Co-occurrence: whether the tables place tokens as the text does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.statistics import Interval, interval
+from tiedjax.analysis.basis.strata import THIRDS
+from tiedjax.analysis.basis.tables import content_hash
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, bigram_counts, contexts, cooccurrence
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.study_runs import StudyRuns
+from tiedjax.errors import UserError
+
+KINDS = ("as_target", "as_context")
+
+
+def collect(study: StudyRuns) -> list[dict[str, Any]]:
+    """Both agreements of every last table with its run's text, which runs of the same data share."""
+    texts: dict[tuple[str, int], Contexts] = {}
+    records = []
+    for table in study.tables:
+        try:
+            told = _told(study, table.run, texts)
+            found = cooccurrence(table.values, told, rows=table.seen, bootstrap=0)
+        except UserError as error:
+            records.append(table.key | {"not_measured": str(error)})
+            continue
+        text = {name: getattr(told, name) for name in ("counted", "available", "eligible", "least_count")}
+        records.append(table.key | {"sha256": content_hash(table.values), "text": text} | to_plain(found))
+    return records
+
+
+def _told(study: StudyRuns, run: Any, texts: dict[tuple[str, int], Contexts]) -> Contexts:
+    prepared, seq_len = study.text(run), run.config.model.seq_len
+    key = prepared.fingerprint, seq_len
+    if key not in texts:
+        windows = prepared.windows("train", seq_len)
+        counts = bigram_counts(windows, run.token_counts.shape[1])
+        texts[key] = contexts(counts, available=len(windows) * seq_len)
+    return texts[key]
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """Its figures."""
+    found = _by_table(results)
+    if found:
+        yield drawing.Plot("cooccurrence", [_draw], (5.0, 0.9 + 0.42 * len(found)))
+
+
+def not_measured(results: drawing.Results) -> str | None:
+    """Why no table could be measured; None where one could."""
+    return None if _by_table(results) else next((r["not_measured"] for r in results["cooccurrence"]), "no table")
+
+
+def facts(results: drawing.Results) -> dict[str, str]:
+    """What was sampled and counted, in words."""
+    record = next(r for r in results["cooccurrence"] if "text" in r)
+    text = record["text"]
+    counted = f"{text['counted']:,}"
+    if text["counted"] < text["available"]:
+        counted += f" of {text['available']:,}, spread evenly,"
+    return {"tokens": f"{record['rows']:,}", "least": str(text["least_count"]), "counted": counted}
+
+
+def rows(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per table: both agreements, their difference paired by seed, the chance level, and the strata."""
+    lines = []
+    for (arm, role), found in _by_table(results).items():
+        difference = interval(r["difference"]["score"] for r in found)
+        floors = [r[kind]["floor_deviation"] for r in found for kind in KINDS]
+        strata = {
+            name: [words.number(_mean(found, kind, name).mean, 2) for kind in KINDS]
+            for name in THIRDS
+            if any(name in r["strata"] for r in found)
+        }
+        lines.append(
+            {
+                "arm": arm,
+                "table": drawing.table_name(arm, role),
+                **{kind: words.spread(vars(_mean(found, kind))) for kind in KINDS},
+                "difference": words.spread(vars(difference)),
+                "verdict": _verdict(difference),
+                "chance": words.number(max((f for f in floors if f is not None), default=None)),
+                "strata": strata,
+            }
+        )
+    return lines
+
+
+def _verdict(difference: Interval) -> str:
+    if difference.mean is None or difference.low is None:
+        return "not known"
+    if not difference.excludes_zero:
+        return "neither"
+    return "what precedes" if difference.mean > 0 else "what follows"
+
+
+def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The measured records of each arm's tables, one for each seed."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in results["cooccurrence"]:
+        if "not_measured" not in record:
+            found.setdefault((record["arm"], record["role"]), []).append(record)
+    return found
+
+
+def _mean(found: list[dict[str, Any]], kind: str, stratum: str | None = None) -> Interval:
+    cells = found if stratum is None else [r["strata"][stratum] for r in found if stratum in r["strata"]]
+    return interval(cell[kind]["score"] for cell in cells)
+
+
+def _draw(ax: drawing.Axes, results: drawing.Results) -> None:
+    tables = _by_table(results)
+    for y, ((arm, _), found) in enumerate(tables.items()):
+        colour = drawing.colours(results)[arm]
+        for kind, label in zip(KINDS, ("what precedes", "what follows"), strict=True):
+            span = _mean(found, kind)
+            face = colour if kind == "as_target" else "none"
+            if span.low is not None:
+                ax.plot([span.low, span.high], [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round")
+            ax.plot(
+                [r[kind]["score"] for r in found],
+                [y + 0.27] * len(found),
+                "o",
+                color=colour,
+                markersize=3,
+                markerfacecolor=face,
+                markeredgewidth=0.8,
+            )
+            ax.plot(span.mean, y, "o", color=colour, markersize=8, markerfacecolor=face, markeredgewidth=1.8)
+            if y == 0:  # the legend, in a colour of no arm
+                face = drawing.MUTED if kind == "as_target" else "none"
+                ax.plot([], [], "o", color=drawing.MUTED, markersize=8, markerfacecolor=face, label=label)
+    ax.axvline(0, color=drawing.MUTED, linewidth=1, linestyle=drawing.DASHES, label="chance")
+    ax.set_yticks(range(len(tables)), [drawing.table_name(*key) for key in tables])
+    ax.set_ylim(len(tables) - 0.5, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("rank correlation of cosines with the text’s")

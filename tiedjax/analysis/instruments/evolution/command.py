@@ -1,0 +1,115 @@
+"""`tiedjax analyze evolution RUN`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tiedjax.analysis.basis import arguments
+
+HELP = "how far the tables moved from step 0 and between snapshots"
+SUBJECT = "run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and the options."""
+    arguments.add_run(parser)
+    arguments.add_paper(parser, "uncentred rows against step 0, all rows")
+    arguments.add_count(parser, "--draws", 1, "row permutations for the floor of the rotation-free form")
+    arguments.add_all_rows(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.tables import content_hash, open_run
+    from tiedjax.tying import distinct
+
+    draws = arguments.at_least(args, "draws")
+    run = open_run(args.a)
+    corrected, paper = _followed(run, args, draws)
+    last = run.tables(run.snapshot_steps[-1])
+    roles = distinct(last)
+    counted = (paper if args.paper else corrected)[next(iter(roles))]
+    result = {
+        "inputs": [{"name": args.a, "role": role, "sha256": content_hash(table)} for role, table in roles.items()],
+        "form": "paper" if args.paper else "corrected",
+        "rows": counted.rows,
+        "rows_masked_out": len(last.input) - counted.rows,
+        "width": counted.width,
+    }
+    published = {role: _published(found) for role, found in paper.items()}
+    if args.paper:
+        result["roles"] = published
+        lines = [[role, str(step), e.to_start[i], e.floor[i]] for role, e in paper.items() for i, step in _steps(e)]
+        body = arguments.text_table(["table", "step", "to step 0", "floor"], lines)
+    else:
+        result |= {"roles": to_plain(corrected), "paper": {"rows": len(last.input), "roles": published}}
+        body = _text(corrected, paper)
+    form = "; paper's form: all rows as they are" if args.paper else ""
+    what = f"{args.a}, mean cosine of rows to earlier snapshots{form}"
+    return result, f"{arguments.heading(what, result['rows'], result['rows_masked_out'], counted.width)}\n{body}"
+
+
+def _followed(run: Any, args: argparse.Namespace, draws: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evolution by role: over the counting rows with strata and without rotation, and of all rows as they are."""
+    import sys
+    import time
+
+    from tiedjax.analysis.basis.strata import strata
+    from tiedjax.analysis.basis.tables import seen_rows
+    from tiedjax.analysis.instruments.evolution.evolution import Trail
+    from tiedjax.errors import UserError
+    from tiedjax.tying import distinct
+
+    steps = run.snapshot_steps
+    if not steps:
+        raise UserError(f"{args.a}: holds no snapshot of its tables")
+    rows = None if args.all_rows else seen_rows(run.token_counts)
+    corrected: dict[str, Trail] = {}
+    paper: dict[str, Trail] = {}
+    began = told = time.monotonic()
+    for i, step in enumerate(steps):
+        for role, table in distinct(run.tables(step)).items():
+            paper.setdefault(role, Trail()).add(step, table)
+            if not args.paper:
+                with_strata = Trail(rows, strata=strata(run.token_counts), draws=draws)
+                corrected.setdefault(role, with_strata).add(step, table)
+        if time.monotonic() - told > 5:
+            told = time.monotonic()
+            print(f"evolution: {i + 1} of {len(steps)} snapshots, {told - began:.0f} s", file=sys.stderr, flush=True)
+    return {role: trail.result() for role, trail in corrected.items()}, {
+        role: trail.result() for role, trail in paper.items()
+    }
+
+
+def _published(found: Any) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("steps", "to_start", "floor", "floor_standard_error")}
+
+
+def _steps(found: Any) -> list[tuple[int, int]]:
+    return list(enumerate(found.steps))
+
+
+def _text(corrected: dict[str, Any], paper: dict[str, Any]) -> str:
+    """Every snapshot's cosines, and those of the strata to step 0."""
+    names = ["table", "step", "to step 0", "floor", "paper", "to previous", "rotation-free", "floor", "corrected"]
+    lines = []
+    for role, e in corrected.items():
+        for i, step in _steps(e):
+            turned = [getattr(e.rotation_free, name)[i] for name in ("to_start", "floor", "corrected")]
+            lines.append(
+                [role, str(step), e.to_start[i], e.floor[i], paper[role].to_start[i], e.to_previous[i], *turned]
+            )
+    strata = list(dict.fromkeys(name for e in corrected.values() for name in e.strata))
+    by_stratum = [
+        [role, str(step), *(e.strata[name].to_start[i] for name in strata)]
+        for role, e in corrected.items()
+        for i, step in _steps(e)
+    ]
+    return (
+        f"{arguments.text_table(names, lines)}\n"
+        "to step 0, to previous: rows as they are; paper: all rows; rotation-free: centred, after the best rotation "
+        "onto step 0; floors: other rows of the same tables\n\nto step 0 by frequency of the token\n"
+        f"{arguments.text_table(['table', 'step', *strata], by_stratum)}"
+    )

@@ -1,0 +1,220 @@
+"""Evolution: how far a table has moved, as the mean cosine of its rows to an earlier snapshot's.
+
+Two forms. As they are: rows neither centred nor mapped, of all rows and of strata of tokens. The floor is the same
+cosine to the earlier rows in another order, `numpy.random.default_rng(0).permutation(rows)`; of a stratum, in another
+order of its own rows. Rotation-free: after the best rotation of the centred snapshot onto the centred earlier one
+(`align`, fit orthogonal), so that a turn of all rows together does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.instruments.alignment.align import Score, align
+from tiedjax.errors import UserError
+
+FIT = "orthogonal"  # of the rotation-free form
+# to start, its floor, the error of that; to previous, its floor, the error of that; rows left out
+_Moved = tuple[float | None, float | None, float | None, float | None, float | None, float | None, int]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Per snapshot: mean cosine of `rows` rows to the first snapshot and to the previous one, each beside its floor.
+
+    None where no row has a direction; rows of zeros in either snapshot are left out and counted.
+    """
+
+    rows: int
+    to_start: list[float | None]
+    floor: list[float | None]
+    floor_standard_error: list[float | None]
+    to_previous: list[float | None]
+    previous_floor: list[float | None]
+    previous_floor_standard_error: list[float | None]
+    rows_left_out: list[int]
+
+
+@dataclass(frozen=True)
+class RotationFree:
+    """Per snapshot: mean cosine of centred rows after the best rotation, beside its floor, and corrected for it."""
+
+    to_start: list[float | None]
+    floor: list[float | None]
+    floor_standard_error: list[float | None]
+    corrected: list[float | None]
+    to_previous: list[float | None]
+    previous_floor: list[float | None]
+    previous_floor_standard_error: list[float | None]
+    previous_corrected: list[float | None]
+    rows_left_out: list[int]
+    draws: int
+
+
+@dataclass(frozen=True)
+class Evolution(Movement):
+    """Movement of all rows, of every stratum, and without common rotation (None where that was not asked for)."""
+
+    steps: list[int]
+    width: int
+    strata: dict[str, Movement]
+    rotation_free: RotationFree | None
+
+
+class Trail:
+    """Follows one role's table from snapshot to snapshot, holding only the first and the previous one.
+
+    `rows` is a boolean [V] mask; `strata` are disjoint masks of which only the rows in `rows` count, empty ones left
+    out. `draws` row permutations make the floor of the rotation-free form; with 0 that form is not measured.
+    """
+
+    def __init__(
+        self, rows: np.ndarray | None = None, *, strata: Mapping[str, np.ndarray] | None = None, draws: int = 0
+    ):
+        self._rows, self._strata, self._draws = rows, dict(strata or {}), draws
+        self._start = self._previous = _Directions(np.empty((0, 0), np.float32))
+        self._orders: list[np.ndarray] = []  # the rows that count: as they are, shuffled, shuffled within strata
+        self._inside: dict[str, np.ndarray] = {}  # their positions by stratum
+        self._steps: list[int] = []
+        self._moved: list[_Moved] = []
+        self._moved_inside: dict[str, list[_Moved]] = {}
+        self._turned: list[tuple[Score, Score]] = []
+
+    def add(self, step: int, table_VD: np.ndarray) -> None:
+        """Takes the table at `step`; steps come in ascending order. UserError for another shape than the first."""
+        table = _Directions(table_VD)
+        if not self._steps:
+            self._begin(table)
+        if table_VD.shape != self._start.table.shape:
+            was, now = list(self._start.table.shape), list(table_VD.shape)
+            raise UserError(f"evolution: the table at step {step} has shape {now}, the first snapshot's has {was}")
+        same, anywhere, within = _cosines((self._start, self._previous), table, self._orders)
+        self._moved.append(_moved(same, anywhere))
+        for name, inside in self._inside.items():
+            self._moved_inside.setdefault(name, []).append(_moved(same[:, inside], within[:, inside]))
+        if self._draws:
+            to_start = self._turn(table, self._start)
+            new = self._previous is not self._start
+            self._turned.append((to_start, self._turn(table, self._previous) if new else to_start))
+        self._steps.append(int(step))
+        self._previous = table
+
+    def result(self) -> Evolution:
+        """What was seen so far. UserError when that is nothing."""
+        if not self._steps:
+            raise UserError("evolution: there is no snapshot")
+        return Evolution(
+            **vars(_movement(self._moved, len(self._orders[0]))),
+            steps=list(self._steps),
+            width=self._start.table.shape[1],
+            strata={name: _movement(self._moved_inside[name], len(inside)) for name, inside in self._inside.items()},
+            rotation_free=self._rotation_free() if self._draws else None,
+        )
+
+    def _begin(self, table: _Directions) -> None:
+        self._start = self._previous = table
+        count = len(table.table)
+        counting = np.ones(count, bool) if self._rows is None else self._rows
+        for name, mask in {"rows": counting, **self._strata}.items():
+            if len(mask) != count:
+                raise UserError(f"evolution: the mask {name!r} is of {len(mask)} rows, the table has {count}")
+        index = np.flatnonzero(counting)
+        shuffled = lambda of: of[np.random.default_rng(0).permutation(len(of))]
+        within = index.copy()
+        for name, mask in self._strata.items():
+            inside = np.flatnonzero(mask[index])
+            if len(inside):
+                self._inside[name] = inside
+                within[inside] = shuffled(index[inside])
+        self._orders = [index, shuffled(index), within]
+
+    def _turn(self, table: _Directions, earlier: _Directions) -> Score:
+        return align(table.table, earlier.table, fits=(FIT,), rows=self._rows, draws=self._draws).scores[FIT]
+
+    def _rotation_free(self) -> RotationFree:
+        column = lambda i, field: [getattr(pair[i], field) for pair in self._turned]
+        return RotationFree(
+            to_start=column(0, "score"),
+            floor=column(0, "floor"),
+            floor_standard_error=column(0, "floor_standard_error"),
+            corrected=column(0, "corrected"),
+            to_previous=column(1, "score"),
+            previous_floor=column(1, "floor"),
+            previous_floor_standard_error=column(1, "floor_standard_error"),
+            previous_corrected=column(1, "corrected"),
+            rows_left_out=column(0, "rows_left_out"),
+            draws=self._draws,
+        )
+
+
+def evolution(
+    snapshots: Iterable[tuple[int, np.ndarray]],
+    rows: np.ndarray | None = None,
+    *,
+    strata: Mapping[str, np.ndarray] | None = None,
+    draws: int = 0,
+) -> Evolution:
+    """Evolution of one role's table over (step, [V, D]) in ascending order of step; the options are `Trail`'s."""
+    trail = Trail(rows, strata=strata, draws=draws)
+    for step, table in snapshots:
+        trail.add(step, table)
+    return trail.result()
+
+
+def row_movement(start_VD: np.ndarray, end_VD: np.ndarray) -> np.ndarray:
+    """Cosine of each row of `end` to the same row of `start`, float64 [V]; NaN for rows of zeros."""
+    return _cosines((_Directions(start_VD),), _Directions(end_VD), [np.arange(len(start_VD))])[0, 0]
+
+
+class _Directions:
+    """A table and the norms of its rows."""
+
+    def __init__(self, table_VD: np.ndarray):
+        if table_VD.ndim != 2:
+            raise UserError(f"evolution: a table must have 2 dimensions [V, D], got {list(table_VD.shape)}")
+        self.table, self.norms = table_VD, np.empty(len(table_VD))
+        for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+            self.norms[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64), axis=1)
+
+
+def _cosines(earlier: Sequence[_Directions], later: _Directions, orders: Sequence[np.ndarray]) -> np.ndarray:
+    """Cosine of each row of later[orders[0]] to that of every earlier table in every order.
+
+    Returns float64 [orders, earlier, rows]; NaN for rows of zeros.
+    """
+    found = np.full((len(orders), len(earlier), len(orders[0])), np.nan)
+    for block in row_blocks(len(orders[0]), later.table.shape[1], itemsize=8):
+        own = orders[0][block]
+        x_BD, norm_B = np.asarray(later.table[own], np.float64), later.norms[own]
+        for i, order in enumerate(orders):
+            for j, other in enumerate(earlier):
+                product = norm_B * other.norms[order[block]]
+                dot = np.einsum("vd,vd->v", x_BD, np.asarray(other.table[order[block]], np.float64))
+                np.divide(dot, product, out=found[i, j, block], where=product > 0)
+    return found
+
+
+def _moved(same: np.ndarray, by_chance: np.ndarray) -> _Moved:
+    """The means of cosines [2, rows] to the first and the previous snapshot."""
+    floors = [_mean_and_error(row) for row in by_chance]
+    to_start, to_previous = (_mean_and_error(row)[0] for row in same)
+    return to_start, *floors[0], to_previous, *floors[1], int(np.isnan(same).any(axis=0).sum())
+
+
+def _movement(moved: Sequence[_Moved], rows: int) -> Movement:
+    to_start, floor, error, to_previous, previous_floor, previous_error, left_out = (
+        list(column) for column in zip(*moved, strict=True)
+    )
+    return Movement(rows, to_start, floor, error, to_previous, previous_floor, previous_error, left_out)
+
+
+def _mean_and_error(cosine: np.ndarray) -> tuple[float | None, float | None]:
+    """The mean over rows with a direction and its standard error."""
+    known = cosine[np.isfinite(cosine)]
+    error = float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
+    return float(known.mean()) if len(known) else None, error

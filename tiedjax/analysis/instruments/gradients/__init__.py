@@ -1,0 +1,1 @@
+"""The role gradients over a run."""

@@ -1,0 +1,1 @@
+"""The spectral distance of two tables' neighbour graphs."""

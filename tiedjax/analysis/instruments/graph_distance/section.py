@@ -1,0 +1,60 @@
+"""Spectral distance: how far apart the tables' neighbour graphs lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.instruments.graph_distance.spectral import K, compare, graph
+from tiedjax.analysis.instruments.neighbours.section import Searches, counting_rows, grouped
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.study_runs import StudyRuns, TwinTables
+from tiedjax.errors import UserError
+
+# A quarter of the paper's 128, and one permutation a pair: a section of a report should not take longer than its runs.
+EIGENPAIRS = 32
+DRAWS = 1
+
+
+def collect(study: StudyRuns) -> dict[str, Any]:
+    """The distance of every pair of twins over the rows both saw."""
+    searches = Searches(K)
+    pairs = [pair.key | _measured(searches, pair) for pair in study.twins]
+    return {"k": K, "eigenpairs": EIGENPAIRS, "pairs": pairs}
+
+
+def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
+    rows = counting_rows(pair)
+    try:
+        graphs = [graph(searches.of(table, rows)) for table in (pair.subject, pair.reference)]
+        return dict(to_plain(compare(graphs[0], graphs[1], EIGENPAIRS, DRAWS)))
+    except UserError as error:
+        return {"not_measured": str(error)}
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """It has none."""
+    yield from ()
+
+
+def distances(results: drawing.Results) -> list[dict[str, str]]:
+    """Per pair of tables: the distance, what it is by chance, and their ratio."""
+    measured = [p for p in results["spectral"]["pairs"] if "not_measured" not in p]
+    return [
+        {
+            "arm": arm,
+            "name": name,
+            "distance": words.number(interval(p["distance"] for p in pairs).mean),
+            "floor": words.number(interval(p["floor"] for p in pairs).mean),
+            "relative": words.spread(vars(interval(p["relative"] for p in pairs))),
+        }
+        for arm, name, pairs in grouped(measured, results["headline"]["reference"])
+    ]
+
+
+def not_measured(results: Mapping[str, Any]) -> list[str]:
+    """Why pairs were not measured, each reason once."""
+    return list(dict.fromkeys(p["not_measured"] for p in results["spectral"]["pairs"] if "not_measured" in p))

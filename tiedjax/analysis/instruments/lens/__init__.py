@@ -1,0 +1,1 @@
+"""What each hidden state already predicts."""

@@ -1,0 +1,128 @@
+"""`tiedjax analyze lens RUN`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tiedjax.analysis.basis import arguments
+
+HELP = "what each layer already predicts: logit lens and tuned lens"
+SUBJECT = "run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and the options."""
+    arguments.add_run(parser)
+    arguments.add_data(parser)
+    parser.add_argument(
+        "--training-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the run's training text that fit the translators (default: 64 D, at most 32,768)",
+    )
+    arguments.add_count(parser, "--held-out-tokens", 8_192, "held-out tokens that are scored")
+    arguments.add_paper(parser, "translators read one state late, KL only")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    held_out_tokens = arguments.at_least(args, "held-out-tokens")
+    asked = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
+    import numpy as np
+
+    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.run_data import data_of
+    from tiedjax.analysis.basis.tables import open_run
+    from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, CountPredictors
+    from tiedjax.analysis.instruments.lens.lens import lens, training_tokens
+    from tiedjax.analysis.instruments.lens.training import CRITERION
+
+    run = open_run(args.a)
+    prepared = data_of(run, args.data)
+    model = FrozenModel(run)
+    held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    rows, width = model.U_VD.shape
+    training_WS = np.concatenate(list(shown(run, prepared, asked or training_tokens(width))))
+    found = to_plain(lens(model, training_WS, held_out_WS, arguments.reporter("lens")))
+    result: dict[str, Any] = {
+        "inputs": model.describe(args.a),
+        "form": "paper" if args.paper else "corrected",
+        "step": model.step,
+        "rows": rows,
+        "rows_masked_out": 0,
+        "width": width,
+        "unit": "bits",
+        "criterion": CRITERION,
+        **found,
+    }
+    head = (
+        f"{args.a} at step {model.step}: {found['held_out_tokens']} held-out tokens, "
+        f"translators fitted on {found['training_tokens']} training tokens"
+    )
+    if args.paper:
+        for state in result["states"]:
+            state["score"] = {"kl": state.pop("published")["kl"]}
+            del state["logit"], state["tuned"]
+        return result, f"{head}\n{_paper(result['states'])}"
+    counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
+    result["baselines"] = to_plain(counted.beside(model))
+    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{_fits(result['states'])}"
+
+
+def _paper(states: list[dict[str, Any]]) -> str:
+    lines = [[s["name"], s["score"]["kl"]["mean"], _half(s["score"]["kl"])] for s in states]
+    table = arguments.text_table(["state", "KL", "+-"], lines)
+    return f"{table}\nKL(final || lens), bits; paper's form: each state is read with the translator of the state before"
+
+
+def _states(states: list[dict[str, Any]]) -> str:
+    header = ["state", "tuned KL", "+-", "logit KL", "tuned CE", "+-", "logit CE", "paper's form KL"]
+    lines = [
+        [
+            s["name"],
+            s["tuned"]["kl"]["mean"],
+            _half(s["tuned"]["kl"]),
+            s["logit"]["kl"]["mean"],
+            s["tuned"]["cross_entropy"]["mean"],
+            _half(s["tuned"]["cross_entropy"]),
+            s["logit"]["cross_entropy"]["mean"],
+            s["published"]["kl"]["mean"],
+        ]
+        for s in states
+    ]
+    note = "bits; KL(final || lens), CE with the next token; +- half a 95 % interval over held-out windows"
+    return f"{arguments.text_table(header, lines)}\n{note}; paper's form: translators read one state late\n"
+
+
+def _baselines(baselines: dict[str, Any]) -> str:
+    lines = [
+        [name, baselines[name]["kl"]["mean"], baselines[name]["cross_entropy"]["mean"]]
+        for name in ("uniform", "unigram")
+    ]
+    lines.append(["bigram", None, baselines["bigram_cross_entropy"]["mean"]])
+    table = arguments.text_table(["without a model", "KL", "CE"], lines)
+    return f"{table}\ncounted over the {baselines['training_tokens']} training tokens that the run was shown\n"
+
+
+def _fits(states: list[dict[str, Any]]) -> str:
+    lines = [
+        [
+            s["name"],
+            s["fit"]["iterations"],
+            "yes" if s["fit"]["converged"] else "no",
+            s["fit"]["training_kl"],
+            s["tuned"]["kl"]["mean"],
+        ]
+        for s in states
+        if s["fit"]
+    ]
+    from tiedjax.analysis.instruments.lens.training import CRITERION
+
+    table = arguments.text_table(["translator", "iterations", "converged", "training KL", "held-out KL"], lines)
+    return f"{table}\nconverged: {CRITERION}"
+
+
+def _half(span: dict[str, Any]) -> float | None:
+    return None if span["low"] is None else (span["high"] - span["low"]) / 2

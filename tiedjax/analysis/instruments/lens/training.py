@@ -1,0 +1,206 @@
+"""Fitting tuned-lens translators (Belrose et al. 2023, arXiv 2303.08112) to convergence.
+
+The translator of a hidden state x is y = norm(x + x W + b), started at W = 0, b = 0, where it is the logit lens. Its
+loss is the mean of KL(final || softmax(y U^T)). With the final distribution p,
+
+    KL = sum_v p_v log p_v - y . m + logsumexp(U y),    m = sum_v p_v U_v,
+
+so a position's teacher is one [D] vector and one number, and [C, V] logits are needed for a chunk of positions only.
+L-BFGS (Liu and Nocedal 1989) minimises it, its initial inverse Hessian the Kronecker product of two inverses (Martens
+and Grosse 2015): of the second moments of (x, 1), and of the final distribution's mean covariance of the rows of U.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.held_out import CHUNK, FrozenModel, chunks, final_norm, log_probabilities
+from tiedjax.config import ModelConfig
+
+TOLERANCE = 2e-3
+SPAN = 5  # iterations
+MOST_ITERATIONS = 500
+CRITERION = f"the loss fell by less than {TOLERANCE:.1%} over {SPAN} iterations of L-BFGS (at most {MOST_ITERATIONS})"
+_LEAST = 1e-3  # nats; a smaller loss counts as this much, for float32 does not resolve thousandths of it
+_PAIRS = 10  # steps that L-BFGS remembers
+_DAMPING = 1e-3  # of the mean eigenvalue
+
+Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
+class Teacher(NamedTuple):
+    """The final distribution as the loss needs it: m [N, D], sum p log p [N], and the mean covariance of U [D, D]."""
+
+    m_ND: jax.Array
+    negative_entropy_N: jax.Array
+    covariance_DD: np.ndarray
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where a minimisation ended; `value` in nats."""
+
+    point: np.ndarray
+    value: float
+    iterations: int
+    evaluations: int
+    converged: bool
+
+
+def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
+    """What the model's own predictions teach, from the last hidden states of the training positions."""
+    y_ND = model.normed(last_ND)
+    total_V = np.zeros(len(model.U_VD))
+    parts = []
+    for chunk in chunks(len(y_ND)):
+        m_CD, negative_entropy_C, sum_V = _teach(y_ND[chunk], model.U_VD)
+        parts.append((m_CD, negative_entropy_C))
+        total_V += np.asarray(sum_V, np.float64)
+    m_ND, negative_entropy_N = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    p_V, U_VD = total_V / len(y_ND), np.asarray(model.tables.output)
+    covariance_DD = np.zeros((U_VD.shape[1],) * 2)
+    for block in row_blocks(len(U_VD), U_VD.shape[1], itemsize=8):
+        u = np.asarray(U_VD[block], np.float64)
+        covariance_DD += (u * p_V[block, None]).T @ u
+    m = np.asarray(m_ND, np.float64)
+    return Teacher(m_ND, negative_entropy_N, covariance_DD - m.T @ m / len(m))
+
+
+def fit(model: FrozenModel, x_ND: np.ndarray, taught: Teacher) -> Minimum:
+    """The translator of the states x_ND: `point` is float64 [D + 1, D], W above b."""
+    N, D = x_ND.shape
+    x_on_device = jnp.asarray(x_ND)
+
+    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
+        theta = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
+        value, slope = _loss_and_slope(model.config, model.norm, theta, x_on_device, *taught[:2], model.U_VD)
+        return float(value), np.asarray(slope, np.float64).ravel()
+
+    moments = np.zeros((D + 1, D + 1))
+    for block in row_blocks(N, D + 1, itemsize=8):
+        x1 = np.concatenate([np.asarray(x_ND[block], np.float64), np.ones((len(x_ND[block]), 1))], axis=1)
+        moments += x1.T @ x1 / N
+    left, right = _inverse(moments), _inverse(taught.covariance_DD)
+    found = minimise(objective, np.zeros((D + 1) * D), lambda slope: (left @ slope.reshape(D + 1, D) @ right).ravel())
+    return Minimum(found.point.reshape(D + 1, D), found.value, found.iterations, found.evaluations, found.converged)
+
+
+def minimise(
+    objective: Objective,
+    start: np.ndarray,
+    precondition: Callable[[np.ndarray], np.ndarray],
+    *,
+    tolerance: float = TOLERANCE,
+    span: int = SPAN,
+    most: int = MOST_ITERATIONS,
+) -> Minimum:
+    """L-BFGS with an initial inverse Hessian (scaled to the last step), halving until the loss falls enough (Armijo).
+
+    Converged when the value fell by less than `tolerance` of itself over `span` iterations, or when no step lowers it
+    and none promises more than that.
+    """
+    memory: list[tuple[np.ndarray, np.ndarray]] = []
+    point, (value, slope) = start, objective(start)
+    values, evaluations, converged = [value], 1, False
+    while len(values) <= most:
+        direction = -_inverse_hessian(slope, memory, precondition)
+        promise, length = float(slope @ direction), 1.0
+        while True:
+            new = point + length * direction
+            new_value, new_slope = objective(new)
+            evaluations += 1
+            enough = new_value <= value + 1e-4 * length * promise
+            if enough or length < 1e-4:
+                break
+            length /= 2
+        threshold = tolerance * max(value, _LEAST)
+        if not enough:
+            converged = -promise / 2 < threshold
+            if converged or not memory:
+                break
+            memory.clear()  # once more along the preconditioned slope
+            continue
+        if (new - point) @ (new_slope - slope) > 0:
+            memory = [*memory[1 - _PAIRS :], (new - point, new_slope - slope)]
+        point, value, slope = new, new_value, new_slope
+        values.append(value)
+        if len(values) > span and values[-1 - span] - value < threshold:
+            converged = True
+            break
+    return Minimum(point, value, len(values) - 1, evaluations, converged)
+
+
+def _inverse_hessian(
+    slope: np.ndarray, memory: list[tuple[np.ndarray, np.ndarray]], precondition: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The two-loop recursion."""
+    q, weights = slope.copy(), []
+    for step, change in reversed(memory):
+        weights.append((step @ q) / (step @ change))
+        q -= weights[-1] * change
+    q = precondition(q)
+    if memory:
+        step, change = memory[-1]
+        q *= (step @ change) / (change @ precondition(change))
+    for (step, change), weight in zip(memory, reversed(weights), strict=True):
+        q += step * (weight - (change @ q) / (step @ change))
+    return q
+
+
+def _inverse(symmetric: np.ndarray) -> np.ndarray:
+    n = len(symmetric)
+    damping = _DAMPING * np.trace(symmetric) / n + np.finfo(np.float64).tiny
+    return np.linalg.inv(symmetric + damping * np.eye(n))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def translated(cfg: ModelConfig, norm: Any, theta: jax.Array, x_ND: jax.Array) -> jax.Array:
+    """norm(x + x W + b), theta = [W; b]: the states as the output table reads them; exactly norm(x) at theta = 0."""
+    moved_ND = x_ND + jnp.matmul(x_ND, theta[:-1], precision="highest") + theta[-1:]
+    return final_norm(cfg, norm, moved_ND)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_slope(
+    cfg: ModelConfig,
+    norm: Any,
+    theta: jax.Array,
+    x_ND: jax.Array,
+    m_ND: jax.Array,
+    negative_entropy_N: jax.Array,
+    U_VD: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    N, D = x_ND.shape
+    y_ND, pull_back = jax.vjp(lambda theta: translated(cfg, norm, theta, x_ND), theta)
+    C = min(CHUNK, N)
+
+    def cut(a_ND: jax.Array) -> jax.Array:
+        return jnp.pad(a_ND, ((0, -N % C), (0, 0))).reshape(-1, C, D)
+
+    def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        y_CD, m_CD = chunk
+        logits_CV = jnp.matmul(y_CD, U_VD.T, precision="highest")
+        top_C1 = logits_CV.max(axis=-1, keepdims=True)
+        e_CV = jnp.exp(logits_CV - top_C1)
+        sum_C1 = e_CV.sum(axis=-1, keepdims=True)
+        loss_C = (jnp.log(sum_C1) + top_C1)[:, 0] - jnp.sum(y_CD * m_CD, axis=-1)
+        return loss_C, jnp.matmul(e_CV, U_VD, precision="highest") / sum_C1 - m_CD
+
+    loss_KC, slope_KCD = jax.lax.map(one, (cut(y_ND), cut(m_ND)))
+    loss = jnp.mean(loss_KC.reshape(-1)[:N] + negative_entropy_N)
+    return loss, pull_back(slope_KCD.reshape(-1, D)[:N] / N)[0]
+
+
+@jax.jit
+def _teach(y_CD: jax.Array, U_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    log_p_CV = log_probabilities(y_CD, U_VD)
+    p_CV = jnp.exp(log_p_CV)
+    return jnp.matmul(p_CV, U_VD, precision="highest"), jnp.sum(p_CV * log_p_CV, axis=-1), p_CV.sum(axis=0)

@@ -1,0 +1,1 @@
+"""Shared nearest neighbours of two tables."""

@@ -1,0 +1,1 @@
+"""Row norms against token frequency."""

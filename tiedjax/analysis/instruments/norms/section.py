@@ -1,0 +1,125 @@
+"""Norm and frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.statistics import Interval, interval
+from tiedjax.analysis.basis.tables import content_hash
+from tiedjax.analysis.instruments.norms.norms import norms_by_count
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.study_runs import StudyRuns
+from tiedjax.errors import UserError
+
+QUANTITIES = ("norm", "distance_to_mean", "cosine_to_mean")
+
+
+def collect(study: StudyRuns) -> list[dict[str, Any]]:
+    """Rows against frequency in every last table, over the tokens its run saw."""
+    records = []
+    for table in study.tables:
+        about = table.key | {"sha256": content_hash(table.values), "counts": "as target"}
+        try:
+            found = norms_by_count(table.values[table.seen], table.counts[1][table.seen])
+        except UserError as error:
+            records.append(about | {"not_measured": str(error)})
+        else:
+            records.append(about | to_plain(found))
+    return records
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """Its figures."""
+    yield drawing.Plot("norms", [_curves("norm", "row norm", shared) for shared in (False, True)])
+    label = "distance to the mean row"
+    yield drawing.Plot("distance_to_mean", [_curves("distance_to_mean", label, shared) for shared in (False, True)])
+
+
+def centrality(results: drawing.Results) -> str:
+    """Whether frequent tokens lie nearer to the mean row than rare ones, in one sentence."""
+    sides: dict[str, list[str]] = {}
+    for (arm, role), of in _by_table(results):
+        span = _spearman(of, "distance_to_mean")
+        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(arm, role)} ({words.spread(vars(span))})")
+    found = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
+    if not found:
+        return ""
+    return (
+        f"Compared with rare tokens, frequent ones lie {'; '.join(found)} "
+        "(in brackets: the rank correlation of that distance with the count)."
+    )
+
+
+def rows(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm and role: rank correlations with count and the probe, over seeds."""
+    lines = []
+    for (arm, role), of in _by_table(results):
+        line = {"arm": arm, "name": drawing.table_name(arm, role)}
+        line |= {quantity: words.spread(vars(_spearman(of, quantity))) for quantity in QUANTITIES}
+        for field in ("score", "floor"):
+            line[field] = words.spread(vars(interval(n["log_frequency"][field] for n in of)))
+        lines.append(line)
+    return lines
+
+
+def not_measured(results: drawing.Results) -> list[str]:
+    """What could not be measured, and why."""
+    return list(dict.fromkeys(n["not_measured"] for n in results["norms"] if "not_measured" in n))
+
+
+def _spearman(of: Sequence[Mapping[str, Any]], quantity: str) -> Interval:
+    return interval(n[quantity]["spearman"]["mean"] for n in of)
+
+
+def _placed(span: Interval) -> str:
+    """Where frequent tokens lie, as far as the seeds say."""
+    if span.mean is None:
+        return "at a distance that could not be measured"
+    side = f"{'nearer to' if span.mean < 0 else 'farther from'} the mean row"
+    if span.low is None:
+        return f"{side}, by one seed,"
+    return side if span.excludes_zero else "neither measurably nearer to the mean row nor farther from it"
+
+
+def _by_table(results: drawing.Results) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    for arm, of_arm in drawing.by_arm([n for n in results["norms"] if "not_measured" not in n]):
+        for role in dict.fromkeys(n["role"] for n in of_arm):
+            yield (arm, role), [n for n in of_arm if n["role"] == role]
+
+
+def _curves(quantity: str, label: str, shared: bool) -> Callable[[drawing.Axes, drawing.Results], None]:
+    def draw(ax: drawing.Axes, results: drawing.Results) -> None:
+        top = 0.0
+        for (arm, role), found in _by_table(results):
+            at, curves = _mean_bins([n[quantity] for n in found])
+            top = max([top, *curves["quantile_75"]])
+            if (role == "shared") != shared:
+                continue
+            colour = drawing.colours(results)[arm]
+            line = drawing.INPUT if role == "input" else "-"
+            style: dict[str, Any] = {"linestyle": line, "label": drawing.table_name(arm, role)}
+            ax.plot(at, curves["median"], color=colour, marker="o", markersize=3.5, **style)
+            ax.fill_between(at, curves["quantile_25"], curves["quantile_75"], color=colour, alpha=0.14, linewidth=0)
+        ax.set_ylim(0, 1.05 * (top or 1.0))
+        ax.set_xlabel("log10(count as target + 1)")
+        ax.set_ylabel(label)
+        ax.set_title("shared tables" if shared else "separate tables")
+
+    return draw
+
+
+def _mean_bins(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], dict[str, list[float]]]:
+    """The middle of every bin of seen tokens, and its quantiles averaged over runs."""
+    bins: dict[float, list[Mapping[str, float]]] = {}
+    for record in found:
+        for entry in record["bins"]:
+            if entry["high"]:  # the bin of never-seen tokens has no width
+                bins.setdefault((entry["low"] + entry["high"]) / 2, []).append(entry)
+    at = sorted(bins)
+    names = ("median", "quantile_25", "quantile_75")
+    return at, {name: [float(np.mean([e[name] for e in bins[x]])) for x in at] for name in names}

@@ -1,0 +1,134 @@
+"""`tiedjax analyze map A [B]`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.analysis.basis import arguments
+from tiedjax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiedjax.analysis.basis.tables import Table
+    from tiedjax.analysis.instruments.picture.map import Map, Nearest
+
+HELP = "a table in the plane, how far that picture can be trusted, and the nearest rows of single tokens"
+SUBJECT = "tables"
+_TOKENS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A, perhaps B, and the options."""
+    parser.add_argument("a", metavar="A", help=f"a table: {arguments.TABLE}")
+    parser.add_argument("b", metavar="B", nargs="?", help="another, to show beside it")
+    parser.add_argument("--method", default="pca", help="pca, or tsne where openTSNE is installed (default: pca)")
+    parser.add_argument(
+        "--tokens",
+        metavar="TEXT,TEXT,...",
+        help='whose nearest rows are shown: texts of single tokens, or ids as "[12]" (default: the most frequent)',
+    )
+    arguments.add_count(parser, "--neighbours", 5, "nearest rows of each of those tokens")
+    arguments.add_counts(parser)
+    arguments.add_tokenizers(parser, "--tokenizers")
+    arguments.add_all_rows(parser)
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    import numpy as np
+
+    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.instruments.picture.map import draw_map, nearest
+    from tiedjax.analysis.study import words
+
+    k = arguments.at_least(args, "neighbours")
+    inputs = arguments.read_tables(args)
+    tables, mask = inputs.tables, inputs.rows
+    kept = np.arange(len(tables[0].values)) if mask is None else np.flatnonzero(mask)
+    asked, texts_of = _chosen(args, tables, kept)
+    maps = [draw_map(t.values[kept], args.method, report=arguments.reporter("map")) for t in tables]
+    ids_V = _ids(tables[0])
+    near = [[_with_ids(n, ids_V) for n in nearest(t.values, asked, k, mask)] for t in tables]
+    ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
+    texts = {i: words.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
+    result = {
+        **inputs.described,
+        "form": "corrected",
+        "rows": len(kept),
+        "rows_masked_out": len(tables[0].values) - len(kept),
+        "width": tables[0].values.shape[1],
+        "tokens": ids_V[kept],
+        "maps": to_plain(maps),
+        "nearest": to_plain(near),
+        "texts": texts,
+    }
+    lines = [
+        [texts[of[0].token], *(", ".join(f"{texts[i]} {c:.2f}" for i, c in _listed(n)) or "-" for n in of)]
+        for of in zip(*near, strict=True)
+    ]
+    beside = arguments.text_table(["token", *(t.name for t in tables)], lines)
+    head = arguments.heading(
+        f"{' and '.join(t.name for t in tables)} in the plane", len(kept), result["rows_masked_out"], result["width"]
+    )
+    return result, f"{head}{inputs.note}\n{_trust(tables, maps)}\nnearest rows by cosine\n{beside}"
+
+
+def _chosen(args: argparse.Namespace, tables: tuple[Table, ...], kept: np.ndarray) -> tuple[list[int], Any]:
+    """The rows of the tokens whose neighbours are asked for, and what gives ids their texts."""
+    from functools import partial
+
+    from tiedjax.analysis.basis.tokens import most_frequent, token_ids, token_texts
+
+    path = next((t.tokenizer_path for t in tables if t.tokenizer_path), None)
+    counts = arguments.counts_of(*tables)
+    if args.tokens is not None:
+        asked = _rows(tables[0], token_ids(path, [text for text in args.tokens.split(",") if text]))
+    elif counts is not None:
+        asked = most_frequent(counts, _TOKENS)
+    else:
+        asked = kept[:_TOKENS].tolist()
+    return asked, partial(token_texts, path)
+
+
+def _ids(table: Table) -> np.ndarray:
+    """The rows' token ids, int [V]."""
+    import numpy as np
+
+    return np.arange(len(table.values)) if table.ids is None else table.ids
+
+
+def _rows(table: Table, ids: list[int]) -> list[int]:
+    """The rows of those ids. UserError for one that matched no token of the other table."""
+    if table.ids is None:
+        return ids
+    row_of = {int(i): row for row, i in enumerate(table.ids)}
+    missing = [i for i in ids if i not in row_of]
+    if missing:
+        raise UserError(f"map: token {missing[0]} of {table.name} matches no token of the other table")
+    return [row_of[i] for i in ids]
+
+
+def _with_ids(near: Nearest, ids_V: np.ndarray) -> Nearest:
+    """The same with token ids in the place of rows."""
+    return replace(near, token=int(ids_V[near.token]), neighbours=ids_V[near.neighbours].tolist())
+
+
+def _listed(near: Any) -> Any:
+    return zip(near.neighbours, near.cosines, strict=True)
+
+
+def _trust(tables: tuple[Table, ...], maps: list[Map]) -> str:
+    rows = [
+        [
+            table.name,
+            m.method,
+            None if m.explained is None else sum(m.explained),
+            *([None] * 4 if m.trust is None else [m.trust.score, m.trust.floor, m.trust.corrected, m.trust.queries]),
+        ]
+        for table, m in zip(tables, maps, strict=True)
+    ]
+    header = ["table", "map", "variance shown", "trustworthiness", "floor", "corrected", "rows asked"]
+    return arguments.text_table(header, rows)

@@ -1,0 +1,203 @@
+"""Map: a picture of a table in the plane, and how far it can be trusted; the nearest rows of single tokens.
+
+The picture is the projection onto the first two principal components, or openTSNE's layout. Its trustworthiness (Venna
+and Kaski 2001, ICANN) asks whether rows that are neighbours in the picture are neighbours in the table.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiedjax.analysis.basis.blocked import column_means, gram, row_blocks
+from tiedjax.analysis.instruments.alignment.align import correct
+from tiedjax.analysis.instruments.shape.spectrum import check
+from tiedjax.errors import UserError
+
+METHODS = ("pca", "tsne")
+NEAR = 10
+EXACT_ROWS = 4096  # up to which every row is asked for its neighbours
+SAMPLED_ROWS = 500
+_COMPONENTS = 50  # of which openTSNE is given the rows, as is usual (Kobak and Berens 2019, Nature Communications 10)
+_PERPLEXITY = 30.0
+_BYTES = 2**28  # of one matrix of distances
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Trustworthiness for `k` neighbours: 1 where all neighbours in the picture are neighbours in the table.
+
+    `queries` of the `rows` were asked. The floor is exact: its mean over all permutations of the picture's points;
+    `floor_deviation` is that of single ones, were rows independent.
+    """
+
+    score: float
+    floor: float
+    floor_deviation: float
+    corrected: float | None
+    k: int
+    queries: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Map:
+    """A point [x, y] for each of the `rows`, the share of the variance on each axis (None for tsne), and its trust."""
+
+    method: str
+    rows: int
+    width: int
+    coordinates: list[list[float]]
+    explained: list[float] | None
+    trust: Trust | None
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The rows nearest to one token's by cosine, nearest first."""
+
+    token: int
+    neighbours: list[int]
+    cosines: list[float]
+
+
+def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None) -> Map:
+    """The map of all rows, without trust where there are fewer than 5 rows.
+
+    UserError: not [V, D] with D of at least 2, fewer than 3 rows, rows all equal, an unknown method, tsne without
+    openTSNE.
+    """
+    if method not in METHODS:
+        raise UserError(f"map: no method is named {method!r}; the methods are {', '.join(METHODS)}")
+    if table_VD.ndim != 2 or table_VD.shape[1] < 2 or len(table_VD) < 3:
+        raise UserError(
+            f"map: a table must be [V, D] with V of at least 3 and D of at least 2, got {list(table_VD.shape)}"
+        )
+    check(table_VD)
+    report("principal components")
+    if method == "tsne":
+        points_V2, explained = _tsne(table_VD, report), None
+    else:
+        points_V2, explained = principal(table_VD, 2)
+    report("trustworthiness")
+    k = min(NEAR, (len(table_VD) - 1) // 2 - 1)
+    return Map(
+        method=method,
+        rows=len(table_VD),
+        width=table_VD.shape[1],
+        coordinates=points_V2.tolist(),
+        explained=None if explained is None else explained.tolist(),
+        trust=trustworthiness(table_VD, points_V2, k=k) if k else None,
+    )
+
+
+def principal(table_VD: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates on the first principal components, float64 [V, components], and their shares of the variance.
+
+    Of the two directions of a component, the one is taken whose largest loading is positive. UserError where all rows
+    are equal.
+    """
+    mean_D = column_means(table_VD)
+    gram_DD = gram(table_VD, mean_D)
+    values, vectors = np.linalg.eigh(gram_DD)
+    total = float(np.trace(gram_DD))
+    if total <= 1e-24 * len(table_VD) * float(mean_D @ mean_D):
+        raise UserError("map: the rows of the table are all equal; there is nothing to see")
+    loadings_DC = vectors[:, ::-1][:, :components]
+    largest = np.abs(loadings_DC).argmax(axis=0)
+    loadings_DC = loadings_DC * np.sign(loadings_DC[largest, np.arange(loadings_DC.shape[1])])
+    points = np.empty((len(table_VD), loadings_DC.shape[1]))
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+        points[block] = (np.asarray(table_VD[block], np.float64) - mean_D) @ loadings_DC
+    return points, np.maximum(values[::-1][:components], 0) / total
+
+
+def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEAR) -> Trust:
+    """1 - 2 / (Q k (2V - 3k - 1)) * sum over Q rows and their k nearest in the picture of max(0, rank - k), the rank
+    being that neighbour's in the table; Euclidean distances.
+
+    Up to EXACT_ROWS rows Q is V; of more, SAMPLED_ROWS drawn by `numpy.random.default_rng(0)` are asked. UserError for
+    k not from 1 to below V / 2.
+    """
+    V = len(table_VD)
+    if not 1 <= k < V / 2:
+        raise UserError(f"map: trustworthiness needs k from 1 to below {V / 2:g}, half the rows, got {k}")
+    queries = np.arange(V)
+    if V > EXACT_ROWS:
+        queries = np.sort(np.random.default_rng(0).choice(V, SAMPLED_ROWS, replace=False))
+    mean_D = column_means(table_VD)
+    excess = 0
+    for block in row_blocks(len(queries), V, itemsize=8, block_bytes=_BYTES):
+        asked = queries[block]
+        near_Qk = np.argpartition(_distances(points_V2, np.zeros(2), asked), k - 1, axis=1)[:, :k]
+        distance_QV = _distances(table_VD, mean_D, asked)
+        for row, near in zip(distance_QV, near_Qk, strict=True):
+            closer = np.searchsorted(np.sort(row), row[near])  # how many others are closer than each neighbour
+            excess += int(np.maximum(closer + 1 - k, 0).sum())
+    scale = 2 / (len(queries) * k * (2 * V - 3 * k - 1))
+    score = 1 - scale * excess
+    # By chance a neighbour's rank is uniform on 1 .. V - 1.
+    surplus = np.arange(V - 1 - k, dtype=np.float64) + 1
+    mean, square = surplus.sum() / (V - 1), np.square(surplus).sum() / (V - 1)
+    floor = 1 - 2 / (2 * V - 3 * k - 1) * float(mean)
+    deviation = scale * math.sqrt(len(queries) * k * float(square - mean**2))
+    return Trust(score, floor, deviation, correct(score, floor), k, len(queries), V)
+
+
+def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | None = None) -> list[Nearest]:
+    """The k nearest other rows of single tokens by cosine, among `rows` (boolean [V]; default all).
+
+    Rows of zeros are nobody's neighbours; a token whose own row is zero has none. Equal cosines come in order of ids.
+    UserError for a token outside the table.
+    """
+    outside = [t for t in tokens if not 0 <= t < len(table_VD)]
+    if outside:
+        raise UserError(f"map: there is no token {outside[0]}; the table has {len(table_VD)} rows")
+    mine_ND = _unit(table_VD[tokens])
+    cosines_NV = np.empty((len(tokens), len(table_VD)))
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+        cosines_NV[:, block] = mine_ND @ _unit(table_VD[block]).T
+    cosines_NV[np.arange(len(tokens)), tokens] = np.nan
+    if rows is not None:
+        cosines_NV[:, ~rows] = np.nan
+    found = []
+    for token, cosines in zip(tokens, cosines_NV, strict=True):
+        order = np.argsort(-cosines, kind="stable")[:k]  # NaN last
+        order = order[np.isfinite(cosines[order])]
+        found.append(Nearest(token, order.tolist(), np.clip(cosines[order], -1, 1).tolist()))
+    return found
+
+
+def _unit(rows_ND: np.ndarray) -> np.ndarray:
+    """Rows of length 1, float64; NaN for rows of zeros."""
+    rows = np.asarray(rows_ND, np.float64)
+    norm = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norm, out=np.full(rows.shape, np.nan), where=norm > 0)
+
+
+def _distances(table_VD: np.ndarray, mean_D: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances [Q, V] of the asked rows to all, their own infinite."""
+    mine_QD = np.asarray(table_VD[asked], np.float64) - mean_D
+    found = np.empty((len(asked), len(table_VD)))
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+        rows = np.asarray(table_VD[block], np.float64) - mean_D
+        found[:, block] = np.square(rows).sum(axis=1) - 2 * (mine_QD @ rows.T)
+    found += np.square(mine_QD).sum(axis=1, keepdims=True)
+    found[np.arange(len(asked)), asked] = np.inf
+    return found
+
+
+def _tsne(table_VD: np.ndarray, report: Callable[[str], None]) -> np.ndarray:
+    """openTSNE's layout of the leading principal components, begun from the first two; the same every time."""
+    if importlib.util.find_spec("openTSNE") is None:
+        raise UserError('map: tsne needs openTSNE, which is not installed: pip install "tiedjax[tsne]"')
+    from openTSNE import TSNE
+
+    points, _ = principal(table_VD, min(_COMPONENTS, table_VD.shape[1]))
+    report("openTSNE")
+    layout = TSNE(perplexity=min(_PERPLEXITY, (len(points) - 1) / 3), initialization="pca", random_state=0)
+    return np.asarray(layout.fit(points), np.float64)

@@ -1,0 +1,1 @@
+"""The shape of a table's spectrum, and how alike two tables' spaces are."""

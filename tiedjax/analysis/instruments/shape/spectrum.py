@@ -1,0 +1,244 @@
+"""The shape of one table: its singular values, how many directions it fills, and how evenly it fills them.
+
+Every measure stands beside what an isotropic Gaussian table of as many rows and columns and the same sum of squares
+gives (the floor): the mean of `draws` simulations from `numpy.random.default_rng(0)`, or a closed form for the mean
+cosine. The singular values of a Gaussian table are those of the Bartlett factor of its Gram matrix, so that no table
+is drawn for them. All measures are of the table as it is (raw) and centred by its mean row (centred).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.special
+
+from tiedjax.analysis.basis.blocked import column_means, gram, matmul, row_blocks
+from tiedjax.errors import UserError
+
+DRAWS = 5
+_ROUNDING = 1e-12  # a centred table this small beside the raw one is rounding
+_RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A score beside its floor: the mean over isotropic tables, its error, and how far single ones deviate."""
+
+    score: float
+    floor: float
+    floor_standard_error: float | None
+    floor_deviation: float | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Singular values, descending, with what isotropic tables have on average, and what follows from them.
+
+    effective_rank   exp of the entropy of p_i = s_i / sum s (Roy and Vetterli 2007): singular values, not squares
+    stable_rank      sum s^2 / s_1^2
+    first_energy     s_1^2 / sum s^2
+    isotropy         min Z(c) / max Z(c) over c = +-v_i, v_i the right singular vectors, Z(c) = sum over rows w of
+                     exp(c.w) (Mu and Viswanath 2018); depends on the table's scale
+    mean_cosine      mean cosine of two distinct rows with a direction; None for fewer than two
+    """
+
+    singular_values: list[float]
+    isotropic_singular_values: list[float]
+    effective_rank: Measure
+    stable_rank: Measure
+    first_energy: Measure
+    isotropy: Measure
+    mean_cosine: Measure | None
+    rows_left_out: int
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The shape of a table as it is and centred; None where all its rows are zero, or equal."""
+
+    rows: int
+    width: int
+    draws: int
+    raw: Shape | None
+    centred: Shape | None
+
+
+def spectrum(
+    table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None
+) -> Spectrum:
+    """The shape of a table of at least one row. `report` is told what begins. UserError for what is no such table."""
+    check(table_VD)
+    rows, width = table_VD.shape
+    report("singular values")
+    mean_D = column_means(table_VD)
+    centred_DD = gram(table_VD, mean_D)
+    raw_DD = centred_DD + rows * np.outer(mean_D, mean_D)
+    varies = np.trace(centred_DD) > (_ROUNDING**2) * np.trace(raw_DD)
+    shapes: dict[str, Shape | None] = {"raw": None, "centred": None}
+    for name, gram_DD, mean, known in (
+        ("raw", raw_DD, None, np.trace(raw_DD) > 0),
+        ("centred", centred_DD, mean_D, varies),
+    ):
+        if known:
+            report(f"shape of the {name} table")
+            shapes[name] = _shape(table_VD, gram_DD, mean, draws)
+    return Spectrum(rows=rows, width=width, draws=draws, **shapes)
+
+
+def check(table_VD: np.ndarray) -> None:
+    """UserError for other than 2 dimensions, no rows, and numbers that are not finite or cannot be squared."""
+    if table_VD.ndim != 2 or not table_VD.size:
+        raise UserError(f"spectrum: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
+    peak = 0.0
+    for block in row_blocks(*table_VD.shape):
+        part = np.abs(table_VD[block])
+        peak = max(peak, float(part.max()) if np.isfinite(part).all() else math.inf)
+    if peak and not _RANGE[0] < peak < _RANGE[1]:
+        raise UserError(f"spectrum: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")
+
+
+def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None, draws: int) -> Shape:
+    rows, width = table_VD.shape
+    centred = mean_D is not None
+    values, vectors = np.linalg.eigh(gram_DD)
+    s_D, v_DD = np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
+    log_Z = _log_partitions(table_VD, mean_D, v_DD)
+    rng = np.random.default_rng(0)
+    free = rows - centred
+    simulated, isotropies = [], []
+    for _ in range(draws):
+        drawn = isotropic_singular_values(free, width, rng)
+        drawn *= math.sqrt(np.square(s_D).sum() / np.square(drawn).sum())
+        simulated.append(drawn)
+        isotropies.append(_isotropy(_isotropic_log_partitions(drawn, rows, centred, rng)))
+    by_draw = lambda of: _measure(of(s_D), [of(drawn) for drawn in simulated])
+    cosine, left_out = _mean_cosine(table_VD, mean_D)
+    return Shape(
+        singular_values=s_D[: min(rows, width)].tolist(),
+        isotropic_singular_values=np.mean(simulated, axis=0)[: min(rows, width)].tolist(),
+        effective_rank=by_draw(effective_rank),
+        stable_rank=by_draw(stable_rank),
+        first_energy=by_draw(lambda s: 1 / stable_rank(s)),
+        isotropy=_measure(_isotropy(log_Z), isotropies),
+        mean_cosine=cosine,
+        rows_left_out=left_out,
+    )
+
+
+def effective_rank(s_D: np.ndarray) -> float:
+    """exp of the entropy of singular values divided by their sum."""
+    p = s_D[s_D > 0] / s_D.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def stable_rank(s_D: np.ndarray) -> float:
+    """The sum of squared singular values over the largest square."""
+    return float(np.square(s_D).sum() / np.square(s_D).max())
+
+
+def isotropic_singular_values(rows: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Singular values, descending [width], of a table of independent standard normal numbers.
+
+    Bartlett 1933: X'X = A A' in law, A lower triangular with independent entries, standard normal below the diagonal
+    and on it chi with rows, rows - 1, ... degrees of freedom. A table of fewer rows than columns is drawn transposed.
+    """
+    size, freedom = min(rows, width), max(rows, width)
+    factor = np.tril(rng.standard_normal((size, size)), -1)
+    factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(freedom - np.arange(size)))
+    values = np.linalg.eigvalsh(factor @ factor.T)[::-1]
+    return np.concatenate([np.sqrt(np.maximum(values, 0)), np.zeros(width - size)])
+
+
+def mean_cosine_floor(rows: int, width: int, centred: bool) -> tuple[float, float]:
+    """Mean and standard deviation of the mean cosine of distinct rows of an isotropic Gaussian table.
+
+    Raw rows are independent: 0, and sqrt(2 / (n (n - 1) D)). Centred rows correlate by r = -1 / (n - 1), which makes
+    the mean cosine c r 2F1(1/2, 1/2; D/2 + 1; r^2) with c = (2 / D) (Gamma((D + 1) / 2) / Gamma(D / 2))^2, the
+    expected cosine of correlated normal vectors; the deviation, (1 - c) sqrt(2 / D) / (n - 1), is for many rows.
+    """
+    if not centred:
+        return 0.0, math.sqrt(2 / (rows * (rows - 1) * width))
+    r = -1 / (rows - 1)
+    half = scipy.special.gammaln((width + 1) / 2) - scipy.special.gammaln(width / 2)
+    c = 2 / width * math.exp(2 * half)
+    return c * r * float(scipy.special.hyp2f1(0.5, 0.5, width / 2 + 1, r * r)), (1 - c) * math.sqrt(2 / width) * -r
+
+
+def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Measure | None, int]:
+    """(|sum of unit rows|^2 - n) / (n (n - 1)), and how many rows have no direction."""
+    total_D, n = np.zeros(table_VD.shape[1]), 0
+    least = 0.0 if mean_D is None else _ROUNDING * float(np.linalg.norm(mean_D))
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+        x_BD = _centred(table_VD[block], mean_D)
+        norm_B = np.linalg.norm(x_BD, axis=1)
+        known = norm_B > least
+        total_D += (x_BD[known] / norm_B[known, None]).sum(axis=0)
+        n += int(known.sum())
+    left_out = len(table_VD) - n
+    if n < 2:
+        return None, left_out
+    floor, deviation = mean_cosine_floor(n, table_VD.shape[1], mean_D is not None)
+    return Measure((float(total_D @ total_D) - n) / (n * (n - 1)), floor, 0.0, deviation), left_out
+
+
+def _log_partitions(table_VD: np.ndarray, mean_D: np.ndarray | None, v_DD: np.ndarray) -> np.ndarray:
+    """log Z(v_i) and log Z(-v_i), [2, D]."""
+    sums = _LogSums(v_DD.shape[1])
+    v_DD = np.ascontiguousarray(v_DD, np.float32)
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+        sums.add(matmul(_centred(table_VD[block], mean_D).astype(np.float32), v_DD))
+    return sums.result()
+
+
+def _isotropic_log_partitions(s_D: np.ndarray, rows: int, centred: bool, rng: np.random.Generator) -> np.ndarray:
+    """The same of a Gaussian table with singular values s: its rows' coordinates along v_i are s_i u_i.
+
+    u_i is uniform among the unit vectors (centred: among those that sum to 0). That two of them are orthogonal is not
+    imposed; it moves no Z by more than a share of 1 / rows.
+    """
+    found = np.empty((2, len(s_D)))
+    for block in row_blocks(len(s_D), rows, itemsize=8):
+        u_BV = rng.standard_normal((block.stop - block.start, rows), np.float32)
+        if centred:
+            u_BV -= u_BV.mean(axis=1, keepdims=True)
+        u_BV *= (s_D[block] / np.linalg.norm(u_BV, axis=1))[:, None].astype(np.float32)
+        sums = _LogSums(len(u_BV))
+        sums.add(u_BV.T)
+        found[:, block] = sums.result()
+    return found
+
+
+class _LogSums:
+    """log of the sum over rows of exp(x) and exp(-x), column by column, whatever the size of x."""
+
+    def __init__(self, columns: int):
+        self._peak, self._sum = np.full((2, columns), -np.inf), np.zeros((2, columns))
+
+    def add(self, x_BD: np.ndarray) -> None:
+        for i, (sign, most) in enumerate([(1, x_BD.max(axis=0)), (-1, -x_BD.min(axis=0))]):
+            peak = np.maximum(self._peak[i], most)
+            part = np.exp(sign * x_BD - peak.astype(x_BD.dtype)).sum(axis=0, dtype=np.float64)
+            self._sum[i] = self._sum[i] * np.exp(self._peak[i] - peak) + part
+            self._peak[i] = peak
+
+    def result(self) -> np.ndarray:
+        return self._peak + np.log(self._sum)
+
+
+def _isotropy(log_Z: np.ndarray) -> float:
+    return float(np.exp(log_Z.min() - log_Z.max()))
+
+
+def _centred(block_BD: np.ndarray, mean_D: np.ndarray | None) -> np.ndarray:
+    x_BD = np.asarray(block_BD, np.float64)
+    return x_BD if mean_D is None else x_BD - mean_D
+
+
+def _measure(score: float, simulated: list[float]) -> Measure:
+    n = len(simulated)
+    deviation = float(np.std(simulated, ddof=1)) if n > 1 else None
+    error = None if deviation is None else deviation / math.sqrt(n)
+    return Measure(score, float(np.mean(simulated)), error, deviation)

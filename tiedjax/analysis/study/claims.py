@@ -1,0 +1,69 @@
+"""What the literature on tied tables claims, put to a study's results: the baseline arm, over seeds.
+
+Each claim is turned into a quantity that is above 0 if it is true; `verdict` decides it among all statements of the
+study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tiedjax.analysis.basis.statistics import Interval, interval
+from tiedjax.analysis.study.verdict import Statement, affine
+
+Results = Mapping[str, Any]
+
+
+def claims(results: Results) -> dict[str, Statement]:
+    """By name, every claim that the results have something to say about."""
+    made = [*_early_layers(results), *_centrality(results), *_calibration(results), *_cooccurrence(results)]
+    return {name: Statement(claim, margin) for name, claim, margin in made}
+
+
+def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
+    """Early layers hurt: the tuned lens of an early state is farther from the final prediction, or from the text."""
+    arm, reference = results["headline"]["arm"], results["headline"]["reference"]
+    for twin in results["lens"]["twins"]:
+        if twin["arm"] == arm and twin["early"]:
+            where = f"at the input of {arm}" if twin["state"] == 0 else f"after {twin['name']} of {arm}"
+            claim = f"the tuned lens {where} is farther from the final prediction than {reference}'s (bits)"
+            yield f"{arm}_lens_farther_at_{twin['state']}", claim, Interval(**twin["tuned_kl"])
+            claim = (
+                f"the tuned lens {where} is worse at the next token than {reference}'s by more than in the end (bits)"
+            )
+            yield f"{arm}_lens_worse_at_{twin['state']}", claim, Interval(**twin["beyond_last"])
+
+
+def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:
+    """Frequent tokens central, rare ones at the rim."""
+    arm = results["headline"]["arm"]
+    found = [n for n in results["norms"] if n["arm"] == arm and n["role"] == "shared" and "not_measured" not in n]
+    if found:
+        span = interval(n["distance_to_mean"]["spearman"]["mean"] for n in found)
+        claim = f"frequent tokens lie nearer to the mean row of {arm} than rare ones (rank correlation)"
+        yield f"{arm}_frequent_central", claim, affine(span, -1.0, 0.0)
+
+
+def _calibration(results: Results) -> Iterator[tuple[str, str, Interval]]:
+    """Over-confidence on frequent tokens, under-prediction of rare ones, against the untied twin."""
+    arm, reference = results["headline"]["arm"], results["headline"]["reference"]
+    for twin in results["calibration"]["twins"]:
+        if twin["arm"] != arm:
+            continue
+        if twin["stratum"] == "frequent":
+            claim = f"{arm} is more over-confident than {reference} where it bets on a frequent token"
+            yield f"{arm}_overconfident_on_frequent", claim, Interval(**twin["overconfidence"])
+        if twin["stratum"] == "rare":
+            claim = f"{arm} gives rare tokens less of their due than {reference} (log2)"
+            yield f"{arm}_underpredicts_rare", claim, affine(Interval(**twin["log2_ratio"]), -1.0, 0.0)
+
+
+def _cooccurrence(results: Results) -> Iterator[tuple[str, str, Interval]]:
+    """Tied cosines follow output co-occurrence."""
+    arm = results["headline"]["arm"]
+    records = results["cooccurrence"]
+    found = [r for r in records if r["arm"] == arm and r["role"] == "shared" and "not_measured" not in r]
+    if found:
+        claim = f"cosines of {arm} follow what comes before a token more than what comes after it (rank correlation)"
+        yield f"{arm}_follows_output_cooccurrence", claim, interval(r["difference"]["score"] for r in found)

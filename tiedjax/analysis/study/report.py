@@ -1,0 +1,174 @@
+"""The report: figures and one offline HTML page, drawn from results.json alone; its sections are in `sections`."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from tiedjax.analysis.basis import drawing, published
+from tiedjax.analysis.study import words
+from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
+from tiedjax.errors import UserError
+from tiedjax.files import write_atomically
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "svg.hashsalt": "tiedjax",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": drawing.INK,
+    "axes.labelcolor": drawing.INK,
+    "axes.edgecolor": drawing.MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": drawing.GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "xtick.color": drawing.MUTED,
+    "ytick.color": drawing.MUTED,
+    "xtick.labelcolor": drawing.INK,
+    "ytick.labelcolor": drawing.INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "axes.facecolor": "none",
+}
+
+
+Drawings = Mapping[str, Sequence[str]]  # plot: its panels as SVG elements
+_PACKAGE = "tiedjax.analysis"  # under which every template lies
+
+
+def write_report(results: drawing.Results, out: Path, drawings: Drawings | None = None) -> None:
+    """Writes figures/*.{png,pdf} and report.html under `out` from a results.json dict; the same dict gives the same
+    page.
+
+    `drawings` are what `draw` gave for every section, if others have drawn them. UserError when `out` cannot be
+    written.
+    """
+    refuse_other_results(results)
+    if drawings is None:
+        drawings = {name: panels for section in SECTIONS for name, panels in draw(results, section, out).items()}
+    write_atomically(Path(out) / "report.html", _page(results, drawings))
+
+
+def refuse_other_results(results: drawing.Results) -> None:
+    """UserError unless these are the results of a study, as this version writes them."""
+    if results.get("kind") != "study":
+        raise UserError("report: these are not the results of a study; `tiedjax study` writes them to results.json")
+    if results.get("schema") != SCHEMA:
+        raise UserError(
+            f"report: results.json has schema {results.get('schema')}, this version draws {SCHEMA}; "
+            "`tiedjax study` analyses the finished runs again"
+        )
+
+
+def draw(results: drawing.Results, section: str, out: Path) -> dict[str, list[str]]:
+    """Writes one section's figures/*.{png,pdf} under `out`; returns their panels as SVG; UserError as above."""
+    folder = Path(out) / "figures"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    drawings = {}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever style the caller draws in, the report looks the same
+        matplotlib.rcParams.update(_STYLE)
+        for plot in SECTIONS[section].plots(results):
+            figure = _figure(plot.panels, plot.size, results)
+            for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
+                write_atomically(folder / f"{plot.name}.{suffix}", _rendered(figure, suffix, metadata))
+            drawings[plot.name] = [
+                _inline_svg(_figure([panel], plot.size, results), f"{plot.name}-{i}")
+                for i, panel in enumerate(plot.panels)
+            ]
+    return drawings
+
+
+def _template(section: ModuleType) -> str:
+    """Where a section's template lies in the package: beside it, under its name."""
+    return section.__name__.removeprefix(f"{_PACKAGE}.").replace(".", "/") + ".html.j2"
+
+
+def _page(results: drawing.Results, drawings: Drawings) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(_PACKAGE, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    colours = drawing.colours(results)
+    index = {arm: drawing.LIGHT.index(colour) for arm, colour in colours.items()}
+    return environment.get_template("study/report.html.j2").render(
+        r=results,
+        w=words,
+        published=published,
+        sections=SECTIONS,
+        templates={name: _template(section) for name, section in SECTIONS.items()},
+        # Matplotlib escapes every text that it draws, so what came from the results is text here too.
+        svgs={name: list(map(Markup, panels)) for name, panels in drawings.items()},
+        arm_index=index,
+        light=drawing.LIGHT,
+        dark=drawing.DARK,
+    )
+
+
+def _figure(
+    panels: Sequence[Callable[[drawing.Axes, drawing.Results], None]],
+    size: tuple[float, float],
+    results: drawing.Results,
+) -> Figure:
+    layout = ConstrainedLayoutEngine()
+    figure = Figure(figsize=(size[0] * len(panels), size[1]), layout=layout)
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, len(panels), i + 1) for i in range(len(panels))]
+    for ax, panel in zip(axes, panels, strict=True):
+        panel(ax, results)
+    entries: dict[str, Any] = {}
+    for ax in axes:
+        entries |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if entries:
+        columns = min(len(entries), 3 * len(panels))
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+    layout.execute(figure)
+    figure.set_layout_engine("none")  # laid out once, not again for every format
+    return figure
+
+
+def _rendered(figure: Figure, suffix: str, metadata: Mapping[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(
+        stream, format=suffix, dpi=200, metadata=dict(metadata), facecolor="white" if suffix == "png" else "none"
+    )
+    return stream.getvalue()
+
+
+def _inline_svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element that takes its colours and its font from the page around it."""
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        text = _rendered(figure, "svg", {"Date": None, "Creator": None}).decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
+    # Only what is referred to (markers, clip paths) keeps its id, which the salt makes unique on the page.
+    text = re.sub(r' id="(?![pm][0-9a-f]{8,}")[^"]*"', "", text)
+    for i, colour in enumerate(drawing.LIGHT):
+        text = text.replace(colour, f"var(--arm{i})")
+    for colour, variable in [(drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "line")]:
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
