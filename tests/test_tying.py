@@ -26,7 +26,7 @@ def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
 def split_gradients(cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1) -> Any:
     """((params gradient, role gradients, what the lookup's tap observes), mean loss) of one batch, as the train step
     computes them; without taps the latter two are None."""
-    scheme = SCHEMES[cfg.tying.scheme]
+    scheme = tying.scheme_of(cfg.tying)
     total = step.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
     tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
 
@@ -149,7 +149,7 @@ def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> N
     jax.tree.map(np.testing.assert_array_equal, raw, roles)
     assert same == square
     jax.tree.map(np.testing.assert_array_equal, scaled, unobserved)
-    transpose = jax.linear_transpose(SCHEMES[scheme].tables, params["tables"])
+    transpose = jax.linear_transpose(tying.scheme_of(cfg.tying).tables, params["tables"])
     (expected,) = transpose(Tables(4 * roles.input, 0.5 * roles.output))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), scaled["tables"], expected)
 
@@ -162,7 +162,7 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
     for i in range(4):
         state, _ = steps.train(state, random_tokens(cfg, i), ones(), np.zeros(cfg.model.table_rows, np.int32))
     assert list(state.params["tables"]) == ["shared"]
-    tables = SCHEMES["tied"].tables(state.params["tables"])
+    tables = tying.scheme_of(cfg.tying).tables(state.params["tables"])
     assert tables.input is tables.output
     assert np.abs(np.asarray(tables.input) - before).max() > 1e-3
 
@@ -197,6 +197,49 @@ def test_each_switch_changes_one_thing_at_step_0() -> None:
         for b in tables[:i]:
             cosine = np.sum(a * b) / np.linalg.norm(a) / np.linalg.norm(b)
             assert abs(cosine) < 4 / np.sqrt(a.size)
+
+
+def test_a_compiled_step_depends_on_every_option_of_tying_but_the_scales() -> None:
+    """An option that a scheme is given later must not be dropped on the way to what compiles."""
+    options = TyingConfig(scheme="untied", input_grad_scale=5.0, output_grad_scale=0.5)
+    kept = tying.without_scales(options)
+    differing = {name for name, value in vars(options).items() if vars(kept)[name] != value}
+    assert differing == {"input_grad_scale", "output_grad_scale"}
+
+
+def test_a_scheme_declares_the_shape_axes_and_law_of_each_of_its_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table and a matrix of its width: they start as declared, are sharded as declared, and both are trained."""
+
+    def turned(options: TyingConfig) -> tying.Scheme:
+        matrix = tying.Parameter("turn", lambda V, D: (D, D), ("embed", None), lambda key, shape: jnp.eye(*shape))
+        return tying.Scheme(
+            (tying.Parameter("input"), matrix), lambda params: Tables(params["input"], params["input"] @ params["turn"])
+        )
+
+    plain = nn.unbox(lm.init_params(small_config("untied"), jax.random.key(1)))
+    monkeypatch.setitem(SCHEMES, "untied", turned)
+    lm._abstract_params.cache_clear()
+    step._make_steps.cache_clear()
+    cfg = small_config("untied", data=DataConfig(batch_size=8, microbatches=2))
+    try:
+        boxed = lm.init_params(cfg, jax.random.key(1))["tables"]
+        assert {name: box.names for name, box in boxed.items()} == {
+            "input": ("vocab", "embed"),
+            "turn": ("embed", None),
+        }
+        start = nn.unbox(boxed)
+        np.testing.assert_array_equal(start["turn"], np.eye(cfg.model.d_model))
+        np.testing.assert_array_equal(start["input"], plain["tables"]["input"])
+        assert not tying.scheme_of(cfg.tying).shares_one_table
+        steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+        state = steps.init(jax.random.key(1))
+        for i in range(2):
+            state, metrics = steps.train(state, random_tokens(cfg, i), ones(), np.zeros(cfg.model.table_rows, np.int32))
+        assert np.isfinite(metrics["loss"])
+        assert all(np.abs(np.asarray(state.params["tables"][name]) - start[name]).max() > 1e-3 for name in start)
+    finally:
+        lm._abstract_params.cache_clear()
+        step._make_steps.cache_clear()
 
 
 def test_the_config_names_every_scheme() -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tiedjax import loss, model, tying
-from tiedjax.config import RunConfig, TyingConfig
+from tiedjax.config import RunConfig
 from tiedjax.lookup import lookup
 from tiedjax.rng import key_for
 from tiedjax.sharding import Layout
@@ -29,17 +29,15 @@ def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
     """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme."""
     V, D = cfg.model.table_rows, cfg.model.d_model
     law = model.truncated_normal(D**-0.5)
-    table = lambda key: nn.LogicallyPartitioned(law(key, (V, D)), names=("vocab", "embed"))
-    scheme = tying.SCHEMES[cfg.tying.scheme]
     return {
-        "tables": tying.init_tables(scheme, root, table),
+        "tables": tying.init_tables(tying.scheme_of(cfg.tying), root, (V, D), law),
         "body": model.init_body(cfg.model, key_for(root, "body")),
     }
 
 
 def abstract_params(cfg: RunConfig) -> dict[str, Any]:
     """The shapes and dtypes of `init_params`, unboxed; traced once for runs of one model and scheme."""
-    return _abstract_params(RunConfig(model=cfg.model, tying=TyingConfig(scheme=cfg.tying.scheme)))
+    return _abstract_params(RunConfig(model=cfg.model, tying=tying.without_scales(cfg.tying)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -94,7 +94,7 @@ class Run:
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
         abstract = _without_sharding(abstract_params(self.config)["tables"])
         saved = snapshots.restore(step, abstract)
-        tables = tying.SCHEMES[self.config.tying.scheme].tables(saved)
+        tables = tying.scheme_of(self.config.tying).tables(saved)
         return RunTables(tables.input, tables.output, tables.input is tables.output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:

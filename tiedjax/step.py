@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from tiedjax import model, sharding, tying
-from tiedjax.config import DataConfig, RunConfig, TrainConfig, TyingConfig
+from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
 from tiedjax.lm import SummedLoss, init_params, summed_loss
 from tiedjax.optimizer import learning_rate, make_optimizer
@@ -131,7 +131,7 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
     in it, the role gradients, `Tables` of [V, D], do not. `square` is the sum of squares of the mean loss's gradient
     with respect to the looked-up vectors of the whole batch, [B, T, D].
     """
-    scheme = tying.SCHEMES[cfg.tying.scheme]
+    scheme = tying.scheme_of(cfg.tying)
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), cfg.data.microbatches)
 
     def mean_loss(
@@ -175,7 +175,7 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     return _make_steps(
         RunConfig(
             model=decided(cfg, mesh).model,
-            tying=TyingConfig(scheme=cfg.tying.scheme),
+            tying=tying.without_scales(cfg.tying),
             optimizer=cfg.optimizer,
             data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
             train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
@@ -186,7 +186,7 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 
 @functools.lru_cache(maxsize=8)
 def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
-    scheme = tying.SCHEMES[cfg.tying.scheme]
+    scheme = tying.scheme_of(cfg.tying)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
 

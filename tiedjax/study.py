@@ -80,10 +80,10 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
             tree = merge(merge(merge(base, study.overrides), changes), last)
             runs[arm, seed] = structure(RunConfig, merge(tree, {"train": {"seed": seed}}), f"{path}: arm {arm!r}")
     for arm, shared in [(study.reference, False), (study.baseline, True)]:
-        scheme = runs[arm, study.seeds[0]].tying.scheme
-        if tying.SCHEMES[scheme].shares_one_table != shared:
+        options = runs[arm, study.seeds[0]].tying
+        if tying.scheme_of(options).shares_one_table != shared:
             wanted = "one table in both roles" if shared else "a table for each role"
-            raise UserError(f"{path}: arm {arm!r} needs a scheme with {wanted}, its tying.scheme is {scheme!r}")
+            raise UserError(f"{path}: arm {arm!r} needs a scheme with {wanted}, its tying.scheme is {options.scheme!r}")
     if len(threads := sorted({cfg.train.threads for cfg in runs.values()})) > 1:
         raise UserError(f"{path}: train.threads: must be one number for all arms, got {threads}")
     return Plan(path.stem, study, runs)

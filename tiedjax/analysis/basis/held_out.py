@@ -50,7 +50,7 @@ class FrozenModel:
     def __init__(self, run: Any, step: int | None = None) -> None:
         params = run.params(step)
         self.step: int = run.checkpoint_steps[-1] if step is None else step
-        tables = tying.SCHEMES[run.config.tying.scheme].tables(params["tables"])
+        tables = tying.scheme_of(run.config.tying).tables(params["tables"])
         self.tables = RunTables(tables.input, tables.output, tables.input is tables.output)
         self.config: ModelConfig = dataclasses.replace(
             run.config.model, dtype="float32", remat="none", attention="auto"

@@ -1,0 +1,96 @@
+"""The schemes: what arrays the tables come from, and how.
+
+To add one: a function from `TyingConfig` to `Scheme`, an entry in `SCHEMES`, and its name and options in `TyingConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tiedjax.config import TyingConfig
+from tiedjax.rng import key_for
+from tiedjax.tying.tables import SHARED, Tables
+
+Law = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One array that a scheme owns.
+
+    Attributes:
+      name: its key in the parameters, and the end of its random key's name, "tables/NAME".
+      shape: from the tables' (V, D) to its own.
+      axes: the logical axis of each dimension, None where it is never sharded.
+      law: from (key, shape) to its initial value; None: the law of the tables.
+    """
+
+    name: str
+    shape: Callable[[int, int], tuple[int, ...]] = lambda V, D: (V, D)
+    axes: tuple[str | None, ...] = ("vocab", "embed")
+    law: Law | None = None
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How two tables come from parameters.
+
+    Attributes:
+      parameters: the arrays it owns; each starts from its own random key.
+      tables: from {name: array} to `Tables` of [V, D]; differentiable, so that its transpose merges the role gradients.
+    """
+
+    parameters: tuple[Parameter, ...]
+    tables: Callable[[Mapping[str, jax.Array]], Tables]
+
+    @property
+    def shares_one_table(self) -> bool:
+        """Whether both roles are one and the same array."""
+        tables = self.tables({each.name: jnp.zeros(each.shape(1, 1)) for each in self.parameters})
+        return tables.input is tables.output
+
+
+def _tied(cfg: TyingConfig) -> Scheme:
+    # The tied table has a name of its own: were it called "output", it would start equal to the untied output table,
+    # and every later similarity between the two would be part inheritance.
+    return Scheme((Parameter(SHARED),), lambda params: Tables(params[SHARED], params[SHARED]))
+
+
+def _untied(cfg: TyingConfig) -> Scheme:
+    return Scheme(
+        (Parameter("input"), Parameter("output")),
+        lambda params: Tables(params["input"], params["output"]),
+    )
+
+
+SCHEMES: dict[str, Callable[[TyingConfig], Scheme]] = {"tied": _tied, "untied": _untied}
+
+
+def scheme_of(cfg: TyingConfig) -> Scheme:
+    """The scheme of a config, with its options."""
+    return SCHEMES[cfg.scheme](cfg)
+
+
+def without_scales(cfg: TyingConfig) -> TyingConfig:
+    """What a compiled step depends on: all but the role scales, which it is given as arguments."""
+    return dataclasses.replace(cfg, input_grad_scale=1.0, output_grad_scale=1.0)
+
+
+def init_tables(scheme: Scheme, root: jax.Array, shape: tuple[int, int], law: Law) -> dict[str, Any]:
+    """The scheme's parameters for tables of `shape` [V, D], boxed with their logical axes; `law` is that of the tables.
+
+    Each has the key named "tables/NAME" under `root`.
+    """
+    return {
+        each.name: nn.LogicallyPartitioned(
+            (each.law or law)(key_for(root, f"tables/{each.name}"), each.shape(*shape)), names=each.axes
+        )
+        for each in scheme.parameters
+    }

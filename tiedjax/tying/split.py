@@ -1,0 +1,50 @@
+"""The exact split of the tables' gradient by role, and what scales it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tiedjax.config import TyingConfig
+from tiedjax.tying.tables import Tables
+
+
+def role_scale(cfg: TyingConfig) -> Tables:
+    """The factors on the two role gradients, as float32 scalars."""
+    return Tables(jnp.float32(cfg.input_grad_scale), jnp.float32(cfg.output_grad_scale))
+
+
+def zero_taps(tables: Tables) -> Tables:
+    """Taps for `split_gradient`: zeros like the tables, which no forward pass reads."""
+    return jax.tree.map(jnp.zeros_like, tables)
+
+
+@jax.custom_vjp
+def split_gradient(tables: Tables, taps: Tables | None, scale: Tables | None) -> Tables:
+    """The identity on `tables`, whose backward pass reads and scales the gradient of each role.
+
+    Args:
+      tables: `Tables` of [V, D].
+      taps: `Tables` of zeros [V, D]; the gradient with respect to them is the raw role gradient, before any scale. None
+        observes nothing.
+      scale: `Tables` of scalars that multiply what goes on to the parameters. None multiplies nothing.
+
+    Observing and scaling are independent: either may be None.
+    """
+    return tables
+
+
+def _split_forward(tables: Tables, taps: Tables | None, scale: Tables | None) -> tuple[Tables, Any]:
+    observed = None if taps is None else ()
+    return tables, (scale, observed)
+
+
+def _split_backward(residuals: Any, raw: Tables) -> tuple[Tables, Tables | None, None]:
+    scale, observed = residuals
+    passed = raw if scale is None else jax.tree.map(lambda s, g: s.astype(g.dtype) * g, scale, raw)
+    return passed, None if observed is None else raw, None
+
+
+split_gradient.defvjp(_split_forward, _split_backward)
