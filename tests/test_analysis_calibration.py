@@ -20,7 +20,8 @@ from test_analysis_summary import fake_study
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.instruments.calibration import section as section
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.calibration import section
 from tiedjax.analysis.instruments.calibration.calibration import (
     BINS,
     Forecasts,
@@ -29,7 +30,6 @@ from tiedjax.analysis.instruments.calibration.calibration import (
     forecasts,
     frequency_bins,
 )
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 from tiedjax.run import Run, load_run
 

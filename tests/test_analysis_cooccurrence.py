@@ -17,9 +17,9 @@ from test_analysis_summary import fake_study
 from tiedjax import cli, load_run
 from tiedjax.analysis.basis.pairs import agreements, rank_matrix
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.instruments.cooccurrence import section as section
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.cooccurrence import section
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, cooccurrence, ppmi
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.prepared import Windows
 from tiedjax.errors import UserError
 

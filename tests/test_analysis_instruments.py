@@ -10,7 +10,8 @@ from scipy import stats
 
 from tiedjax.analysis.basis.records import to_plain, write_json
 from tiedjax.analysis.basis.statistics import interval, paired, spearman
-from tiedjax.analysis.basis.tokens import most_frequent, token_rows, token_texts
+from tiedjax.analysis.basis.tokens import most_frequent, token_texts
+from tiedjax.analysis.study.examples import token_rows
 from tiedjax.errors import UserError
 
 # ---- statistics

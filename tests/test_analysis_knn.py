@@ -11,11 +11,11 @@ import pytest
 from scipy import stats
 
 from tiedjax.analysis import command
+from tiedjax.analysis.basis.study_runs import LastTable, TwinTables
 from tiedjax.analysis.instruments.neighbours import search as search
-from tiedjax.analysis.instruments.neighbours import section as section
+from tiedjax.analysis.instruments.neighbours import section
 from tiedjax.analysis.instruments.neighbours.knn import hubness, knn, shared
 from tiedjax.analysis.instruments.neighbours.search import neighbours
-from tiedjax.analysis.study.study_runs import LastTable, TwinTables
 from tiedjax.errors import UserError
 
 

@@ -22,12 +22,11 @@ from tiedjax import cli
 from tiedjax.analysis.basis import held_out
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
 from tiedjax.analysis.basis.run_data import data_of
-from tiedjax.analysis.instruments.lens import baselines, training
-from tiedjax.analysis.instruments.lens import section as section
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.lens import baselines, section, training
 from tiedjax.analysis.instruments.lens.baselines import CountPredictors
 from tiedjax.analysis.instruments.lens.lens import early_states, lens, published_translator, read, tuned_translator
 from tiedjax.analysis.instruments.lens.training import Minimum, fit, minimise, teacher
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.batches import Batches
 from tiedjax.errors import UserError
 from tiedjax.lookup import lookup

@@ -17,11 +17,11 @@ from test_analysis_summary import fake_study
 
 from tiedjax.analysis.basis import tables
 from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tokens import token_ids, token_texts
 from tiedjax.analysis.instruments.picture import map as module
-from tiedjax.analysis.instruments.picture import section as section
+from tiedjax.analysis.instruments.picture import section
 from tiedjax.analysis.instruments.picture.map import draw_map, nearest, principal, trustworthiness
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
 

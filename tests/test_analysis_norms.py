@@ -12,7 +12,7 @@ from test_analysis_command import analyze
 
 from tiedjax.analysis.basis import maps
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.instruments.norms import section as section
+from tiedjax.analysis.instruments.norms import section
 from tiedjax.analysis.instruments.norms.norms import norms_by_count
 from tiedjax.analysis.instruments.norms.probe import FOLDS, frequency_probe
 from tiedjax.errors import UserError

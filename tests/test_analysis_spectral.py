@@ -11,7 +11,7 @@ import pytest
 from test_analysis_knn import brute_force, normal, related, twin
 
 from tiedjax.analysis import command
-from tiedjax.analysis.instruments.graph_distance import section as section
+from tiedjax.analysis.instruments.graph_distance import section
 from tiedjax.analysis.instruments.graph_distance.spectral import compare, graph, spectral
 from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError

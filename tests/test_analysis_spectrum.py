@@ -16,11 +16,10 @@ from test_analysis_summary import fake_study
 
 from tiedjax.analysis.basis import blocked
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.instruments.shape import section as section
-from tiedjax.analysis.instruments.shape import similarity
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.shape import section, similarity
 from tiedjax.analysis.instruments.shape.similarity import compare
 from tiedjax.analysis.instruments.shape.spectrum import isotropic_singular_values, mean_cosine_floor, spectrum
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 MEASURES = ("effective_rank", "stable_rank", "first_energy", "isotropy", "mean_cosine")

@@ -141,6 +141,26 @@ def test_the_core_never_imports_analysis_nor_the_model_tying() -> None:
     assert not ALLOWED["analysis"] & {"step", "loop", "study", "cli", "metrics", "host", "cost"}
 
 
+# basis <- instruments/* <- study, command: besides basis and itself an instrument may import the one that stands here.
+BESIDE = {"evolution": "alignment", "graph_distance": "neighbours"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("analysis/**/*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_rooms_of_analysis_import_one_way(path: Path) -> None:
+    room, *inner = path.relative_to(PACKAGE / "analysis").parts
+    reached = {
+        tuple(each.name.split(".")[1:]) for each in imports(path) if each.own and each.name.startswith("analysis.")
+    }
+    if room == "basis":
+        assert {names[0] for names in reached} <= {"basis"}
+    elif room == "instruments" and len(inner) == 2:
+        assert {names[0] for names in reached} <= {"basis", "instruments"}
+        others = {names[1] for names in reached if names[0] == "instruments"} - {inner[0]}
+        assert others <= {BESIDE.get(inner[0])}
+    elif room == "study":
+        assert {names[0] for names in reached} <= {"basis", "instruments", "study"}
+
+
 @pytest.mark.parametrize("library", HOMES)
 def test_a_heavy_dependency_lives_behind_one_file(library: str) -> None:
     homes = {

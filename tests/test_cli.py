@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -173,6 +174,12 @@ for command in json.loads(sys.argv[1]):
         assert not end.code
 print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 """
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"tiedjax {importlib.metadata.version('tiedjax')}\n")
 
 
 def test_help_of_every_command_answers_without_loading_what_it_does_not_need() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_analysis_summary import fake_study
 
+from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.records import write_json
 from tiedjax.analysis.study import words
 from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
@@ -106,18 +107,18 @@ def test_the_numbers_of_the_results_are_in_the_page(results, page):
     head = results["headline"]
     assert results["answer"] in page
     for span in (head["vs_output"], head["vs_input"]):
-        assert f"({words.number(span['mean'])})" in page
-        assert f"<td>{words.spread(span)}</td>" in page
+        assert f"({numbers.number(span['mean'])})" in page
+        assert f"<td>{numbers.spread(span)}</td>" in page
     for statement in results["statements"].values():
         assert words.margin_of(statement) in page
     for arm in results["arms"].values():
-        assert f"<td>{words.spread(arm['eval_loss'])}</td>" in page
+        assert f"<td>{numbers.spread(arm['eval_loss'])}</td>" in page
     assert page.index('<table id="arms">') < page.index("<table>"), "the first table is that of losses"
     assert words.testing(results) in page
     for comparison in results["arms"]["tied"]["alignment"]["shared"].values():
         for cell in comparison.values():
-            assert f"<td>{words.number(cell['score']['mean'])}</td>" in page
-            assert f"<td>{words.number(cell['floor']['mean'])}</td>" in page
+            assert f"<td>{numbers.number(cell['score']['mean'])}</td>" in page
+            assert f"<td>{numbers.number(cell['floor']['mean'])}</td>" in page
     assert "0.669" in page  # the paper's, beside ours
     assert "tying.input_grad_scale" in page
     for row in words.paper_others(results):
@@ -144,11 +145,11 @@ def test_results_of_something_else_are_refused(tmp_path):
 
 
 def test_numbers_for_people():
-    assert words.number(-0.0004) == "0.000"
-    assert words.number(-0.12) == "−0.120"
-    assert words.number(None) == "–"
-    assert words.spread({"mean": 0.5, "low": 0.4, "high": 0.6}) == "0.500\u00a0±\u00a00.100"
-    assert words.spread({"mean": 0.5, "low": None, "high": None}) == "0.500"
-    assert words.percent({"mean": 0.5, "low": None, "high": None}) == "50\u00a0%"
-    assert [words.duration(s) for s in (None, 42.4, 150, 8000)] == ["–", "42 s", "2 min 30 s", "2 h 13 min"]
-    assert words.visible("\x00a ") == "�a␣"
+    assert numbers.number(-0.0004) == "0.000"
+    assert numbers.number(-0.12) == "−0.120"
+    assert numbers.number(None) == "–"
+    assert numbers.spread({"mean": 0.5, "low": 0.4, "high": 0.6}) == "0.500\u00a0±\u00a00.100"
+    assert numbers.spread({"mean": 0.5, "low": None, "high": None}) == "0.500"
+    assert numbers.percent({"mean": 0.5, "low": None, "high": None}) == "50\u00a0%"
+    assert [numbers.duration(s) for s in (None, 42.4, 150, 8000)] == ["–", "42 s", "2 min 30 s", "2 h 13 min"]
+    assert numbers.visible("\x00a ") == "�a␣"

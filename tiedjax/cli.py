@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import re
 import sys
 import traceback
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="tiedjax", description=tiedjax.__doc__)
+    parser.add_argument("--version", action="version", version=f"tiedjax {importlib.metadata.version('tiedjax')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, meaning: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:

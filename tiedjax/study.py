@@ -32,7 +32,7 @@ from tiedjax.run import Run, load_run
 from tiedjax.text import duration
 
 if TYPE_CHECKING:
-    from tiedjax.analysis.study.study_runs import StudyRuns
+    from tiedjax.analysis.basis.study_runs import StudyRuns
 
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
@@ -214,7 +214,7 @@ def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
 @functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
 def _held(study: str, folder: str) -> StudyRuns:
     """The runs of a study, whose tables a process reads once for all its parts."""
-    from tiedjax.analysis.study.study_runs import StudyRuns
+    from tiedjax.analysis.basis.study_runs import StudyRuns
 
     config = structure(StudyConfig, json.loads(study), folder)
     return StudyRuns(config, _runs(config, Path(folder)))

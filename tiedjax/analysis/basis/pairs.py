@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiedjax.analysis.basis.chance import correct
 from tiedjax.analysis.basis.statistics import CONFIDENCE, ranks
-from tiedjax.analysis.instruments.alignment.align import correct
 
 DRAWS = 20
 BOOTSTRAP_DRAWS = 500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from tiedjax.errors import UserError
 from tiedjax.files import local_path
 
 ROLES = ("input", "output")
+_RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
 _FORMS = "a run directory, RUN@STEP, or a .npy, .npz or .safetensors file"
 
 
@@ -232,3 +234,15 @@ def _read_safetensors(path: Path) -> _Arrays:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check(table_VD: np.ndarray) -> None:
+    """UserError for other than 2 dimensions, no rows, and numbers that are not finite or cannot be squared."""
+    if table_VD.ndim != 2 or not table_VD.size:
+        raise UserError(f"spectrum: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
+    peak = 0.0
+    for block in row_blocks(*table_VD.shape):
+        part = np.abs(table_VD[block])
+        peak = max(peak, float(part.max()) if np.isfinite(part).all() else math.inf)
+    if peak and not _RANGE[0] < peak < _RANGE[1]:
+        raise UserError(f"spectrum: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")

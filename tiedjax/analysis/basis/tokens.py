@@ -1,4 +1,4 @@
-"""Tokens: what rows stand for, example tokens, the lengths of their vectors and how far these moved."""
+"""Tokens: what rows stand for, and which are the most frequent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.instruments.evolution.evolution import row_movement
 from tiedjax.errors import UserError
 
 
@@ -97,13 +96,3 @@ def _token_id(tokenizer_path: Path, text: str) -> int:
         if len(encoding.ids) == 1:
             return int(encoding.ids[0])
     raise UserError(f"{text!r}: is not one token but {len(spelled[0].ids)}: {' '.join(spelled[0].tokens)}")
-
-
-def token_rows(start: Mapping[str, np.ndarray], end: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Per token, from its vectors [tokens, D] in every role: L2 norm at the end and the cosine to the start."""
-    norm = {role: np.linalg.norm(np.asarray(vectors, np.float64), axis=1) for role, vectors in end.items()}
-    moved = {role: row_movement(start[role], end[role]) for role in end}
-    return [
-        {role: {"norm": float(norm[role][n]), "cosine_to_start": float(moved[role][n])} for role in end}
-        for n in range(len(next(iter(end.values()))))
-    ]

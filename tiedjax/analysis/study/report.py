@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from tiedjax.analysis.basis import drawing, published
+from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.study import words
 from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
 from tiedjax.errors import UserError
@@ -117,6 +117,7 @@ def _page(results: drawing.Results, drawings: Drawings) -> str:
     return environment.get_template("study/report.html.j2").render(
         r=results,
         w=words,
+        n=numbers,
         published=published,
         sections=SECTIONS,
         templates={name: _template(section) for name, section in SECTIONS.items()},

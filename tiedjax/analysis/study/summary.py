@@ -22,6 +22,7 @@ from tiedjax.analysis.basis import tokens
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import frequency_parts, strata
+from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
 from tiedjax.analysis.instruments.alignment.align import DRAWS, align, by_stratum, uncorrected
 from tiedjax.analysis.instruments.alignment.fitting import FITS
@@ -29,9 +30,9 @@ from tiedjax.analysis.instruments.evolution.evolution import Trail
 from tiedjax.analysis.instruments.gradients.gradients import gradient_flow
 from tiedjax.analysis.study import verdict, words
 from tiedjax.analysis.study.claims import claims
+from tiedjax.analysis.study.examples import token_rows
 from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
-from tiedjax.analysis.study.study_runs import Runs, StudyRuns
 from tiedjax.config import StudyConfig, flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
@@ -170,7 +171,7 @@ class _Walk:
                 chosen = {role: table[self.ids] for role, table in by_role.items()}
                 first.setdefault(arm, chosen)
                 if step == steps[-1]:
-                    self.examples[arm, seed] = tokens.token_rows(first[arm], chosen)
+                    self.examples[arm, seed] = token_rows(first[arm], chosen)
             if study.reference in tables:
                 for arm, both in tables.items():
                     common = set(runs[study.reference].snapshot_steps) & set(runs[arm].snapshot_steps)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
-from tiedjax.analysis.study import words
 
 _Row = tuple[str, str, Iterable[float | None], str, Iterable[float | None]]
 
@@ -25,7 +24,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
             values = {"paper": interval(paper), "corrected": interval(corrected)}
             if values["paper"].n or values["corrected"].n:
                 names = {"what": what, "paper_form": paper_form, "corrected_form": corrected_form}
-                found.append(names | {name: words.spread(vars(span)) for name, span in values.items()})
+                found.append(names | {name: numbers.spread(vars(span)) for name, span in values.items()})
     return found
 
 

@@ -5,39 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tiedjax import text
-from tiedjax.analysis.basis import published
+from tiedjax.analysis.basis import numbers, published
 from tiedjax.analysis.basis.statistics import CONFIDENCE
 from tiedjax.analysis.instruments.alignment.align import closed_form_floor
 
 Results = Mapping[str, Any]
-Span = Mapping[str, Any]  # statistics.Interval as JSON
-
-NONE = "–"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number for people: fixed digits, a real minus sign, a dash for none."""
-    if value is None:
-        return NONE
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def spread(span: Span | None, digits: int = 3) -> str:
-    """mean ± half the interval's width; the mean alone where there is no interval."""
-    if span is None or span["mean"] is None:
-        return NONE
-    if span["low"] is None:
-        return number(span["mean"], digits)
-    # No-break spaces, so that a number and its uncertainty stay on one line.
-    return f"{number(span['mean'], digits)}\u00a0±\u00a0{number((span['high'] - span['low']) / 2, digits)}"
-
-
-def percent(span: Span) -> str:
-    """A share as a percentage, with its interval where there is one."""
-    scaled = {k: None if span[k] is None else 100 * span[k] for k in ("mean", "low", "high")}
-    return f"{spread(scaled, 0 if scaled['low'] is None else 1)}\u00a0%"
 
 
 def answer(results: Results) -> list[str]:
@@ -87,7 +59,7 @@ def _main_sentence(results: Results) -> str:
     statement = results["statements"].get(f"{arm}_nearer_output")
     if statement is None:
         return f"Not measured: there is no pair of a {arm} and an {reference} run with the same seed."
-    near = {role: f"{role} table ({number(head[f'vs_{role}']['mean'])})" for role in ("output", "input")}
+    near = {role: f"{role} table ({numbers.number(head[f'vs_{role}']['mean'])})" for role in ("output", "input")}
     subject = f"With token frequency controlled, the {arm} table"
     if statement["verdict"] == "undecided" and statement["interval"]:
         return (
@@ -110,7 +82,7 @@ def margin_of(statement: Mapping[str, Any], *, absolute: bool = False) -> str:
     """A statement's margin ± half of its interval."""
     low, high = statement["interval"] or (None, None)
     mean = abs(statement["margin"]) if absolute else statement["margin"]
-    return spread({"mean": mean, "low": low, "high": high})
+    return numbers.spread({"mean": mean, "low": low, "high": high})
 
 
 def _share_sentence(results: Results) -> Iterator[str]:
@@ -118,10 +90,10 @@ def _share_sentence(results: Results) -> Iterator[str]:
     if head["early_output_share"]["mean"] is not None:
         arm = results["arms"][head["arm"]]
         first, last = head["early_steps"]
+        early, overall = numbers.percent(head["early_output_share"]), numbers.percent(arm["overall_output_share"])
         yield (
-            f"The output role supplies {percent(head['early_output_share'])} of the {head['arm']} table’s gradient "
-            f"(sum of both norms) in steps {first} to {last} and {percent(arm['overall_output_share'])} over the whole "
-            "run."
+            f"The output role supplies {early} of the {head['arm']} table’s gradient (sum of both norms) in steps "
+            f"{first} to {last} and {overall} over the whole run."
         )
 
 
@@ -145,7 +117,9 @@ def _reproducible_share_sentences(results: Results) -> Iterator[str]:
         if statement is None or statement["interval"] is None:
             continue
         share = results["reproducible_share"][arm]["shared"]
-        shares = [f"{number(share[f'vs_{role}']['mean'])} with the {role} table" for role in ("output", "input")]
+        shares = [
+            f"{numbers.number(share[f'vs_{role}']['mean'])} with the {role} table" for role in ("output", "input")
+        ]
         undecided = ", undecided" if statement["verdict"] == "undecided" else ""
         edge = ", near the edge" if statement["near_edge"] else ""
         yield (
@@ -162,7 +136,7 @@ def _moved(statement: Mapping[str, Any], sign: int) -> str:
     edge = ", near the edge," if statement["near_edge"] else ""
     if statement["verdict"] == "undecided":
         low, high = sorted(sign * end for end in statement["interval"])
-        change = spread({"mean": sign * statement["margin"], "low": low, "high": high})
+        change = numbers.spread({"mean": sign * statement["margin"], "low": low, "high": high})
         return f"does not measurably change{edge} ({change})"
     return f"{'rises' if rises else 'falls'}{edge} by {margin_of(statement, absolute=True)}"
 
@@ -187,22 +161,16 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
     for arm, summary in results["arms"].items():
         near = summary["alignment"].get("shared", {})
         cells = {role: near.get(f"vs_{role}", {}).get(results["headline"]["fit"], {}) for role in ("output", "input")}
-        against = NONE if arm == baseline else signed(summary["eval_loss_against_baseline"])
+        against = numbers.NONE if arm == baseline else numbers.signed(summary["eval_loss_against_baseline"])
         rows.append(
             {
                 "arm": arm,
-                "loss": spread(summary["eval_loss"]),
+                "loss": numbers.spread(summary["eval_loss"]),
                 "against": against,
-                **{role: spread(cell.get(results["headline"]["measure"])) for role, cell in cells.items()},
+                **{role: numbers.spread(cell.get(results["headline"]["measure"])) for role, cell in cells.items()},
             }
         )
     return rows
-
-
-def signed(span: Span) -> str:
-    """As `spread`, with a plus sign where the mean is above 0."""
-    rounded = float(f"{span['mean'] or 0:.3f}")
-    return f"+{spread(span)}" if rounded > 0 else spread(span)
 
 
 def alignment_groups(results: Results) -> list[dict[str, Any]]:
@@ -229,11 +197,11 @@ def _group(results: Results, arm: str, title: str, fits: Mapping[str, Any]) -> d
     rows = [
         {
             "fit": fit,
-            "score": number(cell["score"]["mean"]),
-            "floor": number(cell["floor"]["mean"]),
-            "corrected": spread(cell["corrected"]),
-            "controlled": spread(cell[results["headline"]["measure"]]),
-            "held_out": number(cell["held_out"]["mean"]),
+            "score": numbers.number(cell["score"]["mean"]),
+            "floor": numbers.number(cell["floor"]["mean"]),
+            "corrected": numbers.spread(cell["corrected"]),
+            "controlled": numbers.spread(cell[results["headline"]["measure"]]),
+            "held_out": numbers.number(cell["held_out"]["mean"]),
             "main": fit == results["headline"]["fit"],
         }
         for fit, cell in fits.items()
@@ -262,10 +230,10 @@ def paper_alignment(results: Results) -> list[dict[str, Any]]:
             rows = [
                 {
                     "fit": fit,
-                    "paper": number(value),
-                    "paper_floor": number(closed_form_floor(fit, *published.ALIGNMENT_SHAPE)),
-                    "ours": number(mine[fit]["score"]["mean"]),
-                    "ours_floor": number(mine[fit]["floor"]["mean"]),
+                    "paper": numbers.number(value),
+                    "paper_floor": numbers.number(closed_form_floor(fit, *published.ALIGNMENT_SHAPE)),
+                    "ours": numbers.number(mine[fit]["score"]["mean"]),
+                    "ours_floor": numbers.number(mine[fit]["floor"]["mean"]),
                 }
                 for fit, value in values.items()
             ]
@@ -288,8 +256,8 @@ def paper_others(results: Results) -> list[dict[str, str]]:
                 rows.append(
                     {
                         "what": f"orthogonal score with {head['reference']} {role}, input gradients ×1 → ×{scale:g}",
-                        "paper": f"{number(published.SCALING[1][role])} → {number(theirs)}",
-                        "ours": f"{number(ours[0])} → {number(ours[1])}",
+                        "paper": f"{numbers.number(published.SCALING[1][role])} → {numbers.number(theirs)}",
+                        "ours": f"{numbers.number(ours[0])} → {numbers.number(ours[1])}",
                     }
                 )
     for role, theirs in published.EVOLUTION.items():
@@ -299,18 +267,8 @@ def paper_others(results: Results) -> list[dict[str, str]]:
             rows.append(
                 {
                     "what": f"cosine of {head['reference']} {role} rows to step 0 (here: rows of seen tokens)",
-                    "paper": f"{number(theirs)} at step {published.EVOLUTION_STEP:,}",
-                    "ours": f"{number(mean)} at step {ends[0]['steps'][-1]:,}",
+                    "paper": f"{numbers.number(theirs)} at step {published.EVOLUTION_STEP:,}",
+                    "ours": f"{numbers.number(mean)} at step {ends[0]['steps'][-1]:,}",
                 }
             )
     return rows
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them; a dash for none."""
-    return NONE if seconds is None else text.duration(seconds)
-
-
-def visible(text: str) -> str:
-    """A token's text with its white space made visible."""
-    return "".join({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}.get(c, c if c.isprintable() else "�") for c in text)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.chance import correct
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.instruments.alignment.fitting import FITS, Measured, Pair
 from tiedjax.errors import UserError
@@ -198,13 +199,6 @@ def closed_form_floor(fit: str, rows: int, width: int) -> float:
     """
     root = math.sqrt(width / rows) if rows else 1.0
     return {"identity": 0.0, "orthogonal": min(1.0, 8 / (3 * math.pi) * root)}.get(fit, min(1.0, root))
-
-
-def correct(score: float | None, floor: float | None) -> float | None:
-    """(score - floor) / (1 - floor): 0 is chance, 1 is identical; None where chance already reaches 1."""
-    if score is None or floor is None or 1 - floor < 1e-6:
-        return None
-    return (score - floor) / (1 - floor)
 
 
 def mean_cosine(cosines: np.ndarray) -> float | None:

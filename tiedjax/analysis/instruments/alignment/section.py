@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
-from tiedjax.analysis.study import words
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -35,7 +34,7 @@ def strata_rows(results: drawing.Results) -> list[dict[str, Any]]:
         ]
         name = arm if subject == "shared" else f"{arm} {subject}"
         spans = [interval(r["strata"].get(n, {}).get("corrected") for r in found) for n in strata_names(results)]
-        spreads = [words.spread(vars(span), 2) for span in spans]
+        spreads = [numbers.spread(vars(span), 2) for span in spans]
         rows.append({"arm": arm, "tables": f"{name} and {reference} {target}", "spreads": spreads})
     return rows
 
@@ -57,7 +56,7 @@ def _draw_alignment(ax: drawing.Axes, results: drawing.Results) -> None:
             face = colour if role == "output" else "none"
             ax.plot(span["mean"], y, "o", color=colour, markersize=8, markerfacecolor=face, markeredgewidth=1.8)
             ax.annotate(
-                words.number(span["mean"], 2), (span["mean"], y), (0, 7), textcoords="offset points", ha="center"
+                numbers.number(span["mean"], 2), (span["mean"], y), (0, 7), textcoords="offset points", ha="center"
             )
     ax.axvline(0, color=drawing.MUTED, linewidth=1, linestyle=drawing.DASHES)
     ax.set_yticks(range(len(rows)), [label for *_, label in rows])

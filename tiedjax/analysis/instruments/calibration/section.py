@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 HELD_OUT_TOKENS = 16_384
@@ -103,9 +102,9 @@ def answers(results: drawing.Results) -> list[str]:
     frequent, rare = twins["frequent"]["overconfidence"], twins["rare"]["log2_ratio"]
     return [
         f"Where it bets on a frequent token, {changed(frequent, 'is more confident', 'is less confident')}"
-        f" relative to how often it is right ({words.spread(frequent)}).",
+        f" relative to how often it is right ({numbers.spread(frequent)}).",
         f"Rare tokens as a whole: {changed(rare, 'gives them more probability', 'gives them less probability')}"
-        f" relative to how often they come (log2 ratio {words.spread(rare, 2)}).",
+        f" relative to how often they come (log2 ratio {numbers.spread(rare, 2)}).",
     ]
 
 
@@ -134,12 +133,12 @@ def rows(results: drawing.Results) -> list[dict[str, Any]]:
 
 
 def _row(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    row = {name: words.number(_over(groups, name).mean, digits) for name, digits in _MEANS.items()}
-    row["log2_ratio"] = words.spread(vars(_over(groups, "log2_ratio", "score")))
-    row["overconfidence"] = words.spread(vars(_over(groups, "overconfidence", "score")))
+    row = {name: numbers.number(_over(groups, name).mean, digits) for name, digits in _MEANS.items()}
+    row["log2_ratio"] = numbers.spread(vars(_over(groups, "log2_ratio", "score")))
+    row["overconfidence"] = numbers.spread(vars(_over(groups, "overconfidence", "score")))
     for name in ("group_error", "top_error"):
-        row[name] = words.number(_over(groups, name, "score").mean)
-        row[f"{name}_floor"] = words.number(_over(groups, name, "floor").mean)
+        row[name] = numbers.number(_over(groups, name, "score").mean)
+        row[f"{name}_floor"] = numbers.number(_over(groups, name, "floor").mean)
     return row
 
 
@@ -147,7 +146,7 @@ def differences(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm and stratum: arm minus reference."""
     return [
         {"arm": t["arm"], "stratum": t["stratum"]}
-        | {name: words.spread(t[name], 4 if name == "target_probability" else 3) for name in SCORES}
+        | {name: numbers.spread(t[name], 4 if name == "target_probability" else 3) for name in SCORES}
         for t in results["calibration"]["twins"]
     ]
 
@@ -156,9 +155,9 @@ def overall(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm, all positions: loss, entropy, calibration error of the likeliest token beside its floor."""
     lines = []
     for arm, of in drawing.by_arm(_known(results)):
-        line = {name: words.spread(vars(_over(of, name, "mean"))) for name in ("loss", "entropy", "accuracy")}
-        line["top_error"] = words.spread(vars(_over(of, "top_error", "score")), 4)
-        line["floor"] = words.number(_over(of, "top_error", "floor").mean, 4)
+        line = {name: numbers.spread(vars(_over(of, name, "mean"))) for name in ("loss", "entropy", "accuracy")}
+        line["top_error"] = numbers.spread(vars(_over(of, "top_error", "score")), 4)
+        line["floor"] = numbers.number(_over(of, "top_error", "floor").mean, 4)
         lines.append({"arm": arm} | line)
     return lines
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, bigram_counts, contexts, cooccurrence
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 KINDS = ("as_target", "as_context")
@@ -73,7 +72,7 @@ def rows(results: drawing.Results) -> list[dict[str, Any]]:
         difference = interval(r["difference"]["score"] for r in found)
         floors = [r[kind]["floor_deviation"] for r in found for kind in KINDS]
         strata = {
-            name: [words.number(_mean(found, kind, name).mean, 2) for kind in KINDS]
+            name: [numbers.number(_mean(found, kind, name).mean, 2) for kind in KINDS]
             for name in THIRDS
             if any(name in r["strata"] for r in found)
         }
@@ -81,10 +80,10 @@ def rows(results: drawing.Results) -> list[dict[str, Any]]:
             {
                 "arm": arm,
                 "table": drawing.table_name(arm, role),
-                **{kind: words.spread(vars(_mean(found, kind))) for kind in KINDS},
-                "difference": words.spread(vars(difference)),
+                **{kind: numbers.spread(vars(_mean(found, kind))) for kind in KINDS},
+                "difference": numbers.spread(vars(difference)),
                 "verdict": _verdict(difference),
-                "chance": words.number(max((f for f in floors if f is not None), default=None)),
+                "chance": numbers.number(max((f for f in floors if f is not None), default=None)),
                 "strata": strata,
             }
         )

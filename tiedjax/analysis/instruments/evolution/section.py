@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import STRATA
-from tiedjax.analysis.study import words
 
 _PANELS = 4  # of strata
 
@@ -30,11 +29,11 @@ def ends(results: drawing.Results) -> list[dict[str, str]]:
     for arm, of_arm in drawing.by_arm(results["evolution"]):
         for role in dict.fromkeys(e["role"] for e in of_arm):
             found = [e for e in of_arm if e["role"] == role]
-            last = lambda curves, field: words.spread(vars(interval(c[field][-1] for c in curves)))
+            last = lambda curves, field: numbers.spread(vars(interval(c[field][-1] for c in curves)))
             turned = [e["rotation_free"] for e in found]
             row = {"arm": arm, "name": drawing.table_name(arm, role), "raw": last(found, "to_start")}
             row["turned"] = last(turned, "to_start")
-            row["chance"] = words.number(interval(t["floor"][-1] for t in turned).mean)
+            row["chance"] = numbers.number(interval(t["floor"][-1] for t in turned).mean)
             for name in strata(results):
                 row[name] = last([e["strata"][name] for e in found if name in e["strata"]], "to_start")
             rows.append(row)

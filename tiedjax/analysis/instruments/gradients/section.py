@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, published
+from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.basis.statistics import interval
-from tiedjax.analysis.study import words
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -30,14 +29,14 @@ def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
     windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for window in (w for g in found for w in g["windows"]):
         windows.setdefault((window["first"], window["last"]), []).append(window)
-    mean = lambda of, name: words.spread(vars(interval(w[name] for w in of)))
+    mean = lambda of, name: numbers.spread(vars(interval(w[name] for w in of)))
     return [
         {
             "steps": f"{span[0]:,}–{span[1]:,}",
             "exact": mean(of, "output_share"),
             "paper_form": mean(of, "paper_output_share"),
             "ratio": mean(of, "activation_ratio"),
-            "published": words.number(published.OUTPUT_SHARE.get(span)),
+            "published": numbers.number(published.OUTPUT_SHARE.get(span)),
         }
         for span, of in windows.items()
     ]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
 from tiedjax.analysis.instruments.graph_distance.spectral import K, compare, graph
 from tiedjax.analysis.instruments.neighbours.section import Searches, counting_rows, grouped
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns, TwinTables
 from tiedjax.errors import UserError
 
 # A quarter of the paper's 128, and one permutation a pair: a section of a report should not take longer than its runs.
@@ -47,9 +46,9 @@ def distances(results: drawing.Results) -> list[dict[str, str]]:
         {
             "arm": arm,
             "name": name,
-            "distance": words.number(interval(p["distance"] for p in pairs).mean),
-            "floor": words.number(interval(p["floor"] for p in pairs).mean),
-            "relative": words.spread(vars(interval(p["relative"] for p in pairs))),
+            "distance": numbers.number(interval(p["distance"] for p in pairs).mean),
+            "floor": numbers.number(interval(p["floor"] for p in pairs).mean),
+            "relative": numbers.spread(vars(interval(p["relative"] for p in pairs))),
         }
         for arm, name, pairs in grouped(measured, results["headline"]["reference"])
     ]

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, published
+from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 HELD_OUT_TOKENS = 4096
@@ -111,7 +110,7 @@ def sentences(results: drawing.Results) -> list[str]:
 
 
 def _moved(span: Mapping[str, Any], reference: str) -> str:
-    size = words.spread(span)
+    size = numbers.spread(span)
     if span["low"] is None:
         return f"differs from {reference}’s by {size} bits (one seed)"
     if span["low"] > 0:
@@ -152,7 +151,7 @@ def against_bigram(results: drawing.Results) -> list[str]:
     if gaps.mean is None:
         return []
     better = "better" if gaps.mean < 0 else "worse"
-    size = words.number(abs(gaps.mean), 2)
+    size = numbers.number(abs(gaps.mean), 2)
     return [
         f"On average the models are {size} bits a token {better} than a bigram of the text that they were shown"
         + ("." if gaps.mean < 0 else ": read what follows as early training.")
@@ -166,7 +165,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
         for state in range(len(of[0]["states"])):
             line = {"arm": arm, "name": of[0]["states"][state]["name"], "first": not state}
             for name, (lens, score) in (QUANTITIES | {"published_kl": ("published", "kl")}).items():
-                line[name] = words.spread(vars(interval(r["states"][state][lens][score]["mean"] for r in of)))
+                line[name] = numbers.spread(vars(interval(r["states"][state][lens][score]["mean"] for r in of)))
             lines.append(line)
     return lines
 
@@ -174,7 +173,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
 def baselines(results: drawing.Results) -> list[dict[str, str]]:
     """What predicting without a model costs, over runs."""
     found = [r["baselines"] for r in _known(results)]
-    return [{"name": name, "bits": words.number(_bits(found, name))} for name in PREDICTORS] if found else []
+    return [{"name": name, "bits": numbers.number(_bits(found, name))} for name in PREDICTORS] if found else []
 
 
 def training(results: drawing.Results) -> str:
@@ -189,7 +188,7 @@ def training(results: drawing.Results) -> str:
     return (
         f"Fitted on {first['training_tokens']:,} tokens of training text, scored on {first['held_out_tokens']:,} "
         f"held-out ones. {done} of {len(found)} translators converged ({results['lens']['criterion']}), after at most "
-        f"{most} iterations; their divergence is on average {words.number(gap)} bits higher on held-out text."
+        f"{most} iterations; their divergence is on average {numbers.number(gap)} bits higher on held-out text."
     )
 
 

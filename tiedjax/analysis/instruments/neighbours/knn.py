@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
+from tiedjax.analysis.basis.chance import correct
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.instruments.alignment.align import correct
 from tiedjax.analysis.instruments.neighbours.search import Report, neighbours
 from tiedjax.errors import UserError
 

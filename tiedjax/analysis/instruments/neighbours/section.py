@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, published
+from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
+from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns, TwinTables
 from tiedjax.analysis.instruments.neighbours.knn import K, compare, rows_with_direction, shared
 from tiedjax.analysis.instruments.neighbours.search import neighbours
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import LastTable, StudyRuns, TwinTables
 from tiedjax.errors import UserError
 
 DRAWS = 5
@@ -72,7 +71,7 @@ def overlaps(results: drawing.Results) -> list[dict[str, str]]:
     """Per pair of tables: overlap, chance, corrected in all and per stratum; the paper's form here and published."""
     rows = []
     for arm, name, pairs in _groups(results):
-        mean = lambda of: words.number(of.mean)
+        mean = lambda of: numbers.number(of.mean)
         row = {
             "arm": arm,
             "name": name,
@@ -80,11 +79,11 @@ def overlaps(results: drawing.Results) -> list[dict[str, str]]:
             "floor": mean(interval(p["floor"] for p in pairs)),
             "corrected": _spread(interval(p["corrected"] for p in pairs)),
             "all_rows": mean(interval(p["paper"]["score"] for p in pairs)),
-            "published": words.number(_published(results, pairs[0])),
+            "published": numbers.number(_published(results, pairs[0])),
         }
         for third in THIRDS:
             found = [p["strata"][third]["corrected"] for p in pairs if third in p["strata"]]
-            row[third] = words.number(interval(found).mean, 2)
+            row[third] = numbers.number(interval(found).mean, 2)
         rows.append(row)
     return rows
 
@@ -102,7 +101,7 @@ def hubs(results: drawing.Results) -> list[dict[str, str]]:
             "arm": arm,
             "name": drawing.table_name(arm, role),
             "skewness": _spread(interval(h["skewness"] for h in by_seed.values()), 2),
-            "orphans": words.percent(vars(interval(h["orphans"] for h in by_seed.values()))),
+            "orphans": numbers.percent(vars(interval(h["orphans"] for h in by_seed.values()))),
         }
         for (arm, role), by_seed in found.items()
     ]
@@ -146,7 +145,7 @@ def _published(results: drawing.Results, pair: Mapping[str, Any]) -> float | Non
 
 
 def _spread(span: Interval, digits: int = 3) -> str:
-    return words.spread(vars(span), digits)
+    return numbers.spread(vars(span), digits)
 
 
 def _draw(ax: drawing.Axes, results: drawing.Results) -> None:
@@ -161,7 +160,7 @@ def _draw(ax: drawing.Axes, results: drawing.Results) -> None:
         if span.mean is not None:
             face = colour if pairs[0]["reference_role"] == "output" else "none"
             ax.plot(span.mean, y, "o", color=colour, markersize=8, markerfacecolor=face, markeredgewidth=1.8)
-            ax.annotate(words.number(span.mean, 2), (span.mean, y), (0, 7), textcoords="offset points", ha="center")
+            ax.annotate(numbers.number(span.mean, 2), (span.mean, y), (0, 7), textcoords="offset points", ha="center")
     ax.axvline(0, color=drawing.MUTED, linewidth=1, linestyle=drawing.DASHES)
     ax.set_yticks(range(len(groups)), [name for _, name, _ in groups])
     ax.set_ylim(len(groups) - 0.5, -0.8)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
+from tiedjax.analysis.basis.chance import correct
 from tiedjax.analysis.basis.maps import Ridge
-from tiedjax.analysis.instruments.alignment.align import correct
 
 FOLDS = 5
 DRAWS = 20

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.instruments.norms.norms import norms_by_count
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 QUANTITIES = ("norm", "distance_to_mean", "cosine_to_mean")
@@ -45,7 +44,7 @@ def centrality(results: drawing.Results) -> str:
     sides: dict[str, list[str]] = {}
     for (arm, role), of in _by_table(results):
         span = _spearman(of, "distance_to_mean")
-        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(arm, role)} ({words.spread(vars(span))})")
+        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(arm, role)} ({numbers.spread(vars(span))})")
     found = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
     if not found:
         return ""
@@ -60,9 +59,9 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
     lines = []
     for (arm, role), of in _by_table(results):
         line = {"arm": arm, "name": drawing.table_name(arm, role)}
-        line |= {quantity: words.spread(vars(_spearman(of, quantity))) for quantity in QUANTITIES}
+        line |= {quantity: numbers.spread(vars(_spearman(of, quantity))) for quantity in QUANTITIES}
         for field in ("score", "floor"):
-            line[field] = words.spread(vars(interval(n["log_frequency"][field] for n in of)))
+            line[field] = numbers.spread(vars(interval(n["log_frequency"][field] for n in of)))
         lines.append(line)
     return lines
 

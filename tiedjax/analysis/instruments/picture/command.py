@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     import numpy as np
 
+    from tiedjax.analysis.basis import numbers
     from tiedjax.analysis.basis.records import to_plain
     from tiedjax.analysis.instruments.picture.map import draw_map, nearest
-    from tiedjax.analysis.study import words
 
     k = arguments.at_least(args, "neighbours")
     inputs = arguments.read_tables(args)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     ids_V = _ids(tables[0])
     near = [[_with_ids(n, ids_V) for n in nearest(t.values, asked, k, mask)] for t in tables]
     ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
-    texts = {i: words.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
+    texts = {i: numbers.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
     result = {
         **inputs.described,
         "form": "corrected",

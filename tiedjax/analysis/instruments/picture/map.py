@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, gram, row_blocks
-from tiedjax.analysis.instruments.alignment.align import correct
-from tiedjax.analysis.instruments.shape.spectrum import check
+from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.tables import check
 from tiedjax.errors import UserError
 
 METHODS = ("pca", "tsne")

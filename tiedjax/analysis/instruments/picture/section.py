@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.analysis.instruments.picture.map import Nearest, draw_map, nearest
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import LastTable, StudyRuns
 from tiedjax.errors import UserError
 
 POINTS = 500  # of each table that are drawn
@@ -102,7 +101,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
         share = sum(record["explained"])
         lines.append(
             {"arm": record["arm"], "table": name(record), "shown": f"{100 * share:.0f}\u00a0%"}
-            | {field: words.number(trust[field], 2) for field in ("score", "floor", "corrected")}
+            | {field: numbers.number(trust[field], 2) for field in ("score", "floor", "corrected")}
         )
     return lines
 
@@ -112,8 +111,8 @@ def neighbours(results: drawing.Results) -> list[dict[str, Any]]:
     found = measured(results)
     return [
         {
-            "token": words.visible(of[0]["token"]),
-            "tables": [[words.visible(n["token"]) for n in each["neighbours"]] for each in of],
+            "token": numbers.visible(of[0]["token"]),
+            "tables": [[numbers.visible(n["token"]) for n in each["neighbours"]] for each in of],
         }
         for of in zip(*(record["nearest"] for record in found), strict=True)
     ]
@@ -130,7 +129,7 @@ def _scatter(i: int) -> Callable[[drawing.Axes, drawing.Results], None]:
         ax.set_aspect("equal", adjustable="datalim")
         ax.set_xlabel(f"first component, {record['explained'][0]:.0%}")
         ax.set_ylabel(f"second component, {record['explained'][1]:.0%}")
-        trust = "" if record["trust"] is None else f" (trust {words.number(record['trust']['score'], 2)})"
+        trust = "" if record["trust"] is None else f" (trust {numbers.number(record['trust']['score'], 2)})"
         ax.set_title(f"{name(record)}{trust}")
 
     return draw

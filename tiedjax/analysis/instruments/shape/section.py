@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing
+from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.instruments.shape.similarity import compare
 from tiedjax.analysis.instruments.shape.spectrum import spectrum
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
 _SHOWN = 1e-3  # singular values below this share of the largest run out of the figure
@@ -65,8 +64,8 @@ def shapes(results: drawing.Results) -> list[dict[str, str]]:
         values = lambda name, form: [(t[form][name] or {}).get(field) for t in of]
         return {name: show(interval(values(name, form)), digits) for name, (form, digits) in columns.items()}
 
-    spread = lambda span, digits: words.spread(vars(span), digits)
-    mean = lambda span, digits: words.number(span.mean, digits)
+    spread = lambda span, digits: numbers.spread(vars(span), digits)
+    mean = lambda span, digits: numbers.number(span.mean, digits)
     rows = []
     for (arm, role), of in _grouped(known, _TABLE):
         rows.append({"arm": arm, "name": drawing.table_name(arm, role)} | cells(of, "score", spread))
@@ -84,9 +83,9 @@ def similarities(results: drawing.Results) -> list[dict[str, str]]:
         ]
         for name, found in {"cka": [p["cka"] for p in of], "overlap": leading}.items():
             span = {field: interval(f.get(field) for f in found) for field in ("score", "floor", "corrected")}
-            row |= {name: words.number(span["score"].mean), f"{name}_floor": words.number(span["floor"].mean)}
-            row[f"{name}_corrected"] = words.spread(vars(span["corrected"]))
-        row["pairs"] = words.spread(vars(interval((p["pairs"] or {}).get("score") for p in of)))
+            row |= {name: numbers.number(span["score"].mean), f"{name}_floor": numbers.number(span["floor"].mean)}
+            row[f"{name}_corrected"] = numbers.spread(vars(span["corrected"]))
+        row["pairs"] = numbers.spread(vars(interval((p["pairs"] or {}).get("score") for p in of)))
         rows.append(row)
     return rows
 

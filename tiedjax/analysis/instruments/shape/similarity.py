@@ -17,8 +17,9 @@ import numpy as np
 
 from tiedjax.analysis.basis import pairs
 from tiedjax.analysis.basis.blocked import column_means, gram, matmul, row_blocks
-from tiedjax.analysis.instruments.alignment.align import correct
-from tiedjax.analysis.instruments.shape.spectrum import DRAWS, check
+from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.tables import check
+from tiedjax.analysis.instruments.shape.spectrum import DRAWS
 from tiedjax.errors import UserError
 
 SAMPLED_ROWS = 512

@@ -16,11 +16,10 @@ import numpy as np
 import scipy.special
 
 from tiedjax.analysis.basis.blocked import column_means, gram, matmul, row_blocks
-from tiedjax.errors import UserError
+from tiedjax.analysis.basis.tables import check
 
 DRAWS = 5
 _ROUNDING = 1e-12  # a centred table this small beside the raw one is rounding
-_RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,6 @@ def spectrum(
             report(f"shape of the {name} table")
             shapes[name] = _shape(table_VD, gram_DD, mean, draws)
     return Spectrum(rows=rows, width=width, draws=draws, **shapes)
-
-
-def check(table_VD: np.ndarray) -> None:
-    """UserError for other than 2 dimensions, no rows, and numbers that are not finite or cannot be squared."""
-    if table_VD.ndim != 2 or not table_VD.size:
-        raise UserError(f"spectrum: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
-    peak = 0.0
-    for block in row_blocks(*table_VD.shape):
-        part = np.abs(table_VD[block])
-        peak = max(peak, float(part.max()) if np.isfinite(part).all() else math.inf)
-    if peak and not _RANGE[0] < peak < _RANGE[1]:
-        raise UserError(f"spectrum: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")
 
 
 def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None, draws: int) -> Shape:
