@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from programs import REPOSITORY
 from scipy import stats
 
 from tiedjax.analysis.basis.records import write_json
@@ -114,6 +115,11 @@ def test_it_is_json_without_nan_and_reads_back_equal(found, tmp_path):
     write_json(tmp_path / "results.json", found)
     json.dumps(found, allow_nan=False)
     assert json.loads((tmp_path / "results.json").read_text()) == found
+
+
+def test_every_key_of_the_results_is_documented(found):
+    documented = (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert not [key for key in found if f"`{key}`" not in documented]
 
 
 def test_every_seed_role_and_fit_is_compared_once(found):

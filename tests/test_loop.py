@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import finish, start
+from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
@@ -46,6 +46,13 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 # ---- What a run leaves ----
+
+
+def test_every_key_of_the_metrics_is_documented(finished: Path) -> None:
+    keys = {key for row in all_columns(finished) for key in row}
+    assert "eval_loss" in keys
+    documented = (REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert not [key for key in keys if f"`{key}`" not in documented]
 
 
 def test_the_run_directory_is_complete(finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 from programs import REPOSITORY
@@ -28,6 +29,17 @@ def test_every_file_that_is_named_exists() -> None:
     named = re.findall(r"\b(?:configs|launch|tests|tiedjax)/[\w/.]+\.\w+", README)
     assert len(named) > 10
     assert not [name for name in named if not (REPOSITORY / name).is_file()]
+
+
+PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), *(REPOSITORY / n for n in ("README.md", "CONTRIBUTING.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
+    files = [REPOSITORY / name for name in re.findall(r"(?<![\w/.])(?:configs|launch|tests|tiedjax)/[\w/.]*\w", text)]
+    assert not [path for path in links + files if not path.exists()]
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"\| `tiedjax (\w+)", README))))

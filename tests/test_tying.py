@@ -149,7 +149,7 @@ def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> N
     jax.tree.map(np.testing.assert_array_equal, raw, roles)
     assert same == square
     jax.tree.map(np.testing.assert_array_equal, scaled, unobserved)
-    transpose = jax.linear_transpose(tying.scheme_of(cfg.tying).tables, params["tables"])
+    _, transpose = jax.vjp(tying.scheme_of(cfg.tying).tables, params["tables"])
     (expected,) = transpose(Tables(4 * roles.input, 0.5 * roles.output))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), scaled["tables"], expected)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-PREPARE = "turn text into token shards with their tokenizer and counts"
+PREPARE = "turn text into token shards with their tokenizer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
