@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_analysis_command import analyze
 
-from tiedjax.analysis.command import INSTRUMENTS
+from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.errors import UserError
 
 TABLES = sorted(name for name, module in INSTRUMENTS.items() if module.SUBJECT != "run")

@@ -10,7 +10,7 @@ import pytest
 from programs import REPOSITORY
 
 from tiedjax import cli
-from tiedjax.analysis.command import INSTRUMENTS
+from tiedjax.analysis.instruments import INSTRUMENTS
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 

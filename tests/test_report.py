@@ -13,8 +13,8 @@ from test_analysis_summary import fake_study
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.records import write_json
 from tiedjax.analysis.study import words
-from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
 from tiedjax.analysis.study.report import write_report
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
 from tiedjax.analysis.study.summary import summarize
 from tiedjax.errors import UserError
 

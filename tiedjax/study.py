@@ -226,8 +226,8 @@ def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer and where the report is."""
-    from tiedjax.analysis.study.registry import SECTIONS
     from tiedjax.analysis.study.report import refuse_other_results, write_report
+    from tiedjax.analysis.study.sections import SECTIONS
 
     results = _read_results(out)
     refuse_other_results(results)

@@ -8,34 +8,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.instruments.alignment import command as alignment
-from tiedjax.analysis.instruments.calibration import command as calibration
-from tiedjax.analysis.instruments.cooccurrence import command as cooccurrence
-from tiedjax.analysis.instruments.evolution import command as evolution
-from tiedjax.analysis.instruments.gradients import command as gradients
-from tiedjax.analysis.instruments.graph_distance import command as graph_distance
-from tiedjax.analysis.instruments.lens import command as lens
-from tiedjax.analysis.instruments.neighbours import command as neighbours
-from tiedjax.analysis.instruments.norms import command as norms
-from tiedjax.analysis.instruments.picture import command as picture
-from tiedjax.analysis.instruments.shape import command as shape
+from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 
-# A new instrument is one more folder and one more entry here.
-INSTRUMENTS: dict[str, Any] = {
-    "align": alignment,
-    "knn": neighbours,
-    "spectral": graph_distance,
-    "evolution": evolution,
-    "norms": norms,
-    "spectrum": shape,
-    "cooccurrence": cooccurrence,
-    "map": picture,
-    "gradients": gradients,
-    "lens": lens,
-    "calibration": calibration,
-}
 _ALL = "every instrument that applies to a run"
 
 

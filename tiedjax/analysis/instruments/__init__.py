@@ -14,3 +14,34 @@
 
 and what `section.html.j2` calls to put numbers into words (there it is `s`).
 """
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+# The name of each one's command, and its folder: the order of `analyze` and of the report. A new one is one more line.
+_FOLDERS = {
+    "align": "alignment",
+    "knn": "neighbours",
+    "spectral": "graph_distance",
+    "gradients": "gradients",
+    "evolution": "evolution",
+    "norms": "norms",
+    "spectrum": "shape",
+    "lens": "lens",
+    "calibration": "calibration",
+    "cooccurrence": "cooccurrence",
+    "map": "picture",
+}
+INSTRUMENTS: dict[str, Any] = {
+    name: importlib.import_module(f"{__name__}.{folder}.command") for name, folder in _FOLDERS.items()
+}
+
+
+def sections() -> dict[str, ModuleType]:
+    """The `section` of every instrument that has one, by the name of its command."""
+    places = {name: f"{__name__}.{folder}.section" for name, folder in _FOLDERS.items()}
+    return {name: importlib.import_module(place) for name, place in places.items() if importlib.util.find_spec(place)}

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.study import words
-from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 

@@ -31,8 +31,8 @@ from tiedjax.analysis.instruments.gradients.gradients import gradient_flow
 from tiedjax.analysis.study import verdict, words
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.examples import token_rows
-from tiedjax.analysis.study.registry import SCHEMA, SECTIONS
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
 from tiedjax.config import StudyConfig, flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
