@@ -27,14 +27,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.basis import published
-from tiedjax.analysis.basis.statistics import interval
-from tiedjax.analysis.instruments.gradients.gradients import gradient_flow, output_share, smooth
+from tiedjax.analysis import gradients, interval, output_share, published, smooth
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
 runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in arms for seed in seeds}
-flow = {key: gradient_flow(run.metrics) for key, run in runs.items()}
+flow = {key: gradients(run.metrics) for key, run in runs.items()}
 colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys([baseline, reference, *arms]))}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 

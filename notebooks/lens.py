@@ -29,12 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
-from tiedjax.analysis.basis.run_data import data_of
-from tiedjax.analysis.basis.statistics import paired
-from tiedjax.analysis.basis.tokens import token_texts
-from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, CountPredictors
-from tiedjax.analysis.instruments.lens.lens import lens, training_tokens
+from tiedjax.analysis import FrozenModel, data_of, held_out_windows, lens, paired, token_texts
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, seeds = study["reference"], study["baseline"], study["seeds"]
@@ -46,20 +41,11 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 # ## Fit and score
 # Translators are fitted on text that the run was trained on and scored on held-out windows.
 
-
 # %%
-def measure(run, held_out_tokens=4096):
-    text, model = data_of(run), FrozenModel(run)
-    held_out_WS = held_out_windows(text, run.config.model.seq_len, held_out_tokens)
-    rows, width = model.U_VD.shape
-    training_WS = np.concatenate(list(shown(run, text, training_tokens(width))))
-    baselines = CountPredictors(shown(run, text, MOST_TOKENS), held_out_WS, rows).beside(model)
-    return lens(model, training_WS, held_out_WS), baselines
-
-
 found, beside = {}, {}
 for key, run in runs.items():
-    found[key], beside[key] = measure(run)
+    measured = lens(FrozenModel(run), run, data_of(run))
+    found[key], beside[key] = measured.lens, measured.baselines
     fits = [state.fit for state in found[key].states if state.fit]
     print(f"{run.name}: {sum(fit.converged for fit in fits)} of {len(fits)} translators converged")
 

@@ -32,10 +32,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.basis.held_out import held_out_windows
-from tiedjax.analysis.basis.run_data import data_of
-from tiedjax.analysis.basis.tokens import most_frequent, token_texts
-from tiedjax.tying import distinct
+from tiedjax.analysis import data_of, distinct, held_out_windows, most_frequent, token_texts
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 arm, seed = study["baseline"], study["seeds"][0]

@@ -28,20 +28,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis.basis.statistics import interval
-from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.basis.tables import seen_rows
-from tiedjax.analysis.basis.tokens import token_texts
-from tiedjax.analysis.instruments.alignment.align import align, by_stratum
-from tiedjax.analysis.instruments.neighbours.knn import compare, shared
-from tiedjax.analysis.instruments.neighbours.search import neighbours
-from tiedjax.tying import distinct
+from tiedjax.analysis import align, distinct, interval, knn, neighbours, seen_rows, shared, token_texts
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
 runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in arms for seed in seeds}
 tables = {key: run.tables() for key, run in runs.items()}
-seen = seen_rows(runs[baseline, seeds[0]].token_counts)
+token_counts = runs[baseline, seeds[0]].token_counts
+seen = seen_rows(token_counts)
 colour = {"output": "C1", "input": "C0"}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
@@ -54,14 +48,15 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 # %%
 tied, untied = tables[baseline, seeds[0]], tables[reference, seeds[0]]
 pairs = {
-    "to output": align(tied.input, untied.output, rows=seen, held_out=True),
-    "to input": align(tied.input, untied.input, rows=seen, held_out=True),
-    "input to output": align(untied.input, untied.output, rows=seen, held_out=True),
+    "to output": align(tied.input, untied.output, rows=seen, counts=token_counts),
+    "to input": align(tied.input, untied.input, rows=seen, counts=token_counts),
+    "input to output": align(untied.input, untied.output, rows=seen, counts=token_counts),
 }
 print(f"{'':17}{'fit':12}{'score':>8}{'floor':>8}{'corrected':>11}{'held out':>10}")
-for name, found in pairs.items():
-    for fit, s in found.scores.items():
-        print(f"{name:17}{fit:12}{s.score:8.3f}{s.floor:8.3f}{s.corrected:11.3f}{found.held_out[fit].score:10.3f}")
+for name, pair in pairs.items():
+    for fit, s in pair.alignment.scores.items():
+        held_out = pair.alignment.held_out[fit].score
+        print(f"{name:17}{fit:12}{s.score:8.3f}{s.floor:8.3f}{s.corrected:11.3f}{held_out:10.3f}")
 
 # %% [markdown]
 # ## Row by row
@@ -70,25 +65,24 @@ for name, found in pairs.items():
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.6))
 for role in colour:
-    found = pairs[f"to {role}"]
-    ax.hist(found.cosines["orthogonal"], bins=60, density=True, histtype="stepfilled", alpha=0.35, color=colour[role])
-    ax.axvline(found.scores["orthogonal"].score, color=colour[role], label=f"to {role}: mean")
-    ax.axvline(found.scores["orthogonal"].floor, color=colour[role], linestyle="--", label=f"to {role}: floor")
+    alignment = pairs[f"to {role}"].alignment
+    cosines, score = alignment.cosines["orthogonal"], alignment.scores["orthogonal"]
+    ax.hist(cosines, bins=60, density=True, histtype="stepfilled", alpha=0.35, color=colour[role])
+    ax.axvline(score.score, color=colour[role], label=f"to {role}: mean")
+    ax.axvline(score.floor, color=colour[role], linestyle="--", label=f"to {role}: floor")
 ax.set(xlabel="cosine of a row with its twin's, after the best rotation", ylabel="density of rows", title=baseline)
 ax.legend()
 plt.show()
 
 # %% [markdown]
 # ## Which tokens?
-# One rotation for all tokens, scored within each third of them by frequency; each third has a floor of its own.
+# One rotation for all tokens, scored within each third of them by frequency; each third has a floor of its own, for
+# which rows are shuffled among tokens of like frequency only.
 
 # %%
-groups = {n: mask[seen] for n, mask in strata(runs[baseline, seeds[0]].token_counts).items() if (mask & seen).any()}
-
 fig, ax = plt.subplots(figsize=(6, 3.6))
 for role in colour:
-    found = pairs[f"to {role}"]
-    by = by_stratum(found.cosines["orthogonal"], found.chance["orthogonal"], groups)
+    by = pairs[f"to {role}"].strata["orthogonal"]
     ax.plot(list(by), [s.score for s in by.values()], "o-", color=colour[role], label=f"to {role}")
     ax.plot(list(by), [s.floor for s in by.values()], "--", color=colour[role], label="floor")
 ax.set(xlabel="third of the tokens by frequency", ylabel="mean cosine (orthogonal)", ylim=(-0.05, 1))
@@ -103,7 +97,7 @@ plt.show()
 
 # %%
 def nearness(x_VD, y_VD, fit="orthogonal"):
-    return align(x_VD, y_VD, fits=(fit,), rows=seen).scores[fit].corrected
+    return align(x_VD, y_VD, fits=(fit,), rows=seen).alignment.scores[fit].corrected
 
 
 def dot(ax, at, values, color, **style):
@@ -173,28 +167,22 @@ plt.show()
 
 # %%
 k = 10
-ids, counts = np.flatnonzero(seen), runs[baseline, seeds[0]].token_counts[:, seen]
-near_VK = {
-    "tied": neighbours(tied.input[seen], k).indices_VK,
-    "output": neighbours(untied.output[seen], k).indices_VK,
-    "input": neighbours(untied.input[seen], k).indices_VK,
-}
 overlap = {
-    f"{baseline} and\nits twin's output": compare(near_VK["tied"], near_VK["output"], counts=counts),
-    f"{baseline} and\nits twin's input": compare(near_VK["tied"], near_VK["input"], counts=counts),
-    f"{reference}: input\nand output": compare(near_VK["input"], near_VK["output"], counts=counts),
+    f"{baseline} and\nits twin's output": knn(tied.input, untied.output, k=k, rows=seen, counts=token_counts),
+    f"{baseline} and\nits twin's input": knn(tied.input, untied.input, k=k, rows=seen, counts=token_counts),
+    f"{reference}: input\nand output": knn(untied.input, untied.output, k=k, rows=seen, counts=token_counts),
 }
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
-for at, found in enumerate(overlap.values()):
-    first, half = not at, found.interval.half_width
+for at, pair in enumerate(overlap.values()):
+    first, half = not at, pair.interval.half_width
     ax.bar(
-        at, found.overlap.score, yerr=half, color="C7", alpha=0.5, capsize=4, label="all seen tokens" if first else None
+        at, pair.overlap.score, yerr=half, color="C7", alpha=0.5, capsize=4, label="all seen tokens" if first else None
     )
-    for i, (name, stratum) in enumerate(found.strata.items()):
+    for i, (name, stratum) in enumerate(pair.strata.items()):
         ax.plot(at - 0.2 + 0.2 * i, stratum.score, "o", color=f"C{i + 2}", label=name if first else None)
-    ax.plot([at - 0.4, at + 0.4], [found.overlap.floor] * 2, "k--", label="chance" if first else None)
+    ax.plot([at - 0.4, at + 0.4], [pair.overlap.floor] * 2, "k--", label="chance" if first else None)
 ax.set_xticks(range(len(overlap)), list(overlap))
 ax.set(ylabel="share of common 10 nearest neighbours", ylim=(0, None), title=f"seed {seeds[0]}; bars: 95 % over tokens")
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -206,6 +194,12 @@ plt.show()
 # leaned to neither, as many tokens would lie left of 0 as right of it.
 
 # %%
+ids, counts = np.flatnonzero(seen), token_counts[:, seen]
+near_VK = {
+    "tied": neighbours(tied.input[seen], k).indices_VK,
+    "output": neighbours(untied.output[seen], k).indices_VK,
+    "input": neighbours(untied.input[seen], k).indices_VK,
+}
 lean = shared(near_VK["tied"], near_VK["output"]) - shared(near_VK["tied"], near_VK["input"])
 
 fig, ax = plt.subplots(figsize=(6, 3.6))

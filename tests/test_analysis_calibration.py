@@ -17,6 +17,7 @@ from test_analysis_command import analyze
 from test_analysis_lens import layer_norm
 from test_analysis_summary import fake_study
 
+from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import strata
@@ -170,8 +171,8 @@ def test_a_calibrated_forecaster_scores_its_floor():
     for seed in range(12):
         found, _ = synthetic(np.random.default_rng(seed))
         for name, score in scores(calibrate(found, GROUPS, COUNT, draws=50)).items():
-            assert abs(score.score - score.floor) < 4.5 * score.floor_standard_deviation, name
-            z.append((score.score - score.floor) / score.floor_standard_deviation)
+            assert abs(score.score - score.floor) < 4.5 * score.floor_deviation, name
+            z.append((score.score - score.floor) / score.floor_deviation)
     assert abs(np.mean(z)) < 3 / np.sqrt(12)  # scores of one seed hang together, seeds do not
     assert np.std(z) == pytest.approx(1, abs=0.3)
 
@@ -180,17 +181,17 @@ def test_a_calibrated_forecaster_scores_its_floor():
 def test_a_sharpened_forecaster_is_overconfident_and_a_flattened_one_the_opposite(sharpen, sign):
     found, _ = synthetic(np.random.default_rng(0), sharpen=sharpen)
     result = calibrate(found, GROUPS, COUNT)
-    assert sign * result.overconfidence.score > 5 * result.overconfidence.floor_standard_deviation
-    assert result.top_error.excess > 5 * result.top_error.floor_standard_deviation
+    assert sign * result.overconfidence.score > 5 * result.overconfidence.floor_deviation
+    assert result.top_error.excess > 5 * result.top_error.floor_deviation
     rare = result.groups[-1]
-    assert -sign * rare.log2_ratio.score > 5 * rare.log2_ratio.floor_standard_deviation
+    assert -sign * rare.log2_ratio.score > 5 * rare.log2_ratio.floor_deviation
 
 
 def test_errors_by_target_have_high_floors_because_outcomes_pick_them():
     found, _ = synthetic(np.random.default_rng(0))
     rare = calibrate(found, GROUPS, COUNT).groups[-1]
     assert rare.top_error.floor > 0.1
-    assert abs(rare.top_error.excess) < 3 * rare.top_error.floor_standard_deviation
+    assert abs(rare.top_error.excess) < 3 * rare.top_error.floor_deviation
 
 
 def test_groups_without_positions_have_no_scores():
@@ -257,7 +258,7 @@ def test_the_section_pairs_twins_by_stratum(results):
     tied, untied = (runs[arm, 0]["frequent"] for arm in ("tied", "untied"))
     wanted = tied["log2_ratio"]["score"] - untied["log2_ratio"]["score"]
     assert twins["frequent"]["log2_ratio"]["mean"] == pytest.approx(wanted, abs=1e-9)
-    wanted = tied["group_error"]["excess"] - untied["group_error"]["excess"]
+    wanted = Score(**tied["group_error"]).excess - Score(**untied["group_error"]).excess
     assert twins["frequent"]["group_error"]["mean"] == pytest.approx(wanted, abs=1e-9)
     assert twins["frequent"]["target_probability"]["mean"] == pytest.approx(
         tied["target_probability"] - untied["target_probability"], abs=1e-9

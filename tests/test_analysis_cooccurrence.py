@@ -19,7 +19,8 @@ from tiedjax.analysis.basis.pairs import agreements, rank_matrix
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.cooccurrence import section
-from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, cooccurrence, ppmi
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, ppmi
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence
 from tiedjax.data.prepared import Windows
 from tiedjax.errors import UserError
 
@@ -109,7 +110,7 @@ def test_a_planted_table_follows_its_own_contexts(counts, told):
     assert output.as_context.score < 0.5
     assert input_.as_target.score < 0.5
     assert output.difference.low > 0 > input_.difference.high
-    assert output.difference.score == pytest.approx(output.as_target.score - output.as_context.score)
+    assert output.difference.mean == pytest.approx(output.as_target.score - output.as_context.score)
 
 
 def test_the_score_is_spearman_over_pairs_of_centred_rows(told):
@@ -225,8 +226,8 @@ def test_the_section_counts_shared_text_once_and_says_what_is_missing(finished, 
     assert list(section.plots({"cooccurrence": records})) == []
 
     counted = []
-    count = section.bigram_counts
-    monkeypatch.setattr(section, "bigram_counts", lambda *args: counted.append(1) or count(*args))
+    count = section.contexts_of
+    monkeypatch.setattr(section, "contexts_of", lambda *args: counted.append(1) or count(*args))
     prepared = type("Prepared", (), {"fingerprint": "same", "windows": lambda *_: Windows([text() % 200], 50)})()
     records = section.collect(StudyRuns(study, runs, lambda run: prepared))
     assert counted == [1]

@@ -15,7 +15,8 @@ from test_analysis_summary import fake_study
 
 from tiedjax.analysis.basis import tables
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.instruments.evolution.evolution import evolution, row_movement
+from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
+from tiedjax.analysis.instruments.evolution.evolution import row_movement
 from tiedjax.errors import UserError
 
 rng = np.random.default_rng(0)
@@ -96,7 +97,7 @@ def test_rotation_free_drift_is_that_of_scipy():
     assert found.floor[2] == pytest.approx(floor, abs=1e-6)
     assert found.corrected[2] == pytest.approx((found.to_start[2] - floor) / (1 - floor), abs=1e-6)
     assert found.floor_standard_error[2] > 0
-    assert evolution(SNAPSHOTS).rotation_free is None
+    assert evolution(SNAPSHOTS, draws=0).rotation_free is None
 
 
 def test_a_common_rotation_is_no_movement_unless_it_is_asked_for():

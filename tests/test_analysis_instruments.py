@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from inspect import signature
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from tiedjax import analysis
+from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
 from tiedjax.analysis.basis.records import to_plain, write_json
 from tiedjax.analysis.basis.statistics import interval, paired, spearman
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
+from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.analysis.study.examples import token_rows
 from tiedjax.errors import UserError
 
@@ -65,6 +71,71 @@ def test_spearman_is_that_of_scipy_with_ties():
     assert spearman(-second, second) == pytest.approx(-1)
     assert spearman(np.ones(5), np.arange(5)) is None
     assert spearman(np.ones(1), np.ones(1)) is None
+
+
+# ---- one measure for command and report
+
+
+@pytest.mark.parametrize("name", [name for name in INSTRUMENTS if name not in ("spectrum", "map")])
+def test_a_command_has_the_defaults_of_the_function_that_the_report_calls(name):
+    """Commands must not import NumPy before they run, so that their defaults are written a second time."""
+    parser = argparse.ArgumentParser()
+    INSTRUMENTS[name].add_arguments(parser)
+    given = vars(parser.parse_args(["a", "b"] if INSTRUMENTS[name].SUBJECT == "pair" else ["a"]))
+    defaults = {
+        parameter.name: parameter.default for parameter in signature(getattr(analysis, name)).parameters.values()
+    }
+    common = {key for key in given if key in defaults and given[key] is not None}
+    assert {key: given[key] for key in common} == {key: defaults[key] for key in common}
+    numbers = {key for key, value in given.items() if isinstance(value, int) and not isinstance(value, bool)}
+    elsewhere = {"cooccurrence": {"sample", "least_count"}, "gradients": {"half_life"}}.get(name, set())
+    assert numbers == (common & numbers) | elsewhere
+
+
+def test_defaults_of_commands_whose_functions_have_other_names():
+    parsed = {}
+    for name in ("spectrum", "map", "cooccurrence", "gradients"):
+        parser = argparse.ArgumentParser()
+        INSTRUMENTS[name].add_arguments(parser)
+        parsed[name] = parser.parse_args(["a"])
+    default = lambda function, name: signature(function).parameters[name].default
+    assert parsed["spectrum"].draws == default(analysis.spectrum, "draws") == default(analysis.similarity, "draws")
+    assert parsed["map"].neighbours == default(analysis.picture, "neighbours")
+    assert parsed["map"].method == default(analysis.picture, "method")
+    assert parsed["cooccurrence"].sample == default(analysis.contexts_of, "sample")
+    assert parsed["cooccurrence"].least_count == default(analysis.contexts_of, "least_count")
+    assert parsed["gradients"].half_life == default(analysis.smooth, "half_life")
+
+
+def test_a_score_stands_beside_the_mean_of_its_draws():
+    score = beside_draws(0.6, [0.1, None, 0.3], rows=5)
+    assert (score.floor, score.floor_draws, score.rows) == (0.2, 2, 5)
+    assert score.floor_deviation == pytest.approx(np.std([0.1, 0.3], ddof=1))
+    assert score.floor_standard_error == pytest.approx(stats.sem([0.1, 0.3]))
+    assert (score.corrected, score.excess) == pytest.approx((0.5, 0.4))
+    assert beside_draws(0.6, [0.1, 0.3], similarity=False).corrected is None
+    assert beside_draws(0.6, []) == Score(0.6, None)
+    assert beside_draws(None, [0.2]).excess is None
+    assert beside_draws(1.0, [1.0]).corrected is None, "chance alone reaches 1"
+    exact = beside_exact(0.6, 0.2, deviation=0.1)
+    assert (exact.floor_standard_error, exact.floor_deviation, exact.floor_draws) == (0.0, 0.1, 0)
+    assert exact.corrected == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_a_row_without_a_direction_is_one_of_zeros_or_one_that_rounding_leaves_of_the_mean(dtype, scale):
+    rows = np.random.default_rng(0).normal(size=(300, 8))
+    rows[4] = 0
+    rows[7] = np.delete(rows, 7, axis=0).mean(axis=0)  # the mean of all is then this row
+    table = (scale * rows).astype(dtype)
+    assert np.flatnonzero(~with_direction(table)).tolist() == [4]
+    equal = np.repeat(table[:1], 300, axis=0)
+    assert not with_direction(equal, *centre(equal)).any()
+    about = with_direction(table, *centre(table))
+    assert about[np.arange(300) != 7].all()
+    assert about[7] == (dtype == np.float32), "float32 rounds the row itself away from the mean"
+    assert np.linalg.norm(unit_rows(table), axis=1) == pytest.approx((np.arange(300) != 4).astype(float))
 
 
 # ---- tokens and records

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,8 @@ from tiedjax.analysis import command
 from tiedjax.analysis.basis.study_runs import LastTable, TwinTables
 from tiedjax.analysis.instruments.neighbours import search as search
 from tiedjax.analysis.instruments.neighbours import section
-from tiedjax.analysis.instruments.neighbours.knn import hubness, knn, shared
+from tiedjax.analysis.instruments.neighbours.knn import hubness, shared
+from tiedjax.analysis.instruments.neighbours.knn import measure as knn
 from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError
 
@@ -132,8 +134,9 @@ def test_progress_is_reported(monkeypatch):
 @pytest.mark.parametrize("k", [1, 10, 50])
 def test_the_score_is_that_of_brute_force(k):
     a, b = related()
-    found, left_out = knn(a, b, k=k)
-    assert left_out == 0
+    found = knn(a, b, k=k)
+    assert found.overlap.rows_left_out == 0
+    assert found.paper == replace(found.overlap, corrected=None), "every row counts"
     assert found.overlap.score == pytest.approx(brute_score(a, b, k), abs=1e-12)
     assert found.overlap.score > 10 * found.overlap.floor or k == 50
     assert found.interval.low < found.overlap.score < found.interval.high
@@ -149,24 +152,24 @@ def test_a_table_and_its_turned_and_stretched_copy_agree_wholly():
     turn, _ = np.linalg.qr(normal(16, 16, 5))
     lengths = np.random.default_rng(1).uniform(0.1, 9, (600, 1))
     for copy in (a, 3 * a @ turn, lengths * a, np.pad(a, [(0, 0), (0, 7)])):
-        assert knn(a, copy)[0].overlap.score == pytest.approx(1, abs=1e-3)
-        assert knn(a, copy)[0].overlap.corrected == pytest.approx(1, abs=1e-3)
+        assert knn(a, copy).overlap.score == pytest.approx(1, abs=1e-3)
+        assert knn(a, copy).overlap.corrected == pytest.approx(1, abs=1e-3)
 
 
 def test_order_of_rows_and_of_tables_changes_nothing():
     a, b = related()
     order = np.random.default_rng(3).permutation(len(a))
-    first = knn(a, b)[0].overlap.score
-    assert knn(a[order], b[order])[0].overlap.score == first == knn(b, a)[0].overlap.score
-    assert knn(a, b[order])[0].overlap.score < 0.1 * first
+    first = knn(a, b).overlap.score
+    assert knn(a[order], b[order]).overlap.score == first == knn(b, a).overlap.score
+    assert knn(a, b[order]).overlap.score < 0.1 * first
 
 
 def test_unrelated_tables_score_as_chance_does():
     n = 12
-    scores = [knn(normal(800, 16, s), normal(800, 16, 100 + s), draws=1)[0].overlap.score for s in range(n)]
+    scores = [knn(normal(800, 16, s), normal(800, 16, 100 + s), draws=1).overlap.score for s in range(n)]
     closed = 10 / 799
     assert abs(np.mean(scores) - closed) < 3 * np.std(scores, ddof=1) / np.sqrt(n)
-    found = knn(normal(800, 16), normal(800, 16, 1), draws=40)[0].overlap
+    found = knn(normal(800, 16), normal(800, 16, 1), draws=40).overlap
     assert found.floor_closed_form == pytest.approx(closed)
     assert abs(found.floor - closed) < 3 * found.floor_standard_error
     assert found.floor_draws == 40
@@ -178,7 +181,7 @@ def test_the_floor_is_that_of_permuted_tables():
     a, b = related(300)
     rng = np.random.default_rng(0)
     wanted = [brute_score(a, b[rng.permutation(300)], 10) for _ in range(4)]
-    found = knn(a, b, draws=4)[0].overlap
+    found = knn(a, b, draws=4).overlap
     assert found.floor == pytest.approx(np.mean(wanted), abs=1e-12)
     assert found.floor_standard_error == pytest.approx(stats.sem(wanted))
 
@@ -189,32 +192,31 @@ def test_centring_is_of_the_rows_that_count():
     offset = np.where(rows[:, None], 7, -100).astype(np.float32)
     plain = [t - t[rows].mean(axis=0) for t in (a, b)]
     wanted = brute_score(plain[0][rows], plain[1][rows], 10)
-    assert knn(a + offset, b, rows=rows, centre=True)[0].overlap.score == pytest.approx(wanted, abs=2e-3)
-    assert knn(a + offset, b, rows=rows)[0].overlap.score < 0.9 * wanted
+    assert knn(a + offset, b, rows=rows, centred=True).overlap.score == pytest.approx(wanted, abs=2e-3)
+    assert knn(a + offset, b, rows=rows).overlap.score < 0.9 * wanted
 
 
 def test_masked_rows_and_rows_of_zeros_do_not_count():
     a, b = related()
     rows = np.arange(600) < 500
-    wanted = knn(a[:490], b[:490])[0]
+    wanted = knn(a[:490], b[:490])
     holed = a.copy()
     holed[490:500] = 0
-    found, left_out = knn(holed, b, rows=rows)
-    assert left_out == 10
-    assert found == wanted
-    everything, left_out = knn(holed, b, zero_rows=True)
-    assert (everything.overlap.rows, left_out) == (600, 0)
+    found = knn(holed, b, rows=rows)
+    everything = knn(holed, b, zero_rows=True)
+    assert found == replace(wanted, overlap=replace(wanted.overlap, rows_left_out=10), paper=everything.paper)
+    assert (everything.overlap.rows, everything.overlap.rows_left_out) == (600, 0)
     assert everything.overlap.score == pytest.approx(brute_score(holed, b, 10))
     constant = np.tile(np.random.default_rng(0).normal(size=16), (600, 1))  # its float64 mean differs by rounding
     with pytest.raises(UserError, match=r"0 rows \(600 more have no direction\)"):
-        knn(constant, b, centre=True)
+        knn(constant, b, centred=True)
 
 
 def test_strata_split_the_score_by_count():
     a, b = related()
     counts = np.random.default_rng(0).integers(1, 1000, 600)
     counts[:60] = 0
-    found = knn(a, b, counts=counts)[0]
+    found = knn(a, b, counts=counts)
     per_row = shared(brute_force(a, 10), brute_force(b, 10)) / 10
     assert found.strata["never seen"].score == pytest.approx(per_row[:60].mean())
     assert [o.rows for o in found.strata.values()] == [60, 180, 180, 180]
@@ -304,7 +306,7 @@ def test_the_section_measures_the_rows_both_saw():
     assert found["paper"]["score"] == pytest.approx(brute_score(a, b, 10))
     assert list(found["strata"]) == ["rare", "middle", "frequent"]
     few = section.collect(SimpleNamespace(twins=[twin(40)]))["pairs"][0]
-    assert few["not_measured"] == "10 neighbours need more than 9 rows"
+    assert few["not_measured"] == "knn: 9 rows, but 10 neighbours need at least 11"
     results = {
         "knn": {"k": 10, "pairs": [found, few]},
         "headline": {"arm": "tied", "reference": "untied"},

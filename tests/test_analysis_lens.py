@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.lens import baselines, section, training
+from tiedjax.analysis.instruments.lens import lens as lens_module
 from tiedjax.analysis.instruments.lens.baselines import CountPredictors
 from tiedjax.analysis.instruments.lens.lens import early_states, lens, published_translator, read, tuned_translator
 from tiedjax.analysis.instruments.lens.training import Minimum, fit, minimise, teacher
@@ -344,7 +346,7 @@ def results(run: Run) -> dict:
     other = Disturbed(run.path)
     runs = {("untied", 0): other, ("untied", 1): other, ("tied", 0): run, ("tied", 1): run}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(section, "HELD_OUT_TOKENS", 400)
+        patch.setattr(lens_module, "measure", partial(lens_module.measure, held_out_tokens=400))
         found = {"lens": lens_results(StudyRuns(study, runs))}
     return found | {"headline": {"arm": "tied", "reference": "untied"}, "arms": {"untied": {}, "tied": {}}}
 

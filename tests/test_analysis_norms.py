@@ -13,7 +13,7 @@ from test_analysis_command import analyze
 from tiedjax.analysis.basis import maps
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.instruments.norms import section
-from tiedjax.analysis.instruments.norms.norms import norms_by_count
+from tiedjax.analysis.instruments.norms.norms import measure as norms_by_count
 from tiedjax.analysis.instruments.norms.probe import FOLDS, frequency_probe
 from tiedjax.errors import UserError
 
@@ -37,7 +37,7 @@ def test_norms_fall_into_bins_of_log_count():
     ]
     assert [b.mean for b in found.norm.bins] == [6, 2, 2, 5, 8]
     assert found.seen_rows == 6
-    assert found.norm.spearman.mean == pytest.approx(stats.spearmanr([1, 3, 2, 4, 6, 8], count[2:]).statistic)
+    assert found.norm.spearman.score == pytest.approx(stats.spearmanr([1, 3, 2, 4, 6, 8], count[2:]).statistic)
     with pytest.raises(UserError, match="the table has 8 rows but there are counts for 7 tokens"):
         norms_by_count(table, count[1:])
 
@@ -53,7 +53,7 @@ def test_quantities_are_those_of_numpy():
     for name, values in quantities.items():
         curve = getattr(found, name)
         assert curve.mean == pytest.approx(values.mean(), rel=1e-6)
-        assert curve.spearman.mean == pytest.approx(stats.spearmanr(values, COUNT).statistic, abs=1e-6)
+        assert curve.spearman.score == pytest.approx(stats.spearmanr(values, COUNT).statistic, abs=1e-6)
         first = np.log10(COUNT + 1) < 0.5
         assert curve.bins[0].median == pytest.approx(np.median(values[first]), rel=1e-6)
 
@@ -62,7 +62,7 @@ def test_independent_rows_correlate_as_chance_does():
     found = norms_by_count(rng.normal(size=(4000, 8)) + 1, rng.integers(1, 1000, 4000))
     for name in section.QUANTITIES:
         curve = getattr(found, name)
-        assert abs(curve.spearman.mean - curve.floor) < 3 * curve.floor_standard_error
+        assert abs(curve.spearman.score - curve.spearman.floor) < 3 * curve.spearman.floor_deviation
         assert curve.spearman.low < 0 < curve.spearman.high
     probe = found.log_frequency
     assert abs(probe.score - probe.floor) < 3 * probe.floor_deviation < 0.02
@@ -72,10 +72,10 @@ def test_frequent_tokens_in_the_middle_are_seen_there():
     radius = 5 - np.log10(COUNT)
     table = radius[:, None] * (lambda x: x / np.linalg.norm(x, axis=1, keepdims=True))(rng.normal(size=(900, 10)))
     found = norms_by_count(table, COUNT)
-    assert found.distance_to_mean.spearman.mean < -0.9
-    assert abs(norms_by_count(table - table.mean(0) + 7, COUNT).norm.spearman.mean) < 0.9, "the norm is no distance"
+    assert found.distance_to_mean.spearman.score < -0.9
+    assert abs(norms_by_count(table - table.mean(0) + 7, COUNT).norm.spearman.score) < 0.9, "the norm is no distance"
     shifted = norms_by_count(table + 7, COUNT)
-    assert shifted.distance_to_mean.spearman.mean == pytest.approx(found.distance_to_mean.spearman.mean, abs=1e-6)
+    assert shifted.distance_to_mean.spearman.score == pytest.approx(found.distance_to_mean.spearman.score, abs=1e-6)
 
 
 def test_a_planted_direction_is_read_and_moves_nothing_else():
@@ -177,5 +177,5 @@ def test_the_command_gives_both_forms(tmp_path: Path, monkeypatch, capsys):
 )
 def test_the_section_says_where_frequent_tokens_lie(means, said):
     record = {"arm": "tied", "role": "shared"}
-    results = {"norms": [record | {"distance_to_mean": {"spearman": {"mean": m}}} for m in means]}
+    results = {"norms": [record | {"distance_to_mean": {"spearman": {"score": m}}} for m in means]}
     assert said in section.centrality(results).replace("\u00a0", " ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,8 @@ from test_analysis_knn import brute_force, normal, related, twin
 
 from tiedjax.analysis import command
 from tiedjax.analysis.instruments.graph_distance import section
-from tiedjax.analysis.instruments.graph_distance.spectral import compare, graph, spectral
+from tiedjax.analysis.instruments.graph_distance.spectral import PAPER_EIGENPAIRS, compare, graph
+from tiedjax.analysis.instruments.graph_distance.spectral import measure as spectral
 from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError
 
@@ -37,13 +40,15 @@ def dense(a: np.ndarray, b: np.ndarray, k: int, eigenpairs: int) -> float:
 @pytest.mark.parametrize(("k", "eigenpairs"), [(10, 5), (16, 60)])
 def test_the_distance_is_that_of_a_dense_solver(V, k, eigenpairs):
     a, b = related(V)
-    found, left_out = spectral(a, b, k=k, eigenpairs=eigenpairs, draws=2)
-    assert found.distance == pytest.approx(dense(a, b, k, eigenpairs), abs=1e-6)
+    found = spectral(a, b, k=k, eigenpairs=eigenpairs, draws=2)
+    distance = found.distance
+    assert distance.score == pytest.approx(dense(a, b, k, eigenpairs), abs=1e-6)
     rng = np.random.default_rng(0)
     floor = np.mean([dense(a, b[rng.permutation(V)], k, eigenpairs) for _ in range(2)])
-    assert found.floor == pytest.approx(floor, abs=1e-6)
-    assert found.relative == pytest.approx(found.distance / found.floor)
-    assert (found.rows, found.eigenpairs, left_out) == (V, eigenpairs, 0)
+    assert distance.floor == pytest.approx(floor, abs=1e-6)
+    assert found.relative == pytest.approx(distance.score / distance.floor)
+    assert distance.corrected is None, "a distance is no similarity"
+    assert (distance.rows, found.eigenpairs, distance.rows_left_out) == (V, eigenpairs, 0)
 
 
 def clusters(rng: np.random.Generator, V: int, D: int) -> np.ndarray:
@@ -83,8 +88,8 @@ def test_the_form_of_the_paper_is_a_dense_computation(seed, V, widths, structure
     leading = np.argsort(np.abs(values))[-128:]
     za, zb = np.split(vectors[:, leading] * np.sqrt(np.abs(values[leading])), 2)
     wanted = np.linalg.norm(za - zb, 2) / min(np.linalg.norm(za, 2), np.linalg.norm(zb, 2))
-    measured, _ = spectral(x, y, zero_rows=True, draws=0)
-    assert measured.distance == pytest.approx(wanted, abs=1e-4)
+    measured = spectral(x, y, eigenpairs=PAPER_EIGENPAIRS, zero_rows=True, draws=0)
+    assert measured.distance.score == pytest.approx(wanted, abs=1e-4)
     assert measured.edges == tuple(int(np.count_nonzero(np.triu(half))) for half in halves)
 
 
@@ -104,13 +109,13 @@ def test_a_table_is_at_no_distance_from_itself_turned_or_stretched(V):
     a, b = related(V)
     turn, _ = np.linalg.qr(normal(16, 16, 5))
     for copy in (a, (3 * a @ turn.astype(np.float64))):
-        assert spectral(a, copy, k=8, eigenpairs=20, draws=0)[0].distance < 1e-6
-    assert spectral(a, b, k=8, eigenpairs=20, draws=0)[0].distance > 0.1
+        assert spectral(a, copy, k=8, eigenpairs=20, draws=0).distance.score < 1e-6
+    assert spectral(a, b, k=8, eigenpairs=20, draws=0).distance.score > 0.1
 
 
 def test_order_of_tables_and_of_rows_changes_nothing():
     a, b = related(400)
-    measure = lambda a, b: spectral(a, b, k=12, eigenpairs=24, draws=0)[0].distance
+    measure = lambda a, b: spectral(a, b, k=12, eigenpairs=24, draws=0).distance.score
     order = np.random.default_rng(3).permutation(400)
     first = measure(a, b)
     assert measure(b, a) == pytest.approx(first, abs=1e-6)
@@ -119,21 +124,21 @@ def test_order_of_tables_and_of_rows_changes_nothing():
 
 
 def test_unrelated_tables_lie_as_far_apart_as_chance_puts_them():
-    found = spectral(normal(400, 12), normal(400, 12, 1), k=12, eigenpairs=24, draws=8)[0]
+    found = spectral(normal(400, 12), normal(400, 12, 1), k=12, eigenpairs=24, draws=8).distance
     deviation = found.floor_standard_error * np.sqrt(found.floor_draws)
-    assert abs(found.distance - found.floor) < 3 * deviation * np.sqrt(1 + 1 / found.floor_draws)
-    near = spectral(*related(400), k=12, eigenpairs=24, draws=8)[0]
-    assert near.distance < near.floor - 3 * near.floor_standard_error * np.sqrt(8)
+    assert abs(found.score - found.floor) < 3 * deviation * np.sqrt(1 + 1 / found.floor_draws)
+    near = spectral(*related(400), k=12, eigenpairs=24, draws=8).distance
+    assert near.score < near.floor - 3 * near.floor_standard_error * np.sqrt(8)
 
 
 def test_masked_rows_and_rows_of_zeros_do_not_count():
     a, b = related(300)
-    wanted = spectral(a[:240], b[:240], k=8, eigenpairs=16, draws=1)[0]
+    wanted = spectral(a[:240], b[:240], k=8, eigenpairs=16, draws=1)
     holed = a.copy()
     holed[240:250] = 0
-    found, left_out = spectral(holed, b, k=8, eigenpairs=16, draws=1, rows=np.arange(300) < 250)
-    assert (found, left_out) == (wanted, 10)
-    assert spectral(holed, b, k=8, eigenpairs=16, draws=0, zero_rows=True)[0].distance == pytest.approx(
+    found = spectral(holed, b, k=8, eigenpairs=16, draws=1, rows=np.arange(300) < 250)
+    assert found == replace(wanted, distance=replace(wanted.distance, rows_left_out=10))
+    assert spectral(holed, b, k=8, eigenpairs=16, draws=0, zero_rows=True).distance.score == pytest.approx(
         dense(holed, b, 8, 16), abs=1e-6
     )
 
@@ -158,10 +163,11 @@ def _no_convergence(*_: object, **__: object) -> None:
 def test_floors_are_optional_and_counted():
     graphs = [graph(neighbours(t, 6).indices_VK) for t in related(100)]
     bare = compare(*graphs, eigenpairs=8)
-    assert (bare.floor, bare.floor_standard_error, bare.relative, bare.floor_draws) == (None, None, None, 0)
+    floor = bare.distance
+    assert (floor.floor, floor.floor_standard_error, bare.relative, floor.floor_draws) == (None, None, None, 0)
     one = compare(*graphs, eigenpairs=8, draws=1)
-    assert one.floor is not None
-    assert one.floor_standard_error is None
+    assert one.distance.floor is not None
+    assert one.distance.floor_standard_error is None
     assert one.edges == tuple(np.count_nonzero(g.toarray()) // 2 for g in graphs)
 
 
@@ -181,15 +187,15 @@ def test_the_command_gives_both_forms(tmp_path, monkeypatch, capsys):
 
     ours, paper = analyze("--counts", "counts.npy"), analyze("--paper")
     assert (ours["form"], ours["rows"], ours["rows_masked_out"], ours["k"]) == ("corrected", 180, 20, 8)
-    assert ours["distance"] == pytest.approx(dense(a[20:], b[20:], 8, 16), abs=1e-6)
-    assert paper["distance"] == ours["paper"]["distance"] == pytest.approx(dense(a, b, 8, 16), abs=1e-6)
+    assert ours["distance"]["score"] == pytest.approx(dense(a[20:], b[20:], 8, 16), abs=1e-6)
+    assert paper["distance"]["score"] == ours["paper"]["score"] == pytest.approx(dense(a, b, 8, 16), abs=1e-6)
     assert paper["rows"] == 200
     assert "relative" not in paper
     assert f"{ours['relative']:.4f}" in capsys.readouterr().out
 
 
 def test_the_section_measures_the_rows_both_saw(monkeypatch):
-    monkeypatch.setattr(section, "K", 12)
+    monkeypatch.setattr(section, "measure", partial(spectral, k=12))
     pair, few = twin(), twin(40)
     results = {
         "spectral": section.collect(SimpleNamespace(twins=[pair, few])),
@@ -197,7 +203,7 @@ def test_the_section_measures_the_rows_both_saw(monkeypatch):
     }
     found = results["spectral"]["pairs"][0]
     a, b = pair.reference.values[31:], pair.subject.values[31:]
-    assert found["distance"] == pytest.approx(dense(b, a, 12, section.EIGENPAIRS), abs=1e-6)
+    assert found["distance"]["score"] == pytest.approx(dense(b, a, 12, section.EIGENPAIRS), abs=1e-6)
     row = section.distances(results)[0]
-    assert (row["name"], row["distance"]) == ("tied and untied output", f"{found['distance']:.3f}")
-    assert section.not_measured(results) == ["12 neighbours need more than 9 rows"]
+    assert (row["name"], row["distance"]) == ("tied and untied output", f"{found['distance']['score']:.3f}")
+    assert section.not_measured(results) == ["knn: 9 rows, but 12 neighbours need at least 13"]

@@ -18,8 +18,9 @@ from tiedjax.analysis.basis import blocked
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.shape import section, similarity
-from tiedjax.analysis.instruments.shape.similarity import compare
-from tiedjax.analysis.instruments.shape.spectrum import isotropic_singular_values, mean_cosine_floor, spectrum
+from tiedjax.analysis.instruments.shape.similarity import measure as compare
+from tiedjax.analysis.instruments.shape.spectrum import isotropic_singular_values, mean_cosine_floor
+from tiedjax.analysis.instruments.shape.spectrum import measure as spectrum
 from tiedjax.errors import UserError
 
 MEASURES = ("effective_rank", "stable_rank", "first_energy", "isotropy", "mean_cosine")
@@ -144,7 +145,7 @@ def test_subspaces_are_those_of_scipy():
     assert [s.dimensions for s in found.subspaces] == [1, 2, 4, 8, 9]
     for each in found.subspaces:
         angles = scipy.linalg.subspace_angles(ux[:, : each.dimensions], uy[:, : each.dimensions])
-        assert each.score == pytest.approx(np.mean(np.cos(angles) ** 2), abs=1e-5)
+        assert each.cosine.score == pytest.approx(np.mean(np.cos(angles) ** 2), abs=1e-5)
         extremes = np.degrees([angles.min(), angles.max()])
         assert (each.smallest_angle_degrees, each.largest_angle_degrees) == pytest.approx(extremes, abs=1e-3)
 
@@ -182,7 +183,7 @@ def test_a_rotated_copy_is_the_same_space():
     found = compare(SKEWED, 3 * SKEWED @ TURN + 5)
     assert found.cka.score == pytest.approx(1, abs=1e-6)
     assert found.pairs.score > 0.99999
-    assert all(s.score > 0.9999 for s in found.subspaces)
+    assert all(s.cosine.score > 0.9999 for s in found.subspaces)
 
 
 def test_nothing_depends_on_rotation_scale_or_common_order_and_cka_is_symmetric():
@@ -191,13 +192,15 @@ def test_nothing_depends_on_rotation_scale_or_common_order_and_cka_is_symmetric(
         found = compare(x, y)
         assert found.cka.score == pytest.approx(wanted.cka.score, abs=1e-6)
         assert found.pairs.score == pytest.approx(wanted.pairs.score, abs=1e-5)
-        assert [s.score for s in found.subspaces] == pytest.approx([s.score for s in wanted.subspaces], abs=1e-4)
+        assert [s.cosine.score for s in found.subspaces] == pytest.approx(
+            [s.cosine.score for s in wanted.subspaces], abs=1e-4
+        )
 
 
 def test_unrelated_tables_lie_at_their_floors():
     draw = np.random.default_rng(11)
     found = compare(SKEWED, draw.normal(size=(400, 9)), draws=20)
-    for each in (found.cka, *found.subspaces, found.pairs):
+    for each in (found.cka, *(s.cosine for s in found.subspaces), found.pairs):
         assert abs(each.score - each.floor) < 3.5 * each.floor_deviation
         assert abs(each.floor - each.floor_closed_form) < 3.5 * each.floor_standard_error
     assert found.pairs.low < 0 < found.pairs.high
@@ -215,7 +218,7 @@ def test_closed_form_floors_are_the_mean_over_all_permutations():
     for each in found.subspaces:
         r = each.dimensions
         overlap = np.mean([np.sum((ux[:, :r].T @ uy[p, :r]) ** 2) / r for p in orders])
-        assert each.floor_closed_form == pytest.approx(overlap, rel=1e-6)
+        assert each.cosine.floor_closed_form == pytest.approx(overlap, rel=1e-6)
 
 
 def test_the_interval_of_pairs_covers_what_all_rows_give(monkeypatch):

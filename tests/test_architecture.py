@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 from programs import REPOSITORY
 
+from tiedjax import analysis
 from tiedjax.tying import SCHEMES
 
 PACKAGE = REPOSITORY / "tiedjax"
@@ -159,6 +160,19 @@ def test_the_rooms_of_analysis_import_one_way(path: Path) -> None:
         assert others <= {BESIDE.get(inner[0])}
     elif room == "study":
         assert {names[0] for names in reached} <= {"basis", "instruments", "study"}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_notebooks_import_the_public_surface_alone(path: Path) -> None:
+    modules = {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)}
+    assert {name for name in modules if str(name).startswith("tiedjax")} <= {"tiedjax.analysis"}
+
+
+def test_every_public_name_of_analysis_is_there_under_one_home() -> None:
+    assert sorted(analysis.__all__) == sorted(analysis._HOMES)
+    assert {name for name in analysis.__all__ if getattr(analysis, name) is not None} <= set(dir(analysis))
+    with pytest.raises(AttributeError, match=r"module 'tiedjax\.analysis' has no attribute 'nothing'"):
+        analysis.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("library", HOMES)

@@ -13,8 +13,8 @@ from test_analysis_summary import fake_study
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.records import write_json
 from tiedjax.analysis.study import words
-from tiedjax.analysis.study.report import write_report
-from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
+from tiedjax.analysis.study.report import CORE, draw, write_report
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, keys, left_out, sections_of, versions
 from tiedjax.analysis.study.summary import summarize
 from tiedjax.errors import UserError
 
@@ -139,9 +139,52 @@ def test_results_of_something_else_are_refused(tmp_path):
         write_report({"instrument": "align"}, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_report({"kind": "study", "schema": SCHEMA}, tmp_path / "file")
+        write_report({"kind": "study", "schema": SCHEMA} | {key: {} for key in CORE}, tmp_path / "file")
     with pytest.raises(UserError, match="has schema 1, this version draws 3; `tiedjax study` analyses"):
         write_report({"kind": "study", "schema": 1}, tmp_path)
+
+
+def redrawn(results: dict, out: Path) -> str:
+    """The page without its figures, which take long and are another matter."""
+    write_report(results, out, drawings={})
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+LEFT_OUT = (
+    "Left out: {}. These results do not hold it in the form that this version draws; `tiedjax study` analyses the "
+    "finished runs again."
+)
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if keys(name)])
+def test_a_section_that_the_results_lack_is_left_out_with_a_line(name, results, tmp_path):
+    whole = redrawn(results, tmp_path)
+    for key in keys(name):
+        page = redrawn({k: v for k, v in results.items() if k != key}, tmp_path)
+        assert page.count("Left out: ") == 1
+        assert LEFT_OUT.format(name) in page
+        assert page.count("<h2") == whole.count("<h2") - 1
+    assert "Left out: " not in whole
+
+
+def test_a_section_of_another_version_is_left_out_and_one_without_a_number_is_of_the_first(results, tmp_path):
+    assert results["versions"] == versions()
+    older = {k: v for k, v in results.items() if k != "versions"}
+    changed = [name for name, number in versions().items() if number != 1]
+    assert left_out(older) == [LEFT_OUT.format(name) for name in changed]
+    assert set(sections_of(older)) == set(SECTIONS) - set(changed)
+    newer = results | {"versions": versions() | {"knn": 99}}
+    assert LEFT_OUT.format("knn") in redrawn(newer, tmp_path)
+    assert draw(newer, "knn", tmp_path) == {}
+    assert list((tmp_path / "figures").iterdir()) == []
+
+
+@pytest.mark.parametrize("key", CORE)
+def test_results_without_their_core_are_refused_with_one_line(key, results, tmp_path):
+    line = f"report: results.json holds no '{key}'; `tiedjax study` analyses the finished runs again"
+    with pytest.raises(UserError) as error:
+        write_report({k: v for k, v in results.items() if k != key}, tmp_path)
+    assert str(error.value) == line
 
 
 def test_numbers_for_people():

@@ -1,5 +1,122 @@
-"""Instruments: arrays in, plain results out. One folder per instrument; only the report draws.
+"""The public surface of analysis: every instrument by the name of its command, and what they take and return.
 
-An instrument is a function of arrays that returns a frozen dataclass of Python numbers. `command` gives each one a
-command, `study.summary` applies them to a study's runs, `study.report` shows what it found.
+    from tiedjax.analysis import align, knn
+
+An instrument is a function of arrays, or of a run's model and its text, that returns frozen dataclasses of plain
+numbers; a score stands beside its floor (`Score`). The command line and the report call the same functions with the
+same defaults.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiedjax.analysis.basis import published
+    from tiedjax.analysis.basis.chance import Score
+    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
+    from tiedjax.analysis.basis.run_data import data_of
+    from tiedjax.analysis.basis.statistics import Interval, interval, paired
+    from tiedjax.analysis.basis.strata import strata
+    from tiedjax.analysis.basis.tables import seen_rows
+    from tiedjax.analysis.basis.tokens import most_frequent, token_texts
+    from tiedjax.analysis.instruments.alignment.align import measure as align
+    from tiedjax.analysis.instruments.calibration.calibration import measure as calibration
+    from tiedjax.analysis.instruments.cooccurrence.cooccurrence import contexts_of
+    from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence
+    from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
+    from tiedjax.analysis.instruments.gradients.gradients import measure as gradients
+    from tiedjax.analysis.instruments.gradients.gradients import output_share, smooth
+    from tiedjax.analysis.instruments.graph_distance.spectral import measure as spectral
+    from tiedjax.analysis.instruments.lens.lens import measure as lens
+    from tiedjax.analysis.instruments.neighbours.knn import measure as knn
+    from tiedjax.analysis.instruments.neighbours.knn import shared
+    from tiedjax.analysis.instruments.neighbours.search import Searches, neighbours
+    from tiedjax.analysis.instruments.norms.norms import measure as norms
+    from tiedjax.analysis.instruments.picture.map import measure as picture
+    from tiedjax.analysis.instruments.shape.similarity import measure as similarity
+    from tiedjax.analysis.instruments.shape.spectrum import measure as spectrum
+    from tiedjax.tying import distinct
+
+__all__ = [
+    "FrozenModel",
+    "Interval",
+    "Score",
+    "Searches",
+    "align",
+    "calibration",
+    "contexts_of",
+    "cooccurrence",
+    "data_of",
+    "distinct",
+    "evolution",
+    "gradients",
+    "held_out_windows",
+    "interval",
+    "knn",
+    "lens",
+    "most_frequent",
+    "neighbours",
+    "norms",
+    "output_share",
+    "paired",
+    "picture",
+    "published",
+    "seen_rows",
+    "shared",
+    "similarity",
+    "smooth",
+    "spectral",
+    "spectrum",
+    "strata",
+    "token_texts",
+]
+
+_INSTRUMENTS = "tiedjax.analysis.instruments"
+# Where each name lives: "module:name", or "module" alone. Imported when first asked for: `tiedjax --help` needs none.
+_HOMES = {
+    "FrozenModel": "tiedjax.analysis.basis.held_out:FrozenModel",
+    "Interval": "tiedjax.analysis.basis.statistics:Interval",
+    "Score": "tiedjax.analysis.basis.chance:Score",
+    "Searches": f"{_INSTRUMENTS}.neighbours.search:Searches",
+    "align": f"{_INSTRUMENTS}.alignment.align:measure",
+    "calibration": f"{_INSTRUMENTS}.calibration.calibration:measure",
+    "contexts_of": f"{_INSTRUMENTS}.cooccurrence.cooccurrence:contexts_of",
+    "cooccurrence": f"{_INSTRUMENTS}.cooccurrence.cooccurrence:measure",
+    "data_of": "tiedjax.analysis.basis.run_data:data_of",
+    "distinct": "tiedjax.tying:distinct",
+    "evolution": f"{_INSTRUMENTS}.evolution.evolution:measure",
+    "gradients": f"{_INSTRUMENTS}.gradients.gradients:measure",
+    "held_out_windows": "tiedjax.analysis.basis.held_out:held_out_windows",
+    "interval": "tiedjax.analysis.basis.statistics:interval",
+    "knn": f"{_INSTRUMENTS}.neighbours.knn:measure",
+    "lens": f"{_INSTRUMENTS}.lens.lens:measure",
+    "most_frequent": "tiedjax.analysis.basis.tokens:most_frequent",
+    "neighbours": f"{_INSTRUMENTS}.neighbours.search:neighbours",
+    "norms": f"{_INSTRUMENTS}.norms.norms:measure",
+    "output_share": f"{_INSTRUMENTS}.gradients.gradients:output_share",
+    "paired": "tiedjax.analysis.basis.statistics:paired",
+    "picture": f"{_INSTRUMENTS}.picture.map:measure",
+    "published": "tiedjax.analysis.basis.published",
+    "seen_rows": "tiedjax.analysis.basis.tables:seen_rows",
+    "shared": f"{_INSTRUMENTS}.neighbours.knn:shared",
+    "similarity": f"{_INSTRUMENTS}.shape.similarity:measure",
+    "smooth": f"{_INSTRUMENTS}.gradients.gradients:smooth",
+    "spectral": f"{_INSTRUMENTS}.graph_distance.spectral:measure",
+    "spectrum": f"{_INSTRUMENTS}.shape.spectrum:measure",
+    "strata": "tiedjax.analysis.basis.strata:strata",
+    "token_texts": "tiedjax.analysis.basis.tokens:token_texts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tiedjax.analysis' has no attribute {name!r}")
+    place, _, attribute = _HOMES[name].partition(":")
+    module = importlib.import_module(place)
+    return getattr(module, attribute) if attribute else module
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,35 +16,36 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiedjax.analysis.basis.tables import Table
+    from tiedjax.data.prepared import Prepared
 
 TABLE = "RUN[@STEP][#input|#output], FILE.npy, FILE.npz[#NAME] or FILE.safetensors[#NAME]"
 
 
-def add_pair(parser: argparse.ArgumentParser) -> None:
-    """A and B."""
-    parser.add_argument("a", metavar="A", help=f"the first table: {TABLE}")
-    parser.add_argument("b", metavar="B", help="the table it is compared with, named likewise")
+def add_subject(parser: argparse.ArgumentParser, subject: str, *, tokenizers: str = "--tokens") -> None:
+    """What a command measures, by its SUBJECT, and the options that come with it.
 
-
-def add_tokenizers(parser: argparse.ArgumentParser, name: str = "--tokens") -> None:
-    """What matches the rows of tables from files."""
+    `tokenizers` names the option that matches the rows of two tables from files.
+    """
+    if subject == "run":
+        parser.add_argument("a", metavar="RUN", help="a run directory")
+        return
+    if subject == "table":
+        parser.add_argument("a", metavar="TABLE", help=TABLE)
+    else:
+        parser.add_argument("a", metavar="A", help=f"the first table: {TABLE}")
+        alone: dict[str, Any] = {"nargs": "?"} if subject == "tables" else {}
+        parser.add_argument("b", metavar="B", help="the table it is compared with, named likewise", **alone)
+        parser.add_argument(
+            tokenizers,
+            dest="tokenizers",
+            nargs=2,
+            metavar=("A.json", "B.json"),
+            help="tokenizer.json of A and of B, for tables from files: rows are matched by token (runs know theirs)",
+        )
     parser.add_argument(
-        name,
-        dest="tokenizers",
-        nargs=2,
-        metavar=("A.json", "B.json"),
-        help="tokenizer.json of A and of B, for tables from files: rows are matched by token (runs know theirs)",
+        "--counts", metavar="FILE.npy", help="[V] or [2, V] token counts of the first table, for tables from a file"
     )
-
-
-def add_table(parser: argparse.ArgumentParser) -> None:
-    """TABLE."""
-    parser.add_argument("a", metavar="TABLE", help=TABLE)
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN."""
-    parser.add_argument("a", metavar="RUN", help="a run directory")
+    add_all_rows(parser)
 
 
 def add_paper(parser: argparse.ArgumentParser, meaning: str) -> None:
@@ -56,13 +57,6 @@ def add_all_rows(parser: argparse.ArgumentParser) -> None:
     """--all-rows."""
     parser.add_argument(
         "--all-rows", action="store_true", help="keep padding rows and never-seen tokens (default: leave them out)"
-    )
-
-
-def add_counts(parser: argparse.ArgumentParser) -> None:
-    """--counts."""
-    parser.add_argument(
-        "--counts", metavar="FILE.npy", help="[V] or [2, V] token counts of the first table, for tables from a file"
     )
 
 
@@ -96,6 +90,48 @@ class Inputs:
     rows: np.ndarray | None
     described: dict[str, Any]
     note: str = ""
+
+    @property
+    def values(self) -> list[np.ndarray]:
+        """[V, D] of each table."""
+        return [table.values for table in self.tables]
+
+    def result(self, args: argparse.Namespace, rows: int, left_out: int = 0) -> dict[str, Any]:
+        """What every result begins with; `rows` were measured, `left_out` of those that count had no direction."""
+        V, width = self.tables[0].values.shape
+        masked_out = V - rows - left_out
+        return {**self.described, "form": form_of(args), "rows": rows, "rows_masked_out": masked_out, "width": width}
+
+    def heading(self, what: str, result: Mapping[str, Any]) -> str:
+        """The first line of a command's text: what was measured, over how many rows."""
+        return heading(what, result["rows"], result["rows_masked_out"], result["width"])
+
+
+def form_of(args: argparse.Namespace) -> str:
+    """paper, where the form of arXiv 2603.26663 was asked for, else corrected."""
+    return "paper" if getattr(args, "paper", False) else "corrected"
+
+
+def run_result(args: argparse.Namespace, inputs: Sequence[Any], rows: int, width: int, masked_out: int = 0) -> Any:
+    """What the result of a command that takes a run begins with; `inputs` describe the run's tables."""
+    form = form_of(args)
+    return {"inputs": list(inputs), "form": form, "rows": rows, "rows_masked_out": masked_out, "width": width}
+
+
+def read_text(args: argparse.Namespace) -> tuple[Any, Prepared]:
+    """The run that a command takes, and its prepared text. UserError without either."""
+    from tiedjax.analysis.basis.run_data import data_of
+    from tiedjax.analysis.basis.tables import open_run
+
+    run = open_run(args.a)
+    return run, data_of(run, args.data)
+
+
+def described_roles(name: str, tables: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A run's tables by role, as every result states its inputs."""
+    from tiedjax.analysis.basis.tables import Table
+
+    return [Table(name, values, role).describe() for role, values in tables.items()]
 
 
 def read_tables(args: argparse.Namespace) -> Inputs:

@@ -2,9 +2,115 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score beside its floor, the value that it takes by chance.
+
+    Attributes:
+      score: None where nothing could be scored.
+      floor: the mean over chance draws, or exact.
+      floor_standard_error: of that mean; 0 where the floor is exact, None where that is not known.
+      floor_deviation: the standard deviation of single draws: how far chance alone moves a score.
+      floor_draws: how many made the floor; 0 where it is exact.
+      floor_closed_form: what a formula gives for it, where there is one.
+      corrected: (score - floor) / (1 - floor), 0 by chance and 1 where all is alike; None for scores of other kinds,
+        and where chance already reaches 1.
+      rows: that were scored.
+      rows_left_out: of those asked for, because they have no direction.
+      low, high: ends of a 95 % interval over rows; None where none was asked for.
+    """
+
+    score: float | None
+    floor: float | None
+    floor_standard_error: float | None = None
+    floor_deviation: float | None = None
+    floor_draws: int = 0
+    floor_closed_form: float | None = None
+    corrected: float | None = None
+    rows: int = 0
+    rows_left_out: int = 0
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def excess(self) -> float | None:
+        """score - floor: for errors, which have no 1 to be corrected towards."""
+        return None if self.score is None or self.floor is None else self.score - self.floor
+
 
 def correct(score: float | None, floor: float | None) -> float | None:
-    """(score - floor) / (1 - floor): 0 is chance, 1 is identical; None where chance already reaches 1."""
+    """(score - floor) / (1 - floor): 0 is chance, 1 is identical; None where chance already reaches 1.
+
+    >>> correct(0.6, 0.2)
+    0.5
+    """
     if score is None or floor is None or 1 - floor < 1e-6:
         return None
     return (score - floor) / (1 - floor)
+
+
+def beside_draws(
+    score: float | None,
+    draws: Sequence[float | None] | np.ndarray,
+    *,
+    similarity: bool = True,
+    closed_form: float | None = None,
+    rows: int = 0,
+    rows_left_out: int = 0,
+    interval: tuple[float | None, float | None] = (None, None),
+) -> Score:
+    """A score beside what it was in every chance draw; draws that are None do not count.
+
+    `similarity` says that 1 is alike, so that the score can be corrected.
+
+    >>> found = beside_draws(0.6, [0.1, 0.3])
+    >>> found.floor, found.corrected
+    (0.2, 0.5)
+    """
+    known = [draw for draw in draws if draw is not None]
+    floor = float(np.mean(known)) if known else None
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return Score(
+        score=score,
+        floor=floor,
+        floor_standard_error=None if deviation is None else deviation / math.sqrt(len(known)),
+        floor_deviation=deviation,
+        floor_draws=len(known),
+        floor_closed_form=closed_form,
+        corrected=correct(score, floor) if similarity else None,
+        rows=rows,
+        rows_left_out=rows_left_out,
+        low=interval[0],
+        high=interval[1],
+    )
+
+
+def beside_exact(
+    score: float | None,
+    floor: float | None,
+    *,
+    similarity: bool = True,
+    deviation: float | None = None,
+    rows: int = 0,
+    rows_left_out: int = 0,
+    interval: tuple[float | None, float | None] = (None, None),
+) -> Score:
+    """A score beside a floor that is known without drawing; `deviation` is that of single draws."""
+    return Score(
+        score=score,
+        floor=floor,
+        floor_standard_error=None if floor is None else 0.0,
+        floor_deviation=deviation,
+        corrected=correct(score, floor) if similarity else None,
+        rows=rows,
+        rows_left_out=rows_left_out,
+        low=interval[0],
+        high=interval[1],
+    )

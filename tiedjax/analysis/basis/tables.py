@@ -236,13 +236,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check(table_VD: np.ndarray) -> None:
-    """UserError for other than 2 dimensions, no rows, and numbers that are not finite or cannot be squared."""
+def check(table_VD: np.ndarray, where: str) -> None:
+    """UserError for other than 2 dimensions, no rows, and numbers that are not finite or cannot be squared.
+
+    `where` is the instrument that asks.
+    """
     if table_VD.ndim != 2 or not table_VD.size:
-        raise UserError(f"spectrum: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
+        raise UserError(f"{where}: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
     peak = 0.0
     for block in row_blocks(*table_VD.shape):
         part = np.abs(table_VD[block])
         peak = max(peak, float(part.max()) if np.isfinite(part).all() else math.inf)
     if peak and not _RANGE[0] < peak < _RANGE[1]:
-        raise UserError(f"spectrum: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")
+        raise UserError(f"{where}: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")

@@ -1,5 +1,8 @@
 """One folder for each instrument: its computation, its command, its section of the report.
 
+The computation's `measure` is what both the command and the section call, with the same defaults, so that a number in
+the report is the number of the command. It returns frozen dataclasses; a score with a value by chance is a `Score`.
+
 `command.py`, which imports nothing heavy before it runs, has
 
     HELP                    one line
@@ -11,6 +14,8 @@
 
     collect(study)    what results.json holds under the section's name: plain records, from the study's runs
     plots(results)    its figures, drawn from results.json alone
+    VERSION           of these records: another number where a key changes its meaning or goes (none: 1)
+    KEYS              what it reads of results.json, where that is not its own name alone
 
 and what `section.html.j2` calls to put numbers into words (there it is `s`).
 """

@@ -40,7 +40,7 @@ def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:
     arm = results["headline"]["arm"]
     found = [n for n in results["norms"] if n["arm"] == arm and n["role"] == "shared" and "not_measured" not in n]
     if found:
-        span = interval(n["distance_to_mean"]["spearman"]["mean"] for n in found)
+        span = interval(n["distance_to_mean"]["spearman"]["score"] for n in found)
         claim = f"frequent tokens lie nearer to the mean row of {arm} than rare ones (rank correlation)"
         yield f"{arm}_frequent_central", claim, affine(span, -1.0, 0.0)
 
@@ -66,4 +66,4 @@ def _cooccurrence(results: Results) -> Iterator[tuple[str, str, Interval]]:
     found = [r for r in records if r["arm"] == arm and r["role"] == "shared" and "not_measured" not in r]
     if found:
         claim = f"cosines of {arm} follow what comes before a token more than what comes after it (rank correlation)"
-        yield f"{arm}_follows_output_cooccurrence", claim, interval(r["difference"]["score"] for r in found)
+        yield f"{arm}_follows_output_cooccurrence", claim, interval(r["difference"]["mean"] for r in found)

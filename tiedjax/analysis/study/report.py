@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.study import words
-from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
+from tiedjax.analysis.study.sections import AGAIN, SCHEMA, SECTIONS, left_out, sections_of, without_others
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 
@@ -49,6 +49,22 @@ _STYLE: Any = {
 }
 
 
+# What every results.json holds; all else belongs to a section, which is left out where it is missing.
+CORE = (
+    "answer",
+    "findings",
+    "statements",
+    "headline",
+    "arms",
+    "changes",
+    "reproducible_share",
+    "study",
+    "runs",
+    "environment",
+    "examples",
+    "notes",
+)
+
 Drawings = Mapping[str, Sequence[str]]  # plot: its panels as SVG elements
 _PACKAGE = "tiedjax.analysis"  # under which every template lies
 
@@ -63,7 +79,7 @@ def write_report(results: drawing.Results, out: Path, drawings: Drawings | None 
     refuse_other_results(results)
     if drawings is None:
         drawings = {name: panels for section in SECTIONS for name, panels in draw(results, section, out).items()}
-    write_atomically(Path(out) / "report.html", _page(results, drawings))
+    write_atomically(Path(out) / "report.html", _page(without_others(results), drawings, left_out(results)))
 
 
 def refuse_other_results(results: drawing.Results) -> None:
@@ -72,13 +88,17 @@ def refuse_other_results(results: drawing.Results) -> None:
         raise UserError("report: these are not the results of a study; `tiedjax study` writes them to results.json")
     if results.get("schema") != SCHEMA:
         raise UserError(
-            f"report: results.json has schema {results.get('schema')}, this version draws {SCHEMA}; "
-            "`tiedjax study` analyses the finished runs again"
+            f"report: results.json has schema {results.get('schema')}, this version draws {SCHEMA}; {AGAIN}"
         )
+    missing = [key for key in CORE if key not in results]
+    if missing:
+        raise UserError(f"report: results.json holds no {missing[0]!r}; {AGAIN}")
 
 
 def draw(results: drawing.Results, section: str, out: Path) -> dict[str, list[str]]:
-    """Writes one section's figures/*.{png,pdf} under `out`; returns their panels as SVG; UserError as above."""
+    """Writes one section's figures/*.{png,pdf} under `out`; returns their panels as SVG, none of a section that the
+    results do not hold; UserError as above.
+    """
     folder = Path(out) / "figures"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +108,8 @@ def draw(results: drawing.Results, section: str, out: Path) -> dict[str, list[st
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the caller draws in, the report looks the same
         matplotlib.rcParams.update(_STYLE)
-        for plot in SECTIONS[section].plots(results):
+        plots = SECTIONS[section].plots(results) if section in sections_of(results) else ()
+        for plot in plots:
             figure = _figure(plot.panels, plot.size, results)
             for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
                 write_atomically(folder / f"{plot.name}.{suffix}", _rendered(figure, suffix, metadata))
@@ -104,7 +125,8 @@ def _template(section: ModuleType) -> str:
     return section.__name__.removeprefix(f"{_PACKAGE}.").replace(".", "/") + ".html.j2"
 
 
-def _page(results: drawing.Results, drawings: Drawings) -> str:
+def _page(results: drawing.Results, drawings: Drawings, lines: Sequence[str]) -> str:
+    sections = sections_of(results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(_PACKAGE, ""),
         autoescape=True,
@@ -119,8 +141,9 @@ def _page(results: drawing.Results, drawings: Drawings) -> str:
         w=words,
         n=numbers,
         published=published,
-        sections=SECTIONS,
-        templates={name: _template(section) for name, section in SECTIONS.items()},
+        sections=sections,
+        templates={name: _template(section) for name, section in sections.items()},
+        left_out=lines,
         # Matplotlib escapes every text that it draws, so what came from the results is text here too.
         svgs={name: list(map(Markup, panels)) for name, panels in drawings.items()},
         arm_index=index,

@@ -21,18 +21,18 @@ import numpy as np
 from tiedjax.analysis.basis import tokens
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.run_data import data_of
-from tiedjax.analysis.basis.strata import frequency_parts, strata
+from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
-from tiedjax.analysis.instruments.alignment.align import DRAWS, align, by_stratum, uncorrected
-from tiedjax.analysis.instruments.alignment.fitting import FITS
+from tiedjax.analysis.instruments.alignment.align import Comparison, align
+from tiedjax.analysis.instruments.alignment.align import measure as compare
 from tiedjax.analysis.instruments.evolution.evolution import Trail
-from tiedjax.analysis.instruments.gradients.gradients import gradient_flow
+from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
 from tiedjax.analysis.study import verdict, words
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.examples import token_rows
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
-from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
 from tiedjax.config import StudyConfig, flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
@@ -78,6 +78,7 @@ def summarize(
     }
     results = {
         "schema": SCHEMA,
+        "versions": versions(),
         "kind": "study",
         "headline": verdict.headline(study, arms, final),
         "between_seeds": verdict.between_seeds(parts["between_seeds"]),
@@ -166,7 +167,7 @@ class _Walk:
             for arm, both in tables.items():
                 by_role, steps = distinct(both), runs[arm].snapshot_steps
                 for role, table in by_role.items():
-                    trail = Trail(seen[arm], strata=groups[arm], draws=1)
+                    trail = Trail(seen[arm], strata=groups[arm])
                     trails.setdefault((arm, role), trail).add(step, table)
                 chosen = {role: table[self.ids] for role, table in by_role.items()}
                 first.setdefault(arm, chosen)
@@ -187,22 +188,30 @@ def _compared(
     reference: Any, twin: Any | None, rows: np.ndarray, counts: np.ndarray, where: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
-    final, tenths = where["final"], frequency_parts(counts, 10)
-    fits, draws = (FITS, DRAWS) if final else (("orthogonal",), 1)
     for subject_role, reference_role, x, y in _pairs(reference, twin):
-        found = align(x, y, fits=fits, rows=rows, draws=draws, held_out=final)
-        every = align(x, y, fits=fits, draws=0) if final else found
-        alike = align(x, y, fits=fits, rows=rows, draws=draws, within=tenths) if final else found
-        roles = {"subject_role": subject_role, "reference_role": reference_role}
-        masks = {name: mask[rows] for name, mask in strata(counts).items() if mask[rows].any()}
-        for fit, score in found.scores.items():
-            about = {"fit": fit, "rows": found.rows, "width": found.width}
-            if final:
-                about["held_out"] = found.held_out[fit].score
-                about["paper"] = uncorrected(every.cosines[fit])
-                about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
-                about[verdict.MAIN] = alike.scores[fit].corrected
-            yield {**where, **roles, **about, **to_plain(score)}
+        about = {**where, "subject_role": subject_role, "reference_role": reference_role}
+        if where["final"]:
+            for record in _by_fit(compare(x, y, rows=rows, counts=counts)):
+                yield about | record
+        else:
+            fit = verdict.FIT
+            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), rows=rows, draws=1).scores[fit])
+
+
+def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """A record for each fit."""
+    alignment = comparison.alignment
+    for fit, score in alignment.scores.items():
+        yield {
+            "fit": fit,
+            "width": alignment.width,
+            "held_out": alignment.held_out[fit].score,
+            "paper": comparison.paper[fit],
+            "strata": to_plain(comparison.strata[fit]),
+            verdict.MAIN: comparison.beyond_frequency[fit].corrected,
+            "penalty": alignment.penalty if fit == "ridge" else None,
+            **to_plain(score),
+        }
 
 
 def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
@@ -228,14 +237,12 @@ def _between_seeds(held: StudyRuns) -> Iterator[dict[str, Any]]:
         for table, target in itertools.product(held.last[arm, seed], held.last.get((study.reference, other_seed), [])):
             if own and table.role != target.role:
                 continue
-            rows, tenths = table.seen & target.seen, frequency_parts(target.counts, 10)
-            compare = partial(align, target.values, table.values, fits=(verdict.FIT,), rows=rows)
-            found, alike = compare(held_out=True), compare(within=tenths)
-            for fit, score in found.scores.items():
-                about = {"subject_role": table.role, "reference_role": target.role, "fit": fit}
-                seeds = {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
-                outside = {"held_out": found.held_out[fit].score, verdict.MAIN: alike.scores[fit].corrected}
-                yield {"arm": arm, **about, **seeds, **to_plain(score), **outside}
+            about: dict[str, Any] = {"arm": arm, "subject_role": table.role, "reference_role": target.role}
+            about |= {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
+            rows = table.seen & target.seen
+            pair = compare(target.values, table.values, fits=(verdict.FIT,), rows=rows, counts=target.counts)
+            for record in _by_fit(pair):
+                yield about | record
 
 
 def _reproducible_shares(held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:

@@ -8,6 +8,7 @@ from typing import Any
 from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
 
+KEYS = ()  # what the sections hold that are there
 _Row = tuple[str, str, Iterable[float | None], str, Iterable[float | None]]
 
 
@@ -18,14 +19,15 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def rows(results: drawing.Results) -> list[dict[str, str]]:
     """Each measurement: what its two forms are called, and their means with intervals over seeds."""
-    found = []
-    for measure in (_alignment, _neighbours, _gradients, _lens):
+    measures = {"comparisons": _alignment, "knn": _neighbours, "gradients": _gradients, "lens": _lens}
+    lines = []
+    for measure in (measure for key, measure in measures.items() if key in results):
         for what, paper_form, paper, corrected_form, corrected in measure(results):
             values = {"paper": interval(paper), "corrected": interval(corrected)}
             if values["paper"].n or values["corrected"].n:
                 names = {"what": what, "paper_form": paper_form, "corrected_form": corrected_form}
-                found.append(names | {name: numbers.spread(vars(span)) for name, span in values.items()})
-    return found
+                lines.append(names | {name: numbers.spread(vars(span)) for name, span in values.items()})
+    return lines
 
 
 def _alignment(results: drawing.Results) -> Iterator[_Row]:

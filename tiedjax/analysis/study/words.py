@@ -173,42 +173,6 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
     return rows
 
 
-def alignment_groups(results: Results) -> list[dict[str, Any]]:
-    """Per arm and table that it is compared with: the score, floor and corrected score of every fit."""
-    groups = []
-    reference = results["headline"]["reference"]
-    for arm, summary in results["arms"].items():
-        for role, compared in summary["alignment"].items():
-            for target, fits in sorted(compared.items(), reverse=True):
-                name = arm if role == "shared" else f"{arm} {role} table"
-                other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
-                groups.append(_group(results, arm, f"{name} and {other}", fits))
-    for arm, subjects in results["between_seeds"].items():
-        for role, compared in subjects.items():
-            for target, fits in sorted(compared.items(), reverse=True):
-                name = arm if role == "shared" else f"{arm} {role} table"
-                groups.append(
-                    _group(results, arm, f"{name} and the {reference} {target[3:]} table of another seed", fits)
-                )
-    return groups
-
-
-def _group(results: Results, arm: str, title: str, fits: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [
-        {
-            "fit": fit,
-            "score": numbers.number(cell["score"]["mean"]),
-            "floor": numbers.number(cell["floor"]["mean"]),
-            "corrected": numbers.spread(cell["corrected"]),
-            "controlled": numbers.spread(cell[results["headline"]["measure"]]),
-            "held_out": numbers.number(cell["held_out"]["mean"]),
-            "main": fit == results["headline"]["fit"],
-        }
-        for fit, cell in fits.items()
-    ]
-    return {"arm": arm, "title": title, "rows": rows}
-
-
 def paper_alignment(results: Results) -> list[dict[str, Any]]:
     """Per pair of tables: uncorrected scores, the paper's beside the closed-form floor and ours beside its own."""
     head = results["headline"]
@@ -261,7 +225,7 @@ def paper_others(results: Results) -> list[dict[str, str]]:
                     }
                 )
     for role, theirs in published.EVOLUTION.items():
-        ends = [e for e in results["evolution"] if e["arm"] == head["reference"] and e["role"] == role]
+        ends = [e for e in results.get("evolution", ()) if e["arm"] == head["reference"] and e["role"] == role]
         if ends:
             mean = sum(e["to_start"][-1] for e in ends) / len(ends)
             rows.append(

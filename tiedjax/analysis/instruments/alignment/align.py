@@ -20,46 +20,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.directions import unit_rows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
-from tiedjax.analysis.instruments.alignment.fitting import FITS, Measured, Pair
+from tiedjax.analysis.basis.strata import frequency_parts, strata
+from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Measured, Pair
 from tiedjax.errors import UserError
 
 DRAWS = 5
+FREQUENCY_PARTS = 10  # of like frequency, within which rows are permuted
 BINS = 40
 QUANTILES = (5, 25, 50, 75, 95)
-
-
-@dataclass(frozen=True)
-class Score:
-    """One fit's mean cosine beside its floor; None where no row has a direction. `penalty` is that of ridge."""
-
-    score: float | None
-    floor: float | None
-    floor_standard_error: float | None
-    floor_draws: int
-    floor_closed_form: float
-    corrected: float | None
-    rows_left_out: int
-    penalty: float | None = None
-
-
-@dataclass(frozen=True)
-class RawCosine:
-    """The mean cosine of rows that are not centred; None where no row counts.
-
-    `floor` is its mean over all permutations of Y's rows, exactly: the product of the two mean directions. So tables
-    with a common mean row have a high one.
-    """
-
-    score: float | None
-    floor: float | None
-    corrected: float | None
-    rows_left_out: int
 
 
 @dataclass(frozen=True)
@@ -73,16 +49,6 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Stratum:
-    """The score of some of the rows."""
-
-    rows: int
-    score: float | None
-    floor: float | None
-    corrected: float | None
-
-
-@dataclass(frozen=True)
 class Alignment:
     """Scores per fit of X mapped onto Y over `rows` rows, and what they are means of.
 
@@ -90,6 +56,7 @@ class Alignment:
       held_out: the same scores for rows that the map was not fitted on; empty unless asked for.
       cosines: per fit, the cosine of each row [rows]; NaN for rows without a direction.
       chance: per fit, the mean cosine of each row of X over the permutations [rows].
+      penalty: that of ridge; None without that fit.
     """
 
     rows: int
@@ -97,8 +64,61 @@ class Alignment:
     target_width: int
     scores: dict[str, Score]
     held_out: dict[str, Score] = field(default_factory=dict)
+    penalty: float | None = None
     cosines: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
     chance: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two tables' alignment over the rows that count, and the two forms that stand beside it, all by fit.
+
+    Attributes:
+      alignment: in sample and held out, with floors.
+      paper: the form of arXiv 2603.26663: all rows, in sample, uncorrected.
+      beyond_frequency: the scores of `alignment` above floors that permute rows among tokens of like frequency only:
+        likeness that frequency does not explain. Empty where counts are not known.
+      strata: the same by stratum of token frequency; empty likewise.
+    """
+
+    alignment: Alignment
+    paper: dict[str, float]
+    beyond_frequency: dict[str, Score]
+    strata: dict[str, dict[str, Score]]
+
+
+def measure(
+    x_VD: np.ndarray,
+    y_VD: np.ndarray,
+    *,
+    fits: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
+    draws: int = DRAWS,
+    report: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """X mapped onto Y under each of `fits` (default: all that the widths allow).
+
+    `rows` is a boolean [V] mask of the rows that count, `counts` int [2, V] how often training showed their tokens.
+    UserError as of `align`.
+
+    >>> table = np.random.default_rng(0).normal(size=(200, 4))
+    >>> comparison = measure(table, table[:, ::-1])
+    >>> round(comparison.alignment.scores["orthogonal"].corrected, 6)
+    1.0
+    """
+    fits = list(fits or [fit for fit in FITS if x_VD.shape[1] == y_VD.shape[1] or fit not in SQUARE])
+    same = partial(align, x_VD, y_VD, fits=fits, rows=rows, draws=draws, report=report)
+    alignment = same(held_out=True)
+    everywhere = alignment if rows is None else align(x_VD, y_VD, fits=fits, draws=0)
+    beyond, by_strata = {}, {}
+    if counts is not None:
+        alike = same(within=frequency_parts(counts, FREQUENCY_PARTS))
+        kept = slice(None) if rows is None else rows
+        masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
+        beyond = alike.scores
+        by_strata = {fit: by_stratum(alignment.cosines[fit], alike.chance[fit], masks) for fit in fits}
+    return Comparison(alignment, {fit: uncorrected(everywhere.cosines[fit]) for fit in fits}, beyond, by_strata)
 
 
 def align(
@@ -123,11 +143,11 @@ def align(
     pair = Pair(x_VD, y_VD, fits, rows, held_out)
     labels = None if within is None else within if rows is None else within[rows]
     rng = np.random.default_rng(0)
-    found = [pair.measure()]
+    measured = [pair.measure()]
     for draw in range(draws):
         report(f"floor {draw + 1} of {draws}")
-        found.append(pair.measure(_permutation(rng, pair.rows, labels)))
-    whole, halves = [inside for inside, _ in found], [outside for _, outside in found if outside]
+        measured.append(pair.measure(_permutation(rng, pair.rows, labels)))
+    whole, halves = [inside for inside, _ in measured], [outside for _, outside in measured if outside]
     shape = (pair.rows, x_VD.shape[1])
     return Alignment(
         rows=pair.rows,
@@ -135,18 +155,19 @@ def align(
         target_width=y_VD.shape[1],
         scores={fit: _score(fit, whole, closed_form_floor(fit, *shape)) for fit in fits},
         held_out={fit: _score(fit, halves, 0.0) for fit in fits if halves},
+        penalty=whole[0].penalty,
         cosines=whole[0].cosines,
-        chance={fit: np.mean([each.cosines[fit] for each in whole[1:]], axis=0) for fit in fits if draws},
+        chance={fit: np.mean([permuted.cosines[fit] for permuted in whole[1:]], axis=0) for fit in fits if draws},
     )
 
 
-def raw_cosine(
-    x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = None, zero_rows: bool = False
-) -> RawCosine:
-    """The mean over rows of cosine(row of X, row of Y), nothing centred, with its floor.
+def raw_cosine(x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = None, zero_rows: bool = False) -> Score:
+    """The mean over rows of cosine(row of X, row of Y), nothing centred, with its floor; None where no row counts.
 
-    `rows` is a boolean [V] mask of the rows that count. Rows that are all zero in either table are left out and
-    counted, unless `zero_rows`: then their cosine is 0. UserError: tables of different shapes.
+    The floor is its mean over all permutations of Y's rows, exactly: the product of the two mean directions. So tables
+    with a common mean row have a high one. `rows` is a boolean [V] mask of the rows that count. Rows that are all zero
+    in either table are left out and counted, unless `zero_rows`: then their cosine is 0. UserError: tables of different
+    shapes.
 
     >>> raw_cosine(np.array([[3.0, 0.0], [1.0, 1.0]]), np.array([[5.0, 0.0], [0.0, 2.0]])).score
     0.8535533905932737
@@ -156,7 +177,7 @@ def raw_cosine(
     kept = np.arange(len(x_VD)) if rows is None else np.flatnonzero(rows)
     total, known, x_D, y_D = 0.0, 0, np.zeros(x_VD.shape[1]), np.zeros(x_VD.shape[1])
     for block in row_blocks(len(kept), x_VD.shape[1], itemsize=8):
-        x, y = _directions(x_VD[kept[block]]), _directions(y_VD[kept[block]])
+        x, y = unit_rows(x_VD[kept[block]]), unit_rows(y_VD[kept[block]])
         both = x.any(axis=1) & y.any(axis=1)
         if not zero_rows:
             x, y = x[both], y[both]
@@ -166,18 +187,9 @@ def raw_cosine(
         y_D += y.sum(axis=0)
     counted = len(kept) if zero_rows else known
     if not counted:
-        return RawCosine(None, None, None, len(kept))
-    score, floor = total / counted, float(x_D @ y_D) / counted**2
-    return RawCosine(score, floor, correct(score, floor), len(kept) - counted)
-
-
-def _directions(rows_ND: np.ndarray) -> np.ndarray:
-    """Rows of length 1, float64; rows of zeros stay so."""
-    rows = np.asarray(rows_ND, np.float64)
-    peak = np.abs(rows).max(axis=1, keepdims=True)
-    rows = rows / np.where(peak == 0, 1, peak)  # by the largest entry first: its square always is a float
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length == 0, 1, length)
+        return beside_exact(None, None, rows_left_out=len(kept))
+    floor = float(x_D @ y_D) / counted**2
+    return beside_exact(total / counted, floor, rows=counted, rows_left_out=len(kept) - counted)
 
 
 def _permutation(rng: np.random.Generator, rows: int, labels: np.ndarray | None) -> np.ndarray:
@@ -215,33 +227,38 @@ def uncorrected(cosines: np.ndarray) -> float:
 def distribution(cosines: np.ndarray) -> Distribution:
     """How the cosines of single rows are distributed, rows without a direction left out."""
     known = cosines[~np.isnan(cosines)]
-    counts, _ = np.histogram(known, BINS, (-1.0, 1.0))
     levels = {str(q): float(np.quantile(known, q / 100)) for q in QUANTILES} if len(known) else {}
-    return Distribution(levels, [int(n) for n in counts], bootstrap_mean(cosines))
+    return Distribution(levels, histogram(cosines), bootstrap_mean(cosines))
 
 
-def by_stratum(cosines: np.ndarray, chance: np.ndarray, strata: Mapping[str, np.ndarray]) -> dict[str, Stratum]:
-    """The score within each stratum, a boolean mask over the same rows: one map for all, floors from the same rows."""
-    found = {}
-    for name, rows in strata.items():
-        score, floor = mean_cosine(cosines[rows]), mean_cosine(chance[rows])
-        found[name] = Stratum(int(rows.sum()), score, floor, correct(score, floor))
-    return found
+def histogram(cosines: np.ndarray) -> list[int]:
+    """How many rows have a cosine in each of BINS equal bins over [-1, 1], rows without a direction left out.
+
+    >>> sum(histogram(np.array([0.5, -1.0, np.nan])))
+    2
+    """
+    counts, _ = np.histogram(cosines[~np.isnan(cosines)], BINS, (-1.0, 1.0))
+    return [int(n) for n in counts]
+
+
+def by_stratum(cosines: np.ndarray, chance: np.ndarray, masks: Mapping[str, np.ndarray]) -> dict[str, Score]:
+    """The score within each stratum, a boolean mask over the same rows: one map for all, floors from the same rows.
+
+    `chance` is the mean over the draws, so that how well a floor is known is not.
+    """
+    return {
+        name: beside_draws(mean_cosine(cosines[rows]), [mean_cosine(chance[rows])], rows=int(rows.sum()))
+        for name, rows in masks.items()
+    }
 
 
 def _score(fit: str, measured: Sequence[Measured], closed_form: float) -> Score:
     cosines = measured[0].cosines[fit]
-    score = mean_cosine(cosines)
-    floors = [value for each in measured[1:] if (value := mean_cosine(each.cosines[fit])) is not None]
-    n = len(floors)
-    floor = float(np.mean(floors)) if n else None
-    return Score(
-        score=score,
-        floor=floor,
-        floor_standard_error=float(np.std(floors, ddof=1) / math.sqrt(n)) if n > 1 else None,
-        floor_draws=n,
-        floor_closed_form=closed_form,
-        corrected=correct(score, floor),
-        rows_left_out=int(np.isnan(cosines).sum()),
-        penalty=measured[0].penalty if fit == "ridge" else None,
+    left_out = int(np.isnan(cosines).sum())
+    return beside_draws(
+        mean_cosine(cosines),
+        [mean_cosine(permuted.cosines[fit]) for permuted in measured[1:]],
+        closed_form=closed_form,
+        rows=len(cosines) - left_out,
+        rows_left_out=left_out,
     )

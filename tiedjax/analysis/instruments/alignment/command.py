@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tiedjax.analysis.basis import arguments
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from tiedjax.analysis.instruments.alignment.align import Alignment
+    from tiedjax.analysis.instruments.alignment.align import Alignment, Comparison
 
 HELP = "mean cosine of two tables' rows under four maps, with floors"
 SUBJECT = "pair"
@@ -24,7 +22,7 @@ paper: all rows, in sample, uncorrected"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B and the options."""
-    arguments.add_pair(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(
         parser, "centred, identity too; all rows, in sample, uncorrected; rows without a direction count as 0"
     )
@@ -32,79 +30,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fit", action="append", metavar="FIT", help="identity, orthogonal, linear or ridge; repeatable (default: all)"
     )
     arguments.add_count(parser, "--draws", 5, "row permutations for the floor")
-    arguments.add_counts(parser)
-    arguments.add_tokenizers(parser)
-    arguments.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.strata import frequency_parts
-    from tiedjax.analysis.instruments.alignment.align import align, raw_cosine
+    from tiedjax.analysis.instruments.alignment.align import align, measure, raw_cosine
     from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE
 
     draws = arguments.at_least(args, "draws")
     inputs = arguments.read_tables(args)
-    (a, b), rows = inputs.tables, inputs.rows
-    square = a.values.shape[1] == b.values.shape[1]
+    (a, b), rows = inputs.values, inputs.rows
+    square = a.shape[1] == b.shape[1]
     fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
     report = arguments.reporter("align")
-    found = align(a.values, b.values, fits=fits, rows=rows, draws=draws, held_out=not args.paper, report=report)
-    result = {
-        **inputs.described,
-        "form": "paper" if args.paper else "corrected",
-        "rows": found.rows,
-        "rows_masked_out": len(a.values) - found.rows,
-        "width": found.width,
-        "target_width": found.target_width,
-        "centred": True,
-    }
+    counts = arguments.counts_of(*inputs.tables)
+    if args.paper:
+        alignment = align(a, b, fits=fits, draws=draws, report=report)
+    else:
+        comparison = measure(a, b, fits=fits, rows=rows, counts=counts, draws=draws, report=report)
+        alignment = comparison.alignment
+    result = inputs.result(args, alignment.rows) | {"target_width": alignment.target_width, "centred": True}
     if square:
-        raw = to_plain(raw_cosine(a.values, b.values, rows=rows, zero_rows=args.paper))
+        raw = to_plain(raw_cosine(a, b, rows=rows, zero_rows=args.paper))
         if args.paper:
             del raw["corrected"]
         result["raw_cosine"] = raw
-    head = arguments.heading(f"{a.name} mapped onto {b.name}", found.rows, len(a.values) - found.rows, found.width)
+    head = inputs.heading(f"{inputs.tables[0].name} mapped onto {inputs.tables[1].name}", result)
     if args.paper:
-        text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(found)}{_raw_line(result)}"
-        return result | {"fits": _paper(found)}, text
-    everywhere = found if rows is None else align(a.values, b.values, fits=fits, draws=0)
+        text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(alignment)}{_raw_line(result)}"
+        return result | {"fits": _paper(alignment)}, text
     free = [fit for fit in fits if fit not in SQUARE]
-    back = align(b.values, a.values, fits=free, rows=rows, draws=draws, report=report) if free else found
-    counts = arguments.counts_of(a, b)
-    alike = None
-    if counts is not None:
-        tenths = frequency_parts(counts, 10)
-        alike = align(a.values, b.values, fits=fits, rows=rows, draws=draws, within=tenths, report=report)
-    described = {fit: _described(fit, found, back, everywhere, alike, counts, rows) for fit in fits}
+    back = align(b, a, fits=free, rows=rows, draws=draws, report=report) if free else alignment
+    described = {fit: _described(fit, comparison, back) for fit in fits}
     text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}"
     return result | {"fits": described}, text + _strata_table(described)
 
 
-def _described(
-    fit: str,
-    found: Alignment,
-    back: Alignment,
-    everywhere: Alignment,
-    alike: Alignment | None,
-    counts: np.ndarray | None,
-    rows: Any,
-) -> dict[str, Any]:
+def _described(fit: str, comparison: Comparison, back: Alignment) -> dict[str, Any]:
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.strata import strata
-    from tiedjax.analysis.instruments.alignment.align import by_stratum, distribution, uncorrected
+    from tiedjax.analysis.instruments.alignment.align import distribution
 
-    about: dict[str, Any] = to_plain(found.scores[fit])
-    about["held_out"] = to_plain(found.held_out[fit])
-    about["back"] = to_plain(back.scores.get(fit, found.scores[fit]))
-    about["paper"] = uncorrected(everywhere.cosines[fit])
-    about["rows_distribution"] = to_plain(distribution(found.cosines[fit]))
-    if counts is not None and alike is not None:
-        about["beyond_frequency"] = alike.scores[fit].corrected
-        kept = slice(None) if rows is None else rows
-        masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
-        about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
+    alignment = comparison.alignment
+    about: dict[str, Any] = to_plain(alignment.scores[fit])
+    about["penalty"] = alignment.penalty if fit == "ridge" else None
+    about["held_out"] = to_plain(alignment.held_out[fit])
+    about["back"] = to_plain(back.scores.get(fit, alignment.scores[fit]))
+    about["paper"] = comparison.paper[fit]
+    about["rows_distribution"] = to_plain(distribution(alignment.cosines[fit]))
+    if comparison.beyond_frequency:
+        about["beyond_frequency"] = comparison.beyond_frequency[fit].corrected
+        about["strata"] = to_plain(comparison.strata[fit])
     return about
 
 
@@ -119,20 +95,20 @@ def _raw_line(result: dict[str, Any]) -> str:
     return f"\nraw cosine: {score}, floor {floor}{corrected}; rows as they are, not centred{zeros}"
 
 
-def _paper(found: Alignment) -> dict[str, Any]:
+def _paper(alignment: Alignment) -> dict[str, Any]:
     from tiedjax.analysis.basis.records import to_plain
     from tiedjax.analysis.instruments.alignment.align import uncorrected
 
     names = ("floor", "floor_standard_error", "floor_draws", "floor_closed_form", "rows_left_out")
     return {
-        fit: {"score": uncorrected(found.cosines[fit])} | {name: to_plain(score)[name] for name in names}
-        for fit, score in found.scores.items()
+        fit: {"score": uncorrected(alignment.cosines[fit])} | {name: to_plain(score)[name] for name in names}
+        for fit, score in alignment.scores.items()
     }
 
 
-def _paper_table(found: Alignment) -> str:
+def _paper_table(alignment: Alignment) -> str:
     columns = ["score", "floor", "floor_standard_error", "floor_closed_form"]
-    rows = [[fit, *(about[c] for c in columns)] for fit, about in _paper(found).items()]
+    rows = [[fit, *(about[c] for c in columns)] for fit, about in _paper(alignment).items()]
     return arguments.text_table(["fit", "score", "floor", "+-", "closed form"], rows)
 
 

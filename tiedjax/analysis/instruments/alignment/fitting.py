@@ -6,7 +6,6 @@ Large float32 tables are multiplied in float32; sums over blocks, and what is so
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import scipy.linalg
 
 from tiedjax.analysis.basis import maps
 from tiedjax.analysis.basis.blocked import SMALL, at_once, in_turn, matmul, row_blocks
+from tiedjax.analysis.basis.directions import rounding
 from tiedjax.errors import UserError
 
 FITS = ("identity", "orthogonal", "linear", "ridge")
@@ -52,8 +52,7 @@ class _Rows:
         exponent = -int(np.frexp(peak.max(initial=0.0))[1])
         self._exponent = exponent if abs(exponent) > 16 else 0
         self._mean = np.ldexp(total / max(1, self.shape[0]), self._exponent)
-        rounding = 4 * float(np.finfo(dtype).eps) * (math.sqrt(self.shape[0]) if dtype == np.float64 else 1.0)
-        self.least = rounding * float(np.linalg.norm(np.ldexp(peak, self._exponent)))
+        self.least = rounding(np.ldexp(peak, self._exponent), self.shape[0], dtype)
 
     def read(self, where: slice | np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Centred rows, a copy."""

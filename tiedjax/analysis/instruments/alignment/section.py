@@ -10,12 +10,50 @@ import numpy as np
 from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
 
+KEYS = ("comparisons", "alignment_over_steps", "between_seeds")  # of results.json
+
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures."""
     size = (5.0, 0.9 + 0.42 * max(1, len(list(_nearness(results)))))
     yield drawing.Plot("alignment", [_draw_alignment], size)
     yield drawing.Plot("alignment_over_steps", [_over_steps("output"), _over_steps("input")])
+
+
+def alignment_groups(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per arm and table that it is compared with: the score, floor and corrected score of every fit."""
+    groups = []
+    reference = results["headline"]["reference"]
+    for arm, summary in results["arms"].items():
+        for role, compared in summary["alignment"].items():
+            for target, fits in sorted(compared.items(), reverse=True):
+                name = arm if role == "shared" else f"{arm} {role} table"
+                other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
+                groups.append(_group(results, arm, f"{name} and {other}", fits))
+    for arm, subjects in results["between_seeds"].items():
+        for role, compared in subjects.items():
+            for target, fits in sorted(compared.items(), reverse=True):
+                name = arm if role == "shared" else f"{arm} {role} table"
+                groups.append(
+                    _group(results, arm, f"{name} and the {reference} {target[3:]} table of another seed", fits)
+                )
+    return groups
+
+
+def _group(results: drawing.Results, arm: str, title: str, fits: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {
+            "fit": fit,
+            "score": numbers.number(cell["score"]["mean"]),
+            "floor": numbers.number(cell["floor"]["mean"]),
+            "corrected": numbers.spread(cell["corrected"]),
+            "controlled": numbers.spread(cell[results["headline"]["measure"]]),
+            "held_out": numbers.number(cell["held_out"]["mean"]),
+            "main": fit == results["headline"]["fit"],
+        }
+        for fit, cell in fits.items()
+    ]
+    return {"arm": arm, "title": title, "rows": rows}
 
 
 def strata_names(results: drawing.Results) -> list[str]:

@@ -18,29 +18,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.held_out import FrozenModel, chunks, over_windows
+from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.held_out import FrozenModel, chunks, held_out_windows, over_windows
 from tiedjax.analysis.basis.statistics import Interval
-from tiedjax.analysis.basis.strata import BIN_WIDTH, NEVER, log_bins
+from tiedjax.analysis.basis.strata import BIN_WIDTH, NEVER, log_bins, strata
+from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 
 BINS = 15
+HELD_OUT_TOKENS = 16_384
 DRAWS = 20
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score, and what a calibrated model would get: mean over draws, its error, and how much one draw scatters."""
-
-    score: float | None
-    floor: float | None
-    floor_standard_error: float | None
-    floor_standard_deviation: float | None
-    excess: float | None
 
 
 @dataclass(frozen=True)
@@ -152,6 +145,32 @@ def _binned_error(difference_N: np.ndarray, bins: int = BINS) -> float | None:
     return float(np.abs(np.add.reduceat(difference_N, edges)).sum() / n)
 
 
+@dataclass(frozen=True)
+class RunCalibration:
+    """A run's model at its last full checkpoint, by stratum and by bin of token frequency."""
+
+    step: int
+    rows: int
+    width: int
+    by_stratum: Calibration
+    by_bin: Calibration
+
+
+def measure(
+    model: FrozenModel, run: Any, prepared: Prepared, *, held_out_tokens: int = HELD_OUT_TOKENS, draws: int = DRAWS
+) -> RunCalibration:
+    """The calibration of a run's model on about `held_out_tokens` that the run was not trained on."""
+    rows, width = model.U_VD.shape
+    tokens_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    count_V = run.token_counts[1]  # as target
+    partitions = [strata(count_V), frequency_bins(count_V)]
+    by_stratum, by_bin = (
+        calibrate(forecast, groups, count_V, draws=draws)
+        for forecast, groups in zip(forecasts(model, tokens_WS, partitions), partitions, strict=True)
+    )
+    return RunCalibration(model.step, rows, width, by_stratum, by_bin)
+
+
 def calibrate(
     found: Forecasts, groups: Mapping[str, np.ndarray], count_V: np.ndarray, *, draws: int = DRAWS
 ) -> Calibration:
@@ -165,12 +184,12 @@ def calibrate(
     group_V = member_VG.argmax(axis=1)
     measure = _Measure(found, group_V[found.top_N])
     right_N = found.top_N == found.target_N
-    own = measure.scores(right_N, group_V[found.target_N])
+    measured = measure.scores(right_N, group_V[found.target_N])
     rng = np.random.default_rng(0)
     drawn = [measure.scores(*measure.draw(rng)) for _ in range(draws)]
 
     def score(name: str, g: int = 0) -> Score:
-        return _score(own[name][g], [d[name][g] for d in drawn])
+        return beside_draws(measured[name][g], [d[name][g] for d in drawn], similarity=False)
 
     log_V = np.log10(np.asarray(count_V, np.float64) + 1)
     target_group_N = group_V[found.target_N]
@@ -246,14 +265,6 @@ class _Measure:
             by_group["top_error"].append(_binned_error(gap_N[order[inside_N[order]]]))
             by_group["overconfidence"].append(_mean(gap_N[self.top_group_N == g]))
         return by_group
-
-
-def _score(score: float | None, drawn: Sequence[float | None]) -> Score:
-    known = [d for d in drawn if d is not None]
-    floor = float(np.mean(known)) if known else None
-    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    error = None if deviation is None else deviation / math.sqrt(len(known))
-    return Score(score, floor, error, deviation, None if score is None or floor is None else score - floor)
 
 
 def _mean(values: np.ndarray) -> float | None:

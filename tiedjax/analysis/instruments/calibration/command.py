@@ -13,49 +13,33 @@ SUBJECT = "run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
-    arguments.add_run(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_data(parser)
-    arguments.add_count(parser, "--held-out-tokens", 32_768, "held-out tokens that are scored")
+    arguments.add_count(parser, "--held-out-tokens", 16_384, "held-out tokens that are scored")
     arguments.add_count(parser, "--draws", 20, "draws of targets from the model's own predictions for the floors")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     held_out_tokens, draws = (arguments.at_least(args, name) for name in ("held-out-tokens", "draws"))
-    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
+    from tiedjax.analysis.basis.held_out import FrozenModel
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.run_data import data_of
-    from tiedjax.analysis.basis.strata import strata
-    from tiedjax.analysis.basis.tables import open_run
-    from tiedjax.analysis.instruments.calibration.calibration import calibrate, forecasts, frequency_bins
+    from tiedjax.analysis.instruments.calibration.calibration import measure
 
-    run = open_run(args.a)
-    prepared = data_of(run, args.data)
+    run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
-    tokens_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
-    count_V = run.token_counts[1]  # as target
-    partitions = {"strata": strata(count_V), "bins": frequency_bins(count_V)}
-    found = {
-        name: to_plain(calibrate(forecast, groups, count_V, draws=draws))
-        for (name, groups), forecast in zip(
-            partitions.items(), forecasts(model, tokens_WS, list(partitions.values())), strict=True
-        )
-    }
-    everywhere = {key: value for key, value in found["strata"].items() if key != "groups"}
-    rows, width = model.U_VD.shape
-    result = {
-        "inputs": model.describe(args.a),
-        "form": "corrected",
-        "step": model.step,
-        "rows": rows,
-        "rows_masked_out": 0,
-        "width": width,
+    measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, draws=draws)
+    everywhere = to_plain(measured.by_stratum)
+    strata = everywhere.pop("groups")
+    result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
+        "step": measured.step,
         "counts": "as target",
         "floor_draws": draws,
         **everywhere,
-        **{name: of["groups"] for name, of in found.items()},
+        "strata": strata,
+        "bins": to_plain(measured.by_bin.groups),
     }
-    head = f"{args.a} at step {model.step}: {everywhere['positions']} held-out positions, {rows} tokens"
+    head = f"{args.a} at step {measured.step}: {everywhere['positions']} held-out positions, {measured.rows} tokens"
     return result, f"{head}\n{_overall(everywhere)}\n\n{_groups('stratum', result['strata'])}\n\n" + (
         f"{_groups('log10(count + 1)', result['bins'])}\n"
         "log2 ratio: of the mean predicted probability to the share of targets; error: expected calibration error, of\n"
@@ -64,12 +48,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
 
 
-def _overall(found: dict[str, Any]) -> str:
-    means = {name: found[name]["mean"] for name in ("loss", "entropy", "confidence", "accuracy")}
+def _overall(everywhere: dict[str, Any]) -> str:
+    means = {name: everywhere[name]["mean"] for name in ("loss", "entropy", "confidence", "accuracy")}
     lines: list[list[Any]] = [[name, value, None, None] for name, value in means.items()]
     for name, title in [("top_error", "calibration error"), ("overconfidence", "overconfidence")]:
-        score = found[name]
-        lines.append([title, score["score"], score["floor"], score["floor_standard_deviation"]])
+        score = everywhere[name]
+        lines.append([title, score["score"], score["floor"], score["floor_deviation"]])
     return arguments.text_table(["over all positions", "", "floor", "+-"], lines)
 
 
@@ -83,7 +67,7 @@ def _groups(title: str, groups: list[dict[str, Any]]) -> str:
             g["share"],
             g["mass"],
             g["log2_ratio"]["score"],
-            g["log2_ratio"]["floor_standard_deviation"],
+            g["log2_ratio"]["floor_deviation"],
             g["group_error"]["score"],
             g["group_error"]["floor"],
             g["target_probability"],
@@ -91,7 +75,7 @@ def _groups(title: str, groups: list[dict[str, Any]]) -> str:
             g["top_error"]["score"],
             g["top_error"]["floor"],
             g["overconfidence"]["score"],
-            g["overconfidence"]["floor_standard_deviation"],
+            g["overconfidence"]["floor_deviation"],
         ]
         for g in groups
     ]

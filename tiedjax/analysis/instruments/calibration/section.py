@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers
+from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
-HELD_OUT_TOKENS = 16_384
 SCORES = ("log2_ratio", "group_error", "target_probability", "top_error", "overconfidence")
 _MEANS = {"share": 3, "target_probability": 4, "entropy": 2}  # digits
 _LEAST_POSITIONS = 30  # of a frequency bin that is drawn
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> dict[str, Any]:
@@ -27,27 +28,17 @@ def collect(study: StudyRuns) -> dict[str, Any]:
 
 
 def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
-    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
-    from tiedjax.analysis.basis.strata import strata
-    from tiedjax.analysis.instruments.calibration.calibration import (  # here: they bring JAX
-        calibrate,
-        forecasts,
-        frequency_bins,
-    )
+    from tiedjax.analysis.basis.held_out import FrozenModel  # here, as what follows: they bring JAX
+    from tiedjax.analysis.instruments.calibration.calibration import measure
 
     try:
         prepared = study.text(run)
-        model = FrozenModel(run)
-        tokens_WS = held_out_windows(prepared, run.config.model.seq_len, HELD_OUT_TOKENS)
+        measured = measure(FrozenModel(run), run, prepared)
     except UserError as error:
         return {"not_measured": str(error)}
-    count_V = run.token_counts[1]
-    partitions = [strata(count_V), frequency_bins(count_V)]
-    by_stratum, by_bin = (
-        to_plain(calibrate(forecast, groups, count_V))
-        for forecast, groups in zip(forecasts(model, tokens_WS, partitions), partitions, strict=True)
-    )
-    return {"step": model.step, **by_stratum, "strata": by_stratum.pop("groups"), "bins": by_bin["groups"]}
+    everywhere = to_plain(measured.by_stratum)
+    strata, bins = everywhere.pop("groups"), to_plain(measured.by_bin.groups)
+    return {"step": measured.step, **everywhere, "strata": strata, "bins": bins}
 
 
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -71,8 +62,8 @@ def _of(run: Mapping[str, Any], stratum: str, name: str) -> float | None:
     group = next((g for g in run["strata"] if g["name"] == stratum), None)
     if group is None or name == "target_probability":
         return None if group is None else group[name]
-    value: float | None = group[name]["excess" if name.endswith("error") else "score"]
-    return value
+    score = Score(**group[name])
+    return score.excess if name.endswith("error") else score.score
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -184,7 +175,7 @@ def _curves(score: str, positions: str, label: str, title: str) -> Callable[[dra
                 span = _over(bins, score, "score")
                 means.append(span.mean)
                 halves.append(span.half_width or 0.0)
-                noise.setdefault(at[-1], []).append(_over(bins, score, "floor_standard_deviation").mean or 0.0)
+                noise.setdefault(at[-1], []).append(_over(bins, score, "floor_deviation").mean or 0.0)
             colour = drawing.colours(results)[arm]
             ax.errorbar(at, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
         ends = sorted(noise)

@@ -16,17 +16,19 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse
 
-from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.pairs import BOOTSTRAP_DRAWS, DRAWS, Agreement, Difference, agreements, rank_matrix
+from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.directions import centre
+from tiedjax.analysis.basis.pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
+from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.data.prepared import Windows
+from tiedjax.data.prepared import Prepared, Windows
 from tiedjax.errors import UserError
 
 MOST_TOKENS = 50_000_000  # pairs of neighbours that are counted
 LEAST_COUNT = 10  # of a sampled token, in either role
 SAMPLE = 1000  # tokens, whose pairs are all compared
 _CHUNK = 2**22  # pairs counted at a time
-_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Contexts:
         """The tokens of each stratum by themselves."""
         return {name: self.only(np.flatnonzero(mask)) for name, mask in self.strata.items()}
 
+    @property
+    def facts(self) -> dict[str, int]:
+        """What was counted, as results state it."""
+        return {name: getattr(self, name) for name in ("counted", "available", "eligible", "least_count")}
+
     def only(self, index: np.ndarray) -> Contexts:
         """The same of some of the tokens."""
         both = np.ix_(index, index)
@@ -73,9 +80,9 @@ class Stratum:
     """The agreements over the pairs within one third of the tokens by count, without intervals."""
 
     rows: int
-    as_target: Agreement
-    as_context: Agreement
-    difference: Difference
+    as_target: Score
+    as_context: Score
+    difference: Interval
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,9 @@ class Cooccurrence:
     rows: int
     rows_left_out: int
     width: int
-    as_target: Agreement
-    as_context: Agreement
-    difference: Difference
+    as_target: Score
+    as_context: Score
+    difference: Interval
     strata: dict[str, Stratum]
 
 
@@ -120,10 +127,10 @@ def bigram_counts(
 
 def ppmi(counts_VV: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
     """max(0, ln(n_ij n / (n_i n_j))) of the counts, float64, sparse."""
-    found = counts_VV.tocoo().astype(np.float64)
+    pairs = counts_VV.tocoo().astype(np.float64)
     row, column = (np.asarray(counts_VV.sum(axis=axis), np.float64) for axis in (1, 0))
-    data = np.log(found.data * row.sum() / (row[found.coords[0]] * column[found.coords[1]]))
-    weighted = scipy.sparse.coo_array((np.maximum(data, 0), found.coords), shape=found.shape).tocsr()
+    data = np.log(pairs.data * row.sum() / (row[pairs.coords[0]] * column[pairs.coords[1]]))
+    weighted = scipy.sparse.coo_array((np.maximum(data, 0), pairs.coords), shape=pairs.shape).tocsr()
     weighted.eliminate_zeros()
     return weighted
 
@@ -142,8 +149,8 @@ def contexts(
     """
     both = np.stack([np.asarray(counts_VV.sum(axis=axis)) for axis in (0, 1)])
     weighted = ppmi(counts_VV)
-    told = (np.diff(weighted.indptr) > 0) & (np.diff(weighted.tocsc().indptr) > 0)
-    eligible = np.flatnonzero((both.min(axis=0) >= least_count) & told)
+    informed = (np.diff(weighted.indptr) > 0) & (np.diff(weighted.tocsc().indptr) > 0)
+    eligible = np.flatnonzero((both.min(axis=0) >= least_count) & informed)
     if len(eligible) < 4:
         raise UserError(
             f"cooccurrence: only {len(eligible)} tokens occur {least_count} times as input and as target; it takes 4"
@@ -164,9 +171,24 @@ def contexts(
     )
 
 
-def cooccurrence(
+def contexts_of(
+    prepared: Prepared,
+    seq_len: int,
+    rows: int,
+    *,
+    sample: int = SAMPLE,
+    least_count: int = LEAST_COUNT,
+    report: Callable[[str], None] = lambda line: None,
+) -> Contexts:
+    """`contexts` of a run's training text, in windows of `seq_len` tokens, for a table of so many rows."""
+    windows = prepared.windows("train", seq_len)
+    counts = bigram_counts(windows, rows, report=report)
+    return contexts(counts, available=len(windows) * seq_len, sample=sample, least_count=least_count)
+
+
+def measure(
     table_VD: np.ndarray,
-    told: Contexts,
+    text: Contexts,
     *,
     rows: np.ndarray | None = None,
     draws: int = DRAWS,
@@ -177,25 +199,32 @@ def cooccurrence(
     The table is centred by the mean of `rows`, boolean [V], by default of all. UserError: a table that is not [V, D]
     with D of at least 2, of fewer rows than the text has tokens, or with fewer than 4 sampled rows that have a
     direction.
+
+    >>> counts = scipy.sparse.csr_array(np.random.default_rng(0).poisson(3, (30, 30)))
+    >>> text = contexts(counts, least_count=1)
+    >>> measure(np.random.default_rng(1).normal(size=(30, 4)), text).rows
+    30
     """
     if table_VD.ndim != 2 or table_VD.shape[1] < 2:
         raise UserError(f"cooccurrence: a table must be [V, D] with D of at least 2, got {list(table_VD.shape)}")
-    if told.tokens[-1] >= len(table_VD):
-        raise UserError(f"cooccurrence: the text has a token {told.tokens[-1]}, the table only {len(table_VD)} rows")
-    mean_D = column_means(table_VD if rows is None else table_VD[rows])
-    x_ND = np.asarray(table_VD[told.tokens], np.float64) - mean_D
+    if text.tokens[-1] >= len(table_VD):
+        raise UserError(f"cooccurrence: the text has a token {text.tokens[-1]}, the table only {len(table_VD)} rows")
+    mean_D, least = centre(table_VD if rows is None else table_VD[rows])
+    x_ND = np.asarray(table_VD[text.tokens], np.float64) - mean_D
     norm_N = np.linalg.norm(x_ND, axis=1)
-    kept = np.flatnonzero(norm_N > _ROUNDING * np.linalg.norm(mean_D))
+    kept = np.flatnonzero(norm_N > least)
     if len(kept) < 4:
         raise UserError(f"cooccurrence: only {len(kept)} of {len(norm_N)} sampled rows have a direction; it takes 4")
     unit_ND = x_ND[kept] / norm_N[kept, None]
-    own_NN = unit_ND @ unit_ND.T
-    told = told if len(kept) == len(norm_N) else told.only(kept)
-    (as_target, as_context), difference = agreements(own_NN, told.ranked, draws=draws, bootstrap=bootstrap)
+    cosine_NN = unit_ND @ unit_ND.T
+    text = text if len(kept) == len(norm_N) else text.only(kept)
+    (as_target, as_context), difference = agreements(
+        cosine_NN, text.ranked, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(kept)
+    )
     parts = {}
-    for name, part in told.parts.items():
-        index = np.flatnonzero(told.strata[name])
-        (a, b), gap = agreements(own_NN[np.ix_(index, index)], part.ranked, draws=draws, bootstrap=0)
+    for name, part in text.parts.items():
+        index = np.flatnonzero(text.strata[name])
+        (a, b), gap = agreements(cosine_NN[np.ix_(index, index)], part.ranked, draws=draws, bootstrap=0)
         parts[name] = Stratum(a.rows, a, b, gap)
     return Cooccurrence(
         rows=len(kept),

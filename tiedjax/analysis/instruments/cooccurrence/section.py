@@ -11,10 +11,11 @@ from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, bigram_counts, contexts, cooccurrence
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, contexts_of, measure
 from tiedjax.errors import UserError
 
 KINDS = ("as_target", "as_context")
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
@@ -23,23 +24,21 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
     records = []
     for table in study.tables:
         try:
-            told = _told(study, table.run, texts)
-            found = cooccurrence(table.values, told, rows=table.seen, bootstrap=0)
+            text = _text(study, table.run, texts)
+            agreement = measure(table.values, text, rows=table.seen)
         except UserError as error:
             records.append(table.key | {"not_measured": str(error)})
             continue
-        text = {name: getattr(told, name) for name in ("counted", "available", "eligible", "least_count")}
-        records.append(table.key | {"sha256": content_hash(table.values), "text": text} | to_plain(found))
+        about = {"sha256": content_hash(table.values), "text": text.facts}
+        records.append(table.key | about | to_plain(agreement))
     return records
 
 
-def _told(study: StudyRuns, run: Any, texts: dict[tuple[str, int], Contexts]) -> Contexts:
+def _text(study: StudyRuns, run: Any, texts: dict[tuple[str, int], Contexts]) -> Contexts:
     prepared, seq_len = study.text(run), run.config.model.seq_len
     key = prepared.fingerprint, seq_len
     if key not in texts:
-        windows = prepared.windows("train", seq_len)
-        counts = bigram_counts(windows, run.token_counts.shape[1])
-        texts[key] = contexts(counts, available=len(windows) * seq_len)
+        texts[key] = contexts_of(prepared, seq_len, run.token_counts.shape[1])
     return texts[key]
 
 
@@ -69,7 +68,7 @@ def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per table: both agreements, their difference paired by seed, the chance level, and the strata."""
     lines = []
     for (arm, role), found in _by_table(results).items():
-        difference = interval(r["difference"]["score"] for r in found)
+        difference = interval(r["difference"]["mean"] for r in found)
         floors = [r[kind]["floor_deviation"] for r in found for kind in KINDS]
         strata = {
             name: [numbers.number(_mean(found, kind, name).mean, 2) for kind in KINDS]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiedjax.analysis.basis import arguments
+
+if TYPE_CHECKING:
+    from tiedjax.analysis.instruments.evolution.evolution import Evolution
 
 HELP = "how far the tables moved from step 0 and between snapshots"
 SUBJECT = "run"
@@ -13,7 +16,7 @@ SUBJECT = "run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
-    arguments.add_run(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(parser, "uncentred rows against step 0, all rows")
     arguments.add_count(parser, "--draws", 1, "row permutations for the floor of the rotation-free form")
     arguments.add_all_rows(parser)
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.tables import content_hash, open_run
+    from tiedjax.analysis.basis.tables import open_run
     from tiedjax.tying import distinct
 
     draws = arguments.at_least(args, "draws")
@@ -31,14 +34,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     last = run.tables(run.snapshot_steps[-1])
     roles = distinct(last)
     counted = (paper if args.paper else corrected)[next(iter(roles))]
-    result = {
-        "inputs": [{"name": args.a, "role": role, "sha256": content_hash(table)} for role, table in roles.items()],
-        "form": "paper" if args.paper else "corrected",
-        "rows": counted.rows,
-        "rows_masked_out": len(last.input) - counted.rows,
-        "width": counted.width,
-    }
-    published = {role: _published(found) for role, found in paper.items()}
+    described = arguments.described_roles(args.a, roles)
+    result = arguments.run_result(args, described, counted.rows, counted.width, len(last.input) - counted.rows)
+    published = {role: _published(evolution) for role, evolution in paper.items()}
     if args.paper:
         result["roles"] = published
         lines = [[role, str(step), e.to_start[i], e.floor[i]] for role, e in paper.items() for i, step in _steps(e)]
@@ -53,9 +51,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _followed(run: Any, args: argparse.Namespace, draws: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evolution by role: over the counting rows with strata and without rotation, and of all rows as they are."""
-    import sys
-    import time
-
     from tiedjax.analysis.basis.strata import strata
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.instruments.evolution.evolution import Trail
@@ -68,27 +63,25 @@ def _followed(run: Any, args: argparse.Namespace, draws: int) -> tuple[dict[str,
     rows = None if args.all_rows else seen_rows(run.token_counts)
     corrected: dict[str, Trail] = {}
     paper: dict[str, Trail] = {}
-    began = told = time.monotonic()
+    report = arguments.reporter("evolution")
     for i, step in enumerate(steps):
         for role, table in distinct(run.tables(step)).items():
-            paper.setdefault(role, Trail()).add(step, table)
+            paper.setdefault(role, Trail(draws=0)).add(step, table)
             if not args.paper:
                 with_strata = Trail(rows, strata=strata(run.token_counts), draws=draws)
                 corrected.setdefault(role, with_strata).add(step, table)
-        if time.monotonic() - told > 5:
-            told = time.monotonic()
-            print(f"evolution: {i + 1} of {len(steps)} snapshots, {told - began:.0f} s", file=sys.stderr, flush=True)
+        report(f"{i + 1} of {len(steps)} snapshots")
     return {role: trail.result() for role, trail in corrected.items()}, {
         role: trail.result() for role, trail in paper.items()
     }
 
 
-def _published(found: Any) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in ("steps", "to_start", "floor", "floor_standard_error")}
+def _published(evolution: Evolution) -> dict[str, Any]:
+    return {name: getattr(evolution, name) for name in ("steps", "to_start", "floor", "floor_standard_error")}
 
 
-def _steps(found: Any) -> list[tuple[int, int]]:
-    return list(enumerate(found.steps))
+def _steps(evolution: Evolution) -> list[tuple[int, int]]:
+    return list(enumerate(evolution.steps))
 
 
 def _text(corrected: dict[str, Any], paper: dict[str, Any]) -> str:

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.instruments.alignment.align import Score, align
+from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.instruments.alignment.align import align
 from tiedjax.errors import UserError
 
 FIT = "orthogonal"  # of the rotation-free form
+DRAWS = 1  # row permutations for its floor: one at every snapshot
 # to start, its floor, the error of that; to previous, its floor, the error of that; rows left out
 _Moved = tuple[float | None, float | None, float | None, float | None, float | None, float | None, int]
 
@@ -74,7 +76,7 @@ class Trail:
     """
 
     def __init__(
-        self, rows: np.ndarray | None = None, *, strata: Mapping[str, np.ndarray] | None = None, draws: int = 0
+        self, rows: np.ndarray | None = None, *, strata: Mapping[str, np.ndarray] | None = None, draws: int = DRAWS
     ):
         self._rows, self._strata, self._draws = rows, dict(strata or {}), draws
         self._start = self._previous = _Directions(np.empty((0, 0), np.float32))
@@ -152,14 +154,19 @@ class Trail:
         )
 
 
-def evolution(
+def measure(
     snapshots: Iterable[tuple[int, np.ndarray]],
     rows: np.ndarray | None = None,
     *,
     strata: Mapping[str, np.ndarray] | None = None,
-    draws: int = 0,
+    draws: int = DRAWS,
 ) -> Evolution:
-    """Evolution of one role's table over (step, [V, D]) in ascending order of step; the options are `Trail`'s."""
+    """Evolution of one role's table over (step, [V, D]) in ascending order of step; the options are `Trail`'s.
+
+    >>> start = np.eye(4)
+    >>> measure([(0, start), (10, start + np.eye(4)[[1, 0, 3, 2]])]).to_start
+    [1.0, 0.7071067811865475]
+    """
     trail = Trail(rows, strata=strata, draws=draws)
     for step, table in snapshots:
         trail.add(step, table)

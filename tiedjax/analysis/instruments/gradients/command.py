@@ -17,7 +17,7 @@ SUBJECT = "run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
-    arguments.add_run(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(parser, "the input norm is that of the gradient of the looked-up vectors, [B, T, D]")
     arguments.add_count(
         parser, "--half-life", 10, "steps after which a value weighs half in the smoothed curves of --json"
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
 
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.tables import ROLES, content_hash, open_run
-    from tiedjax.analysis.instruments.gradients.gradients import PAPER_NEEDS, gradient_flow, output_share, smooth
+    from tiedjax.analysis.basis.tables import ROLES, open_run
+    from tiedjax.analysis.instruments.gradients.gradients import PAPER_NEEDS, measure, output_share, smooth
     from tiedjax.tying import distinct
 
     half_life = arguments.at_least(args, "half-life")
     run = open_run(args.a)
-    flow = gradient_flow(run.metrics)
+    flow = measure(run.metrics)
     if args.paper and flow.activation_norm is None:
         raise UserError(f"{args.a}: its metrics have no {PAPER_NEEDS!r}, which --paper needs; train it again to log it")
     tables = run.tables()
@@ -46,14 +46,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         curves["activation_norm"] = flow.activation_norm
         shares = output_share(np.array(flow.activation_norm), np.array(flow.output_norm))
         curves["paper_output_share"] = shares.tolist()
-    result = {
-        "inputs": [
-            {"name": args.a, "role": role, "sha256": content_hash(values), "rows": rows, "width": width}
-            for role, values in distinct(tables).items()
-        ],
-        "form": "paper" if args.paper else "corrected",
-        "rows": rows,
-        "width": width,
+    result = arguments.run_result(args, arguments.described_roles(args.a, distinct(tables)), rows, width) | {
         **to_plain(flow),
         "smoothed": {
             "half_life_steps": half_life,

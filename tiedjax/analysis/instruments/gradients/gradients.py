@@ -98,8 +98,13 @@ def smooth(steps: np.ndarray, values: np.ndarray, half_life: float = HALF_LIFE) 
     return found
 
 
-def gradient_flow(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
-    """The gradient flow in a run's metrics. UserError when a column is missing or nothing was logged."""
+def measure(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
+    """The gradient flow in a run's metrics. UserError when a column is missing or nothing was logged.
+
+    >>> columns = {"step": [1, 2], "input_grad_norm": [1, 1], "output_grad_norm": [3, 1], "role_grad_cosine": [0, 0]}
+    >>> measure({name: np.array(values) for name, values in columns.items()}).output_share
+    [0.75, 0.5]
+    """
     missing = [name for name in NEEDED if name not in metrics]
     if missing:
         raise UserError(f"metrics: no column {missing[0]!r}; gradient flow needs {', '.join(NEEDED)}")

@@ -16,63 +16,68 @@ SUBJECT = "pair"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B and the options."""
-    arguments.add_pair(parser)
-    arguments.add_paper(parser, "all rows, rows of zeros too")
+    arguments.add_subject(parser, SUBJECT)
+    arguments.add_paper(parser, "all rows, rows of zeros too; 128 eigenpairs")
     arguments.add_count(parser, "--k", 64, "neighbours per row")
-    arguments.add_count(parser, "--eigenpairs", 128, "eigenpairs of largest magnitude that are kept")
-    arguments.add_count(parser, "--draws", 2, "row permutations for the floor")
-    arguments.add_counts(parser)
-    arguments.add_tokenizers(parser)
-    arguments.add_all_rows(parser)
+    parser.add_argument(
+        "--eigenpairs",
+        type=int,
+        metavar="N",
+        help="eigenpairs of largest magnitude that are kept (default: 32, the paper's form: 128)",
+    )
+    arguments.add_count(parser, "--draws", 1, "row permutations for the floor")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    import sys
     from functools import partial
 
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.graph_distance.spectral import spectral
+    from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, PAPER_EIGENPAIRS, measure
+    from tiedjax.analysis.instruments.neighbours.search import Searches
 
-    k, eigenpairs, draws = (arguments.at_least(args, name) for name in ("k", "eigenpairs", "draws"))
+    k, draws = (arguments.at_least(args, name) for name in ("k", "draws"))
+    if args.eigenpairs is not None:
+        arguments.at_least(args, "eigenpairs")
+    ours, paper = args.eigenpairs or EIGENPAIRS, args.eigenpairs or PAPER_EIGENPAIRS
     inputs = arguments.read_tables(args)
-    (a, b), mask = inputs.tables, inputs.rows
-    report = lambda line: print(line, file=sys.stderr, flush=True)
-    measure = partial(spectral, a.values, b.values, k=k, eigenpairs=eigenpairs, report=report)
-    found, left_out = measure(rows=mask, zero_rows=args.paper, draws=draws)
-    result = {
-        **inputs.described,
-        "form": "paper" if args.paper else "corrected",
-        "k": k,
-        "width": a.values.shape[1],
-        "other_width": b.values.shape[1],
-        "rows_masked_out": len(a.values) - found.rows - left_out,
-        "rows_left_out": left_out,
-        **to_plain(found),
-    }
-    lines = [["all" if args.paper else "that count", *_columns(found)]]
+    names = [table.name for table in inputs.tables]
+    of = partial(measure, *inputs.values, k=k, searches=Searches(), report=arguments.reporter("spectral"))
+    if args.paper:
+        spectral = of(eigenpairs=paper, zero_rows=True, draws=draws)
+    else:
+        spectral = of(eigenpairs=ours, rows=inputs.rows, draws=draws)
+    distance = spectral.distance
+    result = inputs.result(args, distance.rows, distance.rows_left_out)
+    result |= {"k": k, "other_width": inputs.values[1].shape[1], "rows_left_out": distance.rows_left_out}
+    result |= to_plain(spectral)
+    lines = [["all" if args.paper else "that count", *_columns(spectral)]]
     if args.paper:
         del result["relative"]
     else:
-        same = found.rows == len(a.values)
-        paper = found if same else measure(zero_rows=True, draws=0)[0]
-        result["paper"] = {"distance": paper.distance, "rows": paper.rows}
-        lines.append(["paper's form: all rows", paper.rows, paper.distance, None, None, None])
-    table = arguments.text_table(["tokens", "rows", "distance", "by chance", "+-", "relative"], lines)
-    head = arguments.heading(
-        f"{a.name} and {b.name}: graphs of {k} nearest neighbours",
-        found.rows,
-        result["rows_masked_out"],
-        a.values.shape[1],
-    )
+        same = distance.rows == len(inputs.values[0]) and ours == paper
+        everywhere = spectral if same else of(eigenpairs=paper, zero_rows=True, draws=0)
+        result["paper"] = {"eigenpairs": paper, **to_plain(everywhere.distance)}
+        lines.append(["paper's form: all rows", *_columns(everywhere)[:3], None, None, None])
+    table = arguments.text_table(["tokens", "eigenpairs", "rows", "distance", "by chance", "+-", "relative"], lines)
+    head = inputs.heading(f"{' and '.join(names)}: graphs of {k} nearest neighbours", result)
+    left_out = distance.rows_left_out
     zeros = f"; {left_out} rows without a direction left out" if left_out else ""
+    permutations = "1 row permutation" if draws == 1 else f"{draws} row permutations"
     return result, (
         f"{head}{zeros}{inputs.note}\n{table}\n"
-        f"distance: 0 is the same graph; {eigenpairs} eigenpairs\n"
-        f"by chance: mean over {draws} row permutations of the second table, +- standard error; "
-        "relative: distance / by chance"
+        f"distance: 0 is the same graph\n"
+        f"by chance: mean over {permutations} of the second table, +- standard error; relative: distance / by chance"
     )
 
 
-def _columns(found: Spectral) -> list[Any]:
-    return [found.rows, found.distance, found.floor, found.floor_standard_error, found.relative]
+def _columns(spectral: Spectral) -> list[Any]:
+    distance = spectral.distance
+    return [
+        spectral.eigenpairs,
+        distance.rows,
+        distance.score,
+        distance.floor,
+        distance.floor_standard_error,
+        spectral.relative,
+    ]

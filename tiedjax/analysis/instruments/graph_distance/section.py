@@ -9,29 +9,27 @@ from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
-from tiedjax.analysis.instruments.graph_distance.spectral import K, compare, graph
-from tiedjax.analysis.instruments.neighbours.section import Searches, counting_rows, grouped
+from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, K, measure
+from tiedjax.analysis.instruments.neighbours.search import Searches
+from tiedjax.analysis.instruments.neighbours.section import grouped
 from tiedjax.errors import UserError
 
-# A quarter of the paper's 128, and one permutation a pair: a section of a report should not take longer than its runs.
-EIGENPAIRS = 32
-DRAWS = 1
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The distance of every pair of twins over the rows both saw."""
-    searches = Searches(K)
+    searches = Searches()
     pairs = [pair.key | _measured(searches, pair) for pair in study.twins]
     return {"k": K, "eigenpairs": EIGENPAIRS, "pairs": pairs}
 
 
 def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
-    rows = counting_rows(pair)
     try:
-        graphs = [graph(searches.of(table, rows)) for table in (pair.subject, pair.reference)]
-        return dict(to_plain(compare(graphs[0], graphs[1], EIGENPAIRS, DRAWS)))
+        spectral = measure(pair.subject.values, pair.reference.values, rows=pair.rows, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
+    return dict(to_plain(spectral))
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -46,8 +44,8 @@ def distances(results: drawing.Results) -> list[dict[str, str]]:
         {
             "arm": arm,
             "name": name,
-            "distance": numbers.number(interval(p["distance"] for p in pairs).mean),
-            "floor": numbers.number(interval(p["floor"] for p in pairs).mean),
+            "distance": numbers.number(interval(p["distance"]["score"] for p in pairs).mean),
+            "floor": numbers.number(interval(p["distance"]["floor"] for p in pairs).mean),
             "relative": numbers.spread(vars(interval(p["relative"] for p in pairs))),
         }
         for arm, name, pairs in grouped(measured, results["headline"]["reference"])

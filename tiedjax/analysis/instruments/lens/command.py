@@ -13,7 +13,7 @@ SUBJECT = "run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
-    arguments.add_run(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_data(parser)
     parser.add_argument(
         "--training-tokens",
@@ -21,54 +21,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the run's training text that fit the translators (default: 64 D, at most 32,768)",
     )
-    arguments.add_count(parser, "--held-out-tokens", 8_192, "held-out tokens that are scored")
+    arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are scored")
     arguments.add_paper(parser, "translators read one state late, KL only")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     held_out_tokens = arguments.at_least(args, "held-out-tokens")
-    asked = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
-    import numpy as np
-
-    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
+    fitted_on = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
+    from tiedjax.analysis.basis.held_out import FrozenModel
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.basis.run_data import data_of
-    from tiedjax.analysis.basis.tables import open_run
-    from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, CountPredictors
-    from tiedjax.analysis.instruments.lens.lens import lens, training_tokens
-    from tiedjax.analysis.instruments.lens.training import CRITERION
+    from tiedjax.analysis.instruments.lens.lens import measure
 
-    run = open_run(args.a)
-    prepared = data_of(run, args.data)
+    run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
-    held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
-    rows, width = model.U_VD.shape
-    training_WS = np.concatenate(list(shown(run, prepared, asked or training_tokens(width))))
-    found = to_plain(lens(model, training_WS, held_out_WS, arguments.reporter("lens")))
-    result: dict[str, Any] = {
-        "inputs": model.describe(args.a),
-        "form": "paper" if args.paper else "corrected",
-        "step": model.step,
-        "rows": rows,
-        "rows_masked_out": 0,
-        "width": width,
+    report = arguments.reporter("lens")
+    measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
+    lens = measured.lens
+    result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
+        "step": measured.step,
         "unit": "bits",
-        "criterion": CRITERION,
-        **found,
+        "criterion": measured.criterion,
+        **to_plain(lens),
     }
     head = (
-        f"{args.a} at step {model.step}: {found['held_out_tokens']} held-out tokens, "
-        f"translators fitted on {found['training_tokens']} training tokens"
+        f"{args.a} at step {measured.step}: {lens.held_out_tokens} held-out tokens, "
+        f"translators fitted on {lens.training_tokens} training tokens"
     )
     if args.paper:
         for state in result["states"]:
             state["score"] = {"kl": state.pop("published")["kl"]}
             del state["logit"], state["tuned"]
         return result, f"{head}\n{_paper(result['states'])}"
-    counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
-    result["baselines"] = to_plain(counted.beside(model))
-    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{_fits(result['states'])}"
+    result["baselines"] = to_plain(measured.baselines)
+    fits = f"{_fits(result['states'])}\nconverged: {measured.criterion}"
+    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{fits}"
 
 
 def _paper(states: list[dict[str, Any]]) -> str:
@@ -118,10 +105,7 @@ def _fits(states: list[dict[str, Any]]) -> str:
         for s in states
         if s["fit"]
     ]
-    from tiedjax.analysis.instruments.lens.training import CRITERION
-
-    table = arguments.text_table(["translator", "iterations", "converged", "training KL", "held-out KL"], lines)
-    return f"{table}\nconverged: {CRITERION}"
+    return arguments.text_table(["translator", "iterations", "converged", "training KL", "held-out KL"], lines)
 
 
 def _half(span: dict[str, Any]) -> float | None:

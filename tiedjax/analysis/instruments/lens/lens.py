@@ -13,15 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.held_out import FrozenModel, Reading, readings
-from tiedjax.analysis.instruments.lens.training import Minimum, fit, teacher, translated
+from tiedjax.analysis.basis.held_out import FrozenModel, Reading, held_out_windows, readings, shown
+from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, Baselines, CountPredictors
+from tiedjax.analysis.instruments.lens.training import CRITERION, Minimum, fit, teacher, translated
+from tiedjax.data.prepared import Prepared
 
 MOST_TRAINING_TOKENS = 2**15
+HELD_OUT_TOKENS = 4096
 NATS = 1 / math.log(2)  # bits in a nat
 
 
@@ -65,6 +69,40 @@ def tuned_translator(state: int, last: int) -> int | None:
 def published_translator(state: int) -> int:
     """The translator that arXiv 2603.26663's code reads a state with: that of the state before, the input's own."""
     return max(state - 1, 0)
+
+
+@dataclass(frozen=True)
+class RunLens:
+    """A run's model at its last full checkpoint through every lens, beside what predicting without a model costs."""
+
+    step: int
+    rows: int
+    width: int
+    criterion: str
+    lens: Lens
+    baselines: Baselines
+
+
+def measure(
+    model: FrozenModel,
+    run: Any,
+    prepared: Prepared,
+    *,
+    held_out_tokens: int = HELD_OUT_TOKENS,
+    fitted_on: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> RunLens:
+    """Every state of a run's model through the lenses, and the predictors that its text makes.
+
+    Translators are fitted on the text that the run was shown, its first `fitted_on` tokens (default:
+    `training_tokens`), and read on about `held_out_tokens` that it was not.
+    """
+    rows, width = model.U_VD.shape
+    held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    training_WS = np.concatenate(list(shown(run, prepared, fitted_on or training_tokens(width))))
+    states = lens(model, training_WS, held_out_WS, report)
+    counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
+    return RunLens(model.step, rows, width, CRITERION, states, counted.beside(model))
 
 
 def lens(

@@ -13,7 +13,6 @@ from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.errors import UserError
 
-HELD_OUT_TOKENS = 4096
 QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") for score in ("kl", "cross_entropy")}
 PREDICTORS = ("uniform", "unigram", "bigram")
 
@@ -31,21 +30,16 @@ def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any
 
 
 def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
-    from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
-    from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, CountPredictors
-    from tiedjax.analysis.instruments.lens.lens import lens, training_tokens
+    from tiedjax.analysis.basis.held_out import FrozenModel  # here, as what follows: they bring JAX
+    from tiedjax.analysis.instruments.lens.lens import measure
 
     try:
         prepared = study.text(run)
-        model = FrozenModel(run)
-        held_out_WS = held_out_windows(prepared, run.config.model.seq_len, HELD_OUT_TOKENS)
+        measured = measure(FrozenModel(run), run, prepared)
     except UserError as error:
         return {"not_measured": str(error)}
-    rows, width = model.U_VD.shape
-    training_WS = np.concatenate(list(shown(run, prepared, training_tokens(width))))
-    found = to_plain(lens(model, training_WS, held_out_WS))
-    counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
-    return {"step": model.step, "rows": rows, "width": width, **found, "baselines": to_plain(counted.beside(model))}
+    plain = to_plain(measured)
+    return {**plain, **plain.pop("lens")}
 
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tiedjax.analysis.basis import arguments
 
 if TYPE_CHECKING:
-    from tiedjax.analysis.instruments.neighbours.knn import Overlap
+    from tiedjax.analysis.basis.chance import Score
 
 HELP = "overlap of two tables' nearest neighbours, with its floor, by stratum; hubness"
 SUBJECT = "pair"
@@ -16,56 +16,45 @@ SUBJECT = "pair"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, B and the options."""
-    arguments.add_pair(parser)
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(parser, "all rows, rows of zeros too, not centred, uncorrected")
     arguments.add_count(parser, "--k", 10, "neighbours per row")
     parser.add_argument("--centre", action="store_true", help="subtract each table's column means first")
-    arguments.add_count(parser, "--draws", 10, "row permutations for the floor")
-    arguments.add_counts(parser)
-    arguments.add_tokenizers(parser)
-    arguments.add_all_rows(parser)
+    arguments.add_count(parser, "--draws", 5, "row permutations for the floor")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    import sys
-    from functools import partial
-
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.neighbours.knn import knn
+    from tiedjax.analysis.instruments.neighbours.knn import measure
     from tiedjax.errors import UserError
 
     k, draws = arguments.at_least(args, "k"), arguments.at_least(args, "draws")
     if args.paper and args.centre:
         raise UserError("--centre: the paper's form does not centre; leave out --centre or --paper")
     inputs = arguments.read_tables(args)
-    (a, b), mask = inputs.tables, inputs.rows
-    counts = arguments.counts_of(a, b)
-    report = lambda line: print(line, file=sys.stderr, flush=True)
-    measure = partial(knn, a.values, b.values, k=k, draws=draws, counts=counts, report=report)
-    found, left_out = measure(zero_rows=True) if args.paper else measure(rows=mask, centre=args.centre)
-    same = mask is None and not args.centre and not left_out
-    plain = to_plain(found)
+    names = [table.name for table in inputs.tables]
+    knn = measure(
+        *inputs.values,
+        k=k,
+        rows=inputs.rows,
+        centred=args.centre,
+        zero_rows=args.paper,
+        draws=draws,
+        counts=arguments.counts_of(*inputs.tables),
+        report=arguments.reporter("knn"),
+    )
+    plain = to_plain(knn)
     overlap = plain.pop("overlap")
-    result = {
-        **inputs.described,
-        "form": "paper" if args.paper else "corrected",
-        **overlap,
-        "rows_masked_out": len(a.values) - found.overlap.rows - left_out,
-        "rows_left_out": left_out,
-        "width": a.values.shape[1],
-        "other_width": b.values.shape[1],
-        "centred": args.centre,
-        **plain,
-    }
-    lines = [_line("all", found.overlap), *(_line(name, o) for name, o in found.strata.items())]
+    result = overlap | inputs.result(args, knn.overlap.rows, knn.overlap.rows_left_out)
+    result |= {"other_width": inputs.values[1].shape[1], "centred": args.centre, **plain}
+    lines = [_line("all", knn.overlap), *(_line(name, score) for name, score in knn.strata.items())]
     if args.paper:
         for score in (result, *result["strata"].values()):
             del score["corrected"]
+        del result["paper"]
     else:
-        paper = found if same else measure(zero_rows=True)[0]
-        result["paper"] = {n: v for n, v in to_plain(paper.overlap).items() if n != "corrected"}
-        lines.append([*_line("paper's form: all rows", paper.overlap)[:-1], None])
+        lines.append(_line("paper's form: all rows", knn.paper))
     columns = 6 if args.paper else 7
     table = arguments.text_table(
         ["tokens", "rows", "score", "floor", "+-", "closed form", "corrected"][:columns],
@@ -73,23 +62,19 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     hubs = arguments.text_table(
         ["hubness", "skewness", "nobody's neighbour", "largest"],
-        [[t.name, h.skewness, h.orphans, h.largest] for t, h in zip((a, b), found.hubness, strict=True)],
+        [[name, h.skewness, h.orphans, h.largest] for name, h in zip(names, knn.hubness, strict=True)],
     )
-    head = arguments.heading(
-        f"{a.name} and {b.name}: {k} nearest neighbours",
-        found.overlap.rows,
-        result["rows_masked_out"],
-        a.values.shape[1],
-    )
+    head = inputs.heading(f"{' and '.join(names)}: {k} nearest neighbours", result)
+    left_out = knn.overlap.rows_left_out
     zeros = f"; {left_out} rows without a direction left out" if left_out else ""
     form = "; paper's form: uncorrected" if args.paper else ""
-    low, high = (arguments.cell(end) for end in (found.interval.low, found.interval.high))
+    score, low, high = (arguments.cell(value) for value in (knn.overlap.score, knn.interval.low, knn.interval.high))
     return result, (
-        f"{head}{zeros}{form}{inputs.note}\n{table}\nscore {found.overlap.score:.4f}, over rows {low} to {high}\n"
+        f"{head}{zeros}{form}{inputs.note}\n{table}\nscore {score}, over rows {low} to {high}\n"
         f"floor: mean over row permutations of the second table, +- standard error; closed form: k / (rows - 1)\n{hubs}"
     )
 
 
-def _line(name: str, overlap: Overlap) -> list[Any]:
+def _line(name: str, overlap: Score) -> list[Any]:
     columns = ("rows", "score", "floor", "floor_standard_error", "floor_closed_form", "corrected")
     return [name, *(getattr(overlap, column) for column in columns)]

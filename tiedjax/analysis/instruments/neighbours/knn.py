@@ -8,35 +8,21 @@ of k of the V - 1 other rows. The floor is its mean over such permutations, as t
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.directions import centre, with_direction
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.instruments.neighbours.search import Report, neighbours
+from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
 
 K = 10
-DRAWS = 10
+DRAWS = 5
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-_EPS = float(np.finfo(np.float32).eps)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Mean share of common neighbours over `rows` rows beside its floor; corrected is None where chance reaches 1."""
-
-    score: float
-    floor: float
-    floor_standard_error: float | None
-    floor_draws: int
-    floor_closed_form: float
-    corrected: float | None
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -56,53 +42,68 @@ class Hubness:
 class Knn:
     """The overlap of two tables' neighbours: mean, spread over rows, by stratum; and each table's hubness.
 
-    `histogram[n]` is the number of rows with n common neighbours; `interval` is of the score over rows.
+    `paper` is the overlap in the form of arXiv 2603.26663: all rows, rows of zeros too, not centred. `histogram[n]` is
+    the number of rows with n common neighbours; `interval` is of the score over rows.
     """
 
     k: int
-    overlap: Overlap
+    overlap: Score
+    paper: Score
     interval: Interval
     quantiles: dict[str, float]
     histogram: list[int]
-    strata: dict[str, Overlap]
+    strata: dict[str, Score]
     hubness: tuple[Hubness, Hubness]
 
 
-def knn(
+def measure(
     x_VD: np.ndarray,
     y_VD: np.ndarray,
     *,
     k: int = K,
     rows: np.ndarray | None = None,
-    centre: bool = False,
+    centred: bool = False,
     zero_rows: bool = False,
     draws: int = DRAWS,
     counts: np.ndarray | None = None,
+    searches: Searches | None = None,
     report: Report | None = None,
-) -> tuple[Knn, int]:
-    """The overlap of the k nearest neighbours in two tables of the same rows and any widths; rows left out of it.
-
-    `rows` is a boolean [V] mask of the rows that count, as queries and as candidates. Rows of zeros (once centred, if
-    `centre`) are left out too and counted, unless `zero_rows`: then their cosine to everything is 0. `counts` [V] or
-    [2, V] makes strata by how often training showed a token. UserError: shapes that do not fit, k or fewer rows left.
-    """
-    found = both_neighbours(x_VD, y_VD, k, rows=rows, centre=centre, zero_rows=zero_rows, report=report)
-    kept_counts = None if counts is None else np.asarray(counts)[..., found.kept]
-    return compare(*found.indices, draws=draws, counts=kept_counts), found.rows_left_out
-
-
-def compare(
-    first_VK: np.ndarray, second_VK: np.ndarray, *, draws: int = DRAWS, counts: np.ndarray | None = None
 ) -> Knn:
-    """The overlap of two tables' neighbours, as `neighbours` finds them; `counts` of their rows as of `knn`."""
+    """The overlap of the k nearest neighbours in two tables of the same rows and any widths.
+
+    `rows` is a boolean [V] mask of the rows that count, as queries and as candidates. Rows without a direction are left
+    out too and counted, unless `zero_rows`: then the cosine of a row of zeros to everything is 0. `counts` [V] or
+    [2, V] makes strata by how often training showed a token. `searches` remembers neighbours from one call to the next.
+    UserError: shapes that do not fit, k or fewer rows left.
+
+    >>> table = np.random.default_rng(0).normal(size=(50, 4))
+    >>> turned = table[:, ::-1]
+    >>> measure(table, turned).overlap.score
+    1.0
+    """
+    searches = searches or Searches()
+    both = both_neighbours(
+        x_VD, y_VD, k, rows=rows, centred=centred, zero_rows=zero_rows, searches=searches, report=report
+    )
+    every = both
+    if not both.kept.all() or centred:
+        every = both_neighbours(x_VD, y_VD, k, zero_rows=True, searches=searches, report=report)
+    kept_counts = None if counts is None else np.asarray(counts)[..., both.kept]
+    return _compared(both, every, draws, {} if kept_counts is None else strata(kept_counts))
+
+
+def _compared(both: BothNeighbours, every: BothNeighbours, draws: int, groups: Mapping[str, np.ndarray]) -> Knn:
+    first_VK, second_VK = both.indices
     V, k = first_VK.shape
     common_V = shared(first_VK, second_VK)
     drawn = _permuted(first_VK, second_VK, draws)
-    groups = {} if counts is None else strata(counts)
     closed = k / (V - 1)
+    overlap = replace(_overlap(common_V, drawn, k, closed), rows_left_out=both.rows_left_out)
+    everywhere = _overlap(shared(*every.indices), _permuted(*every.indices, draws), k, k / (len(every.kept) - 1))
     return Knn(
         k=k,
-        overlap=_overlap(common_V, drawn, k, closed),
+        overlap=overlap,
+        paper=replace(everywhere, corrected=None),
         interval=bootstrap_mean(common_V / k),
         quantiles={f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(common_V / k, QUANTILES), strict=True)},
         histogram=np.bincount(common_V, minlength=k + 1).tolist(),
@@ -126,11 +127,13 @@ def both_neighbours(
     k: int,
     *,
     rows: np.ndarray | None = None,
-    centre: bool = False,
+    centred: bool = False,
     zero_rows: bool = False,
+    searches: Searches | None = None,
     report: Report | None = None,
 ) -> BothNeighbours:
-    """Both tables' neighbours over the rows that count; arguments and errors as of `knn`."""
+    """Both tables' neighbours over the rows that count; arguments and errors as of `measure`."""
+    searches = searches or Searches()
     for name, table in [("first", x_VD), ("second", y_VD)]:
         if table.ndim != 2:
             raise UserError(f"knn: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")
@@ -141,20 +144,22 @@ def both_neighbours(
     if k < 1:
         raise UserError(f"knn: k must be at least 1, got {k}")
     wanted = np.ones(len(x_VD), bool) if rows is None else rows
-    means = [column_means(t if rows is None else t[rows]) if centre else None for t in (x_VD, y_VD)]
+    means: list[np.ndarray | None] = [None, None]
     kept = wanted.copy()
-    if not zero_rows:
-        for table, mean in zip((x_VD, y_VD), means, strict=True):
-            kept &= rows_with_direction(table, mean)
+    for i, table in enumerate((x_VD, y_VD)):
+        least = 0.0
+        if centred:
+            means[i], least = centre(table if rows is None else table[rows])
+        if not zero_rows:
+            kept &= with_direction(table, means[i], least)
     left_out = int(wanted.sum() - kept.sum())
     if kept.sum() <= k:
         without = f" ({left_out} more have no direction)" if left_out else ""
         raise UserError(f"knn: {kept.sum()} rows{without}, but {k} neighbours need at least {k + 1}")
-    indices = [
-        neighbours(_prepared(table, kept, mean), k, report=report).indices_VK
-        for table, mean in zip((x_VD, y_VD), means, strict=True)
-    ]
-    return BothNeighbours(kept, left_out, (indices[0], indices[1]))
+    first, second = (
+        searches.indices(table, kept, k, mean, report) for table, mean in zip((x_VD, y_VD), means, strict=True)
+    )
+    return BothNeighbours(kept, left_out, (first, second))
 
 
 def shared(first_VK: np.ndarray, second_VK: np.ndarray) -> np.ndarray:
@@ -175,17 +180,6 @@ def hubness(indices_VK: np.ndarray) -> Hubness:
     )
 
 
-def rows_with_direction(table_VD: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
-    """Boolean [V]: rows that differ from 0, or from the mean row by more than float32 rounds."""
-    if mean is None:
-        return np.asarray(table_VD.any(axis=1))
-    found = np.empty(len(table_VD), bool)
-    size = np.linalg.norm(mean)
-    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        found[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64) - mean, axis=1) > _EPS * size
-    return found
-
-
 def _permuted(first_VK: np.ndarray, second_VK: np.ndarray, draws: int) -> np.ndarray:
     """Common neighbours per row with the second table's rows permuted, [draws, V]; no new search is needed."""
     rng = np.random.default_rng(0)
@@ -198,19 +192,6 @@ def _permuted(first_VK: np.ndarray, second_VK: np.ndarray, draws: int) -> np.nda
     return drawn
 
 
-def _overlap(common_V: np.ndarray, drawn: np.ndarray, k: int, closed: float) -> Overlap:
+def _overlap(common_V: np.ndarray, drawn: np.ndarray, k: int, closed: float) -> Score:
     score, floors = float(common_V.mean()) / k, drawn.mean(axis=1) / k
-    floor = float(floors.mean())
-    error = float(floors.std(ddof=1)) / math.sqrt(len(floors)) if len(floors) > 1 else None
-    return Overlap(score, floor, error, len(floors), closed, correct(score, floor), len(common_V))
-
-
-def _prepared(table_VD: np.ndarray, kept: np.ndarray, mean: np.ndarray | None) -> np.ndarray:
-    """The rows that count, centred if there is a mean; not copied if that changes nothing."""
-    if kept.all() and mean is None:
-        return table_VD
-    values = table_VD[kept]
-    if mean is not None:
-        for block in row_blocks(len(values), values.shape[1], itemsize=8):
-            values[block] = values[block] - mean
-    return values
+    return beside_draws(score, floors, closed_form=closed, rows=len(common_V))

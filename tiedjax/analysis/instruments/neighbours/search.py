@@ -51,6 +51,42 @@ def neighbours(table_VD: np.ndarray, k: int, *, report: Report | None = None) ->
     return Neighbours(search.indices, search.cosines)
 
 
+class Searches:
+    """Searches that are remembered: a study's tables stand in several pairs, often over the same rows."""
+
+    def __init__(self) -> None:
+        # The table is kept beside the answer: while it lives no other can have its id.
+        self._answers: dict[tuple[int, bytes, int, bool], tuple[np.ndarray, np.ndarray]] = {}
+
+    def indices(
+        self,
+        table_VD: np.ndarray,
+        kept_V: np.ndarray,
+        k: int,
+        mean_D: np.ndarray | None = None,
+        report: Report | None = None,
+    ) -> np.ndarray:
+        """The k nearest [rows, k] of each row of the table among those that `kept_V`, boolean [V], keeps.
+
+        With `mean_D` rows are taken about it; a table has one such row for each `kept_V`.
+        """
+        key = (id(table_VD), kept_V.tobytes(), k, mean_D is not None)
+        if key not in self._answers:
+            self._answers[key] = table_VD, neighbours(_rows_of(table_VD, kept_V, mean_D), k, report=report).indices_VK
+        return self._answers[key][1]
+
+
+def _rows_of(table_VD: np.ndarray, kept_V: np.ndarray, mean_D: np.ndarray | None) -> np.ndarray:
+    """The rows that count, about the mean if there is one; not copied if that changes nothing."""
+    if kept_V.all() and mean_D is None:
+        return table_VD
+    rows_ND = table_VD[kept_V]
+    if mean_D is not None:
+        for start, stop in _blocks(len(rows_ND), _BYTES // (8 * rows_ND.shape[1])):
+            rows_ND[start:stop] = rows_ND[start:stop] - mean_D
+    return rows_ND
+
+
 class _Search:
     """One search: the table, its rows' lengths, and the answer as it fills up."""
 

@@ -5,59 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from tiedjax.analysis.basis import drawing, numbers, published
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
-from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns, TwinTables
-from tiedjax.analysis.instruments.neighbours.knn import K, compare, rows_with_direction, shared
-from tiedjax.analysis.instruments.neighbours.search import neighbours
+from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
+from tiedjax.analysis.instruments.neighbours.knn import K, measure
+from tiedjax.analysis.instruments.neighbours.search import Searches
 from tiedjax.errors import UserError
-
-DRAWS = 5
-
-
-class Searches:
-    """The neighbours of a study's tables, each searched once for the same rows."""
-
-    def __init__(self, k: int):
-        self.k = k
-        self._found: dict[tuple[Any, ...], np.ndarray] = {}
-
-    def of(self, table: LastTable, rows: np.ndarray) -> np.ndarray:
-        """The k nearest of each row of the table among `rows`, boolean [V]. UserError for k or fewer rows."""
-        key = (table.arm, table.seed, table.role, rows.tobytes())
-        if key not in self._found:
-            if rows.sum() <= self.k:
-                raise UserError(f"{self.k} neighbours need more than {rows.sum()} rows")
-            self._found[key] = neighbours(table.values[rows], self.k).indices_VK
-        return self._found[key]
-
-
-def counting_rows(pair: TwinTables) -> np.ndarray:
-    """Boolean [V]: rows seen by both that have a direction in both."""
-    return pair.rows & rows_with_direction(pair.reference.values) & rows_with_direction(pair.subject.values)
 
 
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The overlap of every pair of twins over the rows both saw, and in the paper's form over all rows."""
-    searches = Searches(K)
+    searches = Searches()
     return {"k": K, "pairs": [pair.key | _measured(searches, pair) for pair in study.twins]}
 
 
 def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
-    rows = counting_rows(pair)
-    every = np.ones_like(rows)
+    mine, reference = pair.subject, pair.reference
     try:
-        mine = [searches.of(table, rows) for table in (pair.subject, pair.reference)]
-        all_rows = [searches.of(table, every) for table in (pair.subject, pair.reference)]
+        knn = measure(mine.values, reference.values, rows=pair.rows, counts=mine.counts, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
-    found = to_plain(compare(mine[0], mine[1], draws=DRAWS, counts=pair.subject.counts[:, rows]))
-    paper = {"score": float(shared(*all_rows).mean()) / K, "floor": K / (len(rows) - 1), "rows": len(rows)}
-    return {**found.pop("overlap"), **found, "paper": paper}
+    plain = to_plain(knn)
+    return {**plain.pop("overlap"), **plain}
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:

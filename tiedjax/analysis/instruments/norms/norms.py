@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.statistics import Interval, spearman, spearman_interval
+from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.chance import Score, beside_exact
+from tiedjax.analysis.basis.directions import centre
+from tiedjax.analysis.basis.statistics import spearman, spearman_interval
 from tiedjax.analysis.basis.strata import BIN_WIDTH, log_bins
-from tiedjax.analysis.instruments.norms.probe import DRAWS, Probe, frequency_probe
+from tiedjax.analysis.instruments.norms.probe import DRAWS, frequency_probe
 from tiedjax.errors import UserError
-
-_NO_MEAN = 1e-12  # length of the mean row, relative to the rows', below which it is rounding and has no direction
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity by frequency bin; its rank correlation with count over seen rows, beside its value by chance (0)."""
+    """A quantity by frequency bin, and its rank correlation with count over seen rows, which is 0 by chance."""
 
     mean: float | None
-    spearman: Interval
-    floor: float
-    floor_standard_error: float | None
-    rows_left_out: int
+    spearman: Score
     bins: list[Bin]
 
 
@@ -55,16 +52,20 @@ class Norms:
     norm: Curve
     distance_to_mean: Curve
     cosine_to_mean: Curve
-    log_frequency: Probe
+    log_frequency: Score
 
 
-def norms_by_count(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = DRAWS) -> Norms:
+def measure(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = DRAWS) -> Norms:
     """The quantities of each row against its token's count.
 
     `count_V` is how often each row's token occurred. Bins are BIN_WIDTH wide in log10(count + 1); never-seen tokens
-    have a bin of their own at 0. Spearman's interval is `statistics.spearman_interval`'s, its standard error under
+    have a bin of their own at 0. Spearman's interval is `statistics.spearman_interval`'s, its deviation under
     independence 1 / sqrt(n - 1). Rows without a direction have no cosine. `draws` permutations of the counts make the
     probe's floor. UserError when the lengths differ or there is no row.
+
+    >>> rare, frequent = np.eye(3), 2 * np.eye(3)
+    >>> measure(np.concatenate([rare, frequent]), np.array([1, 1, 1, 9, 9, 9])).norm.spearman.score
+    1.0
     """
     if len(count_V) != len(table_VD):
         raise UserError(f"norms: the table has {len(table_VD)} rows but there are counts for {len(count_V)} tokens")
@@ -94,19 +95,25 @@ def curve(value_V: np.ndarray, count_V: np.ndarray) -> Curve:
     value, count = value_V[known], count_V[known]
     seen = count > 0
     n = int(seen.sum())
+    correlation = spearman(value[seen], count[seen])
+    span = spearman_interval(correlation, n)
     return Curve(
         mean=float(value.mean()) if len(value) else None,
-        spearman=spearman_interval(spearman(value[seen], count[seen]), n),
-        floor=0.0,
-        floor_standard_error=1 / math.sqrt(n - 1) if n > 1 else None,
-        rows_left_out=int((~known).sum()),
+        spearman=beside_exact(
+            correlation,
+            0.0,
+            deviation=1 / math.sqrt(n - 1) if n > 1 else None,
+            rows=n,
+            rows_left_out=int((~known).sum()),
+            interval=(span.low, span.high),
+        ),
         bins=_bins(value, log_bins(count)),
     )
 
 
 def _quantities(table_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Norm, distance to the mean row, cosine to the mean row; float64 [V] each, NaN for a cosine of no direction."""
-    mean_D = column_means(table_VD)
+    mean_D, least = centre(table_VD)
     norm, distance, along = (np.empty(len(table_VD)) for _ in range(3))
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
         x_BD = np.asarray(table_VD[block], np.float64)
@@ -114,7 +121,7 @@ def _quantities(table_VD: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
         distance[block] = np.linalg.norm(x_BD - mean_D, axis=1)
         along[block] = x_BD @ mean_D
     length = float(np.linalg.norm(mean_D))
-    known = (norm > 0) & (length > _NO_MEAN * norm.max(initial=0.0))
+    known = (norm > 0) & (length > least)
     return norm, distance, np.divide(along, norm * length, out=np.full(len(norm), np.nan), where=known)
 
 

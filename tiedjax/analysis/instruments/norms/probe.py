@@ -9,35 +9,17 @@ Everything follows from each fold's sums and its [D, D] Gram matrix.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.chance import Score, beside_draws
 from tiedjax.analysis.basis.maps import Ridge
 
 FOLDS = 5
 DRAWS = 20
 _CONSTANT = 1e-10  # a column's standard deviation, relative to the largest, that counts as none
-
-
-@dataclass(frozen=True)
-class Probe:
-    """R^2 beside what permuted counts give: their mean, its standard error and the deviation of single draws.
-
-    None with fewer than 2 * FOLDS rows, or where counts or rows do not vary.
-    """
-
-    score: float | None
-    floor: float | None
-    floor_standard_error: float | None
-    floor_deviation: float | None
-    floor_draws: int
-    corrected: float | None
-    rows: int
-    folds: int
 
 
 @dataclass
@@ -66,28 +48,19 @@ class _Sums:
         )
 
 
-def frequency_probe(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = DRAWS) -> Probe:
-    """R^2 of log10(count + 1) from the rows; the floor from `draws` permutations of the counts."""
+def frequency_probe(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = DRAWS) -> Score:
+    """R^2 of log10(count + 1) from the rows; the floor from `draws` permutations of the counts.
+
+    None with fewer than 2 * FOLDS rows, or where counts or rows do not vary.
+    """
     y_V = np.log10(np.asarray(count_V, np.float64) + 1)
     scores = np.full(1 + draws, np.nan)
     if len(y_V) >= 2 * FOLDS and np.ptp(y_V) > 0:
         rng = np.random.default_rng(0)
         fold_V = rng.permutation(len(y_V)) % FOLDS
         scores = _cross_validated(table_VD, np.stack([y_V, *(rng.permutation(y_V) for _ in range(draws))], 1), fold_V)
-    score = float(scores[0]) if np.isfinite(scores[0]) else None
-    floors = scores[1:][np.isfinite(scores[1:])]
-    floor = float(floors.mean()) if len(floors) else None
-    deviation = float(floors.std(ddof=1)) if len(floors) > 1 else None
-    return Probe(
-        score=score,
-        floor=floor,
-        floor_standard_error=None if deviation is None else deviation / math.sqrt(len(floors)),
-        floor_deviation=deviation,
-        floor_draws=len(floors),
-        corrected=correct(score, floor),
-        rows=len(y_V),
-        folds=FOLDS,
-    )
+    score, *drawn = (float(s) if np.isfinite(s) else None for s in scores)
+    return beside_draws(score, drawn, rows=len(y_V))
 
 
 def _cross_validated(table_VD: np.ndarray, y_VN: np.ndarray, fold_V: np.ndarray) -> np.ndarray:

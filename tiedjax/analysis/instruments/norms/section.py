@@ -12,10 +12,11 @@ from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.norms.norms import norms_by_count
+from tiedjax.analysis.instruments.norms.norms import measure
 from tiedjax.errors import UserError
 
 QUANTITIES = ("norm", "distance_to_mean", "cosine_to_mean")
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
     for table in study.tables:
         about = table.key | {"sha256": content_hash(table.values), "counts": "as target"}
         try:
-            found = norms_by_count(table.values[table.seen], table.counts[1][table.seen])
+            found = measure(table.values[table.seen], table.counts[1][table.seen])
         except UserError as error:
             records.append(about | {"not_measured": str(error)})
         else:
@@ -72,7 +73,7 @@ def not_measured(results: drawing.Results) -> list[str]:
 
 
 def _spearman(of: Sequence[Mapping[str, Any]], quantity: str) -> Interval:
-    return interval(n[quantity]["spearman"]["mean"] for n in of)
+    return interval(n[quantity]["spearman"]["score"] for n in of)
 
 
 def _placed(span: Interval) -> str:

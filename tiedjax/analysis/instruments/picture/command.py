@@ -22,8 +22,7 @@ _TOKENS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, perhaps B, and the options."""
-    parser.add_argument("a", metavar="A", help=f"a table: {arguments.TABLE}")
-    parser.add_argument("b", metavar="B", nargs="?", help="another, to show beside it")
+    arguments.add_subject(parser, SUBJECT, tokenizers="--tokenizers")
     parser.add_argument("--method", default="pca", help="pca, or tsne where openTSNE is installed (default: pca)")
     parser.add_argument(
         "--tokens",
@@ -31,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='whose nearest rows are shown: texts of single tokens, or ids as "[12]" (default: the most frequent)',
     )
     arguments.add_count(parser, "--neighbours", 5, "nearest rows of each of those tokens")
-    arguments.add_counts(parser)
-    arguments.add_tokenizers(parser, "--tokenizers")
-    arguments.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -42,24 +38,23 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from tiedjax.analysis.basis import numbers
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.picture.map import draw_map, nearest
+    from tiedjax.analysis.instruments.picture.map import measure
 
     k = arguments.at_least(args, "neighbours")
     inputs = arguments.read_tables(args)
     tables, mask = inputs.tables, inputs.rows
     kept = np.arange(len(tables[0].values)) if mask is None else np.flatnonzero(mask)
     asked, texts_of = _chosen(args, tables, kept)
-    maps = [draw_map(t.values[kept], args.method, report=arguments.reporter("map")) for t in tables]
+    report = arguments.reporter("map")
+    pictures = [
+        measure(values, asked, rows=mask, neighbours=k, method=args.method, report=report) for values in inputs.values
+    ]
+    maps = [picture.map for picture in pictures]
     ids_V = _ids(tables[0])
-    near = [[_with_ids(n, ids_V) for n in nearest(t.values, asked, k, mask)] for t in tables]
+    near = [[_with_ids(n, ids_V) for n in picture.nearest] for picture in pictures]
     ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
     texts = {i: numbers.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
-    result = {
-        **inputs.described,
-        "form": "corrected",
-        "rows": len(kept),
-        "rows_masked_out": len(tables[0].values) - len(kept),
-        "width": tables[0].values.shape[1],
+    result = inputs.result(args, len(kept)) | {
         "tokens": ids_V[kept],
         "maps": to_plain(maps),
         "nearest": to_plain(near),
@@ -70,9 +65,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for of in zip(*near, strict=True)
     ]
     beside = arguments.text_table(["token", *(t.name for t in tables)], lines)
-    head = arguments.heading(
-        f"{' and '.join(t.name for t in tables)} in the plane", len(kept), result["rows_masked_out"], result["width"]
-    )
+    head = inputs.heading(f"{' and '.join(t.name for t in tables)} in the plane", result)
     return result, f"{head}{inputs.note}\n{_trust(tables, maps)}\nnearest rows by cosine\n{beside}"
 
 
@@ -126,7 +119,7 @@ def _trust(tables: tuple[Table, ...], maps: list[Map]) -> str:
             table.name,
             m.method,
             None if m.explained is None else sum(m.explained),
-            *([None] * 4 if m.trust is None else [m.trust.score, m.trust.floor, m.trust.corrected, m.trust.queries]),
+            *([None] * 4 if m.trust is None else [m.trust.score, m.trust.floor, m.trust.corrected, m.trust.rows]),
         ]
         for table, m in zip(tables, maps, strict=True)
     ]

@@ -8,40 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, gram, row_blocks
-from tiedjax.analysis.basis.chance import correct
+from tiedjax.analysis.basis.chance import Score, beside_exact
+from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
 from tiedjax.analysis.basis.tables import check
 from tiedjax.errors import UserError
 
 METHODS = ("pca", "tsne")
 NEAR = 10
+NEIGHBOURS = 5  # nearest rows of each token that is asked for
 EXACT_ROWS = 4096  # up to which every row is asked for its neighbours
 SAMPLED_ROWS = 500
 _COMPONENTS = 50  # of which openTSNE is given the rows, as is usual (Kobak and Berens 2019, Nature Communications 10)
 _PERPLEXITY = 30.0
 _BYTES = 2**28  # of one matrix of distances
-
-
-@dataclass(frozen=True)
-class Trust:
-    """Trustworthiness for `k` neighbours: 1 where all neighbours in the picture are neighbours in the table.
-
-    `queries` of the `rows` were asked. The floor is exact: its mean over all permutations of the picture's points;
-    `floor_deviation` is that of single ones, were rows independent.
-    """
-
-    score: float
-    floor: float
-    floor_deviation: float
-    corrected: float | None
-    k: int
-    queries: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +38,8 @@ class Map:
     width: int
     coordinates: list[list[float]]
     explained: list[float] | None
-    trust: Trust | None
+    near: int
+    trust: Score | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +49,35 @@ class Nearest:
     token: int
     neighbours: list[int]
     cosines: list[float]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A table's map, and the nearest rows of the tokens that were asked for."""
+
+    map: Map
+    nearest: list[Nearest]
+
+
+def measure(
+    table_VD: np.ndarray,
+    tokens: Sequence[int] = (),
+    *,
+    rows: np.ndarray | None = None,
+    neighbours: int = NEIGHBOURS,
+    method: str = "pca",
+    report: Callable[[str], None] = lambda line: None,
+) -> Picture:
+    """The map of the rows that count, boolean [V] (default: all), and the nearest of these to each of `tokens`.
+
+    UserError as of `draw_map` and `nearest`.
+
+    >>> table = np.array([[2.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-2.0, -0.1]])
+    >>> measure(table, [0], neighbours=1).nearest[0].neighbours
+    [1]
+    """
+    kept_VD = table_VD if rows is None else table_VD[rows]
+    return Picture(draw_map(kept_VD, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
 
 
 def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None) -> Map:
@@ -77,7 +92,7 @@ def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str
         raise UserError(
             f"map: a table must be [V, D] with V of at least 3 and D of at least 2, got {list(table_VD.shape)}"
         )
-    check(table_VD)
+    check(table_VD, "map")
     report("principal components")
     if method == "tsne":
         points_V2, explained = _tsne(table_VD, report), None
@@ -91,6 +106,7 @@ def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str
         width=table_VD.shape[1],
         coordinates=points_V2.tolist(),
         explained=None if explained is None else explained.tolist(),
+        near=k,
         trust=trustworthiness(table_VD, points_V2, k=k) if k else None,
     )
 
@@ -101,11 +117,11 @@ def principal(table_VD: np.ndarray, components: int) -> tuple[np.ndarray, np.nda
     Of the two directions of a component, the one is taken whose largest loading is positive. UserError where all rows
     are equal.
     """
-    mean_D = column_means(table_VD)
+    mean_D, least = centre(table_VD)
     gram_DD = gram(table_VD, mean_D)
     values, vectors = np.linalg.eigh(gram_DD)
     total = float(np.trace(gram_DD))
-    if total <= 1e-24 * len(table_VD) * float(mean_D @ mean_D):
+    if total <= len(table_VD) * least**2:
         raise UserError("map: the rows of the table are all equal; there is nothing to see")
     loadings_DC = vectors[:, ::-1][:, :components]
     largest = np.abs(loadings_DC).argmax(axis=0)
@@ -116,7 +132,7 @@ def principal(table_VD: np.ndarray, components: int) -> tuple[np.ndarray, np.nda
     return points, np.maximum(values[::-1][:components], 0) / total
 
 
-def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEAR) -> Trust:
+def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEAR) -> Score:
     """1 - 2 / (Q k (2V - 3k - 1)) * sum over Q rows and their k nearest in the picture of max(0, rank - k), the rank
     being that neighbour's in the table; Euclidean distances.
 
@@ -145,7 +161,7 @@ def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEA
     mean, square = surplus.sum() / (V - 1), np.square(surplus).sum() / (V - 1)
     floor = 1 - 2 / (2 * V - 3 * k - 1) * float(mean)
     deviation = scale * math.sqrt(len(queries) * k * float(square - mean**2))
-    return Trust(score, floor, deviation, correct(score, floor), k, len(queries), V)
+    return beside_exact(score, floor, deviation=deviation, rows=len(queries))
 
 
 def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | None = None) -> list[Nearest]:
@@ -174,9 +190,9 @@ def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | 
 
 def _unit(rows_ND: np.ndarray) -> np.ndarray:
     """Rows of length 1, float64; NaN for rows of zeros."""
-    rows = np.asarray(rows_ND, np.float64)
-    norm = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norm, out=np.full(rows.shape, np.nan), where=norm > 0)
+    unit_ND = unit_rows(rows_ND)
+    unit_ND[~with_direction(rows_ND)] = np.nan
+    return unit_ND
 
 
 def _distances(table_VD: np.ndarray, mean_D: np.ndarray, asked: np.ndarray) -> np.ndarray:

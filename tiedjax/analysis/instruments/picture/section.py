@@ -12,12 +12,13 @@ from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
-from tiedjax.analysis.instruments.picture.map import Nearest, draw_map, nearest
+from tiedjax.analysis.instruments.picture.map import Nearest, measure
 from tiedjax.errors import UserError
 
 POINTS = 500  # of each table that are drawn
 CLASSES = ("rarest", "second", "third", "fourth", "most frequent")
-WORDS, CANDIDATES, NEIGHBOURS = 8, 400, 5
+WORDS, CANDIDATES = 8, 400
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
@@ -34,19 +35,18 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
 def _record(table: LastTable, tokens: list[int]) -> dict[str, Any]:
     kept = np.flatnonzero(table.seen)
     try:
-        found = draw_map(table.values[kept])
-        near = nearest(table.values, tokens, NEIGHBOURS, table.seen)
+        picture = measure(table.values, tokens, rows=table.seen)
     except UserError as error:
         return {"not_measured": str(error)}
     order = np.argsort(table.counts.sum(axis=0)[kept], kind="stable")
     spread = np.unique(np.linspace(0, len(order) - 1, min(POINTS, len(order))).round().astype(int))
-    points = [[float(f"{x:.4g}") for x in found.coordinates[order[i]]] for i in spread]
+    points = [[float(f"{x:.4g}") for x in picture.map.coordinates[order[i]]] for i in spread]
     return {
         "sha256": content_hash(table.values),
-        **{name: to_plain(getattr(found, name)) for name in ("method", "rows", "width", "explained", "trust")},
+        **{name: to_plain(getattr(picture.map, name)) for name in ("method", "rows", "width", "explained", "trust")},
         "points": points,
         "classes": (spread * len(CLASSES) // len(order)).tolist(),
-        "nearest": _named(table, near),
+        "nearest": _named(table, picture.nearest),
     }
 
 

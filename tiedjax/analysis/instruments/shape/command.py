@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tiedjax.analysis.basis import arguments
 
 if TYPE_CHECKING:
+    from tiedjax.analysis.basis.chance import Score
     from tiedjax.analysis.basis.tables import Table
     from tiedjax.analysis.instruments.shape.similarity import Comparison
     from tiedjax.analysis.instruments.shape.spectrum import Spectrum
@@ -21,43 +22,30 @@ _LONG = 1e11  # numbers times width from which stages are reported: about 5 s ea
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A, perhaps B, and the options."""
-    parser.add_argument("a", metavar="A", help=f"a table: {arguments.TABLE}")
-    parser.add_argument("b", metavar="B", nargs="?", help="another, to compare it with")
+    arguments.add_subject(parser, SUBJECT)
     arguments.add_count(parser, "--draws", 5, "isotropic tables, and row permutations of B, for the floors")
-    arguments.add_counts(parser)
-    arguments.add_tokenizers(parser)
-    arguments.add_all_rows(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.shape.similarity import compare
-    from tiedjax.analysis.instruments.shape.spectrum import spectrum
+    from tiedjax.analysis.instruments.shape import similarity, spectrum
 
     draws = arguments.at_least(args, "draws")
     inputs = arguments.read_tables(args)
     tables, rows = inputs.tables, inputs.rows
     values = [t.values if rows is None else t.values[rows] for t in tables]
     shapes = [
-        spectrum(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
+        spectrum.measure(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
         for table, v in zip(tables, values, strict=True)
     ]
     widths = [shape.width for shape in shapes]
-    result: dict[str, Any] = {
-        **inputs.described,
-        "form": "corrected",
-        "rows": shapes[0].rows,
-        "rows_masked_out": len(tables[0].values) - shapes[0].rows,
-        "width": widths[0],
-        "tables": to_plain(shapes),
-    }
-    names = " and ".join(t.name for t in tables)
-    head = arguments.heading(names, result["rows"], result["rows_masked_out"], widths[0])
+    result = inputs.result(args, shapes[0].rows) | {"tables": to_plain(shapes)}
+    head = inputs.heading(" and ".join(t.name for t in tables), result)
     text = [f"{head}{inputs.note}", _shapes(tables, shapes)]
     if len(tables) == 2:
         report = _reporter(tables[0], values[0].size * max(widths))
-        comparison = compare(values[0], values[1], draws=draws, report=report)
+        comparison = similarity.measure(values[0], values[1], draws=draws, report=report)
         result["comparison"] = to_plain(comparison)
         text.append(_comparison(comparison))
     return result, "\n\n".join(text)
@@ -75,25 +63,29 @@ def _shapes(tables: tuple[Table, ...], shapes: list[Spectrum]) -> str:
     lines = []
     for table, shape in zip(tables, shapes, strict=True):
         for form in ("raw", "centred"):
-            found = getattr(shape, form)
+            measures = getattr(shape, form)
             for name in _MEASURES:
-                measure = getattr(found, name, None)
-                values = [getattr(measure, f, None) for f in ("score", "floor", "floor_deviation")]
+                score = getattr(measures, name, None)
+                values = [getattr(score, f, None) for f in ("score", "floor", "floor_deviation")]
                 lines.append([table.name, form, name.replace("_", " "), *values])
     body = arguments.text_table(["table", "form", "measure", "score", "isotropic", "+-"], lines)
     return f"{body}\nisotropic: Gaussian tables of the same shape and sum of squares, and how far single ones deviate"
 
 
-def _comparison(found: Comparison) -> str:
-    lines: list[list[Any]] = [["CKA", *_scores(found.cka), None, None]]
-    if found.pairs:
-        lines.append(["Spearman of pairs", *_scores(found.pairs), found.pairs.low, found.pairs.high])
+def _comparison(comparison: Comparison) -> str:
+    cka, pairs = comparison.cka, comparison.pairs
+    lines: list[list[Any]] = [["CKA", *_scores(cka), None, None]]
+    if pairs:
+        lines.append(["Spearman of pairs", *_scores(pairs), pairs.low, pairs.high])
     body = arguments.text_table(
         ["similarity", "score", "floor", "+-", "closed form", "corrected", "low", "high"], lines
     )
     angles = arguments.text_table(
         ["dimensions", "mean cos^2", "floor", "+-", "closed form", "corrected", "least angle", "largest"],
-        [[o.dimensions, *_scores(o), o.smallest_angle_degrees, o.largest_angle_degrees] for o in found.subspaces],
+        [
+            [o.dimensions, *_scores(o.cosine), o.smallest_angle_degrees, o.largest_angle_degrees]
+            for o in comparison.subspaces
+        ],
     )
     return (
         f"{body}\nfloor: mean over row permutations of the second table; low, high: bootstrap over the rows of the "
@@ -101,7 +93,5 @@ def _comparison(found: Comparison) -> str:
     )
 
 
-def _scores(found: Any) -> list[Any]:
-    return [
-        getattr(found, name) for name in ("score", "floor", "floor_standard_error", "floor_closed_form", "corrected")
-    ]
+def _scores(score: Score) -> list[Any]:
+    return [score.score, score.floor, score.floor_standard_error, score.floor_closed_form, score.corrected]

@@ -12,14 +12,14 @@ from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.shape.similarity import compare
-from tiedjax.analysis.instruments.shape.spectrum import spectrum
+from tiedjax.analysis.instruments.shape import similarity, spectrum
 from tiedjax.errors import UserError
 
 _SHOWN = 1e-3  # singular values below this share of the largest run out of the figure
 DIMENSIONS = 8  # of the leading subspaces that the table of pairs names
 _TABLE = ("arm", "role")
 _PAIR = ("arm", "subject_role", "reference_role")
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> dict[str, Any]:
@@ -28,14 +28,14 @@ def collect(study: StudyRuns) -> dict[str, Any]:
     for table in study.tables:
         about = table.key | {"sha256": content_hash(table.values)}
         try:
-            tables.append(about | to_plain(spectrum(table.values[table.seen])))
+            tables.append(about | to_plain(spectrum.measure(table.values[table.seen])))
         except UserError as error:
             tables.append(about | {"not_measured": str(error)})
     pairs = []
     for twins in study.twins:
         try:
-            found = compare(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
-            pairs.append(twins.key | to_plain(found))
+            comparison = similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
+            pairs.append(twins.key | to_plain(comparison))
         except UserError as error:
             pairs.append(twins.key | {"not_measured": str(error)})
     return {"tables": tables, "pairs": pairs}
@@ -79,7 +79,7 @@ def similarities(results: drawing.Results) -> list[dict[str, str]]:
         other = f"its {target}" if arm == reference else f"{reference} {target}"
         row = {"arm": arm, "name": f"{drawing.table_name(arm, role)} and {other}"}
         leading: list[Mapping[str, Any]] = [
-            next((s for s in p["subspaces"] if s["dimensions"] == DIMENSIONS), {}) for p in of
+            next((s["cosine"] for s in p["subspaces"] if s["dimensions"] == DIMENSIONS), {}) for p in of
         ]
         for name, found in {"cka": [p["cka"] for p in of], "overlap": leading}.items():
             span = {field: interval(f.get(field) for f in found) for field in ("score", "floor", "corrected")}
@@ -134,7 +134,8 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
         pairs = [p for p in known if p["reference_role"] == target]
         sizes = _sizes(pairs)
         mean = lambda of, field: [
-            float(np.mean([s[field] for p in of for s in p["subspaces"] if s["dimensions"] == r])) for r in sizes
+            float(np.mean([s["cosine"][field] for p in of for s in p["subspaces"] if s["dimensions"] == r]))
+            for r in sizes
         ]
         for arm, of in drawing.by_arm(pairs):
             colour = drawing.colours(results)[arm]
@@ -145,7 +146,7 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
             ax.set_xscale("log", base=2)
             ax.set_xticks(sizes, [f"{r:,}" for r in sizes])
             ax.minorticks_off()
-        top = max([s["score"] for p in known for s in p["subspaces"]], default=1.0)
+        top = max([s["cosine"]["score"] for p in known for s in p["subspaces"]], default=1.0)
         ax.set_ylim(0, 1.05 * top)
         ax.set_xlabel("leading directions")
         ax.set_ylabel("mean squared cosine")

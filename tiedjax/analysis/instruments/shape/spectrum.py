@@ -15,21 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 
-from tiedjax.analysis.basis.blocked import column_means, gram, matmul, row_blocks
+from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
+from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.tables import check
 
 DRAWS = 5
-_ROUNDING = 1e-12  # a centred table this small beside the raw one is rounding
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A score beside its floor: the mean over isotropic tables, its error, and how far single ones deviate."""
-
-    score: float
-    floor: float
-    floor_standard_error: float | None
-    floor_deviation: float | None
 
 
 @dataclass(frozen=True)
@@ -46,11 +37,11 @@ class Shape:
 
     singular_values: list[float]
     isotropic_singular_values: list[float]
-    effective_rank: Measure
-    stable_rank: Measure
-    first_energy: Measure
-    isotropy: Measure
-    mean_cosine: Measure | None
+    effective_rank: Score
+    stable_rank: Score
+    first_energy: Score
+    isotropy: Score
+    mean_cosine: Score | None
     rows_left_out: int
 
 
@@ -65,17 +56,19 @@ class Spectrum:
     centred: Shape | None
 
 
-def spectrum(
-    table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None
-) -> Spectrum:
-    """The shape of a table of at least one row. `report` is told what begins. UserError for what is no such table."""
-    check(table_VD)
+def measure(table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None) -> Spectrum:
+    """The shape of a table of at least one row. `report` is told what begins. UserError for what is no such table.
+
+    >>> round(measure(np.concatenate([np.eye(4), -np.eye(4)])).centred.effective_rank.score, 6)
+    4.0
+    """
+    check(table_VD, "spectrum")
     rows, width = table_VD.shape
     report("singular values")
-    mean_D = column_means(table_VD)
+    mean_D, least = centre(table_VD)
     centred_DD = gram(table_VD, mean_D)
     raw_DD = centred_DD + rows * np.outer(mean_D, mean_D)
-    varies = np.trace(centred_DD) > (_ROUNDING**2) * np.trace(raw_DD)
+    varies = np.trace(centred_DD) > rows * least**2
     shapes: dict[str, Shape | None] = {"raw": None, "centred": None}
     for name, gram_DD, mean, known in (
         ("raw", raw_DD, None, np.trace(raw_DD) > 0),
@@ -101,7 +94,8 @@ def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None,
         drawn *= math.sqrt(np.square(s_D).sum() / np.square(drawn).sum())
         simulated.append(drawn)
         isotropies.append(_isotropy(_isotropic_log_partitions(drawn, rows, centred, rng)))
-    by_draw = lambda of: _measure(of(s_D), [of(drawn) for drawn in simulated])
+    beside = lambda score, drawn: beside_draws(score, drawn, similarity=False, rows=rows)
+    by_draw = lambda of: beside(of(s_D), [of(drawn) for drawn in simulated])
     cosine, left_out = _mean_cosine(table_VD, mean_D)
     return Shape(
         singular_values=s_D[: min(rows, width)].tolist(),
@@ -109,7 +103,7 @@ def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None,
         effective_rank=by_draw(effective_rank),
         stable_rank=by_draw(stable_rank),
         first_energy=by_draw(lambda s: 1 / stable_rank(s)),
-        isotropy=_measure(_isotropy(log_Z), isotropies),
+        isotropy=beside(_isotropy(log_Z), isotropies),
         mean_cosine=cosine,
         rows_left_out=left_out,
     )
@@ -154,10 +148,10 @@ def mean_cosine_floor(rows: int, width: int, centred: bool) -> tuple[float, floa
     return c * r * float(scipy.special.hyp2f1(0.5, 0.5, width / 2 + 1, r * r)), (1 - c) * math.sqrt(2 / width) * -r
 
 
-def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Measure | None, int]:
+def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Score | None, int]:
     """(|sum of unit rows|^2 - n) / (n (n - 1)), and how many rows have no direction."""
     total_D, n = np.zeros(table_VD.shape[1]), 0
-    least = 0.0 if mean_D is None else _ROUNDING * float(np.linalg.norm(mean_D))
+    least = 0.0 if mean_D is None else centre(table_VD)[1]
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
         x_BD = _centred(table_VD[block], mean_D)
         norm_B = np.linalg.norm(x_BD, axis=1)
@@ -168,7 +162,9 @@ def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Measu
     if n < 2:
         return None, left_out
     floor, deviation = mean_cosine_floor(n, table_VD.shape[1], mean_D is not None)
-    return Measure((float(total_D @ total_D) - n) / (n * (n - 1)), floor, 0.0, deviation), left_out
+    score = (float(total_D @ total_D) - n) / (n * (n - 1))
+    beside = beside_exact(score, floor, similarity=False, deviation=deviation, rows=n, rows_left_out=left_out)
+    return beside, left_out
 
 
 def _log_partitions(table_VD: np.ndarray, mean_D: np.ndarray | None, v_DD: np.ndarray) -> np.ndarray:
@@ -222,10 +218,3 @@ def _isotropy(log_Z: np.ndarray) -> float:
 def _centred(block_BD: np.ndarray, mean_D: np.ndarray | None) -> np.ndarray:
     x_BD = np.asarray(block_BD, np.float64)
     return x_BD if mean_D is None else x_BD - mean_D
-
-
-def _measure(score: float, simulated: list[float]) -> Measure:
-    n = len(simulated)
-    deviation = float(np.std(simulated, ddof=1)) if n > 1 else None
-    error = None if deviation is None else deviation / math.sqrt(n)
-    return Measure(score, float(np.mean(simulated)), error, deviation)
