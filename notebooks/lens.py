@@ -44,8 +44,8 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 # %%
 found, beside = {}, {}
 for key, run in runs.items():
-    measured = lens(FrozenModel(run), run, data_of(run))
-    found[key], beside[key] = measured.lens, measured.baselines
+    found[key] = lens(FrozenModel(run), run, data_of(run))
+    beside[key] = found[key].baselines
     fits = [state.fit for state in found[key].states if state.fit]
     print(f"{run.name}: {sum(fit.converged for fit in fits)} of {len(fits)} translators converged")
 

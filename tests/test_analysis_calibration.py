@@ -252,7 +252,9 @@ def results(run: Run) -> dict:
 
 def test_the_section_pairs_twins_by_stratum(results):
     json.dumps(results["calibration"], allow_nan=False)
-    runs = {(r["arm"], r["seed"]): {g["name"]: g for g in r["strata"]} for r in results["calibration"]["runs"]}
+    runs = {
+        (r["arm"], r["seed"]): {g["name"]: g for g in r["by_stratum"]["groups"]} for r in results["calibration"]["runs"]
+    }
     twins = {t["stratum"]: t for t in results["calibration"]["twins"]}
     assert list(twins) == ["rare", "middle", "frequent"]
     tied, untied = (runs[arm, 0]["frequent"] for arm in ("tied", "untied"))

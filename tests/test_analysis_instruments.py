@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from inspect import signature
 
 import numpy as np
@@ -13,8 +14,8 @@ from scipy import stats
 from tiedjax import analysis
 from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
-from tiedjax.analysis.basis.records import to_plain, write_json
-from tiedjax.analysis.basis.statistics import interval, paired, spearman
+from tiedjax.analysis.basis.records import Of, from_plain, measured, not_measured, to_plain, write_json
+from tiedjax.analysis.basis.statistics import Interval, interval, paired, spearman
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.analysis.study.examples import token_rows
@@ -149,6 +150,31 @@ def test_example_tokens_are_the_most_frequent_seen_ones():
     rows = token_rows({"shared": start["shared"][[3, 1]]}, {"shared": end["shared"][[3, 1]]})
     assert rows[0]["shared"]["norm"] == pytest.approx(np.sqrt(2))
     assert rows[0]["shared"]["cosine_to_start"] == pytest.approx(np.sqrt(0.5))
+
+
+@dataclass(frozen=True)
+class Inner:
+    scores: dict[str, Score]
+    pair: tuple[int, int]
+    bins: list[list[float]]
+    span: Interval | None = None
+
+
+def test_results_come_back_from_json_as_the_dataclasses_that_they_were():
+    value = Inner({"rare": beside_draws(0.6, [0.1, 0.3])}, (1, 2), [[0.5], []], interval([1.0, 2.0]))
+    record = {"arm": "tied", "seed": 3, "role": "shared", "sha256": "0"} | to_plain(value)
+    record = json.loads(json.dumps(record))
+    other = record | {"subject_role": "output", "reference_role": "input", "seed": 4}
+    failed = {"arm": "tied", "seed": 5, "role": "shared", "not_measured": "why"}
+    assert measured([record, failed, other], Inner) == [
+        Of("tied", 3, "shared", "", value),
+        Of("tied", 4, "output", "input", value),
+    ]
+    assert not_measured([record, failed, failed]) == ["why"]
+    assert from_plain(Inner, {k: v for k, v in record.items() if k != "span"}).span is None
+    with pytest.raises(UserError) as error:
+        from_plain(Inner, {k: v for k, v in record.items() if k != "pair"})
+    assert str(error.value) == "results: there is no 'pair'; `tiedjax study` analyses the finished runs again"
 
 
 def test_records_hold_no_nan_and_no_numpy(tmp_path):

@@ -301,8 +301,8 @@ def test_the_section_measures_the_rows_both_saw():
     study = SimpleNamespace(twins=[pair])
     found = section.collect(study)["pairs"][0]
     a, b = pair.reference.values, pair.subject.values
-    assert found["rows"] == 269
-    assert found["score"] == pytest.approx(brute_score(a[31:], b[31:], 10))
+    assert found["overlap"]["rows"] == 269
+    assert found["overlap"]["score"] == pytest.approx(brute_score(a[31:], b[31:], 10))
     assert found["paper"]["score"] == pytest.approx(brute_score(a, b, 10))
     assert list(found["strata"]) == ["rare", "middle", "frequent"]
     few = section.collect(SimpleNamespace(twins=[twin(40)]))["pairs"][0]
@@ -313,6 +313,10 @@ def test_the_section_measures_the_rows_both_saw():
         "arms": {"untied": {}, "tied": {}},
     }
     row = section.overlaps(results)[0]
-    assert (row["name"], row["published"], row["score"]) == ("tied and untied output", "0.733", f"{found['score']:.3f}")
+    assert (row["name"], row["published"], row["score"]) == (
+        "tied and untied output",
+        "0.733",
+        f"{found['overlap']['score']:.3f}",
+    )
     assert section.not_measured(results) == [few["not_measured"]]
     assert {h["name"] for h in section.hubs(results)} == {"tied", "untied output"}

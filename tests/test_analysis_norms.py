@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,10 @@ def test_the_command_gives_both_forms(tmp_path: Path, monkeypatch, capsys):
     ],
 )
 def test_the_section_says_where_frequent_tokens_lie(means, said):
-    record = {"arm": "tied", "role": "shared"}
-    results = {"norms": [record | {"distance_to_mean": {"spearman": {"score": m}}} for m in means]}
+    norms = norms_by_count(TABLE, COUNT)
+    curve = lambda m: replace(norms.distance_to_mean, spearman=replace(norms.distance_to_mean.spearman, score=m))
+    of = lambda seed, m: (
+        {"arm": "tied", "seed": seed, "role": "shared"} | to_plain(replace(norms, distance_to_mean=curve(m)))
+    )
+    results = {"norms": [of(seed, m) for seed, m in enumerate(means)]}
     assert said in section.centrality(results).replace("\u00a0", " ")

@@ -314,5 +314,5 @@ def test_the_section_says_what_could_not_be_measured():
     assert reasons == ["spectrum: the rows of the second table are all equal, so that they span no space"] * 2
     assert section.not_measured(found) == reasons[:1]
     names = [row["name"] for row in section.similarities(found)]
-    assert names[:3] == ["untied output and its input", "tied and untied input", "tied and untied output"]
+    assert names[:3] == ["untied output and its input", "tied and untied output", "tied and untied input"]
     assert [row["name"] for row in section.shapes(found)][-1] == "isotropic"

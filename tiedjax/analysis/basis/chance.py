@@ -48,7 +48,7 @@ class Score:
 def correct(score: float | None, floor: float | None) -> float | None:
     """(score - floor) / (1 - floor): 0 is chance, 1 is identical; None where chance already reaches 1.
 
-    >>> correct(0.6, 0.2)
+    >>> correct(0.75, 0.5)
     0.5
     """
     if score is None or floor is None or 1 - floor < 1e-6:
@@ -70,9 +70,9 @@ def beside_draws(
 
     `similarity` says that 1 is alike, so that the score can be corrected.
 
-    >>> found = beside_draws(0.6, [0.1, 0.3])
-    >>> found.floor, found.corrected
-    (0.2, 0.5)
+    >>> score = beside_draws(0.75, [0.25, 0.75])
+    >>> score.floor, score.corrected
+    (0.5, 0.5)
     """
     known = [draw for draw in draws if draw is not None]
     floor = float(np.mean(known)) if known else None

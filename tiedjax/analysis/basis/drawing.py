@@ -5,11 +5,18 @@ Panels draw on the axes that they are given; only `report.py` knows what draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from tiedjax.analysis.basis import numbers
+from tiedjax.analysis.basis.records import Of
+from tiedjax.analysis.basis.statistics import interval
+from tiedjax.tying import SHARED
+
+T = TypeVar("T")
 
 # Okabe and Ito's palette, distinguishable to colour-blind readers; the page swaps in lighter ones on a dark ground.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
@@ -42,12 +49,52 @@ def colours(results: Results) -> dict[str, str]:
 
 def table_name(arm: str, role: str) -> str:
     """What an arm's table is called: the shared one has the arm's name."""
-    return arm if role == "shared" else f"{arm} {role}"
+    return arm if role == SHARED else f"{arm} {role}"
 
 
 def by_arm(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
     for arm in dict.fromkeys(r["arm"] for r in records):
         yield arm, [r for r in records if r["arm"] == arm]
+
+
+def by_run(records: Sequence[Of[T]]) -> dict[str, list[T]]:
+    """Arm: what was measured of its runs, one for each seed."""
+    return {arm: [of.value for of in records if of.arm == arm] for arm in dict.fromkeys(of.arm for of in records)}
+
+
+def by_table(records: Sequence[Of[T]]) -> dict[tuple[str, str], list[T]]:
+    """(arm, role): what was measured of that table, over seeds; arms and roles in the order of the records."""
+    tables: dict[tuple[str, str], list[T]] = {}
+    for arm in dict.fromkeys(record.arm for record in records):
+        for record in (record for record in records if record.arm == arm):
+            tables.setdefault((arm, record.role), []).append(record.value)
+    return tables
+
+
+def by_pair(records: Sequence[Of[T]]) -> dict[tuple[str, str, str], list[T]]:
+    """(arm, role, role of the reference's table): the same of pairs, the output table before the input table."""
+    pairs: dict[tuple[str, str, str], list[T]] = {}
+    for arm in dict.fromkeys(record.arm for record in records):
+        of_arm = [record for record in records if record.arm == arm]
+        for record in sorted(of_arm, key=lambda record: record.reference_role, reverse=True):
+            pairs.setdefault((arm, record.role, record.reference_role), []).append(record.value)
+    return pairs
+
+
+def pair_name(arm: str, role: str, reference_role: str, reference: str) -> str:
+    """What a pair of tables is called."""
+    other = f"its {reference_role}" if arm == reference else f"{reference} {reference_role}"
+    return f"{table_name(arm, role)} and {other}"
+
+
+def spread(values: Iterable[float | None], digits: int = 3) -> str:
+    """The mean over seeds ± half its interval, in words."""
+    return numbers.spread(vars(interval(values)), digits)
+
+
+def mean(values: Iterable[float | None], digits: int = 3) -> str:
+    """The mean over seeds, in words."""
+    return numbers.number(interval(values).mean, digits)
 
 
 def mean_curve(curves: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], np.ndarray]:

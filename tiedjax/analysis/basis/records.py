@@ -1,17 +1,38 @@
-"""Results as plain JSON: no NumPy types and no NaN."""
+"""Results as plain JSON, without NumPy types and NaN, and back from it as the dataclasses that they were."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Of(Generic[T]):
+    """What an instrument measured of one table, run or pair of tables of a study, and what names that.
+
+    `role` is the table's, of a pair the subject's, whose other table has `reference_role`; "" for whole runs.
+    """
+
+    arm: str
+    seed: int
+    role: str
+    reference_role: str
+    value: T
 
 
 def to_plain(value: Any) -> Any:
@@ -29,6 +50,65 @@ def to_plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     return str(value)
+
+
+def from_plain(kind: Any, plain: Any) -> Any:
+    """The value of type `kind` that `to_plain` made `plain` of; keys that a dataclass has no field for do not count.
+
+    UserError for a field that is missing.
+    """
+    if plain is None or kind is Any:
+        return plain
+    if dataclasses.is_dataclass(kind):
+        return _instance(kind, plain)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        (other,) = (of for of in inner if of is not type(None))
+        return from_plain(other, plain)
+    if origin is list:
+        return [from_plain(inner[0], value) for value in plain]
+    if origin is tuple:
+        return tuple(from_plain(of, value) for of, value in zip(inner, plain, strict=True))
+    if origin is dict:
+        return {inner[0](key): from_plain(inner[1], value) for key, value in plain.items()}
+    return plain
+
+
+def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Of[T]]:
+    """The records of a section that were measured, each with its value as the dataclass `kind`."""
+    return [
+        Of(
+            record["arm"],
+            record["seed"],
+            record.get("subject_role", record.get("role", "")),
+            record.get("reference_role", ""),
+            from_plain(kind, record),
+        )
+        for record in records
+        if "not_measured" not in record
+    ]
+
+
+def not_measured(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why records of a section were not measured, each reason once."""
+    return list(dict.fromkeys(record["not_measured"] for record in records if "not_measured" in record))
+
+
+def _instance(kind: Any, plain: Mapping[str, Any]) -> Any:
+    missing = [f.name for f in dataclasses.fields(kind) if f.name not in plain and not _optional(f)]
+    if missing:
+        raise UserError(f"results: there is no {missing[0]!r}; `tiedjax study` analyses the finished runs again")
+    return kind(**{name: from_plain(of, plain[name]) for name, of in _fields(kind).items() if name in plain})
+
+
+@lru_cache
+def _fields(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _optional(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tiedjax.analysis.basis.records import measured
 from tiedjax.analysis.basis.statistics import Interval, interval
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
+from tiedjax.analysis.instruments.norms.norms import Norms
 from tiedjax.analysis.study.verdict import Statement, affine
+from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]
 
@@ -38,9 +42,9 @@ def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Frequent tokens central, rare ones at the rim."""
     arm = results["headline"]["arm"]
-    found = [n for n in results["norms"] if n["arm"] == arm and n["role"] == "shared" and "not_measured" not in n]
-    if found:
-        span = interval(n["distance_to_mean"]["spearman"]["score"] for n in found)
+    tables = [n for n in measured(results["norms"], Norms) if (n.arm, n.role) == (arm, SHARED)]
+    if tables:
+        span = interval(n.value.distance_to_mean.spearman.score for n in tables)
         claim = f"frequent tokens lie nearer to the mean row of {arm} than rare ones (rank correlation)"
         yield f"{arm}_frequent_central", claim, affine(span, -1.0, 0.0)
 
@@ -62,8 +66,7 @@ def _calibration(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _cooccurrence(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Tied cosines follow output co-occurrence."""
     arm = results["headline"]["arm"]
-    records = results["cooccurrence"]
-    found = [r for r in records if r["arm"] == arm and r["role"] == "shared" and "not_measured" not in r]
-    if found:
+    tables = [r for r in measured(results["cooccurrence"], Cooccurrence) if (r.arm, r.role) == (arm, SHARED)]
+    if tables:
         claim = f"cosines of {arm} follow what comes before a token more than what comes after it (rank correlation)"
-        yield f"{arm}_follows_output_cooccurrence", claim, interval(r["difference"]["mean"] for r in found)
+        yield f"{arm}_follows_output_cooccurrence", claim, interval(r.value.difference.mean for r in tables)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
+from tiedjax.tying import SHARED
 
 KEYS = ()  # what the sections hold that are there
 _Row = tuple[str, str, Iterable[float | None], str, Iterable[float | None]]
@@ -41,9 +42,9 @@ def _alignment(results: drawing.Results) -> Iterator[_Row]:
 def _neighbours(results: drawing.Results) -> Iterator[_Row]:
     known = [p for p in results["knn"]["pairs"] if "not_measured" not in p]
     for what, of in _twins(results, known):
-        paper = [p["paper"]["score"] for p in of]
+        paper, corrected = [p["paper"]["score"] for p in of], [p["overlap"]["corrected"] for p in of]
         name = f"{results['knn']['k']} nearest neighbours, {what}"
-        yield name, "all rows", paper, "seen rows, above chance", _each(of, "corrected")
+        yield name, "all rows", paper, "seen rows, above chance", corrected
 
 
 def _gradients(results: drawing.Results) -> Iterator[_Row]:
@@ -75,7 +76,7 @@ def _twins(
     """(what is compared, its pairs over seeds): the baseline's table with either table of the reference."""
     arm, reference = results["headline"]["arm"], results["headline"]["reference"]
     for role in ("output", "input"):
-        of = [p for p in pairs if (p["arm"], p["subject_role"], p["reference_role"]) == (arm, "shared", role)]
+        of = [p for p in pairs if (p["arm"], p["subject_role"], p["reference_role"]) == (arm, SHARED, role)]
         yield f"{arm} and {reference} {role}", of
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from tiedjax.analysis.basis.statistics import CONFIDENCE, Interval, holm_levels, interval, paired
 from tiedjax.analysis.instruments.gradients.gradients import EARLY, GradientFlow, Window
 from tiedjax.config import StudyConfig
+from tiedjax.tying import SHARED
 
 FIT = "orthogonal"  # of the headline and the statements: it compares shapes of tables and cannot shrink anything
 MAIN = "beyond_frequency"  # the score above what tokens of like frequency share by chance: of headline and statements
@@ -93,8 +94,8 @@ def between_seeds(records: Records) -> dict[str, Any]:
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
     """The baseline arm in four numbers: nearness to either reference table, the margin, the early gradient share."""
     arm = study.baseline
-    output, input_ = _both(final, MAIN, arm, "shared", FIT)
-    any_output, any_input = _both(final, "corrected", arm, "shared", FIT)
+    output, input_ = _both(final, MAIN, arm, SHARED, FIT)
+    any_output, any_input = _both(final, "corrected", arm, SHARED, FIT)
     own = by_seed(final, MAIN, arm=study.reference, reference_role="input", fit=FIT)
     return {
         "arm": arm,
@@ -119,7 +120,7 @@ def changes(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict
     """Per intervention arm: how its nearness differs from the baseline arm's, paired by seed, per fit."""
     found: dict[str, Any] = {}
     for arm in _interventions(study, arms):
-        fits = arms[arm]["alignment"]["shared"]["vs_output"]
+        fits = arms[arm]["alignment"][SHARED]["vs_output"]
         found[arm] = {
             f"vs_{role}": {fit: _change(study, final, arm, role, fit) for fit in fits} for role in ("input", "output")
         }
@@ -162,10 +163,10 @@ def share_statements(study: StudyConfig, shares: Mapping[str, Any]) -> dict[str,
         f"{arm}_shares_more_with_output": Statement(
             f"{arm} shares more with the output table of {study.reference} than with its input table, of what training "
             "repeats over seeds",
-            Interval(**roles["shared"]["margin"]),
+            Interval(**roles[SHARED]["margin"]),
         )
         for arm, roles in shares.items()
-        if "shared" in roles
+        if SHARED in roles
     }
 
 
@@ -209,14 +210,14 @@ def _both(final: Records, field: str, arm: str, role: str, fit: str) -> tuple[di
 
 def _interventions(study: StudyConfig, arms: Mapping[str, Any]) -> list[str]:
     """Arms with one shared table besides the reference and the baseline; none when the baseline has two tables."""
-    shared = [arm for arm, summary in arms.items() if "shared" in summary["alignment"]]
+    shared = [arm for arm, summary in arms.items() if SHARED in summary["alignment"]]
     if study.baseline not in shared:
         return []
     return [arm for arm in shared if arm not in (study.reference, study.baseline)]
 
 
 def _change(study: StudyConfig, final: Records, arm: str, role: str, fit: str) -> Interval:
-    where = {"subject_role": "shared", "reference_role": role, "fit": fit}
+    where = {"subject_role": SHARED, "reference_role": role, "fit": fit}
     return paired(by_seed(final, MAIN, arm=arm, **where), by_seed(final, MAIN, arm=study.baseline, **where))
 
 

@@ -166,7 +166,13 @@ class Pair:
         return total
 
     def _prepare(self, sums: list[_Sums]) -> list[_Sums]:
-        """Solvers for the linear fit of the whole and of each half; all in float64 if float32 is too coarse."""
+        """Solvers for the linear fit of the whole and of each half; all in float64 if float32 is too coarse.
+
+        Once for all orders of Y's rows: the linear map is (X'X)^-1 X'Y, and an order changes only X'Y. A Cholesky
+        factor of X'X is cheap but squares X's condition, so it serves only where `_CONDITION` trusts it. Sums in
+        float32 that it does not trust are taken again in float64, for all fits and orders, so that scores and floors
+        are computed alike; where even those are too coarse, X itself is brought to a triangle.
+        """
         parts: dict[str, tuple[np.ndarray | None, _Sums]] = {"whole": (None, functools.reduce(operator.add, sums))}
         if len(sums) == 2:
             parts |= {f"half {i}": (part, sums[i]) for i, part in enumerate(self._parts)}

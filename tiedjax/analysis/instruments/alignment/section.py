@@ -9,6 +9,7 @@ import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers
 from tiedjax.analysis.basis.statistics import interval
+from tiedjax.tying import SHARED
 
 KEYS = ("comparisons", "alignment_over_steps", "between_seeds")  # of results.json
 
@@ -27,13 +28,13 @@ def alignment_groups(results: drawing.Results) -> list[dict[str, Any]]:
     for arm, summary in results["arms"].items():
         for role, compared in summary["alignment"].items():
             for target, fits in sorted(compared.items(), reverse=True):
-                name = arm if role == "shared" else f"{arm} {role} table"
+                name = arm if role == SHARED else f"{arm} {role} table"
                 other = f"its {target[3:]} table" if arm == reference else f"the {reference} {target[3:]} table"
                 groups.append(_group(results, arm, f"{name} and {other}", fits))
     for arm, subjects in results["between_seeds"].items():
         for role, compared in subjects.items():
             for target, fits in sorted(compared.items(), reverse=True):
-                name = arm if role == "shared" else f"{arm} {role} table"
+                name = arm if role == SHARED else f"{arm} {role} table"
                 groups.append(
                     _group(results, arm, f"{name} and the {reference} {target[3:]} table of another seed", fits)
                 )
@@ -70,7 +71,7 @@ def strata_rows(results: drawing.Results) -> list[dict[str, Any]]:
         found = [
             r for r in _final(results) if (r["arm"], r["subject_role"], r["reference_role"]) == (arm, subject, target)
         ]
-        name = arm if subject == "shared" else f"{arm} {subject}"
+        name = arm if subject == SHARED else f"{arm} {subject}"
         spans = [interval(r["strata"].get(n, {}).get("corrected") for r in found) for n in strata_names(results)]
         spreads = [numbers.spread(vars(span), 2) for span in spans]
         rows.append({"arm": arm, "tables": f"{name} and {reference} {target}", "spreads": spreads})
@@ -112,7 +113,7 @@ def _nearness(results: drawing.Results) -> Iterator[tuple[str, str, Mapping[str,
         for subject, compared in summary["alignment"].items():
             for target in sorted(compared, reverse=True):  # vs_output before vs_input
                 role = target.removeprefix("vs_")
-                name = arm if subject == "shared" else f"{arm} {subject}"
+                name = arm if subject == SHARED else f"{arm} {subject}"
                 other = role if arm == reference else f"{reference} {role}"
                 yield arm, role, compared[target]["orthogonal"], f"{name} to {other}"
     own = results["between_seeds"].get(reference, {})
@@ -123,9 +124,9 @@ def _nearness(results: drawing.Results) -> Iterator[tuple[str, str, Mapping[str,
 def _over_steps(role: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         curves = [
-            c for c in results["alignment_over_steps"] if c["reference_role"] == role and c["subject_role"] == "shared"
+            c for c in results["alignment_over_steps"] if c["reference_role"] == role and c["subject_role"] == SHARED
         ]
-        everything = [c for c in results["alignment_over_steps"] if c["subject_role"] == "shared"]
+        everything = [c for c in results["alignment_over_steps"] if c["subject_role"] == SHARED]
         for arm, found in drawing.by_arm(curves):
             colour = drawing.colours(results)[arm]
             steps, mean = drawing.mean_curve(found, "score")

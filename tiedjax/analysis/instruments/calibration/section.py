@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers
+from tiedjax.analysis.basis import drawing, numbers, records
 from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.basis.statistics import Interval, interval, paired
+from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.calibration.calibration import Group, RunCalibration, measure
 from tiedjax.errors import UserError
 
 SCORES = ("log2_ratio", "group_error", "target_probability", "top_error", "overconfidence")
@@ -28,47 +30,44 @@ def collect(study: StudyRuns) -> dict[str, Any]:
 
 
 def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
-    from tiedjax.analysis.basis.held_out import FrozenModel  # here, as what follows: they bring JAX
-    from tiedjax.analysis.instruments.calibration.calibration import measure
-
     try:
         prepared = study.text(run)
-        measured = measure(FrozenModel(run), run, prepared)
+        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
     except UserError as error:
         return {"not_measured": str(error)}
-    everywhere = to_plain(measured.by_stratum)
-    strata, bins = everywhere.pop("groups"), to_plain(measured.by_bin.groups)
-    return {"step": measured.step, **everywhere, "strata": strata, "bins": bins}
 
 
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference: each score of each stratum, and those of all positions."""
-    by_arm = {arm: {r["seed"]: r for r in of if "strata" in r} for arm, of in drawing.by_arm(runs)}
-    for arm, own in by_arm.items():
-        if arm == reference or not own.keys() & by_arm.get(reference, {}).keys():
+    by_arm: dict[str, dict[int, RunCalibration]] = {}
+    for run in records.measured(runs, RunCalibration):
+        by_arm.setdefault(run.arm, {})[run.seed] = run.value
+    for arm, subject in by_arm.items():
+        if arm == reference or not subject.keys() & by_arm.get(reference, {}).keys():
             continue
         for stratum in THIRDS:
             record: dict[str, Any] = {"arm": arm, "stratum": stratum}
             for name in SCORES:
                 ours, theirs = (
-                    {seed: _of(run, stratum, name) for seed, run in side.items()} for side in (own, by_arm[reference])
+                    {seed: _of(run, stratum, name) for seed, run in side.items()}
+                    for side in (subject, by_arm[reference])
                 )
                 record[name] = to_plain(paired(ours, theirs))
             yield record
 
 
-def _of(run: Mapping[str, Any], stratum: str, name: str) -> float | None:
+def _of(run: RunCalibration, stratum: str, name: str) -> float | None:
     """One score of a stratum: the excess over the floor of an error, else the score itself."""
-    group = next((g for g in run["strata"] if g["name"] == stratum), None)
+    group = next((g for g in run.by_stratum.groups if g.name == stratum), None)
     if group is None or name == "target_probability":
-        return None if group is None else group[name]
-    score = Score(**group[name])
+        return None if group is None else group.target_probability
+    score: Score = getattr(group, name)
     return score.excess if name.endswith("error") else score.score
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures; none where nothing was measured."""
-    if _known(results):
+    if _by_arm(results):
         ratio = _curves(
             "log2_ratio", "target_positions", "log2(predicted / observed share)", "over- and under-prediction"
         )
@@ -80,7 +79,7 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return list(dict.fromkeys(r["not_measured"] for r in results["calibration"]["runs"] if "not_measured" in r))
+    return records.not_measured(results["calibration"]["runs"])
 
 
 def answers(results: drawing.Results) -> list[str]:
@@ -115,21 +114,22 @@ def _changed(span: Mapping[str, Any], head: Mapping[str, Any], up: str, down: st
 def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per stratum and arm, over seeds: scores beside what a calibrated model gets."""
     lines = []
+    by_arm = _by_arm(results)
     for stratum in THIRDS:
-        for arm, of in drawing.by_arm(_known(results)):
-            groups = [g for r in of for g in r["strata"] if g["name"] == stratum]
+        for arm, runs in by_arm.items():
+            groups = [g for run in runs for g in run.by_stratum.groups if g.name == stratum]
             if groups:
-                lines.append({"arm": arm, "stratum": stratum, "first": arm == _known(results)[0]["arm"]} | _row(groups))
+                lines.append({"arm": arm, "stratum": stratum, "first": arm == next(iter(by_arm))} | _row(groups))
     return lines
 
 
-def _row(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    row = {name: numbers.number(_over(groups, name).mean, digits) for name, digits in _MEANS.items()}
-    row["log2_ratio"] = numbers.spread(vars(_over(groups, "log2_ratio", "score")))
-    row["overconfidence"] = numbers.spread(vars(_over(groups, "overconfidence", "score")))
+def _row(groups: Sequence[Group]) -> dict[str, str]:
+    row = {name: drawing.mean((getattr(g, name) for g in groups), digits) for name, digits in _MEANS.items()}
+    for name in ("log2_ratio", "overconfidence"):
+        row[name] = drawing.spread(score.score for score in _scores(groups, name))
     for name in ("group_error", "top_error"):
-        row[name] = numbers.number(_over(groups, name, "score").mean)
-        row[f"{name}_floor"] = numbers.number(_over(groups, name, "floor").mean)
+        row[name] = drawing.mean(score.score for score in _scores(groups, name))
+        row[f"{name}_floor"] = drawing.mean(score.floor for score in _scores(groups, name))
     return row
 
 
@@ -145,20 +145,24 @@ def differences(results: drawing.Results) -> list[dict[str, str]]:
 def overall(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm, all positions: loss, entropy, calibration error of the likeliest token beside its floor."""
     lines = []
-    for arm, of in drawing.by_arm(_known(results)):
-        line = {name: numbers.spread(vars(_over(of, name, "mean"))) for name in ("loss", "entropy", "accuracy")}
-        line["top_error"] = numbers.spread(vars(_over(of, "top_error", "score")), 4)
-        line["floor"] = numbers.number(_over(of, "top_error", "floor").mean, 4)
+    for arm, runs in _by_arm(results).items():
+        everywhere = [run.by_stratum for run in runs]
+        line = {
+            name: drawing.spread(getattr(run, name).mean for run in everywhere)
+            for name in ("loss", "entropy", "accuracy")
+        }
+        line["top_error"] = drawing.spread((run.top_error.score for run in everywhere), 4)
+        line["floor"] = drawing.mean((run.top_error.floor for run in everywhere), 4)
         lines.append({"arm": arm} | line)
     return lines
 
 
-def _over(of: Sequence[Mapping[str, Any]], name: str, field: str | None = None) -> Interval:
-    return interval(r[name] if field is None else r[name][field] for r in of)
+def _scores(groups: Sequence[Group], name: str) -> list[Score]:
+    return [getattr(group, name) for group in groups]
 
 
-def _known(results: drawing.Results) -> list[Mapping[str, Any]]:
-    return [r for r in results["calibration"]["runs"] if "strata" in r]
+def _by_arm(results: drawing.Results) -> dict[str, list[RunCalibration]]:
+    return drawing.by_run(records.measured(results["calibration"]["runs"], RunCalibration))
 
 
 def _curves(score: str, positions: str, label: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
@@ -166,16 +170,17 @@ def _curves(score: str, positions: str, label: str, title: str) -> Callable[[dra
 
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         noise: dict[float, list[float]] = {}
-        for arm, of in drawing.by_arm(_known(results)):
+        for arm, runs in _by_arm(results).items():
             at, means, halves = [], [], []
-            for bins in _by_bin(of):
-                if min(b[positions] for b in bins) < _LEAST_POSITIONS or len(bins) < len(of):
+            for bins in _by_bin(runs):
+                if min(getattr(b, positions) for b in bins) < _LEAST_POSITIONS or len(bins) < len(runs):
                     continue
-                at.append(float(np.mean([b["log_count"] for b in bins])))
-                span = _over(bins, score, "score")
+                at.append(float(np.mean([b.log_count for b in bins])))
+                scores = _scores(bins, score)
+                span = interval(s.score for s in scores)
                 means.append(span.mean)
                 halves.append(span.half_width or 0.0)
-                noise.setdefault(at[-1], []).append(_over(bins, score, "floor_deviation").mean or 0.0)
+                noise.setdefault(at[-1], []).append(interval(s.floor_deviation for s in scores).mean or 0.0)
             colour = drawing.colours(results)[arm]
             ax.errorbar(at, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
         ends = sorted(noise)
@@ -191,6 +196,7 @@ def _curves(score: str, positions: str, label: str, title: str) -> Callable[[dra
     return draw
 
 
-def _by_bin(of: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    for name in dict.fromkeys(b["name"] for r in of for b in r["bins"]):
-        yield [b for r in of for b in r["bins"] if b["name"] == name]
+def _by_bin(runs: Sequence[RunCalibration]) -> Iterator[list[Group]]:
+    bins = [b for run in runs for b in run.by_bin.groups]
+    for name in dict.fromkeys(b.name for b in bins):
+        yield [b for b in bins if b.name == name]

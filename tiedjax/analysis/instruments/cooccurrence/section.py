@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tiedjax.analysis.basis import drawing, numbers
+from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, contexts_of, measure
+from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, Cooccurrence, Stratum, contexts_of, measure
 from tiedjax.errors import UserError
 
 KINDS = ("as_target", "as_context")
@@ -21,17 +22,17 @@ VERSION = 2  # of its part of results.json
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
     """Both agreements of every last table with its run's text, which runs of the same data share."""
     texts: dict[tuple[str, int], Contexts] = {}
-    records = []
+    tables = []
     for table in study.tables:
         try:
             text = _text(study, table.run, texts)
             agreement = measure(table.values, text, rows=table.seen)
         except UserError as error:
-            records.append(table.key | {"not_measured": str(error)})
+            tables.append(table.key | {"not_measured": str(error)})
             continue
         about = {"sha256": content_hash(table.values), "text": text.facts}
-        records.append(table.key | about | to_plain(agreement))
-    return records
+        tables.append(table.key | about | to_plain(agreement))
+    return tables
 
 
 def _text(study: StudyRuns, run: Any, texts: dict[tuple[str, int], Contexts]) -> Contexts:
@@ -44,14 +45,14 @@ def _text(study: StudyRuns, run: Any, texts: dict[tuple[str, int], Contexts]) ->
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures."""
-    found = _by_table(results)
-    if found:
-        yield drawing.Plot("cooccurrence", [_draw], (5.0, 0.9 + 0.42 * len(found)))
+    tables = _by_table(results)
+    if tables:
+        yield drawing.Plot("cooccurrence", [_draw], (5.0, 0.9 + 0.42 * len(tables)))
 
 
 def not_measured(results: drawing.Results) -> str | None:
     """Why no table could be measured; None where one could."""
-    return None if _by_table(results) else next((r["not_measured"] for r in results["cooccurrence"]), "no table")
+    return None if _by_table(results) else next(iter(records.not_measured(results["cooccurrence"])), "no table")
 
 
 def facts(results: drawing.Results) -> dict[str, str]:
@@ -67,19 +68,19 @@ def facts(results: drawing.Results) -> dict[str, str]:
 def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per table: both agreements, their difference paired by seed, the chance level, and the strata."""
     lines = []
-    for (arm, role), found in _by_table(results).items():
-        difference = interval(r["difference"]["mean"] for r in found)
-        floors = [r[kind]["floor_deviation"] for r in found for kind in KINDS]
+    for (arm, role), agreements in _by_table(results).items():
+        difference = interval(agreement.difference.mean for agreement in agreements)
+        floors = [score.floor_deviation for kind in KINDS for score in _scores(agreements, kind)]
         strata = {
-            name: [numbers.number(_mean(found, kind, name).mean, 2) for kind in KINDS]
+            name: [drawing.mean((score.score for score in _scores(parts, kind)), 2) for kind in KINDS]
             for name in THIRDS
-            if any(name in r["strata"] for r in found)
+            if (parts := [agreement.strata[name] for agreement in agreements if name in agreement.strata])
         }
         lines.append(
             {
                 "arm": arm,
                 "table": drawing.table_name(arm, role),
-                **{kind: numbers.spread(vars(_mean(found, kind))) for kind in KINDS},
+                **{kind: numbers.spread(vars(_mean(agreements, kind))) for kind in KINDS},
                 "difference": numbers.spread(vars(difference)),
                 "verdict": _verdict(difference),
                 "chance": numbers.number(max((f for f in floors if f is not None), default=None)),
@@ -97,32 +98,30 @@ def _verdict(difference: Interval) -> str:
     return "what precedes" if difference.mean > 0 else "what follows"
 
 
-def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The measured records of each arm's tables, one for each seed."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in results["cooccurrence"]:
-        if "not_measured" not in record:
-            found.setdefault((record["arm"], record["role"]), []).append(record)
-    return found
+def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Cooccurrence]]:
+    return drawing.by_table(records.measured(results["cooccurrence"], Cooccurrence))
 
 
-def _mean(found: list[dict[str, Any]], kind: str, stratum: str | None = None) -> Interval:
-    cells = found if stratum is None else [r["strata"][stratum] for r in found if stratum in r["strata"]]
-    return interval(cell[kind]["score"] for cell in cells)
+def _scores(agreements: Sequence[Cooccurrence | Stratum], kind: str) -> list[Score]:
+    return [getattr(agreement, kind) for agreement in agreements]
+
+
+def _mean(agreements: Sequence[Cooccurrence], kind: str) -> Interval:
+    return interval(score.score for score in _scores(agreements, kind))
 
 
 def _draw(ax: drawing.Axes, results: drawing.Results) -> None:
     tables = _by_table(results)
-    for y, ((arm, _), found) in enumerate(tables.items()):
+    for y, ((arm, _), agreements) in enumerate(tables.items()):
         colour = drawing.colours(results)[arm]
         for kind, label in zip(KINDS, ("what precedes", "what follows"), strict=True):
-            span = _mean(found, kind)
+            span = _mean(agreements, kind)
             face = colour if kind == "as_target" else "none"
             if span.low is not None:
                 ax.plot([span.low, span.high], [y, y], color=colour, linewidth=5, alpha=0.3, solid_capstyle="round")
             ax.plot(
-                [r[kind]["score"] for r in found],
-                [y + 0.27] * len(found),
+                [score.score for score in _scores(agreements, kind)],
+                [y + 0.27] * len(agreements),
                 "o",
                 color=colour,
                 markersize=3,

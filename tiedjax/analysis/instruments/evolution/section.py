@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers
-from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis import drawing, records
 from tiedjax.analysis.basis.strata import STRATA
+from tiedjax.analysis.instruments.evolution.evolution import Evolution
 
 _PANELS = 4  # of strata
 
@@ -26,49 +26,59 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 def ends(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm and role: where the table ended, over seeds: as it is, rotation-free, and by stratum."""
     rows = []
-    for arm, of_arm in drawing.by_arm(results["evolution"]):
-        for role in dict.fromkeys(e["role"] for e in of_arm):
-            found = [e for e in of_arm if e["role"] == role]
-            last = lambda curves, field: numbers.spread(vars(interval(c[field][-1] for c in curves)))
-            turned = [e["rotation_free"] for e in found]
-            row = {"arm": arm, "name": drawing.table_name(arm, role), "raw": last(found, "to_start")}
-            row["turned"] = last(turned, "to_start")
-            row["chance"] = numbers.number(interval(t["floor"][-1] for t in turned).mean)
-            for name in strata(results):
-                row[name] = last([e["strata"][name] for e in found if name in e["strata"]], "to_start")
-            rows.append(row)
+    for (arm, role), evolutions in _by_table(results).items():
+        turned = [e.rotation_free for e in evolutions if e.rotation_free]
+        row = {"arm": arm, "name": drawing.table_name(arm, role)}
+        row["raw"] = drawing.spread(e.to_start[-1] for e in evolutions)
+        row["turned"] = drawing.spread(t.to_start[-1] for t in turned)
+        row["chance"] = drawing.mean(t.floor[-1] for t in turned)
+        for name in strata(results):
+            row[name] = drawing.spread(e.strata[name].to_start[-1] for e in evolutions if name in e.strata)
+        rows.append(row)
     return rows
 
 
 def strata(results: drawing.Results) -> list[str]:
     """The strata that any table has, in their order."""
-    known = {name for e in results["evolution"] for name in e["strata"]}
+    known = {name for evolutions in _by_table(results).values() for e in evolutions for name in e.strata}
     return [name for name in STRATA if name in known]
+
+
+def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Evolution]]:
+    return drawing.by_table(records.measured(results["evolution"], Evolution))
 
 
 def _shown(results: drawing.Results) -> list[tuple[str, str]]:
     """Tables whose strata are drawn: the reference's, the baseline's, those of other arms while there is room."""
     arms = dict.fromkeys([results["headline"]["reference"], results["headline"]["arm"], *results["arms"]])
-    tables = dict.fromkeys((arm, e["role"]) for arm in arms for e in results["evolution"] if e["arm"] == arm)
-    return list(tables)[:_PANELS]
+    tables = _by_table(results)
+    return [table for arm in arms for table in tables if table[0] == arm][:_PANELS]
+
+
+def _curves(evolutions: Sequence[Evolution], part: str) -> list[dict[str, Any]]:
+    """The curves of a part of each, "", "rotation_free" or a stratum, with the steps that they are at."""
+    parts_of = lambda e: {"": e, "rotation_free": e.rotation_free, **e.strata}
+    parts = [(e.steps, parts_of(e).get(part)) for e in evolutions]
+    return [vars(movement) | {"steps": steps} for steps, movement in parts if movement]
 
 
 def _evolution(field: str, to: str, turned: bool = False) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        curves = [_key(e) | (dict(e["rotation_free"]) if turned else dict(e)) for e in results["evolution"]]
-        for arm, of_arm in drawing.by_arm(curves):
-            for role in dict.fromkeys(c["role"] for c in of_arm):
-                found = [c for c in of_arm if c["role"] == role]
-                dashes = drawing.INPUT if role == "input" else "-"
-                label = drawing.table_name(arm, role)
-                colour = drawing.colours(results)[arm]
-                steps, mean = drawing.mean_curve(found, field)
-                ax.plot(steps, mean, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
-        low = _least(curves, field)
-        if curves and field == "to_start" and (turned or low < 0.3):  # else it lies far below what is drawn
-            floor = drawing.mean_curve(curves, "floor")
+        tables = {
+            table: _curves(evolutions, "rotation_free" if turned else "")
+            for table, evolutions in _by_table(results).items()
+        }
+        for (arm, role), curves in tables.items():
+            dashes = drawing.INPUT if role == "input" else "-"
+            label, colour = drawing.table_name(arm, role), drawing.colours(results)[arm]
+            steps, mean = drawing.mean_curve(curves, field)
+            ax.plot(steps, mean, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
+        every = [curve for curves in tables.values() for curve in curves]
+        low = _least(every, field)
+        if every and field == "to_start" and (turned or low < 0.3):  # else it lies far below what is drawn
+            floor = drawing.mean_curve(every, "floor")
             ax.plot(*floor, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
-            low = min(low, _least(curves, "floor"))
+            low = min(low, _least(every, "floor"))
         _axes(ax, results, low)
         ax.set_title(to)
 
@@ -77,32 +87,26 @@ def _evolution(field: str, to: str, turned: bool = False) -> Callable[[drawing.A
 
 def _by_stratum(arm: str, role: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        of_tables = [e for e in results["evolution"] if (e["arm"], e["role"]) in _shown(results)]
+        tables = _by_table(results)
         for name, colour in zip(strata(results), drawing.STEPS, strict=False):
-            found = [
-                _key(e) | dict(e["strata"][name])
-                for e in of_tables
-                if (e["arm"], e["role"]) == (arm, role) and name in e["strata"]
-            ]
-            if found:
-                steps, mean = drawing.mean_curve(found, "to_start")
+            curves = _curves(tables[arm, role], name)
+            if curves:
+                steps, mean = drawing.mean_curve(curves, "to_start")
                 ax.plot(steps, mean, color=colour, marker="o", markersize=3, label=f"{name} tokens")
-        _axes(ax, results, _least([m for e in of_tables for m in e["strata"].values()], "to_start"))
+        shown = [e for table in _shown(results) for e in tables[table]]
+        _axes(ax, results, _least([c for name in strata(results) for c in _curves(shown, name)], "to_start"))
         ax.set_title(f"{arm}, {role} table")
 
     return draw
 
 
 def _axes(ax: drawing.Axes, results: drawing.Results, low: float) -> None:
-    drawing.step_axis(ax, max((e["steps"][-1] for e in results["evolution"]), default=1))
+    last = [e.steps[-1] for evolutions in _by_table(results).values() for e in evolutions]
+    drawing.step_axis(ax, max(last, default=1))
     ax.set_ylim(low - 0.05 * (1 - low), 1 + 0.05 * (1 - low) + 1e-6)
     ax.set_ylabel("mean cosine of rows")
 
 
-def _key(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in ("arm", "seed", "role", "steps")}
-
-
-def _least(curves: list[Any], field: str) -> float:
+def _least(curves: Sequence[Mapping[str, Any]], field: str) -> float:
     known = [v for c in curves for v in c[field] if v is not None]
     return float(np.min(known)) if known else 0.0

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.basis import drawing, numbers
+from tiedjax.analysis.basis import drawing, records
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
-from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, K, measure
+from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, K, Spectral, measure
 from tiedjax.analysis.instruments.neighbours.search import Searches
-from tiedjax.analysis.instruments.neighbours.section import grouped
 from tiedjax.errors import UserError
 
 VERSION = 2  # of its part of results.json
@@ -39,19 +37,21 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def distances(results: drawing.Results) -> list[dict[str, str]]:
     """Per pair of tables: the distance, what it is by chance, and their ratio."""
-    measured = [p for p in results["spectral"]["pairs"] if "not_measured" not in p]
+    reference = results["headline"]["reference"]
     return [
         {
             "arm": arm,
-            "name": name,
-            "distance": numbers.number(interval(p["distance"]["score"] for p in pairs).mean),
-            "floor": numbers.number(interval(p["distance"]["floor"] for p in pairs).mean),
-            "relative": numbers.spread(vars(interval(p["relative"] for p in pairs))),
+            "name": drawing.pair_name(arm, role, target, reference),
+            "distance": drawing.mean(pair.distance.score for pair in pairs),
+            "floor": drawing.mean(pair.distance.floor for pair in pairs),
+            "relative": drawing.spread(pair.relative for pair in pairs),
         }
-        for arm, name, pairs in grouped(measured, results["headline"]["reference"])
+        for (arm, role, target), pairs in drawing.by_pair(
+            records.measured(results["spectral"]["pairs"], Spectral)
+        ).items()
     ]
 
 
-def not_measured(results: Mapping[str, Any]) -> list[str]:
+def not_measured(results: drawing.Results) -> list[str]:
     """Why pairs were not measured, each reason once."""
-    return list(dict.fromkeys(p["not_measured"] for p in results["spectral"]["pairs"] if "not_measured" in p))
+    return records.not_measured(results["spectral"]["pairs"])

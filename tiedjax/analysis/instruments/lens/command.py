@@ -37,23 +37,22 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model = FrozenModel(run)
     report = arguments.reporter("lens")
     measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
-    lens = measured.lens
+    plain = to_plain(measured)
+    baselines = plain.pop("baselines")
     result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
-        "step": measured.step,
         "unit": "bits",
-        "criterion": measured.criterion,
-        **to_plain(lens),
+        **plain,
     }
     head = (
-        f"{args.a} at step {measured.step}: {lens.held_out_tokens} held-out tokens, "
-        f"translators fitted on {lens.training_tokens} training tokens"
+        f"{args.a} at step {measured.step}: {measured.held_out_tokens} held-out tokens, "
+        f"translators fitted on {measured.training_tokens} training tokens"
     )
     if args.paper:
         for state in result["states"]:
             state["score"] = {"kl": state.pop("published")["kl"]}
             del state["logit"], state["tuned"]
         return result, f"{head}\n{_paper(result['states'])}"
-    result["baselines"] = to_plain(measured.baselines)
+    result["baselines"] = baselines
     fits = f"{_fits(result['states'])}\nconverged: {measured.criterion}"
     return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{fits}"
 

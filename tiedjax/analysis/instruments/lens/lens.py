@@ -72,14 +72,13 @@ def published_translator(state: int) -> int:
 
 
 @dataclass(frozen=True)
-class RunLens:
+class RunLens(Lens):
     """A run's model at its last full checkpoint through every lens, beside what predicting without a model costs."""
 
     step: int
     rows: int
     width: int
     criterion: str
-    lens: Lens
     baselines: Baselines
 
 
@@ -100,9 +99,16 @@ def measure(
     rows, width = model.U_VD.shape
     held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
     training_WS = np.concatenate(list(shown(run, prepared, fitted_on or training_tokens(width))))
-    states = lens(model, training_WS, held_out_WS, report)
+    read_by_lenses = lens(model, training_WS, held_out_WS, report)
     counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
-    return RunLens(model.step, rows, width, CRITERION, states, counted.beside(model))
+    return RunLens(
+        **vars(read_by_lenses),
+        step=model.step,
+        rows=rows,
+        width=width,
+        criterion=CRITERION,
+        baselines=counted.beside(model),
+    )
 
 
 def lens(

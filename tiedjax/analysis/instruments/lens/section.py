@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, published
+from tiedjax.analysis.basis import drawing, numbers, published, records
+from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.basis.statistics import interval, paired
+from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.lens import lens
+from tiedjax.analysis.instruments.lens.lens import RunLens, State, early_states
+from tiedjax.analysis.instruments.lens.training import CRITERION
 from tiedjax.errors import UserError
 
 QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") for score in ("kl", "cross_entropy")}
@@ -24,57 +28,57 @@ def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
 
 def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `collect` gave for every seed, and the differences between twins, paired by seed."""
-    from tiedjax.analysis.instruments.lens.training import CRITERION  # here: it brings JAX, which drawing does not need
-
     return {"criterion": CRITERION, "runs": list(runs), "twins": list(_twins(reference, runs))}
 
 
 def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
-    from tiedjax.analysis.basis.held_out import FrozenModel  # here, as what follows: they bring JAX
-    from tiedjax.analysis.instruments.lens.lens import measure
-
     try:
         prepared = study.text(run)
-        measured = measure(FrozenModel(run), run, prepared)
+        return dict(to_plain(lens.measure(FrozenModel(run), run, prepared)))
     except UserError as error:
         return {"not_measured": str(error)}
-    plain = to_plain(measured)
-    return {**plain, **plain.pop("lens")}
 
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference at every state."""
-    from tiedjax.analysis.instruments.lens.lens import early_states
-
-    by_arm = {arm: {r["seed"]: r["states"] for r in of if "states" in r} for arm, of in drawing.by_arm(runs)}
+    by_arm: dict[str, dict[int, RunLens]] = {}
+    for run in records.measured(runs, RunLens):
+        by_arm.setdefault(run.arm, {})[run.seed] = run.value
     reference = by_arm.get(reference_arm, {})
-    for arm, own in by_arm.items():
-        common = reference.keys() & own.keys()
+    for arm, subject in by_arm.items():
+        common = reference.keys() & subject.keys()
         if arm == reference_arm or not common:
             continue
-        states = own[min(common)]
+        states = subject[min(common)].states
         for state, about in enumerate(states):
-            record = {"arm": arm, "state": state, "name": about["name"]}
+            record: dict[str, Any] = {"arm": arm, "state": state, "name": about.name}
             record["early"] = state in early_states(len(states) - 1)
             for name, quantity in QUANTITIES.items():
-                record[name] = to_plain(paired(_by_seed(own, state, *quantity), _by_seed(reference, state, *quantity)))
-            record["beyond_last"] = to_plain(paired(_above_last(own, state), _above_last(reference, state)))
+                ours, theirs = (_by_seed(side, state, *quantity) for side in (subject, reference))
+                record[name] = to_plain(paired(ours, theirs))
+            record["beyond_last"] = to_plain(paired(_above_last(subject, state), _above_last(reference, state)))
             yield record
 
 
-def _by_seed(states: Mapping[int, Any], state: int, lens: str, score: str) -> dict[int, float | None]:
-    return {seed: of[state][lens][score]["mean"] for seed, of in states.items()}
+def _score(state: State, lens_name: str, score: str) -> float | None:
+    """A state's KL or cross-entropy through one of the lenses, in bits."""
+    span: Interval = getattr(getattr(state, lens_name), score)
+    return span.mean
 
 
-def _above_last(states: Mapping[int, Any], state: int) -> dict[int, float | None]:
+def _by_seed(runs: Mapping[int, RunLens], state: int, lens_name: str, score: str) -> dict[int, float | None]:
+    return {seed: _score(run.states[state], lens_name, score) for seed, run in runs.items()}
+
+
+def _above_last(runs: Mapping[int, RunLens], state: int) -> dict[int, float | None]:
     """How much worse at the next token a state's tuned lens is than the model in the end, by seed."""
-    own, last = (_by_seed(states, at, "tuned", "cross_entropy") for at in (state, -1))
-    return {seed: a - b for seed in own if (a := own[seed]) is not None and (b := last[seed]) is not None}
+    here, last = (_by_seed(runs, at, "tuned", "cross_entropy") for at in (state, -1))
+    return {seed: a - b for seed in here if (a := here[seed]) is not None and (b := last[seed]) is not None}
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures; none where nothing was measured."""
-    if _known(results):
+    if _measured_runs(results):
         yield drawing.Plot("lens", [_divergence, _cross_entropy])
         yield drawing.Plot("lens_paper", [_paper_theirs, _paper_ours])
     if results["lens"]["twins"]:
@@ -83,14 +87,14 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return list(dict.fromkeys(r["not_measured"] for r in results["lens"]["runs"] if "not_measured" in r))
+    return records.not_measured(results["lens"]["runs"])
 
 
 def sentences(results: drawing.Results) -> list[str]:
     """For the baseline arm, one sentence per state: does it differ from the reference there?"""
     head = results["headline"]
     arm, reference = head["arm"], head["reference"]
-    found = []
+    lines = []
     for twin in results["lens"]["twins"]:
         if twin["arm"] != arm or not any(twin["tuned_kl"][end] for end in ("mean", "low", "high")):
             continue  # the last state, which is read as it is
@@ -99,8 +103,8 @@ def sentences(results: drawing.Results) -> list[str]:
             f"{title} {_moved(twin[name], reference)}"
             for name, title in [("tuned_kl", "divergence"), ("tuned_cross_entropy", "cross-entropy")]
         ]
-        found.append(f"{where}, the {arm} lens’s {' and its '.join(parts)}.")
-    return found
+        lines.append(f"{where}, the {arm} lens’s {' and its '.join(parts)}.")
+    return lines
 
 
 def _moved(span: Mapping[str, Any], reference: str) -> str:
@@ -133,15 +137,17 @@ def _placed(early: Sequence[Mapping[str, Any]], name: str, higher: str, lower: s
         (higher, [t["name"] for t in early if t[name]["low"] > 0]),
         (lower, [t["name"] for t in early if t[name]["high"] < 0]),
     ]
-    found = [f"{side} at {' and '.join(names)}" for side, names in sides if names]
-    return " but ".join(found) or f"nowhere measurably {higher}"
+    placed = [f"{side} at {' and '.join(names)}" for side, names in sides if names]
+    return " but ".join(placed) or f"nowhere measurably {higher}"
 
 
 def against_bigram(results: drawing.Results) -> list[str]:
     """Whether the models predict better than a bigram of the text that they were shown."""
-    found = [r for r in _known(results) if r["baselines"]["bigram_cross_entropy"]["mean"] is not None]
-    own = lambda r: r["states"][-1]["tuned"]["cross_entropy"]["mean"]
-    gaps = interval(own(r) - r["baselines"]["bigram_cross_entropy"]["mean"] for r in found)
+    pairs = [
+        (run.states[-1].tuned.cross_entropy.mean, run.baselines.bigram_cross_entropy.mean)
+        for run in _measured_runs(results)
+    ]
+    gaps = interval(model - bigram for model, bigram in pairs if model is not None and bigram is not None)
     if gaps.mean is None:
         return []
     better = "better" if gaps.mean < 0 else "worse"
@@ -152,60 +158,67 @@ def against_bigram(results: drawing.Results) -> list[str]:
     ]
 
 
-def rows(results: drawing.Results) -> list[dict[str, str]]:
+def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per arm and state: tuned lens, logit lens and the published reading, over seeds."""
     lines = []
-    for arm, of in drawing.by_arm(_known(results)):
-        for state in range(len(of[0]["states"])):
-            line = {"arm": arm, "name": of[0]["states"][state]["name"], "first": not state}
-            for name, (lens, score) in (QUANTITIES | {"published_kl": ("published", "kl")}).items():
-                line[name] = numbers.spread(vars(interval(r["states"][state][lens][score]["mean"] for r in of)))
+    for arm, runs in _by_arm(results).items():
+        for state, about in enumerate(runs[0].states):
+            line: dict[str, Any] = {"arm": arm, "name": about.name, "first": not state}
+            for name, quantity in (QUANTITIES | {"published_kl": ("published", "kl")}).items():
+                line[name] = drawing.spread(_score(run.states[state], *quantity) for run in runs)
             lines.append(line)
     return lines
 
 
 def baselines(results: drawing.Results) -> list[dict[str, str]]:
     """What predicting without a model costs, over runs."""
-    found = [r["baselines"] for r in _known(results)]
-    return [{"name": name, "bits": numbers.number(_bits(found, name))} for name in PREDICTORS] if found else []
+    runs = _measured_runs(results)
+    return [{"name": name, "bits": numbers.number(_bits(runs, name))} for name in PREDICTORS] if runs else []
 
 
 def training(results: drawing.Results) -> str:
     """How the translators were fitted, in one sentence."""
-    found = [(r, s) for r in _known(results) for s in r["states"] if s["fit"]]
-    if not found:
+    runs = _measured_runs(results)
+    fits = [(state.fit, state.tuned.kl.mean) for run in runs for state in run.states if state.fit]
+    if not fits:
         return ""
-    done = sum(s["fit"]["converged"] for _, s in found)
-    gap = np.mean([s["tuned"]["kl"]["mean"] - s["fit"]["training_kl"] for _, s in found])
-    most = max(s["fit"]["iterations"] for _, s in found)
-    first = found[0][0]
+    done = sum(fit.converged for fit, _ in fits)
+    gap = interval(held_out_kl - fit.training_kl for fit, held_out_kl in fits if held_out_kl is not None).mean
+    most = max(fit.iterations for fit, _ in fits)
     return (
-        f"Fitted on {first['training_tokens']:,} tokens of training text, scored on {first['held_out_tokens']:,} "
-        f"held-out ones. {done} of {len(found)} translators converged ({results['lens']['criterion']}), after at most "
+        f"Fitted on {runs[0].training_tokens:,} tokens of training text, scored on {runs[0].held_out_tokens:,} "
+        f"held-out ones. {done} of {len(fits)} translators converged ({results['lens']['criterion']}), after at most "
         f"{most} iterations; their divergence is on average {numbers.number(gap)} bits higher on held-out text."
     )
 
 
-def _bits(found: Sequence[Mapping[str, Any]], name: str) -> float:
-    span = [b["bigram_cross_entropy"] if name == "bigram" else b[name]["cross_entropy"] for b in found]
-    return float(np.mean([s["mean"] for s in span]))
+def _bits(runs: Sequence[RunLens], name: str) -> float:
+    """What a predictor without a model costs, over runs."""
+    beside = [run.baselines for run in runs]
+    spans = [b.bigram_cross_entropy if name == "bigram" else getattr(b, name).cross_entropy for b in beside]
+    return float(np.mean([span.mean for span in spans]))
 
 
-def _known(results: drawing.Results) -> list[Mapping[str, Any]]:
-    return [r for r in results["lens"]["runs"] if "states" in r]
+def _by_arm(results: drawing.Results) -> dict[str, list[RunLens]]:
+    return drawing.by_run(records.measured(results["lens"]["runs"], RunLens))
 
 
-def _curve(of: Sequence[Mapping[str, Any]], lens: str, score: str) -> np.ndarray:
+def _measured_runs(results: drawing.Results) -> list[RunLens]:
+    return [run for runs in _by_arm(results).values() for run in runs]
+
+
+def _curve(runs: Sequence[RunLens], lens_name: str, score: str) -> np.ndarray:
     """Mean over seeds at every state."""
-    return np.mean([[s[lens][score]["mean"] for s in r["states"]] for r in of], axis=0)
+    curves = [drawing.floats([_score(state, lens_name, score) for state in run.states]) for run in runs]
+    return np.asarray(np.mean(curves, axis=0))
 
 
 def _divergence(ax: drawing.Axes, results: drawing.Results) -> None:
-    for arm, of in drawing.by_arm(_known(results)):
+    for arm, runs in _by_arm(results).items():
         colour = drawing.colours(results)[arm]
-        for run in of:
+        for run in runs:
             ax.plot(_curve([run], "tuned", "kl"), color=colour, linewidth=0.6, alpha=0.4)
-        ax.plot(_curve(of, "tuned", "kl"), color=colour, marker="o", markersize=3.5, label=arm)
+        ax.plot(_curve(runs, "tuned", "kl"), color=colour, marker="o", markersize=3.5, label=arm)
     _state_axis(ax, results)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("KL(final || lens), bits")
@@ -213,21 +226,20 @@ def _divergence(ax: drawing.Axes, results: drawing.Results) -> None:
 
 
 def _cross_entropy(ax: drawing.Axes, results: drawing.Results) -> None:
-    known = _known(results)
-    for arm, of in drawing.by_arm(known):
+    for arm, runs in _by_arm(results).items():
         colour = drawing.colours(results)[arm]
-        ax.plot(_curve(of, "tuned", "cross_entropy"), color=colour, marker="o", markersize=3.5)
-        ax.plot(_curve(of, "logit", "cross_entropy"), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.4)
-    last = len(known[0]["states"]) - 1
-    found = [r["baselines"] for r in known]
+        ax.plot(_curve(runs, "tuned", "cross_entropy"), color=colour, marker="o", markersize=3.5)
+        ax.plot(_curve(runs, "logit", "cross_entropy"), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.4)
+    every = _measured_runs(results)
+    last = len(every[0].states) - 1
     for name in PREDICTORS:
-        bits = _bits(found, name)
+        bits = _bits(every, name)
         ax.axhline(bits, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
         offset = (0, -11 if name == "bigram" else 2)  # the curves end just above the bigram's line
         ax.annotate(name, (last, bits), xytext=offset, textcoords="offset points", ha="right", color=drawing.MUTED)
     _state_axis(ax, results)
-    low = min(_curve(known, "tuned", "cross_entropy").min(), _bits(found, "bigram"))
-    ax.set_ylim(low - 0.7, _bits(found, "uniform") + 0.6)
+    low = min(_curve(every, "tuned", "cross_entropy").min(), _bits(every, "bigram"))
+    ax.set_ylim(low - 0.7, _bits(every, "uniform") + 0.6)
     ax.set_ylabel("bits per held-out token")
     ax.set_title("next token; dotted: logit lens")
 
@@ -263,10 +275,10 @@ def _paper_theirs(ax: drawing.Axes, results: drawing.Results) -> None:
 
 
 def _paper_ours(ax: drawing.Axes, results: drawing.Results) -> None:
-    for arm, of in drawing.by_arm(_known(results)):
+    for arm, runs in _by_arm(results).items():
         colour = drawing.colours(results)[arm]
-        ax.plot(_curve(of, "published", "kl"), color=colour, marker="o", markersize=3, label=arm)
-        ax.plot(_curve(of, "tuned", "kl"), color=colour, linestyle=drawing.DASHES, linewidth=1.2)
+        ax.plot(_curve(runs, "published", "kl"), color=colour, marker="o", markersize=3, label=arm)
+        ax.plot(_curve(runs, "tuned", "kl"), color=colour, linestyle=drawing.DASHES, linewidth=1.2)
     _state_axis(ax, results)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("KL(final || lens), bits")
@@ -274,7 +286,7 @@ def _paper_ours(ax: drawing.Axes, results: drawing.Results) -> None:
 
 
 def _state_axis(ax: drawing.Axes, results: drawing.Results) -> None:
-    last = max(len(r["states"]) for r in _known(results)) - 1
+    last = max(len(run.states) for run in _measured_runs(results)) - 1
     every = max(1, last // 8)
     ax.set_xticks(range(0, last + 1, every), ["input", *(f"{i}" for i in range(every, last + 1, every))])
     ax.set_xlabel("after layer")

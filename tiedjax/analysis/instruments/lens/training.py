@@ -104,6 +104,10 @@ def minimise(
 ) -> Minimum:
     """L-BFGS with an initial inverse Hessian (scaled to the last step), halving until the loss falls enough (Armijo).
 
+    Armijo's rule has no condition on the slope: a step along which curvature is not positive is not remembered, which
+    is all that L-BFGS needs to stay downhill. Where no step lowers the value, the memory may be to blame: it is dropped
+    once, and the preconditioned slope is tried.
+
     Converged when the value fell by less than `tolerance` of itself over `span` iterations, or when no step lowers it
     and none promises more than that.
     """

@@ -124,6 +124,9 @@ class _Search:
 
     def on_host(self) -> None:
         """Finds every row's nearest by NumPy."""
+        # A row keeps V / group maxima and then reads `near` groups of `group` columns: the sum is least at the root of
+        # V / near. At least V / 1024, so that the maxima are no more than V * 1,024 numbers; a power of two, so that
+        # groups fall whole into the tiles, which are powers of two too.
         group = 1 << int(np.ceil(np.log2(max((self.V / self.near) ** 0.5, self.V / 1024, 1))))
         padded = -(-self.V // group) * group
         unit_VD = self.units(padded)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers
+from tiedjax.analysis.basis import drawing, numbers, records
 from tiedjax.analysis.basis.records import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.norms.norms import measure
+from tiedjax.analysis.instruments.norms.norms import Bin, Curve, Norms, measure
 from tiedjax.errors import UserError
+from tiedjax.tying import SHARED
 
 QUANTITIES = ("norm", "distance_to_mean", "cosine_to_mean")
 VERSION = 2  # of its part of results.json
@@ -21,16 +22,14 @@ VERSION = 2  # of its part of results.json
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
     """Rows against frequency in every last table, over the tokens its run saw."""
-    records = []
+    tables = []
     for table in study.tables:
         about = table.key | {"sha256": content_hash(table.values), "counts": "as target"}
         try:
-            found = measure(table.values[table.seen], table.counts[1][table.seen])
+            tables.append(about | to_plain(measure(table.values[table.seen], table.counts[1][table.seen])))
         except UserError as error:
-            records.append(about | {"not_measured": str(error)})
-        else:
-            records.append(about | to_plain(found))
-    return records
+            tables.append(about | {"not_measured": str(error)})
+    return tables
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -43,14 +42,14 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 def centrality(results: drawing.Results) -> str:
     """Whether frequent tokens lie nearer to the mean row than rare ones, in one sentence."""
     sides: dict[str, list[str]] = {}
-    for (arm, role), of in _by_table(results):
-        span = _spearman(of, "distance_to_mean")
-        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(arm, role)} ({numbers.spread(vars(span))})")
-    found = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
-    if not found:
+    for table, norms in _by_table(results).items():
+        span = interval(_spearman(norms, "distance_to_mean"))
+        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(*table)} ({numbers.spread(vars(span))})")
+    placed = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
+    if not placed:
         return ""
     return (
-        f"Compared with rare tokens, frequent ones lie {'; '.join(found)} "
+        f"Compared with rare tokens, frequent ones lie {'; '.join(placed)} "
         "(in brackets: the rank correlation of that distance with the count)."
     )
 
@@ -58,22 +57,27 @@ def centrality(results: drawing.Results) -> str:
 def rows(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm and role: rank correlations with count and the probe, over seeds."""
     lines = []
-    for (arm, role), of in _by_table(results):
+    for (arm, role), norms in _by_table(results).items():
         line = {"arm": arm, "name": drawing.table_name(arm, role)}
-        line |= {quantity: numbers.spread(vars(_spearman(of, quantity))) for quantity in QUANTITIES}
-        for field in ("score", "floor"):
-            line[field] = numbers.spread(vars(interval(n["log_frequency"][field] for n in of)))
+        line |= {quantity: drawing.spread(_spearman(norms, quantity)) for quantity in QUANTITIES}
+        line["score"] = drawing.spread(n.log_frequency.score for n in norms)
+        line["floor"] = drawing.spread(n.log_frequency.floor for n in norms)
         lines.append(line)
     return lines
 
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return list(dict.fromkeys(n["not_measured"] for n in results["norms"] if "not_measured" in n))
+    return records.not_measured(results["norms"])
 
 
-def _spearman(of: Sequence[Mapping[str, Any]], quantity: str) -> Interval:
-    return interval(n[quantity]["spearman"]["score"] for n in of)
+def _curve(norms: Norms, quantity: str) -> Curve:
+    curve: Curve = getattr(norms, quantity)
+    return curve
+
+
+def _spearman(norms: Sequence[Norms], quantity: str) -> list[float | None]:
+    return [_curve(n, quantity).spearman.score for n in norms]
 
 
 def _placed(span: Interval) -> str:
@@ -86,19 +90,17 @@ def _placed(span: Interval) -> str:
     return side if span.excludes_zero else "neither measurably nearer to the mean row nor farther from it"
 
 
-def _by_table(results: drawing.Results) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
-    for arm, of_arm in drawing.by_arm([n for n in results["norms"] if "not_measured" not in n]):
-        for role in dict.fromkeys(n["role"] for n in of_arm):
-            yield (arm, role), [n for n in of_arm if n["role"] == role]
+def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Norms]]:
+    return drawing.by_table(records.measured(results["norms"], Norms))
 
 
 def _curves(quantity: str, label: str, shared: bool) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         top = 0.0
-        for (arm, role), found in _by_table(results):
-            at, curves = _mean_bins([n[quantity] for n in found])
+        for (arm, role), norms in _by_table(results).items():
+            at, curves = _mean_bins([_curve(n, quantity) for n in norms])
             top = max([top, *curves["quantile_75"]])
-            if (role == "shared") != shared:
+            if (role == SHARED) != shared:
                 continue
             colour = drawing.colours(results)[arm]
             line = drawing.INPUT if role == "input" else "-"
@@ -113,13 +115,12 @@ def _curves(quantity: str, label: str, shared: bool) -> Callable[[drawing.Axes, 
     return draw
 
 
-def _mean_bins(found: Sequence[Mapping[str, Any]]) -> tuple[list[float], dict[str, list[float]]]:
+def _mean_bins(curves: Sequence[Curve]) -> tuple[list[float], dict[str, list[float]]]:
     """The middle of every bin of seen tokens, and its quantiles averaged over runs."""
-    bins: dict[float, list[Mapping[str, float]]] = {}
-    for record in found:
-        for entry in record["bins"]:
-            if entry["high"]:  # the bin of never-seen tokens has no width
-                bins.setdefault((entry["low"] + entry["high"]) / 2, []).append(entry)
+    bins: dict[float, list[Bin]] = {}
+    for entry in (entry for curve in curves for entry in curve.bins):
+        if entry.high:  # the bin of never-seen tokens has no width
+            bins.setdefault((entry.low + entry.high) / 2, []).append(entry)
     at = sorted(bins)
     names = ("median", "quantile_25", "quantile_75")
-    return at, {name: [float(np.mean([e[name] for e in bins[x]])) for x in at] for name in names}
+    return at, {name: [float(np.mean([getattr(e, name) for e in bins[x]])) for x in at] for name in names}

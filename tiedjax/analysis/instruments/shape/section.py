@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers
-from tiedjax.analysis.basis.records import to_plain
-from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis import drawing, records
+from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.records import Of, to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.instruments.shape import similarity, spectrum
+from tiedjax.analysis.instruments.shape.similarity import Comparison
+from tiedjax.analysis.instruments.shape.spectrum import Shape, Spectrum
 from tiedjax.errors import UserError
+from tiedjax.tying import SHARED
 
 _SHOWN = 1e-3  # singular values below this share of the largest run out of the figure
 DIMENSIONS = 8  # of the leading subspaces that the table of pairs names
-_TABLE = ("arm", "role")
-_PAIR = ("arm", "subject_role", "reference_role")
 VERSION = 2  # of its part of results.json
 
 
@@ -58,56 +59,71 @@ def shapes(results: drawing.Results) -> list[dict[str, str]]:
         "isotropy": ("raw", 3),
         "mean_cosine": ("raw", 3),
     }
-    known = [t for t in results["spectrum"]["tables"] if t.get("raw") and t.get("centred")]
 
-    def cells(of: Sequence[Mapping[str, Any]], field: str, show: Any) -> dict[str, str]:
-        values = lambda name, form: [(t[form][name] or {}).get(field) for t in of]
-        return {name: show(interval(values(name, form)), digits) for name, (form, digits) in columns.items()}
+    def scores(spectra: Sequence[Spectrum], name: str, form: str) -> list[Score]:
+        measures = [getattr(getattr(spectrum, form), name) for spectrum in spectra]
+        return [score for score in measures if score is not None]
 
-    spread = lambda span, digits: numbers.spread(vars(span), digits)
-    mean = lambda span, digits: numbers.number(span.mean, digits)
-    rows = []
-    for (arm, role), of in _grouped(known, _TABLE):
-        rows.append({"arm": arm, "name": drawing.table_name(arm, role)} | cells(of, "score", spread))
-    return [*rows, {"arm": "", "name": "isotropic"} | cells(known, "floor", mean)] if rows else []
+    def cells(spectra: Sequence[Spectrum], field: str, show: Callable[..., str]) -> dict[str, str]:
+        return {
+            name: show((getattr(score, field) for score in scores(spectra, name, form)), digits)
+            for name, (form, digits) in columns.items()
+        }
+
+    tables = _tables(results)
+    rows = [
+        {"arm": arm, "name": drawing.table_name(arm, role)} | cells(spectra, "score", drawing.spread)
+        for (arm, role), spectra in tables.items()
+    ]
+    every = [spectrum for spectra in tables.values() for spectrum in spectra]
+    return [*rows, {"arm": "", "name": "isotropic"} | cells(every, "floor", drawing.mean)] if rows else []
 
 
 def similarities(results: drawing.Results) -> list[dict[str, str]]:
     """Per pair of twins' tables: CKA, rank correlation of pairs, overlap of the leading subspaces, over seeds."""
     reference, rows = results["headline"]["reference"], []
-    for (arm, role, target), of in _grouped(_measured(results["spectrum"]["pairs"]), _PAIR):
-        other = f"its {target}" if arm == reference else f"{reference} {target}"
-        row = {"arm": arm, "name": f"{drawing.table_name(arm, role)} and {other}"}
-        leading: list[Mapping[str, Any]] = [
-            next((s["cosine"] for s in p["subspaces"] if s["dimensions"] == DIMENSIONS), {}) for p in of
-        ]
-        for name, found in {"cka": [p["cka"] for p in of], "overlap": leading}.items():
-            span = {field: interval(f.get(field) for f in found) for field in ("score", "floor", "corrected")}
-            row |= {name: numbers.number(span["score"].mean), f"{name}_floor": numbers.number(span["floor"].mean)}
-            row[f"{name}_corrected"] = numbers.spread(vars(span["corrected"]))
-        row["pairs"] = numbers.spread(vars(interval((p["pairs"] or {}).get("score") for p in of)))
+    for (arm, role, target), pairs in _pairs(results).items():
+        row = {"arm": arm, "name": drawing.pair_name(arm, role, target, reference)}
+        leading = [overlap.cosine for p in pairs for overlap in p.subspaces if overlap.dimensions == DIMENSIONS]
+        for name, scores in {"cka": [p.cka for p in pairs], "overlap": leading}.items():
+            row[name] = drawing.mean(score.score for score in scores)
+            row[f"{name}_floor"] = drawing.mean(score.floor for score in scores)
+            row[f"{name}_corrected"] = drawing.spread(score.corrected for score in scores)
+        row["pairs"] = drawing.spread(p.pairs.score for p in pairs if p.pairs)
         rows.append(row)
     return rows
 
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    found = results["spectrum"]
-    return list(dict.fromkeys(r["not_measured"] for r in [*found["tables"], *found["pairs"]] if "not_measured" in r))
+    return records.not_measured([*results["spectrum"]["tables"], *results["spectrum"]["pairs"]])
+
+
+def _tables(results: drawing.Results) -> dict[tuple[str, str], list[Spectrum]]:
+    """The tables that have a shape both as they are and centred."""
+    measured = records.measured(results["spectrum"]["tables"], Spectrum)
+    return drawing.by_table([of for of in measured if of.value.raw and of.value.centred])
+
+
+def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[Comparison]]:
+    return drawing.by_pair(records.measured(results["spectrum"]["pairs"], Comparison))
 
 
 def _singular_values(form: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        known = [t for t in results["spectrum"]["tables"] if t.get(form)]
+        measured = records.measured(results["spectrum"]["tables"], Spectrum)
+        shapes: dict[tuple[str, str], list[Shape]] = drawing.by_table(
+            [Of(of.arm, of.seed, of.role, "", shape) for of in measured if (shape := getattr(of.value, form))]
+        )
         least = 1.0
-        for (arm, role), of in _grouped(known, _TABLE):
-            found = _relative([t[form]["singular_values"] for t in of])
-            least = min(least, float(found[found > _SHOWN].min()))
+        for (arm, role), of_table in shapes.items():
+            curve = _relative([shape.singular_values for shape in of_table])
+            least = min(least, float(curve[curve > _SHOWN].min()))
             style = drawing.INPUT if role == "input" else "-"
             colour = drawing.colours(results)[arm]
-            ax.plot(range(1, len(found) + 1), found, color=colour, linestyle=style, label=drawing.table_name(arm, role))
-        if known:
-            chance = _relative([t[form]["isotropic_singular_values"] for t in known])
+            ax.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=style, label=drawing.table_name(arm, role))
+        if shapes:
+            chance = _relative([shape.isotropic_singular_values for of_table in shapes.values() for shape in of_table])
             at = range(1, len(chance) + 1)
             ax.plot(at, chance, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
         ax.set_yscale("log")
@@ -130,23 +146,25 @@ def _relative(curves: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        known = [p for p in _measured(results["spectrum"]["pairs"]) if p["subject_role"] == "shared"]
-        pairs = [p for p in known if p["reference_role"] == target]
-        sizes = _sizes(pairs)
-        mean = lambda of, field: [
-            float(np.mean([s["cosine"][field] for p in of for s in p["subspaces"] if s["dimensions"] == r]))
+        shared = {key: pairs for key, pairs in _pairs(results).items() if key[1] == SHARED}
+        to_target = {arm: pairs for (arm, _, role), pairs in shared.items() if role == target}
+        every = [pair for pairs in to_target.values() for pair in pairs]
+        sizes = _sizes(every)
+        mean = lambda pairs, field: [
+            float(np.mean([getattr(o.cosine, field) for p in pairs for o in p.subspaces if o.dimensions == r]))
             for r in sizes
         ]
-        for arm, of in drawing.by_arm(pairs):
+        for arm, pairs in to_target.items():
             colour = drawing.colours(results)[arm]
-            ax.plot(sizes, mean(of, "score"), color=colour, marker="o", markersize=3.5, label=arm)
-        if pairs:
-            floor = mean(pairs, "floor")
+            ax.plot(sizes, mean(pairs, "score"), color=colour, marker="o", markersize=3.5, label=arm)
+        if every:
+            floor = mean(every, "floor")
             ax.plot(sizes, floor, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
             ax.set_xscale("log", base=2)
             ax.set_xticks(sizes, [f"{r:,}" for r in sizes])
             ax.minorticks_off()
-        top = max([s["cosine"]["score"] for p in known for s in p["subspaces"]], default=1.0)
+        scores = [overlap.cosine.score for pairs in shared.values() for p in pairs for overlap in p.subspaces]
+        top = max((score for score in scores if score is not None), default=1.0)
         ax.set_ylim(0, 1.05 * top)
         ax.set_xlabel("leading directions")
         ax.set_ylabel("mean squared cosine")
@@ -155,18 +173,6 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     return draw
 
 
-def _sizes(pairs: Sequence[Mapping[str, Any]]) -> list[int]:
+def _sizes(pairs: Sequence[Comparison]) -> list[int]:
     """The dimensions that every pair has."""
-    return sorted(set.intersection(*({s["dimensions"] for s in p["subspaces"]} for p in pairs))) if pairs else []
-
-
-def _measured(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [r for r in records if "not_measured" not in r]
-
-
-def _grouped(
-    records: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> Iterator[tuple[tuple[str, ...], list[Mapping[str, Any]]]]:
-    key = lambda record: tuple(record[name] for name in names)
-    for each in dict.fromkeys(key(r) for r in records):
-        yield each, [r for r in records if key(r) == each]
+    return sorted(set.intersection(*({o.dimensions for o in p.subspaces} for p in pairs))) if pairs else []
