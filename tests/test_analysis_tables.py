@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tiedjax import analysis
 from tiedjax.analysis.basis import tables
 from tiedjax.analysis.basis.tables import content_hash, open_run, read_counts, read_table, seen_rows
 from tiedjax.errors import UserError
@@ -161,3 +162,13 @@ def test_counts_are_integers_of_one_or_two_rows(here):
         np.save("c.npy", bad)
         with pytest.raises(UserError, match="counts must be integers"):
             read_counts("c.npy")
+
+
+@pytest.mark.parametrize("where", ["spectrum", "map"])
+def test_a_table_that_cannot_be_squared_is_refused_by_the_instrument_that_was_asked(where):
+    with pytest.raises(UserError) as error:
+        tables.check(np.full((4, 3), 1e40), where)
+    assert str(error.value) == f"{where}: the largest number of a table must lie between 1e-30 and 1e30, got 1e+40"
+    with pytest.raises(UserError) as error:
+        {"spectrum": analysis.spectrum, "map": analysis.picture}[where](np.full((4, 3), 1e40))
+    assert str(error.value).startswith(f"{where}: the largest number")
