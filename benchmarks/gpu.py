@@ -214,7 +214,7 @@ def kernels(stepper: bench.Stepper) -> dict[str, Any]:
         events = list(device_events(path))
     if not events:
         return {"launches": 0}
-    # Of a library's kernels in a command buffer only the names are known: they belong to the loop if they run as often as
+    # Of a library's kernels in a command buffer only names are known: they belong to the loop if they run as often as
     # what surely does.
     launches = Counter((kernel, buffer) for kernel, buffer, *_ in events)
     in_loop = {key: count for key, count in launches.items() if "while/body" in scope(instructions.get(key[0]))}
