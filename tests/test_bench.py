@@ -24,7 +24,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from programs import REPOSITORY, environment, tiedjax
 
 from tiedjax import cli, lm, sharding, step, tying
-from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, load_run_config
+from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from tiedjax.config_files import load_run_config
 from tiedjax.cost import bench
 from tiedjax.errors import UserError
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token, matmul_parameters

@@ -16,7 +16,8 @@ from conftest import small_config
 from programs import REPOSITORY, TESTS, finish, start, tiedjax
 
 from tiedjax import cli, sharding, step
-from tiedjax.config import DataConfig, load_run_config
+from tiedjax.config import DataConfig
+from tiedjax.config_files import load_run_config
 from tiedjax.cost import compile as compiling
 from tiedjax.cost import hlo, topology
 from tiedjax.cost.topology import Topology

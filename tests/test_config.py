@@ -15,16 +15,8 @@ import pytest
 from programs import REPOSITORY
 
 from tiedjax import config, lm, study
-from tiedjax.config import (
-    RunConfig,
-    StudyConfig,
-    leaf_fields,
-    load_run_config,
-    parse_overrides,
-    read_yaml,
-    structure,
-    to_yaml,
-)
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config_files import load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

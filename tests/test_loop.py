@@ -24,7 +24,8 @@ from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_com
 import tiedjax
 from tiedjax import cli, load_run, loop, metrics
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import ModelConfig, RunConfig, load_run_config, to_tree, to_yaml
+from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.sharding import make_mesh
 from tiedjax.step import decided

@@ -11,7 +11,7 @@ from programs import tiedjax
 from runs import STEPS, arguments, assert_same_run
 
 from tiedjax import cli
-from tiedjax.config import load_run_config
+from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
 from tiedjax.host.profiling import StepRange
 

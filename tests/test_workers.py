@@ -19,7 +19,7 @@ from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands
 
 from tiedjax import load_run, study
 from tiedjax.cli import main
-from tiedjax.config import load_run_config, to_tree
+from tiedjax.config_files import load_run_config, to_tree
 from tiedjax.errors import UserError
 from tiedjax.host.workers import Crew, Task
 

@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 import tiedjax
 from tiedjax.analysis import command as analyze_command
-from tiedjax.config import RunConfig, StudyConfig, leaf_fields, nearest
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.host import platform_flags
+from tiedjax.text import nearest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,7 +141,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
+    from tiedjax.config_files import load_run_config
     from tiedjax.host.profiling import StepRange
 
     cfg = load_run_config(args.config, _overrides(args))
@@ -174,7 +175,7 @@ def _json_file(args: argparse.Namespace) -> Path | None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
+    from tiedjax.config_files import load_run_config
 
     cfg = load_run_config(args.config, _overrides(args))
     json_file = _json_file(args)
@@ -189,7 +190,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
+    from tiedjax.config_files import load_run_config
 
     cfg = load_run_config(args.config, _overrides(args))
     json_file = _json_file(args)

@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
 from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
-from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
+from tiedjax.config import RunConfig
+from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import Prepared, prepare

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from tiedjax import tying
-from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
+from tiedjax.config import RunConfig, StudyConfig
+from tiedjax.config_files import merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
