@@ -111,6 +111,44 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
     assert [name for name in contents(tmp_path) if name not in ("run", "run/.lock")] == before
 
 
+MISUSES = {
+    "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
+    "trian x": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'trian'; did you mean "
+    "'train'?",
+    "frobnicate": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'frobnicate'",
+    "train": "the following arguments are required: CONFIG.yaml; usage: tiedjax train CONFIG.yaml [options] "
+    "(see tiedjax train --help)",
+    "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG.yaml [options] (see tiedjax train --help)",
+    "train a --train.lr 3": "unknown option '--train.lr'; did you mean '--optimizer.learning_rate'?",
+    "train a --train.lr=3": "unknown option '--train.lr'; did you mean '--optimizer.learning_rate'?",
+    "train a train.steps=3": "unknown option 'train.steps'; did you mean '--train.steps'?",
+    "train a --output_dir x": "unknown option '--output_dir'; did you mean '--out'?",
+    "train a --profile_steps 2": "unknown option '--profile_steps'; did you mean '--profile-steps'?",
+    "train a --model.dropout 0": "unknown option '--model.dropout'; tiedjax train --help lists all",
+    "study --lr 3": "unknown option '--lr'; did you mean '--optimizer.learning_rate'?",
+    "bench a --steps x": "argument --steps: invalid int value: 'x'; usage: tiedjax bench CONFIG.yaml [options] (see "
+    "tiedjax bench --help)",
+    "compile a": "the following arguments are required: --topology; usage: tiedjax compile CONFIG.yaml --topology "
+    "KIND:SHAPE [options] (see tiedjax compile --help)",
+    "data prepare": "the following arguments are required: SOURCE, --out; usage: tiedjax data prepare SOURCE --out DIR "
+    "[options] (see tiedjax data prepare --help)",
+    "data prepare a --out b --vocab 9": "unknown option '--vocab'; did you mean '--vocab-size'?",
+    "analyze": "the following arguments are required: INSTRUMENT; usage: tiedjax analyze INSTRUMENT ... (see tiedjax "
+    "analyze --help)",
+    "analyze map": "the following arguments are required: A; usage: tiedjax analyze map A [B] [options] (see tiedjax "
+    "analyze map --help)",
+    "analyze knn a b --train.lr 3": "unknown option '--train.lr'; tiedjax analyze knn --help lists all",
+    "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
+    "(see tiedjax report --help)",
+}
+
+
+@pytest.mark.parametrize("words", MISUSES)
+def test_a_command_that_is_used_wrongly_says_how_in_one_line(words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.split()) == 2
+    assert capfd.readouterr().err == f"tiedjax: {MISUSES[words]}\n"
+
+
 ADDRESSES: dict[str, list[str]] = {
     "CONFIG.yaml": ["train", "gs://bucket/tiny.yaml"],
     "--out": ["train", "TINY", "--out", "gs://bucket/run"],
@@ -156,7 +194,10 @@ def test_help_lists_every_option_with_its_meaning_and_default(command: str, caps
     with pytest.raises(SystemExit) as caught:
         cli.main([command, "--help"])
     assert caught.value.code == 0
-    words = capsys.readouterr().out.split()
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: tiedjax {command} ")
+    assert out.split("\n\n")[0].count("\n") == 0, "the usage is one line"
+    words = out.split()
     shown = " ".join(words)
     for field in leaf_fields(RunConfig):
         default = "null" if field.default is None else str(field.default).lower()

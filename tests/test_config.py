@@ -16,6 +16,7 @@ from programs import REPOSITORY
 
 from tiedjax import config, lm, study
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config_errors import SYNONYMS, meant_key
 from tiedjax.config_files import load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
 
@@ -244,6 +245,67 @@ def test_a_misspelt_name_gets_the_nearest_one(tmp_path: Path) -> None:
     line = complaint(written(tmp_path, "model:\n  norm: layer_norm\n"))
     for allowed in ("nonparametric_layernorm", "layernorm", "rmsnorm"):
         assert f"'{allowed}'" in line
+
+
+MEANT = {
+    "train.lr": "optimizer.learning_rate",
+    "optim.lr": "optimizer.learning_rate",
+    "model.max_lr": "optimizer.learning_rate",
+    "train.learning_rate": "optimizer.learning_rate",
+    "train.wd": "optimizer.weight_decay",
+    "train.warmup": "optimizer.warmup_steps",
+    "train.max_grad_norm": "optimizer.clip_norm",
+    "train.bs": "data.batch_size",
+    "train.batch": "data.batch_size",
+    "model.batch_size": "data.batch_size",
+    "data.seed": "train.seed",
+    "train.seeds": "train.seed",
+    "train.epochs": "train.steps",
+    "train.max_steps": "train.steps",
+    "train.stesp": "train.steps",
+    "trian.steps": "train.steps",
+    "model.dim": "model.d_model",
+    "model.hidden": "model.d_model",
+    "model.n_embd": "model.d_model",
+    "model.n_layer": "model.layers",
+    "model.num_attention_heads": "model.heads",
+    "model.ctx": "model.seq_len",
+    "data.context": "model.seq_len",
+    "data.seq": "model.seq_len",
+    "model.max_seq_len": "model.seq_len",
+    "model.max_position_embeddings": "model.seq_len",
+    "data.vocab": "model.vocab_size",
+    "model.tie_word_embeddings": "tying.scheme",
+    "train.z": "train.z_loss",
+    "train.checkpoints": "train.checkpoint_every",
+    "train.eval": None,  # every or batches
+    "optimizer.min_lr": None,
+    "model.dropout": None,
+    "model.size": None,
+    "train.foo": None,
+}
+
+
+@pytest.mark.parametrize("key", MEANT)
+def test_an_unknown_key_gets_the_one_that_was_meant_or_none(key: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    path = written(tmp_path, f"{section}:\n  {name}: 3\n")
+    shown = section if section in ("trian", "optim") else key  # the first thing that is wrong
+    meant = {"trian": "train", "optim": "optimizer"}.get(section, MEANT[key])
+    assert complaint(path) == f"{path}: unknown key {shown!r}" + (f"; did you mean {meant!r}?" if meant else "")
+    assert meant_key(key, [f.key for f in leaf_fields(RunConfig)]) == MEANT[key]
+
+
+def test_the_synonyms_name_keys_that_there_are_and_one_each() -> None:
+    keys = [f.key for f in leaf_fields(RunConfig)]
+    others = ["train", "optimizer", "out"]
+    assert set(SYNONYMS) <= {*keys, *others}
+    words = [word for words in SYNONYMS.values() for word in words]
+    assert len(set(words)) == len(words)
+    assert not set(words) & {key.split(".")[1] for key in keys}
+    for key, its_words in SYNONYMS.items():
+        for word in its_words:
+            assert meant_key(f"train.{word}", [*keys, *others]) == key, word
 
 
 def test_an_error_of_the_file_is_not_blamed_on_the_overrides(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import tiedjax
 from tiedjax.analysis import command as analyze_command
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config_errors import meant_key
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
@@ -22,11 +23,50 @@ from tiedjax.text import nearest
 
 
 class _Parser(argparse.ArgumentParser):
+    """Its usage is one line with what must be given: argparse's own would show every key of a config.
+
+    What it parses holds the parser of the innermost command as `parser`.
+    """
+
     def __init__(self, **kwargs: Any):
+        self._required: list[str] = []
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.set_defaults(parser=self)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """As argparse's; shown in the usage unless it is an option that may be left out."""
+        action = super().add_argument(*names, **kwargs)
+        if not action.option_strings:
+            self._show(f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar), "[options]")
+        elif action.required:
+            self._show(f"{action.option_strings[0]} {action.metavar}", "[options]")
+        return action
+
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        """As argparse's."""
+        self._show(kwargs["metavar"], "...")
+        return super().add_subparsers(prog=self.prog, **kwargs)
+
+    def _show(self, word: str, end: str) -> None:
+        self._required.append(word)
+        self.usage = " ".join(["%(prog)s", *self._required, end])
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        """Raises UserError."""
+        if choice := re.match(r"argument (\w+): invalid choice: '(.*?)'.*\(choose from (.*)\)", message):
+            name, given, valid = choice[1], choice[2], re.findall(r"[\w-]+", choice[3])
+            raise UserError(f"{name}: must be one of {', '.join(valid)}; got {given!r}{nearest(given, valid)}")
+        raise UserError(f"{message}; {self.format_usage().strip()} (see {self.prog} --help)")
+
+    def unexpected(self, word: str) -> UserError:
+        """What to raise for a word that nothing takes."""
+        written = word.split("=")[0]
+        name, options = written.lstrip("-"), re.findall(r"^  (?:-\w, )?--([\w.-]+)", self.format_help(), re.MULTILINE)
+        if not written.startswith("-") and name not in options:
+            return UserError(f"unexpected argument {word!r}; {self.format_usage().strip()} (see {self.prog} --help)")
+        meant = meant_key(name, options)
+        hint = f"did you mean '--{meant}'?" if meant else f"{self.prog} --help lists all"
+        return UserError(f"unknown option {written!r}; {hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,8 +137,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     args, unknown = parser.parse_known_args(list(_joined(argv)))
     if unknown:
-        keys = [f"--{field.key}" for field in leaf_fields(RunConfig)]
-        raise UserError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], keys)}")
+        raise args.parser.unexpected(unknown[0])
     return args
 
 
