@@ -89,7 +89,7 @@ HOMES: dict[str, set[str]] = {
     "optax": {"optimizer.py", "step.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
-LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "errors", "files", "text"}
+LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}
 LIGHT |= {"host/__init__", "host/platform_flags"}
 NEVER = {"tensorflow", "torch", "absl", "clu"}
 

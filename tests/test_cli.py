@@ -75,16 +75,18 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
     repeated = tmp_path / "repeated.yaml"
     repeated.write_text("train:\n  steps: 3\n  steps: 4\n")
     run = tmp_path / "run"
-    cases: dict[str, tuple[list[str], list[str]]] = {
+    cases: dict[
+        str, tuple[list[str], list[str]]
+    ] = {  # two at a time: no two neighbours that get as far as to hold `run`
         "vocabulary": (
             arguments(run, text, {"data.source": f"tokens:{ids}"}),
             ["10000", "model.vocab_size", "320"],
         ),
+        "unwritable": (arguments(plain_file / "run", text), [str(plain_file / "run"), "cannot be written"]),
         "tokenizer": (
             arguments(run, text, {"data.tokenizer": tmp_path / "none.json"}),
             ["none.json"],
         ),
-        "unwritable": (arguments(plain_file / "run", text), [str(plain_file / "run"), "cannot be written"]),
         "yaml": (["train", str(broken), "--out", str(run)], ["broken.yaml", "line 2"]),
         "repeated key": (["train", str(repeated), "--out", str(run)], ["repeated.yaml", "steps"]),
         "no file": (["train", str(tmp_path / "none.yaml"), "--out", str(run)], ["none.yaml: no such file"]),
@@ -95,7 +97,7 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
         ),
         "no command": ([], ["COMMAND"]),
         "wrong command": (["trian", "x.yaml"], ["trian"]),
-        "no config": (["train"], ["CONFIG.yaml"]),
+        "no config": (["train"], ["CONFIG"]),
         "no study": (["report", str(tmp_path / "none")], ["results.json"]),
     }
     before = contents(tmp_path)
@@ -116,9 +118,9 @@ MISUSES = {
     "trian x": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'trian'; did you mean "
     "'train'?",
     "frobnicate": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'frobnicate'",
-    "train": "the following arguments are required: CONFIG.yaml; usage: tiedjax train CONFIG.yaml [options] "
+    "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
-    "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG.yaml [options] (see tiedjax train --help)",
+    "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",
     "train a --train.lr 3": "unknown option '--train.lr'; did you mean '--optimizer.learning_rate'?",
     "train a --train.lr=3": "unknown option '--train.lr'; did you mean '--optimizer.learning_rate'?",
     "train a train.steps=3": "unknown option 'train.steps'; did you mean '--train.steps'?",
@@ -126,9 +128,9 @@ MISUSES = {
     "train a --profile_steps 2": "unknown option '--profile_steps'; did you mean '--profile-steps'?",
     "train a --model.dropout 0": "unknown option '--model.dropout'; tiedjax train --help lists all",
     "study --lr 3": "unknown option '--lr'; did you mean '--optimizer.learning_rate'?",
-    "bench a --steps x": "argument --steps: invalid int value: 'x'; usage: tiedjax bench CONFIG.yaml [options] (see "
+    "bench a --steps x": "argument --steps: invalid int value: 'x'; usage: tiedjax bench CONFIG [options] (see "
     "tiedjax bench --help)",
-    "compile a": "the following arguments are required: --topology; usage: tiedjax compile CONFIG.yaml --topology "
+    "compile a": "the following arguments are required: --topology; usage: tiedjax compile CONFIG --topology "
     "KIND:SHAPE [options] (see tiedjax compile --help)",
     "data prepare": "the following arguments are required: SOURCE, --out; usage: tiedjax data prepare SOURCE --out DIR "
     "[options] (see tiedjax data prepare --help)",
@@ -150,7 +152,7 @@ def test_a_command_that_is_used_wrongly_says_how_in_one_line(words: str, capfd: 
 
 
 ADDRESSES: dict[str, list[str]] = {
-    "CONFIG.yaml": ["train", "gs://bucket/tiny.yaml"],
+    "CONFIG": ["train", "gs://bucket/tiny.yaml"],
     "--out": ["train", "TINY", "--out", "gs://bucket/run"],
     "--out of a study": ["study", "--out", "s3://bucket/study"],
     "--out of data": ["data", "prepare", "embedded", "--out", "gs://bucket/data"],

@@ -17,7 +17,7 @@ from programs import REPOSITORY
 from tiedjax import config, lm, study
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.config_errors import SYNONYMS, meant_key
-from tiedjax.config_files import load_run_config, parse_overrides, read_yaml, structure, to_yaml
+from tiedjax.config_files import Kind, find_config, load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -47,7 +47,7 @@ def test_every_config_loads_round_trips_and_has_shapes(path: Path, tmp_path: Pat
     cfg = load_run_config(path)
     assert load_run_config(written(tmp_path, to_yaml(cfg))) == cfg
     assert parameters(cfg) > 0
-    command = f"tiedjax train configs/{path.name}"
+    command = f"tiedjax train {path.stem} --"
     assert command in path.read_text(), "the header must say how the file is used"
 
 
@@ -60,7 +60,7 @@ def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path
         assert cfg.train.seed == seed
         assert parameters(cfg) > 0
     header = path.read_text().split("base:")[0]
-    assert "tiedjax study\n" in header or f"study configs/studies/{path.name}" in header
+    assert "tiedjax study\n" in header or f" study {path.stem}" in header
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -99,6 +99,48 @@ def test_the_model_sizes_are_those_of_olmo(name: str, L: int, D: int, F: int, mi
     assert cfg.model.vocab_size == 50280
     assert cfg.model.table_rows == 50304
     assert untied - tied == 50304 * cfg.model.d_model
+
+
+# ---- Finding them ----
+
+
+def test_a_config_is_found_by_its_bare_name_and_a_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quick", "run") == REPOSITORY / "configs" / "quick.yaml"
+    assert find_config("quick", "study") == REPOSITORY / "configs" / "studies" / "quick.yaml"
+    (tmp_path / "quick").mkdir()  # a folder is no config
+    assert find_config("quick", "run") == REPOSITORY / "configs" / "quick.yaml"
+    (tmp_path / "quick").rmdir()
+    for given in ("quick", "quick.yaml", "./quick.yaml", str(tmp_path / "quick.yaml")):
+        Path(given).touch()
+        assert find_config(given, "run") == find_config(given, "study") == Path(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        (
+            "tyni",
+            "run",
+            "tyni: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
+            "quick, tiny; did you mean 'tiny'?",
+        ),
+        (
+            "configs/olmo_7b.yaml",
+            "run",
+            "configs/olmo_7b.yaml: no such file, and no run config of that name; there are olmo_1b, olmo_300m, "
+            "olmo_60m, olmo_7b, quick, tiny; did you mean 'olmo_7b'?",
+        ),
+        ("xyz", "study", "xyz: no such file, and no study of that name; there are olmo_1b, quick, small"),
+    ],
+)
+def test_a_config_that_is_nowhere_is_refused_with_the_names_that_there_are(
+    given: str, kind: Kind, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_config(given, kind)
+    assert str(caught.value) == says
 
 
 # ---- Defaults and fields ----

@@ -11,24 +11,50 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tiedjax.config import RunConfig, leaf_fields
 from tiedjax.config_errors import explained
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.text import nearest
 
 ConfigT = TypeVar("ConfigT")
+Kind = Literal["run", "study"]
+
+
+def packaged_configs(kind: Kind) -> dict[str, Path]:
+    """The configs of runs, or of studies, that come with tiedjax, by their bare names."""
+    package = Path(__file__).parent
+    installed, source_tree = package / "configs", package.parent / "configs"
+    folder = installed if installed.is_dir() else source_tree
+    return {path.stem: path for path in sorted((folder / "studies" if kind == "study" else folder).glob("*.yaml"))}
+
+
+def find_config(given: str, kind: Kind) -> Path:
+    """The file of a config that is named by its path or, if it comes with tiedjax, by its bare name.
+
+    A file wins over a name. UserError where there is neither.
+    """
+    path, named = local_path(given, "CONFIG"), packaged_configs(kind)
+    if given in named and not path.is_file():
+        return named[given]
+    if not path.exists():
+        kind_of_file, names = {"run": "run config", "study": "study"}[kind], ", ".join(named)
+        raise UserError(
+            f"{given}: no such file, and no {kind_of_file} of that name; there are {names}{nearest(path.stem, named)}"
+        )
+    return path
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
     try:
-        text = local_path(path, "CONFIG.yaml").read_text(encoding="utf-8")
+        text = local_path(path, "CONFIG").read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return _mapping(_parse_yaml(text, str(path)), str(path))
 
 

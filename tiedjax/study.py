@@ -52,16 +52,6 @@ class Plan:
         return next(iter(self.runs.values())).train.threads
 
 
-def quick_study() -> Path:
-    """The file of the quick study: of the source tree, or of the installed package."""
-    package = Path(__file__).parent
-    for folder in (package.parent, package):
-        path = folder / "configs" / "studies" / "quick.yaml"
-        if path.is_file():
-            return path
-    raise UserError("configs/studies/quick.yaml: not found beside the package; name a study file")
-
-
 def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> Plan:
     """Resolves a study file; `overrides` ({"train.steps": "50"}) apply to every run, after its arm."""
     path = Path(path)
