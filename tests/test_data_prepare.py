@@ -1,6 +1,7 @@
 """Laws of preparation: the same shards whoever makes them, and nothing that looks finished before it is."""
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from tiedjax.config import DataConfig
 from tiedjax.data import command, shards
 from tiedjax.data.folders import locked
 from tiedjax.data.prepare import prepare
-from tiedjax.data.prepared import Prepared, load_prepared
+from tiedjax.data.prepared import Prepared, Segment, load_prepared
 from tiedjax.data.tokenizer import END_MARKER, end_id, load_tokenizer, train_bpe
 from tiedjax.errors import UserError
 
@@ -214,6 +215,55 @@ def test_shards_and_tokenizers_that_changed_are_refused(tmp_path: Path) -> None:
         file.write(b"x")
     with pytest.raises(UserError, match=r"train-00000.npy: has .* bytes"):
         load_prepared(tmp_path / "out")
+
+
+NOT_THERE = object()
+DAMAGES: dict[str, tuple[dict[str, object], str]] = {
+    "no documents": ({"documents": NOT_THERE}, "lacks documents"),
+    "no key and end": ({"key": NOT_THERE, "end_id": NOT_THERE}, "lacks key, end_id"),
+    "no split": ({"segments": {"train": []}}, "does not say which tokens belong to which split"),
+    "no list": ({"segments": 3}, "does not say which tokens belong to which split"),
+    "half a segment": (
+        {"segments": {"train": [{"file": "train-00000.npy"}], "eval": []}},
+        "does not say which tokens belong to which split",
+    ),
+    "text for numbers": (
+        {"segments": {"train": [dict.fromkeys((f.name for f in dataclasses.fields(Segment)), "1")], "eval": []}},
+        "does not say which tokens belong to which split",
+    ),
+    "no JSON": ({}, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_meta_json_is_one_line(damage: str, tmp_path: Path) -> None:
+    corpus(tmp_path / "a.jsonl")
+    prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
+    path, (changes, says) = tmp_path / "out" / "meta.json", DAMAGES[damage]
+    meta = json.loads(path.read_text()) | changes
+    text = json.dumps({key: value for key, value in meta.items() if value is not NOT_THERE})
+    path.write_text(text if changes else text[:-1])
+    with pytest.raises(UserError) as caught:
+        load_prepared(tmp_path / "out")
+    assert str(caught.value) == f"{path}: {says}; remove the folder and prepare the data again"
+
+
+def test_damaged_counts_are_one_line_and_made_again_once_removed(tmp_path: Path) -> None:
+    corpus(tmp_path / "a.jsonl")
+    prepared = prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
+    counts = prepared.token_counts(16, V)
+    path, size = tmp_path / "out" / "counts-16.npy", prepared.vocab_size
+    whole = path.read_bytes()
+    np.save(tmp_path / "other.npy", np.zeros((2, 3), np.int64))
+    for damaged in (b"", b"rubbish", whole[:-8], (tmp_path / "other.npy").read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            prepared.token_counts(16, V)
+        says = f"{path}: is damaged: it holds no int64 [2, {size}]; remove it and it is made again"
+        assert str(caught.value) == says
+    path.unlink()
+    np.testing.assert_array_equal(prepared.token_counts(16, V), counts)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import ModelConfig, RunConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
+from tiedjax.errors import UserError
 from tiedjax.sharding import make_mesh
 from tiedjax.step import decided
 
@@ -76,6 +78,22 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
         assert ("eval_loss" in row) == (row["step"] == STEPS)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert not [p for p in finished.rglob("*") if "tmp" in p.name and "tensorboard" not in p.parts]
+
+
+def test_a_tokenizer_appears_whole_or_not_at_all(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(temporary: Path, path: Path) -> None:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        temporary.rename(path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    prepared = SimpleNamespace(tokenizer_path=finished / "tokenizer.json")
+    with pytest.raises(UserError) as caught:
+        loop._describe(RunConfig(), tmp_path, prepared, np.zeros((2, 3), np.int64))  # type: ignore[arg-type]
+    assert str(caught.value) == f"{tmp_path / 'tokenizer.json'}: cannot be written: No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["token_counts.npy"]
 
 
 def test_load_run_reads_what_the_contract_names(finished: Path) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -232,7 +231,7 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
     np.save(buffer, counts_2V)
     write_atomically(out / "token_counts.npy", buffer.getvalue())
     if prepared.tokenizer_path:
-        shutil.copyfile(prepared.tokenizer_path, out / "tokenizer.json")
+        write_atomically(out / "tokenizer.json", prepared.tokenizer_path.read_bytes())
     write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
