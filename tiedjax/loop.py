@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ MAY_CHANGE = {
 
 
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
+_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def train(
         role_scale = everywhere(tying.role_scale(cfg.tying))
         decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
         evaluation = _Evaluation(cfg, mesh, steps, prepared)
+        if steps.train not in _compiled:
+            _say(f"{label}: compiling the train step ...")
+            _compiled.add(steps.train)
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
         held.enter_context(trace)
