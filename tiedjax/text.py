@@ -18,5 +18,5 @@ def duration(seconds: float) -> str:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' or, when nothing is near, nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.7)
     return f"; did you mean {close[0]!r}?" if close else ""
