@@ -246,12 +246,10 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
     if not saved:
         return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
     then = checkpoints.about(saved[-1])
-    for what in ("data", "tokenizer"):
-        if then[what] != about[what]:
-            raise UserError(
-                f"{checkpoints.directory / str(saved[-1])}: was trained on another {what} "
-                f"({then[what]}, now {about[what]}); bring that back or choose another --out"
-            )
+    for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
+        if then[part] != about[part]:
+            place = checkpoints.directory / str(saved[-1])
+            raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
 
 
