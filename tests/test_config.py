@@ -120,9 +120,9 @@ def test_a_config_is_found_by_its_bare_name_and_a_file_wins(tmp_path: Path, monk
     ("given", "kind", "says"),
     [
         (
-            "tyni",
+            "tinny",
             "run",
-            "tyni: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
+            "tinny: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
             "quick, tiny; did you mean 'tiny'?",
         ),
         (

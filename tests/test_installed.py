@@ -32,13 +32,13 @@ for command in sys.argv[1:]:
 
 
 def test_an_installed_tiedjax_finds_its_configs_by_name_from_any_folder(site: Path, tmp_path: Path) -> None:
-    commands = ["train tiny --train.steps 0", "study quick --workers 0", "train tyni"]
+    commands = ["train tiny --train.steps 0", "study quick --workers 0", "train tinny"]
     out, err = finish(start(["-c", PROGRAM, *commands], cwd=tmp_path, PYTHONPATH=str(site)))
     assert out.splitlines() == [str(site / "tiedjax" / "__init__.py"), "2", "2", "2"]
     assert err.splitlines() == [
         "tiedjax: overrides: train.steps: must be >= 1, got 0",
         "tiedjax: --workers: must be at least 1, got 0",
-        "tiedjax: tyni: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
+        "tiedjax: tinny: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
         "quick, tiny; did you mean 'tiny'?",
     ]
 
