@@ -15,6 +15,7 @@ PACKAGE = REPOSITORY / "tiedjax"
 INSTRUMENTS = tuple(f".{path.parent.name}" for path in PACKAGE.glob("analysis/instruments/*/command.py"))
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
+# config <- config_files <- whatever reads or writes YAML;
 # config, rng <- sharding <- tying, model, lookup, loss, optimizer <- lm, step <- loop <- study <- cli: for each part
 # what it may import besides `LEAVES`.
 LEAVES = {"errors", "files", "rng", "text"}
@@ -24,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "rng": set(),
     "config": set(),
+    "config_errors": set(),
+    "config_files": {"config", "config_errors"},
     "tying": {"config", "tying"},
     "sharding": {"config"},
     "attention": {"sharding"},
@@ -37,11 +40,12 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": set(),
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
     "step": {"config", "tying", "model", "loss", "optimizer", "sharding", "lm"},
-    "run": {"config", "tying", "model", "checkpoint", "lm"},
+    "run": {"config", "config_files", "tying", "model", "checkpoint", "lm"},
     "data": {"config", "data"},
     "metrics": {"run"},
     "loop": {
         "config",
+        "config_files",
         "tying",
         "sharding",
         "host",
@@ -50,10 +54,22 @@ ALLOWED: dict[str, set[str]] = {
         "metrics",
         "step",
     },
-    "analysis": {"config", "tying", "model", "loss", "lookup", "checkpoint", "lm", "run", "data", "analysis"},
-    "study": {"config", "data", "host", "tying", "loop", "metrics", "run", "analysis"},
-    "cost": {"config", "tying", "model", "sharding", "host", "metrics", "flops", "step", "cost"},
-    "cli": {"config", "data", "analysis", "host", "loop", "study", "cost"},
+    "analysis": {
+        "config",
+        "config_files",
+        "tying",
+        "model",
+        "loss",
+        "lookup",
+        "checkpoint",
+        "lm",
+        "run",
+        "data",
+        "analysis",
+    },
+    "study": {"config", "config_files", "data", "host", "tying", "loop", "metrics", "run", "analysis"},
+    "cost": {"config", "config_files", "tying", "model", "sharding", "host", "metrics", "flops", "step", "cost"},
+    "cli": {"config", "config_files", "config_errors", "data", "analysis", "host", "loop", "study", "cost"},
     "__main__": {"cli"},
     "__init__": {"run"},
 }
@@ -69,12 +85,13 @@ HOMES: dict[str, set[str]] = {
     "safetensors": {"analysis/basis/tables.py"},
     "tokenizers": {"data/tokenizer.py", "analysis/basis/tokens.py"},  # analysis may not import data
     "openTSNE": {"analysis/instruments/picture/map.py"},
-    "pydantic": {"config.py"},
-    "ruamel": {"config.py"},
+    "pydantic": {"config_files.py"},
+    "ruamel": {"config_files.py"},
     "optax": {"optimizer.py", "step.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
-LIGHT = {"__init__", "__main__", "cli", "config", "errors", "files", "host/__init__", "host/platform_flags"}
+LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}
+LIGHT |= {"host/__init__", "host/platform_flags"}
 NEVER = {"tensorflow", "torch", "absl", "clu"}
 
 

@@ -33,7 +33,8 @@ from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.examples import token_rows
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS
-from tiedjax.config import StudyConfig, flatten, to_tree
+from tiedjax.config import StudyConfig
+from tiedjax.config_files import flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 from tiedjax.tying import distinct
