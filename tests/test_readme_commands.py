@@ -75,7 +75,8 @@ RUN_HERE = {
 # The set-up commands, and what needs more than the test command installs.
 ELSEWHERE = {
     'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[tensorboard]" && .venv/bin/tiedjax study',
-    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
+    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && '
+    ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
     "pytest -m slow",  # the same
@@ -115,7 +116,9 @@ def shell(line: str, folder: Path) -> str:
     devices = 8 if "--mesh.fsdp 8" in line else 1
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(devices, PATH=path), **pipes)
+    process = subprocess.Popen(
+        ["bash", "-c", line], cwd=folder, env=environment(devices, plain=True, PATH=path), **pipes
+    )
     out, err = finish(process, seconds=280)
     assert "Traceback" not in out + err
     return out

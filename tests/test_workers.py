@@ -96,8 +96,9 @@ def test_runs_side_by_side_are_those_of_one_after_the_other(finished: Path, text
     assert_same_run(tmp_path / "untied", alone)
 
 
-def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path) -> None:
+def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread in a worker and one in a process of its own: the same bits; what was not given is refused."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # XLA compiles for the threads that it has
     big = {"model.d_model": 64, "model.d_ff": 256, "model.seq_len": 64, "data.batch_size": 16, "train.threads": 1}
     finish(side_by_side({tmp_path / "one": big}, text, threads=1))
     finish(start_commands([arguments(tmp_path / "own", text, big)]))
