@@ -20,12 +20,15 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent))  # where it is run as a program
 from small_study import small_study
 
+from tiedjax.analysis.basis.study_runs import LastTable
 from tiedjax.analysis.instruments.calibration import section as calibration
 from tiedjax.analysis.instruments.cooccurrence import section as cooccurrence
 from tiedjax.analysis.instruments.lens import section as lens
+from tiedjax.analysis.instruments.neighbours import section as neighbours
 from tiedjax.analysis.instruments.norms import section as norms
 from tiedjax.analysis.study.report import page_of
 from tiedjax.analysis.study.sections import SECTIONS
+from tiedjax.errors import UserError
 
 PAGE = Path(__file__).with_name("small_study.txt")
 FIGURES = Path(__file__).with_name("small_study_figures.txt")
@@ -109,6 +112,22 @@ def test_every_statement_has_the_name_of_its_claim() -> None:
         "tied_overconfident_on_frequent",
         "tied_follows_output_cooccurrence",
     ]
+
+
+def test_the_numbers_of_the_headline_and_of_the_changes_stand_under_their_roles() -> None:
+    results = small_study()
+    head, uncontrolled = results["headline"], results["headline"]["frequency_not_controlled"]
+    nearness = [head["vs_output"], head["vs_input"], uncontrolled["vs_output"], uncontrolled["vs_input"]]
+    assert [round(span["mean"], 3) for span in nearness] == [31.223, 31.213, 21.223, 21.213]
+    assert round(head["reference_input_vs_output"]["mean"], 3) == 31.112
+    changes = results["changes"]["tied-x5"]
+    assert [round(changes[f"vs_{role}"]["orthogonal"]["mean"], 3) for role in ("output", "input")] == [-0.15, 0.1]
+
+
+def test_too_few_rows_for_neighbours_are_refused() -> None:
+    table = LastTable("tied", 0, "shared", np.eye(3), np.ones((2, 3), np.int64), None)
+    with pytest.raises(UserError, match=r"^7 neighbours need more than 3 rows$"):
+        neighbours.Searches(7).of(table, np.ones(3, bool))
 
 
 # ---- What the small study does not come to
