@@ -151,15 +151,6 @@ def test_every_cell_names_its_column_for_a_narrow_screen(page):
     assert not [cell for cell in cells if not re.match(r'<td data-label="[^"<]+"', cell)]
 
 
-def test_results_without_histograms_of_rows_are_drawn_with_a_line_that_says_so(results, tmp_path):
-    old = json.loads(json.dumps(results))
-    for record in old["comparisons"]:
-        del record["histogram"]
-    sentence = "These results have no histogram of single rows; <code>tiedjax study</code> analyses again."
-    assert sentence in drawn(old, tmp_path)
-    assert sentence not in drawn(results, tmp_path)
-
-
 def test_it_is_drawn_from_a_single_run(tmp_path):
     study, runs = fake_study(seeds=(0,), steps=[0, 1, 400])
     found = summarize(study, {("untied", 0): runs["untied", 0]})

@@ -130,6 +130,15 @@ def test_too_few_rows_for_neighbours_are_refused() -> None:
         neighbours.Searches(7).of(table, np.ones(3, bool))
 
 
+def test_results_without_histograms_of_rows_are_drawn_with_a_line_that_says_so() -> None:
+    new, old = small_study(), small_study()
+    for record in old["comparisons"]:
+        del record["histogram"]
+    names = [{plot.name for plot in SECTIONS["align"].plots(results)} for results in (new, old)]
+    assert names[0] - names[1] == {"alignment_rows"}
+    assert "These results have no histogram of single rows; tiedjax study analyses again." in page_text(old)
+
+
 # ---- What the small study does not come to
 
 
