@@ -216,7 +216,8 @@ def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
 
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
-    """Redraws the report from results.json; returns the answer and where the report is."""
+    """Redraws the report from results.json; returns the answer, in this version's words, and where the report is."""
+    from tiedjax.analysis.study import words
     from tiedjax.analysis.study.report import refuse_other_results, write_report
     from tiedjax.analysis.study.sections import SECTIONS
 
@@ -231,7 +232,7 @@ def draw_report(out: Path, crew: Crew | None = None) -> str:
         drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
     if not crew or not crew.signal:
         write_report(results, out, drawings)
-    return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
+    return "\n".join([*words.answer(results), f"report: {out / 'report.html'}"])
 
 
 def draw_section(out: str, name: str) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import frequency_parts, strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
-from tiedjax.analysis.instruments.alignment.align import DRAWS, align, by_stratum, uncorrected
+from tiedjax.analysis.instruments.alignment.align import DRAWS, align, by_stratum, histogram, uncorrected
 from tiedjax.analysis.instruments.alignment.fitting import FITS
 from tiedjax.analysis.instruments.evolution.evolution import Trail
 from tiedjax.analysis.instruments.gradients.gradients import gradient_flow
@@ -201,6 +201,7 @@ def _compared(
             if final:
                 about["held_out"] = found.held_out[fit].score
                 about["paper"] = uncorrected(every.cosines[fit])
+                about["histogram"] = histogram(found.cosines[fit])
                 about["strata"] = to_plain(by_stratum(found.cosines[fit], alike.chance[fit], masks))
                 about[verdict.MAIN] = alike.scores[fit].corrected
             yield {**where, **roles, **about, **to_plain(score)}

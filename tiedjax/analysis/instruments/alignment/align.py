@@ -215,9 +215,18 @@ def uncorrected(cosines: np.ndarray) -> float:
 def distribution(cosines: np.ndarray) -> Distribution:
     """How the cosines of single rows are distributed, rows without a direction left out."""
     known = cosines[~np.isnan(cosines)]
-    counts, _ = np.histogram(known, BINS, (-1.0, 1.0))
     levels = {str(q): float(np.quantile(known, q / 100)) for q in QUANTILES} if len(known) else {}
-    return Distribution(levels, [int(n) for n in counts], bootstrap_mean(cosines))
+    return Distribution(levels, histogram(cosines), bootstrap_mean(cosines))
+
+
+def histogram(cosines: np.ndarray) -> list[int]:
+    """How many rows have a cosine in each of BINS equal bins over [-1, 1], rows without a direction left out.
+
+    >>> sum(histogram(np.array([0.5, -1.0, np.nan])))
+    2
+    """
+    counts, _ = np.histogram(cosines[~np.isnan(cosines)], BINS, (-1.0, 1.0))
+    return [int(n) for n in counts]
 
 
 def by_stratum(cosines: np.ndarray, chance: np.ndarray, strata: Mapping[str, np.ndarray]) -> dict[str, Stratum]:
