@@ -22,17 +22,23 @@ PICTURE = ROOT / "docs" / "quick_study.png"
 def save(study: Path, machine: str) -> None:
     """Keeps of a study what README shows, and the picture."""
     results = json.loads((study / "results.json").read_text(encoding="utf-8"))
-    kept = {name: results[name] for name in ("answer", "findings", "statements", "headline", "runs", "environment")}
-    kept["arms"] = words.arm_rows(results)
+    kept = {name: results[name] for name in ("statements", "headline", "runs", "environment")}
+    kept |= {"answer": words.answer(results), "columns": words.arm_columns(results), "arms": words.arm_rows(results)}
     kept["environment"]["machine"] = machine
     SAVED.parent.mkdir(parents=True, exist_ok=True)
     SAVED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     PICTURE.parent.mkdir(exist_ok=True)
-    shutil.copyfile(study / "figures" / "alignment.png", PICTURE)
+    shutil.copyfile(study / "figures" / "nearness.png", PICTURE)
 
 
-def block(results: dict[str, Any]) -> str:
-    """The Markdown between the two markers."""
+def answer(results: dict[str, Any]) -> str:
+    """The verdict in one sentence, and the picture."""
+    caption = "Nearness of the shared tables to the input and the output table of their untied twins"
+    return f"**{results['answer'][0]}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n"
+
+
+def findings(results: dict[str, Any]) -> str:
+    """The table of arms, the other findings, how sure they are, and what the study was."""
     environment = results["environment"]
     packages = environment["packages"]
     made = (
@@ -40,19 +46,19 @@ def block(results: dict[str, Any]) -> str:
         f"{environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
         f"flax {packages['flax']})"
     )
+    row = lambda cells: f"| {' | '.join(cells)} |"
     lines = [
-        f"![How near the tied table is to its untied twin's tables]({PICTURE.relative_to(ROOT)})\n",
-        f"> {results['answer']}\n>",
-        *(f"> {finding}\n>" for finding in results["findings"]),
-        f"> {words.basis(results)}\n",
-        "| arm | held-out loss, nats a token | against tied | nearness to untied output | to untied input |",
-        "|---|---|---|---|---|",
-        *("| " + " | ".join(row.values()) + " |" for row in results["arms"]),
-        "\nNearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation.",
-        words.testing(results),
-        f"The quick study: {made}.\n",
+        row(results["columns"].values()),
+        row("---" for _ in results["columns"]),
+        *(row(cells.values()) for cells in results["arms"]),
+        "",
+        *(f"* {finding}" for finding in results["answer"][1:]),
+        "",
+        "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation.",
+        f"{words.certainty(results)}",
+        f"The quick study: {made}.",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def costs() -> str:
@@ -168,7 +174,8 @@ def readme_with_blocks() -> str:
     """README.md as the saved results want it."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     study = json.loads(SAVED.read_text(encoding="utf-8"))
-    for name, content in [("quick study", block(study)), ("costs", costs()), ("GPU costs", gpu_costs())]:
+    blocks = {"answer": answer(study), "quick study": findings(study), "costs": costs(), "GPU costs": gpu_costs()}
+    for name, content in blocks.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
         before, rest = text.split(begin)
         text = before + begin + content + end + rest.split(end)[1]

@@ -31,7 +31,8 @@ import optax
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.config import RunConfig, to_tree
+from tiedjax.config import RunConfig
+from tiedjax.config_files import to_tree
 from tiedjax.cost import bench
 from tiedjax.host import platform_flags, process
 from tiedjax.lm import summed_loss

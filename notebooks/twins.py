@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import align, distinct, interval, knn, neighbours, seen_rows, shared, token_texts
+from tiedjax.analysis import align, distinct, fits_of, interval, knn, neighbours, seen_rows, shared, token_texts
 
 study = json.loads((STUDY / "results.json").read_text())["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
@@ -97,7 +97,7 @@ plt.show()
 
 # %%
 def nearness(x_VD, y_VD, fit="orthogonal"):
-    return align(x_VD, y_VD, fits=(fit,), rows=seen).alignment.scores[fit].corrected
+    return fits_of(x_VD, y_VD, fits=(fit,), rows=seen).scores[fit].corrected
 
 
 def dot(ax, at, values, color, **style):

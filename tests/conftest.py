@@ -7,7 +7,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NPROC"] = "2"  # threads of XLA: those that train.threads names by default
 
+import atexit
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,45 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from programs import TESTS
 from runs import arguments, write_text
 
 from tiedjax import cli, model
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def share_compiled_programs() -> None:
+    """What takes XLA long is compiled once for all processes of a session, which inherit the folder that the first one
+    makes, or the one that JAX was told of already.
+
+    Two may write one program at once: who finds half of it says nothing and compiles it anew. JAX does not tell apart
+    programs that XLA compiled for other numbers of threads: a test of threads must do without.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.TemporaryDirectory(prefix="tiedjax_compiled_")
+    atexit.register(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
+    jax.config.update("jax_compilation_cache_dir", folder.name)  # this process has read its environment already
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+share_compiled_programs()
+
+# The modules of `pytest -m quick`: laws and exact strings, no run, nothing compiled for a mesh.
+QUICK = {"test_analysis_align", "test_architecture", "test_config", "test_loss", "test_tying", "test_words"}
+assert all((TESTS / f"{name}.py").is_file() for name in QUICK)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not ask for
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in QUICK and "on_meshes" not in getattr(item, "fixturenames", ()):
+            item.add_marker("quick")
 
 
 def small_config(scheme: str = "tied", **changes: Any) -> RunConfig:

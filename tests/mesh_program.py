@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -15,6 +16,7 @@ from tiedjax import sharding, step, tying
 from tiedjax.config import DataConfig, MeshConfig, RunConfig
 
 
+@functools.cache
 def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Loss, every gradient, what the taps observe and every parameter after two steps, by path."""
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))

@@ -12,21 +12,25 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
+# XLA's option that leaves out what LLVM can do: twice as fast to compile, slower to run, and other last bits. For
+# programs that are only read, and for children that nobody compares bit by bit with processes that compile as users do.
+PLAIN = {"xla_backend_optimization_level": 0}
 
-def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """The environment of a child with this many fake CPU devices."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return {**os.environ, **flags, **more}
+
+def environment(devices: int = 1, *, plain: bool = False, **more: str) -> dict[str, str]:
+    """The environment of a child with this many fake CPU devices, which compiles as `PLAIN` says or as users do."""
+    flags = {"xla_force_host_platform_device_count": devices, **(PLAIN if plain else {})}
+    text = " ".join(f"--{name}={value}" for name, value in flags.items())
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": text, **more}
 
 
 def start(
-    args: Sequence[str | Path], *, devices: int = 1, cwd: Path = REPOSITORY, **more: str
+    args: Sequence[str | Path], *, devices: int = 1, cwd: Path = REPOSITORY, plain: bool = False, **more: str
 ) -> subprocess.Popen[str]:
-    """Starts `python ARGS` with its output piped."""
+    """Starts `python ARGS` in that environment with its output piped."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)], cwd=cwd, env=environment(devices, **more), text=True, **pipes
-    )
+    child = environment(devices, plain=plain, **more)
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=child, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen[str], *, seconds: float = 240, status: int = 0) -> tuple[str, str]:
@@ -53,7 +57,7 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: fl
 
 
 def tiedjax(
-    *args: str | Path, status: int = 0, devices: int = 1, cwd: Path = REPOSITORY, **more: str
+    *args: str | Path, status: int = 0, devices: int = 1, cwd: Path = REPOSITORY, plain: bool = False, **more: str
 ) -> tuple[str, str]:
     """Runs the command line and returns (standard output, standard error)."""
-    return finish(start(["-m", "tiedjax", *args], devices=devices, cwd=cwd, **more), status=status)
+    return finish(start(["-m", "tiedjax", *args], devices=devices, cwd=cwd, plain=plain, **more), status=status)

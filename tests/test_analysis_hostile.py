@@ -3,6 +3,7 @@ what it left out; never a warning, a traceback or a number that is none."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
 from pathlib import Path
@@ -61,12 +62,18 @@ def words(instrument: str, first: str, second: str) -> list[str]:
     return [instrument, *tables, *options.get(instrument, []), "--json", "out.json"]
 
 
-@pytest.mark.parametrize("form", [[], ["--paper"]], ids=["corrected", "paper"])
+def has_paper(instrument: str) -> bool:
+    parser = argparse.ArgumentParser()
+    INSTRUMENTS[instrument].add_arguments(parser)
+    return "--paper" in parser.format_help()
+
+
+FORMS = [(name, form) for name in TABLES for form in ([], ["--paper"]) if not form or has_paper(name)]
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("instrument", TABLES)
+@pytest.mark.parametrize(("instrument", "form"), FORMS, ids=["".join((name, *form)) for name, form in FORMS])
 def test_strange_tables(instrument, name, form, tmp_path, monkeypatch, capsys):
-    if form and not has_paper(instrument):
-        form = []
     monkeypatch.chdir(tmp_path)
     table = strange(name)
     np.save("strange.npy", table)
@@ -98,14 +105,6 @@ def test_strange_tables(instrument, name, form, tmp_path, monkeypatch, capsys):
         assert "nan" not in shown.lower().replace("strange", "")
     if name in ("fine", "integers", "a zero row"):
         assert line is None, line
-
-
-def has_paper(instrument: str) -> bool:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    INSTRUMENTS[instrument].add_arguments(parser)
-    return "--paper" in parser.format_help()
 
 
 @pytest.mark.parametrize("instrument", ["align", "knn", "spectral"])

@@ -164,6 +164,14 @@ def test_the_headline_is_the_paired_difference_of_scores_with_frequency_controll
     assert found["arms"]["tied"]["margin"]["shared"]["orthogonal"] == margin
 
 
+def test_every_final_comparison_says_how_its_rows_are_distributed(found):
+    for record in found["comparisons"]:
+        counts = np.array(record["histogram"])
+        assert counts.sum() == record["rows"]
+        middles = (np.arange(len(counts)) + 0.5) * 2 / len(counts) - 1
+        assert counts @ middles / counts.sum() == pytest.approx(record["score"], abs=0.02)
+
+
 def test_what_an_intervention_does_is_paired_by_seed(found):
     change = found["changes"]["tied-x5"]["vs_output"]["orthogonal"]
     cells = [found["arms"][arm]["alignment"]["shared"]["vs_output"]["orthogonal"] for arm in ("tied-x5", "tied")]
@@ -190,9 +198,9 @@ def test_losses_are_compared_with_the_baseline_by_seed(found):
 @pytest.mark.parametrize(
     ("mixes", "start", "verdict"),
     [
-        ((0.8, 0.6), "Yes. With", "holds"),
-        ((0.2, 0.6), "No, the opposite. With", "the opposite"),
-        ((0.5, 0.5), "Undecided. With", "undecided"),
+        ((0.8, 0.6), "Yes: with", "holds"),
+        ((0.2, 0.6), "No, the opposite: with", "the opposite"),
+        ((0.5, 0.5), "Undecided: with", "undecided"),
     ],
 )
 def test_the_answer_says_what_holds(mixes, start, verdict):

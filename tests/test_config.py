@@ -15,16 +15,9 @@ import pytest
 from programs import REPOSITORY
 
 from tiedjax import config, lm, study
-from tiedjax.config import (
-    RunConfig,
-    StudyConfig,
-    leaf_fields,
-    load_run_config,
-    parse_overrides,
-    read_yaml,
-    structure,
-    to_yaml,
-)
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config_errors import SYNONYMS, meant_key
+from tiedjax.config_files import Kind, find_config, load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -54,7 +47,7 @@ def test_every_config_loads_round_trips_and_has_shapes(path: Path, tmp_path: Pat
     cfg = load_run_config(path)
     assert load_run_config(written(tmp_path, to_yaml(cfg))) == cfg
     assert parameters(cfg) > 0
-    command = f"tiedjax train configs/{path.name}"
+    command = f"tiedjax train {path.stem} --"
     assert command in path.read_text(), "the header must say how the file is used"
 
 
@@ -67,7 +60,7 @@ def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path
         assert cfg.train.seed == seed
         assert parameters(cfg) > 0
     header = path.read_text().split("base:")[0]
-    assert "tiedjax study\n" in header or f"study configs/studies/{path.name}" in header
+    assert "tiedjax study\n" in header or f" study {path.stem}" in header
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -106,6 +99,48 @@ def test_the_model_sizes_are_those_of_olmo(name: str, L: int, D: int, F: int, mi
     assert cfg.model.vocab_size == 50280
     assert cfg.model.table_rows == 50304
     assert untied - tied == 50304 * cfg.model.d_model
+
+
+# ---- Finding them ----
+
+
+def test_a_config_is_found_by_its_bare_name_and_a_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("quick", "run") == REPOSITORY / "configs" / "quick.yaml"
+    assert find_config("quick", "study") == REPOSITORY / "configs" / "studies" / "quick.yaml"
+    (tmp_path / "quick").mkdir()  # a folder is no config
+    assert find_config("quick", "run") == REPOSITORY / "configs" / "quick.yaml"
+    (tmp_path / "quick").rmdir()
+    for given in ("quick", "quick.yaml", "./quick.yaml", str(tmp_path / "quick.yaml")):
+        Path(given).touch()
+        assert find_config(given, "run") == find_config(given, "study") == Path(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "says"),
+    [
+        (
+            "tinny",
+            "run",
+            "tinny: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, olmo_7b, "
+            "quick, tiny; did you mean 'tiny'?",
+        ),
+        (
+            "configs/olmo_7b.yaml",
+            "run",
+            "configs/olmo_7b.yaml: no such file, and no run config of that name; there are olmo_1b, olmo_300m, "
+            "olmo_60m, olmo_7b, quick, tiny; did you mean 'olmo_7b'?",
+        ),
+        ("xyz", "study", "xyz: no such file, and no study of that name; there are olmo_1b, quick, small"),
+    ],
+)
+def test_a_config_that_is_nowhere_is_refused_with_the_names_that_there_are(
+    given: str, kind: Kind, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        find_config(given, kind)
+    assert str(caught.value) == says
 
 
 # ---- Defaults and fields ----
@@ -252,6 +287,67 @@ def test_a_misspelt_name_gets_the_nearest_one(tmp_path: Path) -> None:
     line = complaint(written(tmp_path, "model:\n  norm: layer_norm\n"))
     for allowed in ("nonparametric_layernorm", "layernorm", "rmsnorm"):
         assert f"'{allowed}'" in line
+
+
+MEANT = {
+    "train.lr": "optimizer.learning_rate",
+    "optim.lr": "optimizer.learning_rate",
+    "model.max_lr": "optimizer.learning_rate",
+    "train.learning_rate": "optimizer.learning_rate",
+    "train.wd": "optimizer.weight_decay",
+    "train.warmup": "optimizer.warmup_steps",
+    "train.max_grad_norm": "optimizer.clip_norm",
+    "train.bs": "data.batch_size",
+    "train.batch": "data.batch_size",
+    "model.batch_size": "data.batch_size",
+    "data.seed": "train.seed",
+    "train.seeds": "train.seed",
+    "train.epochs": "train.steps",
+    "train.max_steps": "train.steps",
+    "train.stesp": "train.steps",
+    "trian.steps": "train.steps",
+    "model.dim": "model.d_model",
+    "model.hidden": "model.d_model",
+    "model.n_embd": "model.d_model",
+    "model.n_layer": "model.layers",
+    "model.num_attention_heads": "model.heads",
+    "model.ctx": "model.seq_len",
+    "data.context": "model.seq_len",
+    "data.seq": "model.seq_len",
+    "model.max_seq_len": "model.seq_len",
+    "model.max_position_embeddings": "model.seq_len",
+    "data.vocab": "model.vocab_size",
+    "model.tie_word_embeddings": "tying.scheme",
+    "train.z": "train.z_loss",
+    "train.checkpoints": "train.checkpoint_every",
+    "train.eval": None,  # every or batches
+    "optimizer.min_lr": None,
+    "model.dropout": None,
+    "model.size": None,
+    "train.foo": None,
+}
+
+
+@pytest.mark.parametrize("key", MEANT)
+def test_an_unknown_key_gets_the_one_that_was_meant_or_none(key: str, tmp_path: Path) -> None:
+    section, name = key.split(".")
+    path = written(tmp_path, f"{section}:\n  {name}: 3\n")
+    shown = section if section in ("trian", "optim") else key  # the first thing that is wrong
+    meant = {"trian": "train", "optim": "optimizer"}.get(section, MEANT[key])
+    assert complaint(path) == f"{path}: unknown key {shown!r}" + (f"; did you mean {meant!r}?" if meant else "")
+    assert meant_key(key, [f.key for f in leaf_fields(RunConfig)]) == MEANT[key]
+
+
+def test_the_synonyms_name_keys_that_there_are_and_one_each() -> None:
+    keys = [f.key for f in leaf_fields(RunConfig)]
+    others = ["train", "optimizer", "out"]
+    assert set(SYNONYMS) <= {*keys, *others}
+    words = [word for words in SYNONYMS.values() for word in words]
+    assert len(set(words)) == len(words)
+    assert not set(words) & {key.split(".")[1] for key in keys}
+    for key, its_words in SYNONYMS.items():
+        for word in its_words:
+            assert meant_key(f"train.{word}", [*keys, *others]) == key, word
 
 
 def test_an_error_of_the_file_is_not_blamed_on_the_overrides(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Laws of preparation: the same shards whoever makes them, and nothing that looks finished before it is."""
 
 import argparse
+import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from tiedjax.config import DataConfig
 from tiedjax.data import command, shards
 from tiedjax.data.folders import locked
 from tiedjax.data.prepare import prepare
-from tiedjax.data.prepared import Prepared, load_prepared
+from tiedjax.data.prepared import Prepared, Segment, load_prepared
 from tiedjax.data.tokenizer import END_MARKER, end_id, load_tokenizer, train_bpe
 from tiedjax.errors import UserError
 
@@ -216,40 +218,124 @@ def test_shards_and_tokenizers_that_changed_are_refused(tmp_path: Path) -> None:
         load_prepared(tmp_path / "out")
 
 
+NOT_THERE = object()
+DAMAGES: dict[str, tuple[dict[str, object], str]] = {
+    "no documents": ({"documents": NOT_THERE}, "lacks documents"),
+    "no key and end": ({"key": NOT_THERE, "end_id": NOT_THERE}, "lacks key, end_id"),
+    "no split": ({"segments": {"train": []}}, "does not say which tokens belong to which split"),
+    "no list": ({"segments": 3}, "does not say which tokens belong to which split"),
+    "half a segment": (
+        {"segments": {"train": [{"file": "train-00000.npy"}], "eval": []}},
+        "does not say which tokens belong to which split",
+    ),
+    "text for numbers": (
+        {"segments": {"train": [dict.fromkeys((f.name for f in dataclasses.fields(Segment)), "1")], "eval": []}},
+        "does not say which tokens belong to which split",
+    ),
+    "no JSON": ({}, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_meta_json_is_one_line(damage: str, tmp_path: Path) -> None:
+    corpus(tmp_path / "a.jsonl")
+    prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
+    path, (changes, says) = tmp_path / "out" / "meta.json", DAMAGES[damage]
+    meta = json.loads(path.read_text()) | changes
+    text = json.dumps({key: value for key, value in meta.items() if value is not NOT_THERE})
+    path.write_text(text if changes else text[:-1])
+    with pytest.raises(UserError) as caught:
+        load_prepared(tmp_path / "out")
+    assert str(caught.value) == f"{path}: {says}; remove the folder and prepare the data again"
+
+
+def test_damaged_counts_are_one_line_and_made_again_once_removed(tmp_path: Path) -> None:
+    corpus(tmp_path / "a.jsonl")
+    prepared = prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
+    counts = prepared.token_counts(16, V)
+    path, size = tmp_path / "out" / "counts-16.npy", prepared.vocab_size
+    whole = path.read_bytes()
+    np.save(tmp_path / "other.npy", np.zeros((2, 3), np.int64))
+    for damaged in (b"", b"rubbish", whole[:-8], (tmp_path / "other.npy").read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError) as caught:
+            prepared.token_counts(16, V)
+        says = f"{path}: is damaged: it holds no int64 [2, {size}]; remove it and it is made again"
+        assert str(caught.value) == says
+    path.unlink()
+    np.testing.assert_array_equal(prepared.token_counts(16, V), counts)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("options", "vocab_size", "message"),
     [
-        ({}, 200, r"model.vocab_size: a byte-level BPE needs at least 257, got 200"),
-        ({"tokenizer": "{tmp}/nowhere.json"}, V, r"data.tokenizer: .*nowhere.json: cannot be read: No such file"),
-        ({"tokenizer": "{tmp}/a.jsonl"}, V, r"a.jsonl: not a tokenizer.json"),
-        ({"tokenizer": "{tmp}/config.json"}, V, r"config.json: not a tokenizer.json: it has no 'model'"),
-        ({"tokenizer": "{tmp}/large.json"}, 280, r"model.vocab_size: 280 is less than the 300 token ids of .*large"),
-        ({"cache": "{tmp}/a.jsonl/cache"}, V, r"cannot be written: Not a directory"),
-        ({"source": "text:{tmp}/one.txt"}, V, r"too little text: 1 distinct document"),
-        ({"source": "prepared:{tmp}/none"}, V, r"none: holds no prepared data"),
+        ({}, 200, "model.vocab_size: a byte-level BPE needs at least 257, got 200"),
+        (
+            {"tokenizer": "{tmp}/nowhere.json"},
+            V,
+            "data.tokenizer: {tmp}/nowhere.json: cannot be read: No such file or directory; give 'bpe' or the path of "
+            "a tokenizer.json",
+        ),
+        (
+            {"tokenizer": "{tmp}/two.json"},
+            V,
+            "{tmp}/two.json: not a tokenizer.json: Extra data: line 2 column 1 (char 3)",
+        ),
+        (
+            {"tokenizer": "{tmp}/config.json"},
+            V,
+            "{tmp}/config.json: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)",
+        ),
+        (
+            {"tokenizer": "{tmp}/large.json"},
+            280,
+            "model.vocab_size: 280 is less than the 300 token ids of {tmp}/large.json",
+        ),
+        (
+            {"cache": "{tmp}/a.jsonl/cache"},
+            V,
+            "{tmp}/a.jsonl/cache/prepared/KEY: cannot be written: Not a directory; name another folder",
+        ),
+        (
+            {"source": "text:{tmp}/one.txt"},
+            V,
+            "data.source: text:{tmp}/one.txt: too little text: 1 distinct document(s), and one has to be held out; "
+            "give several files, .jsonl lines, or parts separated by <|endoftext|>",
+        ),
+        (
+            {"source": "prepared:{tmp}/none"},
+            V,
+            "{tmp}/none: holds no prepared data; make some with: tiedjax data prepare",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, options: dict[str, str], vocab_size: int, message: str) -> None:
     corpus(tmp_path / "a.jsonl")
     (tmp_path / "one.txt").write_text("a single document")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "two.json").write_text("{}\n{}")
     (tmp_path / "large.json").write_text(train_bpe(["many words " * 9] + [f"w{i}" for i in range(200)], 300).to_str())
     options = {key: value.format(tmp=tmp_path) for key, value in options.items()}
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path, **options), vocab_size, report=quiet)
-    assert "\n" not in str(caught.value)
+    assert re.sub(r"/[0-9a-f]{20}:", "/KEY:", str(caught.value)) == message.format(tmp=tmp_path)
 
 
 def test_out_never_overwrites_what_it_did_not_make(tmp_path: Path) -> None:
     corpus(tmp_path / "a.jsonl")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="mine: exists and holds no prepared data"):
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path), V, report=quiet, out=tmp_path / "mine")
+    assert str(caught.value) == f"{tmp_path}/mine: exists and holds no prepared data; name an empty or a new folder"
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
     prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
-    with pytest.raises(UserError, match="out: holds data prepared with other options"):
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path, holdout=0.5), V, report=quiet, out=tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/out: holds data prepared with other options; remove it or name another folder"
+    )
 
 
 def test_any_text_survives_the_tokenizer() -> None:

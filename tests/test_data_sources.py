@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,41 +72,57 @@ def test_long_plain_text_is_cut_without_loss(tmp_path: Path, monkeypatch: pytest
 
 
 BAD_TEXT = {
-    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad.jsonl: line 2: not JSON"),
-    "list.jsonl": (b"[1]\n", r"list.jsonl: line 1: no text in field 'text'; it is not an object"),
-    "field.jsonl": (b'{"body": "a"}\n', r"field.jsonl: line 1: no text in field 'text'; its fields are body"),
-    "latin.txt": ("ok\nä".encode("latin-1"), r"latin.txt: line 2: not UTF-8"),
-    "cut.txt.gz": (gzip.compress(os.urandom(9999))[:-20], r"cut.txt.gz: "),
-    "not.txt.gz": (b"hello", r"not.txt.gz: cannot be read after line 0: Not a gzipped file"),
-    "cut.txt.zst": (zstandard.compress(b"lines\n" * 99999)[:-5], r"cut.txt.zst: .*cut short"),
-    "not.txt.zst": (b"hello", r"not.txt.zst: .*not valid zstd"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON: Expecting value at column 1"),
+    "list.jsonl": (b"[1]\n", "line 1: no text in field 'text'; it is not an object (see data.text_field)"),
+    "field.jsonl": (b'{"body": "a"}\n', "line 1: no text in field 'text'; its fields are body (see data.text_field)"),
+    "latin.txt": ("ok\nä".encode("latin-1"), "line 2: not UTF-8 text: unexpected end of data at byte 0"),
+    "not.txt.gz": (b"hello", "cannot be read after line 0: Not a gzipped file (b'he')"),
+}
+# Where and why a packed file breaks off is told in the words of its library.
+BROKEN_OFF = {
+    "cut.txt.gz": (gzip.compress(b"lines\n" * 99999)[:-20], r"cannot be read after line \d+: Compressed file ended .*"),
+    "cut.txt.zst": (zstandard.compress(b"lines\n" * 99999)[:-5], r"cannot be read after line \d+: .* is cut short"),
+    "not.txt.zst": (b"hello", r"cannot be read after line 0: not valid zstd: .*"),
 }
 
 
-@pytest.mark.parametrize("name", BAD_TEXT)
+@pytest.mark.parametrize("name", [*BAD_TEXT, *BROKEN_OFF])
 def test_bad_text_is_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
-    content, message = BAD_TEXT[name]
+    content, message = (BAD_TEXT | BROKEN_OFF)[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         read(f"text:{tmp_path}/{name}", tmp_path)
-    assert "\n" not in str(caught.value)
+    where, what = str(caught.value).split(": ", 1)
+    assert where == str(tmp_path / name)
+    assert what == message if name in BAD_TEXT else re.fullmatch(message, what)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("text:{tmp}/*.nothing", "missing corpus: no file matches"),
-        ("text:{tmp}", "it is a folder; name its files"),
-        ("txet:a", "none of embedded.*did you mean 'text'"),
-        ("text:", "none of embedded"),
-        ("tfds:embeded_nothing", "TFDS knows no such dataset"),
-        ("tfds:bad name", "data.source: tfds:bad name"),
+        ("text:{tmp}/*.nothing", "missing corpus: no file matches '{tmp}/*.nothing'; give a path or a glob of files"),
+        (
+            "text:{tmp}",
+            "missing corpus: no file matches '{tmp}'; it is a folder; name its files, such as '{tmp}/*'",
+        ),
+        (
+            "txet:a",
+            "'txet:a' is none of embedded, tfds:NAME[/CONFIG], text:GLOB, tokens:GLOB, prepared:DIR; did you mean "
+            "'text'?",
+        ),
+        ("corpus", "'corpus' is none of embedded, tfds:NAME[/CONFIG], text:GLOB, tokens:GLOB, prepared:DIR"),
+        ("tfds:embeded_nothing", "tfds:embeded_nothing: TFDS knows no such dataset, and none is prepared"),
+        (
+            "tfds:mnst",
+            "tfds:mnst: TFDS knows no such dataset, and none is prepared; did you mean 'mnist'?",
+        ),
+        ("tfds:bad name", "tfds:bad name: Parsing builder name string bad name failed."),
     ],
 )
 def test_a_source_that_is_not_there_is_one_line(tmp_path: Path, source: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         read(source.format(tmp=tmp_path), tmp_path)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == f"data.source: {message.format(tmp=tmp_path)}"
 
 
 def test_a_dataset_that_cannot_be_downloaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,11 +192,20 @@ def test_token_files_are_cut_behind_an_end_marker_where_it_is_known(tmp_path: Pa
 
 
 BAD_TOKENS = {
-    "odd.npy": (b"\x01\x00\x02", r"3 bytes are no whole number of raw uint16"),
-    "empty.npy": (b"", r"holds no tokens"),
-    "large.npy": (np.array([1, 77], np.uint16).tobytes(), r"token id 77 does not fit model.vocab_size 50"),
-    "wide.npy": (np.arange(40, dtype=np.uint32).tobytes(), r"these are uint32 tokens; name the file .u32"),
-    "broken.npy": (b"\x93NUMPY\x01", r"broken.npy: cannot be read as tokens"),
+    "odd.npy": (b"\x01\x00\x02", "3 bytes are no whole number of raw uint16 tokens"),
+    "empty.npy": (b"", "holds no tokens"),
+    "large.npy": (
+        np.array([1, 77], np.uint16).tobytes(),
+        "token id 77 does not fit model.vocab_size 50 (read as uint16; ids are 0 .. 49)",
+    ),
+    "wide.npy": (
+        np.arange(40, dtype=np.uint32).tobytes(),
+        "every second uint16 is 0, so these are uint32 tokens; name the file .u32 or .uint32",
+    ),
+    "broken.npy": (
+        b"\x93NUMPY\x01",
+        "cannot be read as tokens: EOF: reading magic string, expected 8 bytes got 7",
+    ),
 }
 
 
@@ -188,18 +214,19 @@ def test_bad_tokens_are_one_line_that_names_the_file(tmp_path: Path, name: str) 
     content, message = BAD_TOKENS[name]
     (tmp_path / name).write_bytes(content)
     data = DataConfig(source=f"tokens:{tmp_path}/{name}", cache=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError) as caught:
         prepare(data, 50, report=lambda line: None)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == f"{tmp_path}/{name}: {message}"
 
 
 def test_tokens_of_the_wrong_kind_and_limits_that_cannot_hold(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", np.zeros((4, 4)))
-    with pytest.raises(UserError, match="float64"):
+    np.save(tmp_path / "a.npy", np.zeros((4, 3)))
+    with pytest.raises(UserError) as caught:
         prepare(DataConfig(source=f"tokens:{tmp_path}/a.npy", cache=str(tmp_path)), 50, report=print)
-    with pytest.raises(UserError, match=r"data.max_documents"):
+    assert str(caught.value) == f"{tmp_path}/a.npy: holds float64 [4, 3]; tokens are one row of integers"
+    with pytest.raises(UserError) as caught:
         prepare(DataConfig(source=f"tokens:{tmp_path}/a.npy", max_documents=5, cache=str(tmp_path)), 50, report=print)
+    assert str(caught.value) == "data.max_documents: tokens: sources are read whole; name fewer files"
 
 
 def test_the_standard_library_is_whole_and_without_its_tests() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -24,8 +25,10 @@ from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_com
 import tiedjax
 from tiedjax import cli, load_run, loop, metrics
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import ModelConfig, RunConfig, load_run_config, to_tree, to_yaml
+from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
+from tiedjax.errors import TrainingError, UserError
 from tiedjax.sharding import make_mesh
 from tiedjax.step import decided
 
@@ -75,6 +78,22 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
         assert ("eval_loss" in row) == (row["step"] == STEPS)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert not [p for p in finished.rglob("*") if "tmp" in p.name and "tensorboard" not in p.parts]
+
+
+def test_a_tokenizer_appears_whole_or_not_at_all(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(temporary: Path, path: Path) -> None:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        temporary.rename(path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    prepared = SimpleNamespace(tokenizer_path=finished / "tokenizer.json")
+    with pytest.raises(UserError) as caught:
+        loop._describe(RunConfig(), tmp_path, prepared, np.zeros((2, 3), np.int64))  # type: ignore[arg-type]
+    assert str(caught.value) == f"{tmp_path / 'tokenizer.json'}: cannot be written: No space left on device"
+    assert [path.name for path in tmp_path.iterdir()] == ["token_counts.npy"]
 
 
 def test_load_run_reads_what_the_contract_names(finished: Path) -> None:
@@ -520,12 +539,14 @@ with sole_writer(pathlib.Path({str(out)!r})):
     try:
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        assert "another process is writing this run" in refused(arguments(out, text), capsys)
+        assert refused(arguments(out, text), capsys) == (
+            f"tiedjax: {out}: another process is writing this run; wait for it or choose another --out\n"
+        )
     finally:
         holder.kill()  # a hold must not outlive its process
         holder.communicate(timeout=30)
     assert cli.main(arguments(out, text)) == 0
-    assert "nothing to do, 8 of 8 steps are done" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"{out.name}: nothing to do, 8 of 8 steps are done\n")
 
 
 @pytest.mark.parametrize(
@@ -542,7 +563,9 @@ def test_another_config_in_the_same_directory_is_refused(
     finished: Path, text: Path, capsys: pytest.CaptureFixture[str], key: str, value: str, shown: str
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert shown in refused(arguments(finished, text, {key: value}), capsys)
+    assert refused(arguments(finished, text, {key: value}), capsys) == (
+        f"tiedjax: {finished}: holds a run with {shown}; choose another --out or go back to it\n"
+    )
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == {
         path: time for path, time in before.items() if path.name != ".lock"
     }
@@ -574,35 +597,42 @@ def test_other_text_under_the_same_name_is_refused(tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert cli.main(arguments(out, own)) == 2
     err = capsys.readouterr().err
-    assert "was trained on another data" in err
-    assert err.count("\n") == 1
+    assert err == (
+        f"tiedjax: {out / 'checkpoints' / '1'}: was trained on other data; bring that back or choose another --out\n"
+    )
     assert {name: (out / name).read_bytes() for name in kept} == kept
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "says"),
     [
-        {"optimizer.learning_rate": 1e37},  # the loss of step 2 is NaN
-        {"optimizer.learning_rate": 1e37, "optimizer.weight_decay": 1e6},  # that of step 1 is not, its update is
+        ({"optimizer.learning_rate": 1e37}, "step 2: the update is not finite"),
+        ({"optimizer.learning_rate": 1e37, "optimizer.weight_decay": 1e6}, "step 1: the update is not finite"),
     ],
-    ids=["loss", "update"],
 )
 def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, float], says: str
 ) -> None:
     out = tmp_path / "run"
     argv = arguments(out, text, {**changes, "optimizer.warmup_steps": 0, "train.checkpoint_every": 1})
     capsys.readouterr()
     assert cli.main(argv) == 1
     err = capsys.readouterr().err
-    assert err.startswith("tiedjax: step ")
-    assert "learning_rate" in err
-    assert err.count("\n") == 1
+    assert err == f"tiedjax: {says}; try a lower optimizer.learning_rate\n"
     for step in (out / "checkpoints").iterdir():
         state = saved_state(out, int(step.name))
         assert all(np.isfinite(leaf).all() for leaf in state.values()), f"checkpoint {step.name}"
     for step in (out / "snapshots").iterdir():
         assert np.isfinite(tiedjax.load_run(out).tables(int(step.name)).input).all(), f"snapshot {step.name}"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    recorder = loop._Recorder(RunConfig(), tmp_path, "run", 2)
+    recorder.record(3, {"loss": jnp.array(jnp.nan)}, deciles=False)
+    with pytest.raises(TrainingError) as caught:
+        recorder.flush(None)
+    assert str(caught.value) == "step 3: the loss is nan; try a lower optimizer.learning_rate"
+    recorder.close()
 
 
 def test_the_resolved_config_is_saved(finished: Path, text: Path) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from loss_program import MESHES, B, D, T, V
+from loss_program import MESHES, B, D, T, V, powers
 from programs import TESTS, finish, start
 
 from tiedjax import loss
@@ -69,6 +69,19 @@ def test_loss_and_gradients_agree_with_scipy(
     np.testing.assert_allclose(weight, arrays[3][arrays[2] >= 0].sum(), rtol=1e-14)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scale", [1.0, 100.0])  # a largest logit far above the target's: the shift must move
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_powers_in_place_of_logits_give_the_same(
+    scale: float, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "kernel_for", lambda *_: powers)
+    h_BTD, *others = example()
+    arrays = (scale * h_BTD, *others)
+    for found, wanted in zip(fused(*arrays, z_loss=1e-2, chunk=chunk), oracle(*arrays, z_loss=1e-2), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_maximum_and_sum_in_one_pass_are_those_of_two(scale: float) -> None:
     """For logits far apart too, where a sum must be corrected at every larger maximum, up to the last."""
@@ -81,22 +94,29 @@ def test_maximum_and_sum_in_one_pass_are_those_of_two(scale: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "tokens", "rows", "width", "chunk", "expected"),
+    ("platform", "tokens", "table", "itemsize", "chunk", "expected"),
     [
-        ("gpu", 32_768, 50_304, 384, None, 8),  # 8 x 4,096 tokens
-        ("tpu", 32_768, 50_304, 384, None, 16),  # 16 x 2,048; the fewest that fit would be 13 x 2,521
-        ("cpu", 2_048, 4_096, 128, None, 16),
-        ("gpu", 1_001, 50_304, 384, None, 1),
-        ("tpu", 7 * 1_009, 50_304, 384, None, 3),  # nothing divides it
-        ("gpu", 32_768, 50_304, 384, 2_521, 13),  # as asked
+        ("gpu", 32_768, (50_304, 384), 4, None, 8),  # 8 x 4,096 tokens
+        ("gpu", 32_768, (50_304, 384), 2, None, 4),  # what the kernel leaves of their logits
+        ("tpu", 32_768, (50_304, 384), 4, None, 16),  # 16 x 2,048; the fewest that fit would be 13 x 2,521
+        ("cpu", 2_048, (4_096, 128), 4, None, 16),
+        ("gpu", 1_001, (50_304, 384), 4, None, 1),
+        ("tpu", 7 * 1_009, (50_304, 384), 4, None, 3),  # nothing divides it
+        ("gpu", 32_768, (50_304, 384), 4, 2_521, 13),  # as asked
     ],
 )
 def test_chunks_fill_the_tiles_of_matrix_units(
-    platform: str, tokens: int, rows: int, width: int, chunk: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+    platform: str,
+    tokens: int,
+    table: tuple[int, int],
+    itemsize: int,
+    chunk: int | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Layout, "platform", platform)
     spec = loss._Spec(0.0, None, chunk, Layout(), loss.row_sums("scatter", platform))
-    assert spec.chunks(tokens, (rows, width)) == expected
+    assert spec.chunks(tokens, table, itemsize) == expected
 
 
 @pytest.mark.usefixtures("float64")
@@ -116,14 +136,16 @@ def test_float32_and_chunk_sizes() -> None:
         assert max(map(relative, fused(*arrays, chunk=chunk), map(np.asarray, whole))) < 1e-6
 
 
+@pytest.mark.parametrize("by", ["logits", "powers"])
 @pytest.mark.parametrize("chunk", [16, 256])
-def test_bfloat16_operands_give_a_float32_table_gradient(chunk: int) -> None:
+def test_bfloat16_operands_give_a_float32_table_gradient(chunk: int, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "kernel_for", lambda *_: powers if by == "powers" else None)
     h_BTD, U_VD, *about = example(8, 32, 500, 64)
     U_VD = U_VD.astype(np.float32) / 8
-    loss, dh_BTD, dU_VD = fused(h_BTD.astype("bfloat16"), U_VD, *about, chunk=chunk)
-    assert (loss.dtype, dh_BTD.dtype, dU_VD.dtype) == (np.float32, jnp.bfloat16, np.float32)
+    total, dh_BTD, dU_VD = fused(h_BTD.astype("bfloat16"), U_VD, *about, chunk=chunk)
+    assert (total.dtype, dh_BTD.dtype, dU_VD.dtype) == (np.float32, jnp.bfloat16, np.float32)
     wanted = oracle(h_BTD.astype("bfloat16"), U_VD.astype("bfloat16"), *about)
-    assert relative(loss, wanted[0]) < 1e-6
+    assert relative(total, wanted[0]) < 1e-6
     assert relative(dU_VD, wanted[2]) < 1e-3
     assert np.linalg.norm(dU_VD - wanted[2]) < 2e-3 * np.linalg.norm(wanted[2])
 
@@ -155,7 +177,7 @@ def test_logits_exist_for_a_chunk_at_a_time_and_three_products_are_all() -> None
 
 @pytest.fixture(scope="module")
 def on_meshes() -> dict[str, Any]:
-    out, _ = finish(start([TESTS / "loss_program.py"], devices=8), seconds=280)
+    out, _ = finish(start([TESTS / "loss_program.py"], devices=8, plain=True), seconds=280)
     return json.loads(out)
 
 
@@ -163,6 +185,8 @@ def test_on_every_mesh_it_is_the_definition(on_meshes: dict[str, Any]) -> None:
     assert len(on_meshes["float64"]) == 2 * 2 * len(MESHES)
     assert max(on_meshes["float64"].values()) < 1e-12
     assert max(on_meshes["float32"].values()) < 1e-5
+    assert set(on_meshes["powers"]) == {str(shape) for shape in MESHES}
+    assert max(on_meshes["powers"].values()) < 1e-12
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -14,6 +14,7 @@ import pytest
 from programs import finish, start
 
 from tiedjax import study
+from tiedjax.config_files import packaged_configs
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.host import process
 
@@ -189,7 +190,7 @@ def test_a_study_asks_for_one_folder_before_it_writes(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(process, "refuse_unshared", refuse)
     with pytest.raises(UserError, match="study"):
-        study.run_study(study.load_study(study.quick_study()), tmp_path / "study")
+        study.run_study(study.load_study(packaged_configs("study")["quick"]), tmp_path / "study")
     assert list(tmp_path.iterdir()) == []
 
 

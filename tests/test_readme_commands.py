@@ -20,24 +20,25 @@ SHORT = "--train.steps 6 --train.eval_batches 1"
 STUDY = "tiedjax study STUDY.yaml --out study"
 PAIR = "study/runs/tied-0 study/runs/untied-0#output"
 MADE = {
-    "tiedjax study [STUDY.yaml] [--out DIR]": [
+    "tiedjax study [STUDY] [--out DIR]": [
         "study/report.html",
         "study/results.json",
         "study/runs/tied-1/metrics.jsonl",
     ],
-    "tiedjax train CONFIG.yaml [--out DIR]": ["run/config.yaml", "run/metrics.jsonl", "run/checkpoints/6"],
-    "tiedjax bench CONFIG.yaml [--steps N] [--json FILE]": ["bench.json"],
+    "tiedjax train CONFIG [--out DIR]": ["run/config.yaml", "run/metrics.jsonl", "run/checkpoints/6"],
+    "tiedjax bench CONFIG [--steps N] [--json FILE]": ["bench.json"],
     "tiedjax data prepare SOURCE --out DIR": ["prepared/tokenizer.json"],
     "tiedjax analyze INSTRUMENT ...": ["norms.json"],
-    "tiedjax train CONFIG.yaml --profile-steps A:B": ["traced/profile/plugins"],
+    "tiedjax train CONFIG --profile-steps A:B": ["traced/profile/plugins"],
+    "tiedjax train tiny --out runs/mine": ["runs/mine/checkpoints/6"],
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": ["runs/two/checkpoints/6"],
 }
 
 # README's command: the same with its placeholders filled in, and with what keeps it short.
 RUN_HERE = {
-    "tiedjax study [STUDY.yaml] [--out DIR]": STUDY,
-    "tiedjax train CONFIG.yaml [--out DIR]": f"tiedjax train CONFIG.yaml --out run {SHORT}",
-    "tiedjax bench CONFIG.yaml [--steps N] [--json FILE]": "tiedjax bench CONFIG.yaml --steps 3 --json bench.json",
+    "tiedjax study [STUDY] [--out DIR]": STUDY,
+    "tiedjax train CONFIG [--out DIR]": f"tiedjax train CONFIG.yaml --out run {SHORT}",
+    "tiedjax bench CONFIG [--steps N] [--json FILE]": "tiedjax bench CONFIG.yaml --steps 3 --json bench.json",
     "tiedjax data prepare SOURCE --out DIR": (
         "tiedjax data prepare 'text:*.jsonl' --out prepared --vocab-size 300 --holdout 0.1"
     ),
@@ -45,9 +46,11 @@ RUN_HERE = {
     "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/tied-0 --against study/runs/untied-0",
     "tiedjax report DIR": "tiedjax report study",
     "tiedjax train --help": "tiedjax train --help",
-    "tiedjax train CONFIG.yaml --profile-steps A:B": (
-        f"tiedjax train CONFIG.yaml --profile-steps 2:3 --out traced {SHORT}"
+    "tiedjax train tiny --out runs/mine": (
+        f"tiedjax train tiny --out runs/mine {SHORT} --data.source 'text:*.jsonl' --data.holdout 0.1 "
+        "--model.vocab_size 320"
     ),
+    "tiedjax train CONFIG --profile-steps A:B": (f"tiedjax train CONFIG.yaml --profile-steps 2:3 --out traced {SHORT}"),
     "--train.steps 200 --tying.scheme untied --mesh.fsdp 8": (
         f"tiedjax train CONFIG.yaml --out options {SHORT} --tying.scheme untied --mesh.fsdp 8"
     ),
@@ -72,9 +75,10 @@ RUN_HERE = {
 # The set-up commands, and what needs more than the test command installs.
 ELSEWHERE = {
     'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[tensorboard]" && .venv/bin/tiedjax study',
-    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest',
+    'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && '
+    ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
-    "tiedjax compile CONFIG.yaml --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
+    "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
     "pytest -m slow",  # the same
 }
 
@@ -112,7 +116,9 @@ def shell(line: str, folder: Path) -> str:
     devices = 8 if "--mesh.fsdp 8" in line else 1
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(devices, PATH=path), **pipes)
+    process = subprocess.Popen(
+        ["bash", "-c", line], cwd=folder, env=environment(devices, plain=True, PATH=path), **pipes
+    )
     out, err = finish(process, seconds=280)
     assert "Traceback" not in out + err
     return out

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from programs import REPOSITORY, finish, start, until
-from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands, write_config
+from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands, write_config, write_text
 
 from tiedjax import load_run, study
 from tiedjax.cli import main
-from tiedjax.config import load_run_config, to_tree
+from tiedjax.config_files import load_run_config, to_tree
 from tiedjax.errors import UserError
 from tiedjax.host.workers import Crew, Task
 
@@ -96,8 +96,9 @@ def test_runs_side_by_side_are_those_of_one_after_the_other(finished: Path, text
     assert_same_run(tmp_path / "untied", alone)
 
 
-def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path) -> None:
+def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One thread in a worker and one in a process of its own: the same bits; what was not given is refused."""
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # XLA compiles for the threads that it has
     big = {"model.d_model": 64, "model.d_ff": 256, "model.seq_len": 64, "data.batch_size": 16, "train.threads": 1}
     finish(side_by_side({tmp_path / "one": big}, text, threads=1))
     finish(start_commands([arguments(tmp_path / "own", text, big)]))
@@ -179,8 +180,10 @@ def test_no_worker_outlives_its_parent(text: Path, tmp_path: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_stopped_study_says_so_and_keeps_every_state(text: Path, tmp_path: Path) -> None:
-    """The whole command: exit status 143, and the sentence that says what continues it."""
+def test_a_stopped_study_says_so_and_keeps_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole command: what it is at, exit status 143, and the sentence that says what continues it."""
+    monkeypatch.setenv("TIEDJAX_CACHE", str(tmp_path / "cache"))
+    text = write_text(tmp_path / "text.jsonl")
     write_config(tmp_path / "config.yaml", text, ENDLESS)
     arms = "{untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}"
     (tmp_path / "study.yaml").write_text(f"base: config.yaml\narms: {arms}\nseeds: [0]\n")
@@ -190,7 +193,10 @@ def test_a_stopped_study_says_so_and_keeps_every_state(text: Path, tmp_path: Pat
     until(lambda: min(map(lines, runs)) >= 3, process)
     process.send_signal(signal.SIGTERM)
     stdout, stderr = finish(process, seconds=60, status=128 + signal.SIGTERM)
+    assert stdout.startswith(f"preparing text:{text} ...\nscan: ")
+    assert stdout.count("preparing ") == 1
     assert "run 1 of 2: untied-0\nrun 2 of 2: tied-0\n" in stdout
+    assert [stdout.count(f"\n{run.name}: compiling the train step ...\n") for run in runs] == [1, 1]
     assert stderr == "tiedjax: stopped by SIGTERM; the same command continues from there\n"
     assert [len(load_run(run).checkpoint_steps) for run in runs] == [1, 1]
     assert not (out / "results.json").exists()

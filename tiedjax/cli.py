@@ -13,19 +13,61 @@ from typing import Any, NoReturn
 
 import tiedjax
 from tiedjax.analysis import command as analyze_command
-from tiedjax.config import RunConfig, StudyConfig, leaf_fields, nearest
+from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config_errors import meant_key
+from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.host import platform_flags
+from tiedjax.text import nearest
 
 
 class _Parser(argparse.ArgumentParser):
+    """Its usage is one line with what must be given: argparse's own would show every key of a config.
+
+    What it parses holds the parser of the innermost command as `parser`.
+    """
+
     def __init__(self, **kwargs: Any):
+        self._required: list[str] = []
         super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.set_defaults(parser=self)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """As argparse's; shown in the usage unless it is an option that may be left out."""
+        action = super().add_argument(*names, **kwargs)
+        if not action.option_strings:
+            self._show(f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar), "[options]")
+        elif action.required:
+            self._show(f"{action.option_strings[0]} {action.metavar}", "[options]")
+        return action
+
+    def add_subparsers(self, **kwargs: Any) -> Any:
+        """As argparse's."""
+        self._show(kwargs["metavar"], "...")
+        return super().add_subparsers(prog=self.prog, **kwargs)
+
+    def _show(self, word: str, end: str) -> None:
+        self._required.append(word)
+        self.usage = " ".join(["%(prog)s", *self._required, end])
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        """Raises UserError."""
+        if choice := re.match(r"argument (\w+): invalid choice: '(.*?)'.*\(choose from (.*)\)", message):
+            name, given, valid = choice[1], choice[2], re.findall(r"[\w-]+", choice[3])
+            raise UserError(f"{name}: must be one of {', '.join(valid)}; got {given!r}{nearest(given, valid)}")
+        raise UserError(f"{message}; {self.format_usage().strip()} (see {self.prog} --help)")
+
+    def unexpected(self, word: str) -> UserError:
+        """What to raise for a word that nothing takes."""
+        written = word.split("=")[0]
+        name, options = written.lstrip("-"), re.findall(r"^  (?:-\w, )?--([\w.-]+)", self.format_help(), re.MULTILINE)
+        if not written.startswith("-") and name not in options:
+            return UserError(f"unexpected argument {word!r}; {self.format_usage().strip()} (see {self.prog} --help)")
+        meant = meant_key(name, options)
+        hint = f"did you mean '--{meant}'?" if meant else f"{self.prog} --help lists all"
+        return UserError(f"unknown option {written!r}; {hint}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +94,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         return sub
 
     study = command("study", "train every run of a study, analyse them, write the report", _study)
-    study.add_argument("config", nargs="?", metavar="STUDY.yaml", help="study file; default: the quick study")
+    named = ", ".join(packaged_configs("study"))
+    study.add_argument("config", nargs="?", metavar="STUDY", help=f"study file, or a name of these: {named} [quick]")
     study.add_argument("--out", metavar="DIR", help="study directory; default: studies/NAME")
     study.add_argument(
         "--workers",
@@ -60,12 +103,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="runs trained side by side on a CPU; default: one for every train.threads cores",
     )
-    study.epilog = "keys of STUDY.yaml:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
+    study.epilog = "keys of a study file:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
     _add_overrides(study)
 
     train = command("train", "train one run, or continue it", _train)
-    train.add_argument("config", metavar="CONFIG.yaml", help="run config")
+    named = ", ".join(packaged_configs("run"))
+    train.add_argument("config", metavar="CONFIG", help=f"run config: a file, or a name of these: {named}")
     train.add_argument("--out", metavar="DIR", help="run directory; default: runs/NAME")
     train.add_argument(
         "--profile-steps", metavar="A:B", help="write an XLA trace of steps A to B, both included, into DIR/profile"
@@ -74,14 +118,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _add_overrides(train)
 
     bench = command("bench", "measure a config's train step: tokens per second, FLOP utilisation, memory", _bench)
-    bench.add_argument("config", metavar="CONFIG.yaml", help="run config; its data is not read")
+    bench.add_argument("config", metavar="CONFIG", help="run config, as for train; its data is not read")
     bench.add_argument("--steps", type=int, default=50, metavar="N", help="steps measured, after a warm-up [50]")
     bench.add_argument("--json", metavar="FILE", help="save the result here")
     _add_cluster(bench)
     _add_overrides(bench)
 
     compile_ = command("compile", "compile a train step for TPUs that are not there: memory, collectives", _compile)
-    compile_.add_argument("config", metavar="CONFIG.yaml", help="run config; its data is not read")
+    compile_.add_argument("config", metavar="CONFIG", help="run config, as for train; its data is not read")
     compile_.add_argument(
         "--topology", required=True, metavar="KIND:SHAPE", help="slice to compile for: v5e:4x4, v5p:4x4x4, v6e:8x8, ..."
     )
@@ -96,8 +140,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     args, unknown = parser.parse_known_args(list(_joined(argv)))
     if unknown:
-        keys = [f"--{field.key}" for field in leaf_fields(RunConfig)]
-        raise UserError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], keys)}")
+        raise args.parser.unexpected(unknown[0])
     return args
 
 
@@ -140,11 +183,12 @@ def _overrides(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
+    path = find_config(args.config, "run")
+    cfg = load_run_config(path, _overrides(args))
+
     from tiedjax.host.profiling import StepRange
 
-    cfg = load_run_config(args.config, _overrides(args))
-    out = local_path(args.out or f"runs/{Path(args.config).stem}", "--out")
+    out = local_path(args.out or f"runs/{path.stem}", "--out")
     platform_flags.use_threads(cfg.train.threads)
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
@@ -154,7 +198,7 @@ def _study(args: argparse.Namespace) -> int:
     from tiedjax import study
     from tiedjax.host import process
 
-    path = Path(args.config) if args.config else study.quick_study()
+    path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
     plan = study.load_study(path, _overrides(args))
     out = local_path(args.out or f"studies/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
@@ -174,9 +218,7 @@ def _json_file(args: argparse.Namespace) -> Path | None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
-
-    cfg = load_run_config(args.config, _overrides(args))
+    cfg = load_run_config(find_config(args.config, "run"), _overrides(args))
     json_file = _json_file(args)
     platform_flags.use_threads(cfg.train.threads)
 
@@ -189,9 +231,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    from tiedjax.config import load_run_config
-
-    cfg = load_run_config(args.config, _overrides(args))
+    cfg = load_run_config(find_config(args.config, "run"), _overrides(args))
     json_file = _json_file(args)
     from tiedjax.cost.compile import run
 

@@ -1,26 +1,20 @@
 """Every option of a run and of a study: frozen dataclasses that hold the defaults and check themselves.
 
-A config file is YAML 1.2 and states only what differs from the defaults below. Unknown keys, wrong types and impossible
-combinations raise `UserError` with one line that names the key. Nothing here imports JAX.
+A value outside its limits and an impossible combination raise `UserError` with one line that names the key.
+`config_files` reads them from YAML. Nothing here imports JAX.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import io
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
 
 _STRICT = {"extra": "forbid", "strict": True}
-ConfigT = TypeVar("ConfigT")
 
 
 def _option(
@@ -309,130 +303,3 @@ def leaf_fields(cls: type, prefix: str = "") -> Iterator[FieldInfo]:
         else:
             default = f.default_factory() if callable(f.default_factory) else f.default
             yield FieldInfo(prefix + f.name, str(f.type), default, f.metadata["meaning"])
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
-    try:
-        text = local_path(path, "CONFIG.yaml").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return _mapping(_parse_yaml(text, str(path)), str(path))
-
-
-def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
-    """Dotted keys of a run config with their values as text, to a nested mapping; text stays text, the rest is YAML."""
-    textual = {field.key: field.type for field in leaf_fields(RunConfig) if field.type.startswith(("str", "Literal"))}
-    tree: dict[str, Any] = {}
-    for key, text in pairs.items():
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        if key not in textual:
-            node[leaf] = _parse_yaml(text, f"--{key}")
-        else:
-            node[leaf] = None if text == "null" and textual[key].endswith("None") else text
-    return tree
-
-
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` on top, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def structure(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> ConfigT:
-    """A checked config from a nested mapping; errors start with `where`."""
-    import pydantic  # here, so that help and training with a ready config do not pay for it
-
-    try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(tree, default=str))  # dates as text
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        keys = [f.key for f in leaf_fields(cls)]
-        sections = [key.partition(".")[0] for key in keys]
-        raise UserError(f"{where}: {_explain(first, sections + keys)}") from None
-
-
-def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:
-    """A run's config from a YAML file and dotted overrides ({"train.steps": "200"})."""
-    tree = read_yaml(path)
-    structure(RunConfig, tree, str(path))  # so that an error of the file is not blamed on the overrides
-    return structure(RunConfig, merge(tree, parse_overrides(overrides or {})), "overrides")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of a nested mapping."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def to_tree(config: Any) -> dict[str, Any]:
-    """Nested plain mapping of every field."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def to_yaml(config: Any) -> str:
-    """YAML text of every field; reads back equal."""
-    stream = io.StringIO()
-    _yaml().dump(to_tree(config), stream)
-    return stream.getvalue()
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """'; did you mean X?' or, when nothing is near, nothing."""
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _yaml() -> Any:
-    from ruamel.yaml import YAML
-
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
-    return yaml
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        return _yaml().load(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}:{place} is not YAML: {' '.join(str(problem).split())}") from None
-
-
-def _mapping(tree: Any, where: str) -> dict[str, Any]:
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{where}: must hold a mapping of keys to values, got {type(tree).__name__}")
-    return tree
-
-
-def _explain(error: Any, valid: list[str]) -> str:
-    key = ".".join(map(str, error["loc"]))
-    kind, given = error["type"], error["input"]
-    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        nested = "; write it as nested sections, not with a dot" if key in valid else nearest(key, valid)
-        return f"unknown key {key!r}{nested}"
-    if kind == "value_error":  # raised by a config's own check, which names the field
-        return f"{key}.{error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    if kind == "literal_error":
-        expected = error["ctx"]["expected"]
-        return f"{key}: must be {expected}, got {given!r}{nearest(str(given), expected.split(chr(39)))}"
-    wanted = error["msg"].removeprefix("Input should be ").rstrip(".")
-    return f"{key}: must be {wanted}, got {given!r}"

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
 from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
-from tiedjax.config import RunConfig, flatten, load_run_config, to_tree, to_yaml
+from tiedjax.config import RunConfig
+from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import Prepared, prepare
@@ -43,6 +44,7 @@ MAY_CHANGE = {
 
 
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
+_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def train(
         role_scale = everywhere(tying.role_scale(cfg.tying))
         decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
         evaluation = _Evaluation(cfg, mesh, steps, prepared)
+        if steps.train not in _compiled:
+            _say(f"{label}: compiling the train step ...")
+            _compiled.add(steps.train)
         recorder = _Recorder(cfg, out, label, start)
         held.callback(recorder.close)
         held.enter_context(trace)
@@ -231,7 +236,7 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
     np.save(buffer, counts_2V)
     write_atomically(out / "token_counts.npy", buffer.getvalue())
     if prepared.tokenizer_path:
-        shutil.copyfile(prepared.tokenizer_path, out / "tokenizer.json")
+        write_atomically(out / "tokenizer.json", prepared.tokenizer_path.read_bytes())
     write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
@@ -241,12 +246,10 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
     if not saved:
         return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
     then = checkpoints.about(saved[-1])
-    for what in ("data", "tokenizer"):
-        if then[what] != about[what]:
-            raise UserError(
-                f"{checkpoints.directory / str(saved[-1])}: was trained on another {what} "
-                f"({then[what]}, now {about[what]}); bring that back or choose another --out"
-            )
+    for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
+        if then[part] != about[part]:
+            place = checkpoints.directory / str(saved[-1])
+            raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
 
 

@@ -6,19 +6,22 @@ Axes: B batch, T position, N = B T, C a chunk of N, V rows of the table, D width
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tiedjax.exp_product import ExpProduct, kernel_for
 from tiedjax.lookup import RowSums, own_rows, row_sums
 from tiedjax.sharding import ONE_DEVICE, Axes, Layout
 
-# Of a chunk's logits, float32. On a CPU they should stay in its cache; an accelerator wants products large enough to
+# Of a chunk's logits. On a CPU they should stay in its cache; an accelerator wants products large enough to
 # keep it busy, and each chunk costs it a pass over the table's gradient.
 CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**30, "tpu": 2**29}
 _TILE = 256  # tokens: a chunk that is a multiple of it fills the tiles of the matrix units
+_SHIFT = 40.0  # nats
 
 
 def cross_entropy(
@@ -59,11 +62,14 @@ class _Spec:
     layout: Layout
     add_rows: RowSums
 
-    def chunks(self, tokens: int, table: tuple[int, ...]) -> int:
-        """Into how many chunks of equal size `tokens` are cut, for a table of this shape on this device."""
+    def chunks(self, tokens: int, table: tuple[int, ...], itemsize: int = 4) -> int:
+        """Into how many chunks of equal size `tokens` are cut, for a table of this shape on this device.
+
+        `itemsize` is the bytes of each number that is kept of a chunk's logits.
+        """
         rows, width = table
         # Each chunk costs a pass over the table's gradient, D numbers a row against the chunk's C logits.
-        most = self.chunk or max(width, CHUNK_BYTES[self.layout.platform] // (4 * rows))
+        most = self.chunk or max(width, CHUNK_BYTES[self.layout.platform] // (itemsize * rows))
         fewest = -(-tokens // most)
         whole = (n for n in range(fewest, 2 * fewest) if tokens % (n * _TILE) == 0)
         return fewest if self.chunk else next(whole, fewest)
@@ -92,22 +98,23 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
     fsdp, tensor, data = (layout.names(name) for name in ("fsdp", "tensor", "data"))
 
     def local(h_BTD: jax.Array, U_VD: jax.Array, *about_BT: jax.Array) -> Any:
-        wide = about_BT[1].dtype
+        wide, tokens = about_BT[1].dtype, about_BT[0].size
+        chunks, gradients = _way(tokens, h_BTD.dtype, U_VD, spec)
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
             total, dU_VD = carry
-            loss, d_CV, missed_C = _chunk_loss(chunk, U_VD, spec)
-            dh_CD = jnp.matmul(d_CV, U_VD, preferred_element_type=wide)
-            dU_VD += _outer_sum(d_CV, chunk[0], wide, layout.platform)
-            return (total + loss, dU_VD), (dh_CD if tensor else dh_CD.astype(h_BTD.dtype), missed_C)
+            part = gradients(chunk)
+            dU_VD += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform)
+            dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
+            return (total + part.loss, dU_VD), (dh_CD, part.own_C)
 
-        chunks = _cut(h_BTD, about_BT, spec.chunks(about_BT[0].size, U_VD.shape))
         start = (jnp.zeros((), wide), jnp.zeros(U_VD.shape, wide))
-        (total, dU_VD), (dh, missed) = jax.lax.scan(add, start, chunks)
-        dh_BTD = dh.reshape(-1, dh.shape[-1])[: about_BT[0].size].reshape(h_BTD.shape)
-        if h_BTD.dtype != wide:
-            h, target, _ = (x.reshape(-1, *x.shape[2:]) for x in chunks)
-            dU_VD += spec.add_rows(missed.reshape(-1, 1) * h, own_rows(target, len(dU_VD), tensor), len(dU_VD))
+        (total, dU_VD), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
+        dh_ND, own_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
+        dh_BTD = dh_ND.reshape(h_BTD.shape)
+        if own_N is not None:
+            own_ND = own_N[:, None] * h_BTD.reshape(-1, h_BTD.shape[-1])
+            dU_VD += spec.add_rows(own_ND, own_rows(about_BT[0].reshape(-1), len(dU_VD), tensor), len(dU_VD))
         if tensor:
             dh_BTD = jax.lax.psum(dh_BTD, tensor).astype(h_BTD.dtype)
         # The only time that anything of the table's size crosses between devices.
@@ -185,6 +192,64 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
     narrow_C = d_target_C.astype(h_CD.dtype)
     d_CV = jnp.where(own_C1 == jnp.arange(len(U_VD))[None], narrow_C[:, None], d_CV.astype(h_CD.dtype))
     return jnp.sum(weight_C * loss_C), d_CV, d_target_C - narrow_C
+
+
+class _Gradients(NamedTuple):
+    """The summed loss of a chunk and its gradients, the table's as factors.
+
+    Attributes:
+      d_CV, h_CD: the table's gradient is d^T h and, where `own_C` is not None, that many times each token's state in
+        its target's row.
+      dh_CD: with respect to the states, in float32.
+    """
+
+    loss: jax.Array
+    d_CV: jax.Array
+    h_CD: jax.Array
+    dh_CD: jax.Array
+    own_C: jax.Array | None
+
+
+def _way(tokens: int, dtype: Any, U_VD: jax.Array, spec: _Spec) -> tuple[int, Callable[[Any], _Gradients]]:
+    """Into how many chunks the tokens are cut and what computes a chunk: without logits where a kernel does that."""
+    chunks = spec.chunks(tokens, U_VD.shape, dtype.itemsize)
+    product = None
+    if spec.soft_cap is None:
+        product = kernel_for(spec.layout, dtype, -(-tokens // chunks), U_VD.shape)
+    if product is not None:
+        return chunks, functools.partial(_from_powers, U_VD=U_VD, spec=spec, product=product)
+    return spec.chunks(tokens, U_VD.shape), functools.partial(_from_logits, U_VD=U_VD, spec=spec)
+
+
+def _from_logits(chunk: Any, *, U_VD: jax.Array, spec: _Spec) -> _Gradients:
+    """By way of float32 logits in memory, on any device."""
+    loss, d_CV, missed_C = _chunk_loss(chunk, U_VD, spec)
+    dh_CD = jnp.matmul(d_CV, U_VD, preferred_element_type=loss.dtype)
+    return _Gradients(loss, d_CV, chunk[0], dh_CD, None if d_CV.dtype == loss.dtype else missed_C)
+
+
+def _from_powers(chunk: Any, *, U_VD: jax.Array, spec: _Spec, product: ExpProduct) -> _Gradients:
+    """Without logits: `product` leaves exp(logit - c) in the dtype of h, 0 for the target, and its sums.
+
+    c is the target's logit + _SHIFT: a maximum would have to be found first. What float32 cannot hold then is below
+    exp(-47) of the target's own. The target's part of both gradients is added apart, unrounded.
+    """
+    h_CD, target_C, weight_C = chunk
+    wide, tensor = weight_C.dtype, spec.layout.names("tensor")
+    across = lambda x: jax.lax.psum(x, tensor) if tensor else x
+    own_C = own_rows(target_C, len(U_VD), tensor)
+    row_CD = U_VD.at[own_C].get(mode="fill", fill_value=0).astype(wide)
+    target_logit_C = across(jnp.sum(h_CD.astype(wide) * row_CD, axis=-1))
+    power_CV, others_C, shift_C = product(h_CD, U_VD, target_logit_C + _SHIFT, own_C, tensor)
+    target_power_C = jnp.exp(target_logit_C - shift_C)
+    sum_C = across(others_C) + target_power_C
+    log_sum_C = jnp.log(sum_C) + shift_C
+    loss_C = log_sum_C - target_logit_C + spec.z_loss * jnp.square(log_sum_C)
+    rate_C = weight_C * (1 + 2 * spec.z_loss * log_sum_C) / sum_C
+    d_target_C = rate_C * target_power_C - weight_C
+    dh_CD = rate_C[:, None] * jnp.matmul(power_CV, U_VD, preferred_element_type=wide) + d_target_C[:, None] * row_CD
+    h_CD = (rate_C[:, None] * h_CD).astype(h_CD.dtype)
+    return _Gradients(jnp.sum(weight_C * loss_C), power_CV, h_CD, dh_CD, d_target_C)
 
 
 def _in_two_passes(logit_CV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from tiedjax import tying
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import RunConfig, load_run_config
+from tiedjax.config import RunConfig
+from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.lm import abstract_params

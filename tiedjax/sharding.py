@@ -41,14 +41,18 @@ class Layout:
 
     @property
     def platform(self) -> str:
-        """ "cpu", "gpu" or "tpu": of the mesh's devices, which need not be present."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        """ "cpu", "gpu" or "tpu": of the mesh's devices."""
+        return str(self.device.platform)
+
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices, which are all of one kind and need not be present."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
 
     @property
     def cuda(self) -> float | None:
         """The compute capability of the mesh's devices; None where they are no NVIDIA GPUs."""
-        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        capability = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
+        capability = re.fullmatch(r"\d+\.\d+", str(getattr(self.device, "compute_capability", "")))
         return float(capability[0]) if capability else None
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from tiedjax import tying
-from tiedjax.config import RunConfig, StudyConfig, merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
+from tiedjax.config import RunConfig, StudyConfig
+from tiedjax.config_files import merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import UserError
 from tiedjax.files import sole_writer, write_atomically
@@ -49,16 +50,6 @@ class Plan:
     def threads(self) -> int:
         """CPU threads of every run."""
         return next(iter(self.runs.values())).train.threads
-
-
-def quick_study() -> Path:
-    """The file of the quick study: of the source tree, or of the installed package."""
-    package = Path(__file__).parent
-    for folder in (package.parent, package):
-        path = folder / "configs" / "studies" / "quick.yaml"
-        if path.is_file():
-            return path
-    raise UserError("configs/studies/quick.yaml: not found beside the package; name a study file")
 
 
 def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> Plan:
@@ -225,7 +216,8 @@ def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
 
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
-    """Redraws the report from results.json; returns the answer and where the report is."""
+    """Redraws the report from results.json; returns the answer, in this version's words, and where the report is."""
+    from tiedjax.analysis.study import words
     from tiedjax.analysis.study.report import refuse_other_results, write_report
     from tiedjax.analysis.study.sections import SECTIONS
 
@@ -240,7 +232,7 @@ def draw_report(out: Path, crew: Crew | None = None) -> str:
         drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
     if not crew or not crew.signal:
         write_report(results, out, drawings)
-    return "\n".join([results["answer"], *results["findings"], f"report: {out / 'report.html'}"])
+    return "\n".join([*words.answer(results), f"report: {out / 'report.html'}"])
 
 
 def draw_section(out: str, name: str) -> dict[str, list[str]]:

@@ -1,6 +1,9 @@
-"""Values as people read them."""
+"""Values and names as people read them."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def duration(seconds: float) -> str:
@@ -11,3 +14,9 @@ def duration(seconds: float) -> str:
     if s < 3600:
         return f"{s // 60} min {s % 60:02d} s"
     return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' or, when nothing is near, nothing."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -4,7 +4,7 @@
 
 An instrument is a function of arrays, or of a run's model and its text, that returns frozen dataclasses of plain
 numbers; a score stands beside its floor (`Score`). The command line and the report call the same functions with the
-same defaults.
+same defaults. `fits_of` is the part of `align` that scores each fit: what many pairs of tables need.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.basis.strata import strata
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.basis.tokens import most_frequent, token_texts
+    from tiedjax.analysis.instruments.alignment.align import align as fits_of
     from tiedjax.analysis.instruments.alignment.align import measure as align
     from tiedjax.analysis.instruments.calibration.calibration import measure as calibration
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import contexts_of
@@ -51,6 +52,7 @@ __all__ = [
     "data_of",
     "distinct",
     "evolution",
+    "fits_of",
     "gradients",
     "held_out_windows",
     "interval",
@@ -87,6 +89,7 @@ _HOMES = {
     "data_of": "tiedjax.analysis.basis.run_data:data_of",
     "distinct": "tiedjax.tying:distinct",
     "evolution": f"{_INSTRUMENTS}.evolution.evolution:measure",
+    "fits_of": f"{_INSTRUMENTS}.alignment.align:align",
     "gradients": f"{_INSTRUMENTS}.gradients.gradients:measure",
     "held_out_windows": "tiedjax.analysis.basis.held_out:held_out_windows",
     "interval": "tiedjax.analysis.basis.statistics:interval",

@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import model, sharding, tying
-from tiedjax.config import RunConfig, to_tree
+from tiedjax.config import RunConfig
+from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tiedjax import sharding
-from tiedjax.config import RunConfig, to_tree
+from tiedjax.config import RunConfig
+from tiedjax.config_files import to_tree
 from tiedjax.cost import hlo
 from tiedjax.cost.hlo import Traffic
 from tiedjax.cost.topology import Topology

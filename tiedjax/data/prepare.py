@@ -59,6 +59,7 @@ def prepare(data: DataConfig, vocab_size: int, *, report: Report, out: str | Pat
     if not _is_there(folder, key):
         with locked(folder, report):
             if not _is_there(folder, key):  # another process may have made it while this one waited
+                report(f"preparing {data.source} ...")
                 with appearing(folder) as scratch:
                     write(scratch, key)
                 report(_summary(load_prepared(folder)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_path, write_atomically
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 META = "meta.json"
 FORMAT = 1
+_KEYS = ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash", "documents", "segments")
+_AGAIN = "remove the folder and prepare the data again"
 _CHUNK = 2**24  # tokens counted at a time
 
 
@@ -125,19 +128,19 @@ class Prepared:
     def token_counts(self, seq_len: int, vocab_rows: int) -> npt.NDArray[np.int64]:
         """How often each id is an input (row 0) and a target (row 1) over all training windows: int64 [2, vocab_rows].
 
-        Kept beside the shards after the first time, where that folder can be written.
+        Kept beside the shards after the first time, where that folder can be written. UserError where what was kept
+        is damaged.
         """
         self.check_vocabulary(vocab_rows)
         path = self.directory / f"counts-{seq_len}.npy"
         if path.exists():
-            counts = np.load(path)
+            counts = _read_counts(path, self.vocab_size)
         else:
             counts = self.windows("train", seq_len).counts(self.vocab_size)
             if os.access(self.directory, os.W_OK):
-                scratch = path.with_name(f".{path.name}.{os.getpid()}")
-                with open(scratch, "wb") as file:
-                    np.save(file, counts)
-                os.replace(scratch, path)
+                buffer = io.BytesIO()
+                np.save(buffer, counts)
+                write_atomically(path, buffer.getvalue())
         return np.pad(counts, ((0, 0), (0, vocab_rows - self.vocab_size)))
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -180,17 +183,26 @@ def save_meta(
 
 
 def load_prepared(directory: str | Path) -> Prepared:
-    """The finished preparation in a folder; UserError where there is none, or where its files have changed size."""
+    """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
     directory = local_path(directory, "data.source").expanduser().resolve()
+    path = directory / META
     try:
-        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: holds no prepared data; make some with: tiedjax data prepare") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / META}: cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: is not JSON; {_AGAIN}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(f"{directory}: was prepared by another version of tiedjax; prepare it again")
-    segments = {split: tuple(Segment(**segment) for segment in meta["segments"][split]) for split in SPLITS}
+    if missing := [key for key in _KEYS if key not in meta]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {_AGAIN}")
+    try:
+        documents = {split: meta["documents"][split] for split in SPLITS}
+        segments = {split: tuple(map(_segment, meta["segments"][split])) for split in SPLITS}
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: does not say which tokens belong to which split; {_AGAIN}") from None
     for segment in (*segments["train"], *segments["eval"]):
         _check_size(directory / segment.file, segment.file_bytes)
     tokenizer = directory / "tokenizer.json" if meta["tokenizer_hash"] else None
@@ -201,10 +213,31 @@ def load_prepared(directory: str | Path) -> Prepared:
     return Prepared(
         directory=directory,
         tokenizer_path=tokenizer,
+        documents=documents,
         segments=segments,
-        **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id")},
-        **{name: meta[name] for name in ("tokenizer_hash", "documents")},
+        **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash")},
     )
+
+
+def _segment(tree: dict[str, Any]) -> Segment:
+    """A segment of meta.json; TypeError where a field is missing or of another type."""
+    segment = Segment(**tree)
+    for field in dataclasses.fields(Segment):
+        if type(getattr(segment, field.name)).__name__ != field.type:
+            raise TypeError(field.name)
+    return segment
+
+
+def _read_counts(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
+    try:
+        counts = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, EOFError):
+        counts = np.empty(0)
+    if counts.dtype != np.int64 or counts.shape != (2, vocab_size):
+        raise UserError(f"{path}: is damaged: it holds no int64 [2, {vocab_size}]; remove it and it is made again")
+    return counts
 
 
 def sha256_of(tree: Any) -> str:

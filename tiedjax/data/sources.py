@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiedjax.config import DataConfig, nearest
+from tiedjax.config import DataConfig
 from tiedjax.data import text_files
 from tiedjax.data.embedded_corpus import standard_library
 from tiedjax.data.folders import locked
 from tiedjax.errors import UserError
+from tiedjax.text import nearest
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds

@@ -31,7 +31,9 @@ def spread(span: Span | None, digits: int = 3) -> str:
 
 
 def percent(span: Span) -> str:
-    """A share as a percentage, with its interval where there is one."""
+    """A share as a percentage, with its interval where there is one; a dash for none."""
+    if span["mean"] is None:
+        return NONE
     scaled = {k: None if span[k] is None else 100 * span[k] for k in ("mean", "low", "high")}
     return f"{spread(scaled, 0 if scaled['low'] is None else 1)}\u00a0%"
 

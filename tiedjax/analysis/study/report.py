@@ -79,7 +79,7 @@ def write_report(results: drawing.Results, out: Path, drawings: Drawings | None 
     refuse_other_results(results)
     if drawings is None:
         drawings = {name: panels for section in SECTIONS for name, panels in draw(results, section, out).items()}
-    write_atomically(Path(out) / "report.html", _page(without_others(results), drawings, left_out(results)))
+    write_atomically(Path(out) / "report.html", page_of(results, drawings))
 
 
 def refuse_other_results(results: drawing.Results) -> None:
@@ -125,7 +125,9 @@ def _template(section: ModuleType) -> str:
     return section.__name__.removeprefix(f"{_PACKAGE}.").replace(".", "/") + ".html.j2"
 
 
-def _page(results: drawing.Results, drawings: Drawings, lines: Sequence[str]) -> str:
+def page_of(results: drawing.Results, drawings: Drawings) -> str:
+    """The page, from a results.json dict and what `draw` gave for every section."""
+    lines, results = left_out(results), without_others(results)
     sections = sections_of(results)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(_PACKAGE, ""),
@@ -136,7 +138,7 @@ def _page(results: drawing.Results, drawings: Drawings, lines: Sequence[str]) ->
     )
     colours = drawing.colours(results)
     index = {arm: drawing.LIGHT.index(colour) for arm, colour in colours.items()}
-    return environment.get_template("study/report.html.j2").render(
+    page = environment.get_template("study/report.html.j2").render(
         r=results,
         w=words,
         n=numbers,
@@ -149,7 +151,26 @@ def _page(results: drawing.Results, drawings: Drawings, lines: Sequence[str]) ->
         arm_index=index,
         light=drawing.LIGHT,
         dark=drawing.DARK,
+        headings=_headings,
     )
+    return re.sub(r"<table.*?</table>", _labelled, page, flags=re.S)
+
+
+def _headings(body: str) -> list[tuple[str, Markup]]:
+    """(id, text) of every second heading in a part of the page, the name of a command left out."""
+    return [(id_, Markup(text)) for id_, text in re.findall(r'<h2 id="([^"]+)">(.*?)(?: <code>.*?</code>)?</h2>', body)]
+
+
+def _labelled(table: re.Match[str]) -> str:
+    """A table whose cells name their column in `data-label`, for screens on which the columns do not fit."""
+    head, rows = table[0].split("</thead>")
+    labels = [re.sub("<[^>]*>", " ", text) for text in re.findall(r"<th[^>]*>(.*?)</th>", head)]
+
+    def row(cells: re.Match[str]) -> str:
+        left = iter(labels)
+        return re.sub("<td", lambda _: f'<td data-label="{next(left)}"', cells[0])
+
+    return f"{head}</thead>{re.sub('<tr.*?</tr>', row, rows, flags=re.S)}"
 
 
 def _figure(

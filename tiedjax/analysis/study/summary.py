@@ -24,7 +24,7 @@ from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
-from tiedjax.analysis.instruments.alignment.align import Comparison, align
+from tiedjax.analysis.instruments.alignment.align import Comparison, align, histogram
 from tiedjax.analysis.instruments.alignment.align import measure as compare
 from tiedjax.analysis.instruments.evolution.evolution import Trail
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
@@ -33,7 +33,8 @@ from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.examples import token_rows
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
-from tiedjax.config import StudyConfig, flatten, to_tree
+from tiedjax.config import StudyConfig
+from tiedjax.config_files import flatten, to_tree
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 from tiedjax.tying import distinct
@@ -207,6 +208,7 @@ def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
             "width": alignment.width,
             "held_out": alignment.held_out[fit].score,
             "paper": comparison.paper[fit],
+            "histogram": histogram(alignment.cosines[fit]),
             "strata": to_plain(comparison.strata[fit]),
             verdict.MAIN: comparison.beyond_frequency[fit].corrected,
             "penalty": alignment.penalty if fit == "ridge" else None,

@@ -120,7 +120,7 @@ def changes(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict
     """Per intervention arm: how its nearness differs from the baseline arm's, paired by seed, per fit."""
     found: dict[str, Any] = {}
     for arm in _interventions(study, arms):
-        fits = arms[arm]["alignment"][SHARED]["vs_output"]
+        fits = next(iter(arms[arm]["alignment"][SHARED].values()))
         found[arm] = {
             f"vs_{role}": {fit: _change(study, final, arm, role, fit) for fit in fits} for role in ("input", "output")
         }

@@ -19,6 +19,8 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     size = (5.0, 0.9 + 0.42 * max(1, len(list(_nearness(results)))))
     yield drawing.Plot("alignment", [_draw_alignment], size)
     yield drawing.Plot("alignment_over_steps", [_over_steps("output"), _over_steps("input")])
+    if arms := _with_histograms(results):
+        yield drawing.Plot("alignment_rows", [_histograms(arm) for arm in arms])
 
 
 def alignment_groups(results: drawing.Results) -> list[dict[str, Any]]:
@@ -80,6 +82,42 @@ def strata_rows(results: drawing.Results) -> list[dict[str, Any]]:
 
 def _final(results: drawing.Results) -> list[Mapping[str, Any]]:
     return [r for r in results["comparisons"] if r["fit"] == "orthogonal" and "strata" in r]
+
+
+def _with_histograms(results: drawing.Results) -> list[str]:
+    """The arms with one table whose comparisons say how the cosines of single rows are distributed."""
+    records = [r for r in _final(results) if r["subject_role"] == SHARED and "histogram" in r]
+    return list(dict.fromkeys(record["arm"] for record in records))
+
+
+def _histograms(arm: str) -> Callable[[drawing.Axes, drawing.Results], None]:
+    """Cosines of an arm's rows with those of the reference's two tables, all seeds together, as a density."""
+
+    def draw(ax: drawing.Axes, results: drawing.Results) -> None:
+        records = [r for r in _final(results) if r["arm"] == arm and r["subject_role"] == SHARED]
+        colour = drawing.colours(results)[arm]
+        for role in ("input", "output"):
+            compared = [r for r in records if r["reference_role"] == role]
+            counts = np.sum([r["histogram"] for r in compared], axis=0)
+            edges = np.linspace(-1, 1, len(counts) + 1)
+            density = counts / (counts.sum() * (edges[1] - edges[0]))
+            label = f"{role} table"
+            if role == "output":
+                ax.stairs(density, edges, fill=True, color=colour, alpha=0.35, label=label)
+            else:
+                ax.stairs(density, edges, color=colour, linewidth=1.4, label=label)
+            score, line = interval(r["score"] for r in compared).mean, "-" if role == "output" else drawing.INPUT
+            if score is not None:
+                ax.axvline(score, color=colour, linewidth=1.4, linestyle=line)
+        floor = interval(r["floor"] for r in records).mean
+        if floor is not None:
+            ax.axvline(floor, color=drawing.MUTED, linewidth=1.2, linestyle=drawing.DASHES, label="chance")
+        ax.set_xlim(-0.75, 1)
+        ax.set_xlabel("cosine of a row with its twin’s")
+        ax.set_ylabel("density of rows")
+        ax.set_title(f"rows of {arm}")
+
+    return draw
 
 
 def _draw_alignment(ax: drawing.Axes, results: drawing.Results) -> None:

@@ -16,6 +16,8 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     yield drawing.Plot("gradient_share", [_draw_share, _draw_role_norms])
     if any(g["deciles"] for g in results["gradients"]):
         yield drawing.Plot("gradient_deciles", [_deciles("input"), _deciles("output")])
+    if any(g["deciles"] for g in _of_baseline(results)):
+        yield drawing.Plot("gradient_share_deciles", [_share_by_decile], (5.2, 3.4))
 
 
 def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
@@ -40,6 +42,29 @@ def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
         }
         for span, of in windows.items()
     ]
+
+
+def _of_baseline(results: drawing.Results) -> list[dict[str, Any]]:
+    return [g for g in results["gradients"] if g["arm"] == results["headline"]["arm"]]
+
+
+def _share_by_decile(ax: drawing.Axes, results: drawing.Results) -> None:
+    """The output role's share of the gradient of each decile's rows, at every step with deciles; mean over seeds."""
+    runs = [{d["step"]: d["output_share"] for d in g["deciles"]} for g in _of_baseline(results) if g["deciles"]]
+    steps = sorted(set.intersection(*(set(run) for run in runs)))
+    shares = [[drawing.floats(run[step]) for step in steps] for run in runs]  # [seeds, steps, deciles]
+    across, up = np.arange(len(steps) + 1), np.arange(1, 12)
+    colours = ax.pcolormesh(
+        across, up - 0.5, np.mean(shares, axis=0).T, cmap="RdBu_r", vmin=0, vmax=1, edgecolors="face"
+    )
+    ax.set_xticks(across[:-1] + 0.5, [f"{step:,}" for step in steps], rotation=60)
+    ax.set_yticks(range(1, 11))
+    ax.grid(visible=False)
+    ax.set_xlabel("step")
+    ax.set_ylabel("frequency decile (10: most frequent)")
+    ax.set_title(f"output share, {results['headline']['arm']}")
+    bar = ax.figure.colorbar(colours, ax=ax, label="output share (0.5: balance)")
+    bar.solids.set_rasterized(False)  # shapes, as the rest of the page's figures: no image inside the SVG
 
 
 def _draw_share(ax: drawing.Axes, results: drawing.Results) -> None:

@@ -114,7 +114,7 @@ def _moved(span: Mapping[str, Any], reference: str) -> str:
     if span["low"] > 0:
         return f"is higher than {reference}’s by {size} bits"
     if span["high"] < 0:
-        return f"is lower than {reference}’s, by {size} bits"
+        return f"is lower than {reference}’s by {size.removeprefix('−')} bits"
     return f"does not measurably differ from {reference}’s ({size} bits)"
 
 
