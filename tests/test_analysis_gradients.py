@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import numpy as np
@@ -158,7 +159,8 @@ def page_of(flows):
     results = {"headline": {"arm": "tied"}, "gradients": [{"arm": "tied", **to_plain(flow)} for flow in flows]}
     templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", ""), autoescape=True)
     template = templates.get_template("instruments/gradients/section.html.j2")
-    page = template.render(r=results, s=section, head=results["headline"], plot=lambda name, caption: name)
+    words = SimpleNamespace(gradient_share=lambda results: "The share.")
+    page = template.render(r=results, s=section, w=words, head=results["headline"], plot=lambda name, caption: name)
     return section.beside_the_paper(results), page
 
 
