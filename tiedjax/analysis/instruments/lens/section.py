@@ -19,6 +19,7 @@ from tiedjax.errors import UserError
 
 QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") for score in ("kl", "cross_entropy")}
 PREDICTORS = ("uniform", "unigram", "bigram")
+VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
