@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # where it is run as a program
 from small_study import complete, small_study
 
 from tiedjax.analysis.basis.statistics import Interval
+from tiedjax.analysis.instruments.alignment import section as alignment
 from tiedjax.analysis.instruments.calibration import section as calibration
 from tiedjax.analysis.instruments.cooccurrence import section as cooccurrence
 from tiedjax.analysis.instruments.lens import section as lens
@@ -133,6 +134,29 @@ def test_results_without_histograms_of_rows_are_drawn_with_a_line_that_says_so()
 
 
 # ---- What the small study does not come to
+
+
+def test_a_table_of_an_arm_with_two_is_named_with_its_role() -> None:
+    """Of an arm that is not the reference."""
+    results = small_study()
+    alike, repeated = results["arms"]["tied"]["alignment"]["shared"], results["between_seeds"]["tied"]["shared"]
+    results["arms"] = {"loose": results["arms"]["tied"] | {"alignment": {"input": alike, "output": alike}}}
+    results["between_seeds"] = {"loose": {"input": repeated}}
+    results["comparisons"] = [
+        record | {"arm": "loose", "subject_role": "output"}
+        for record in results["comparisons"]
+        if record["arm"] == "tied"
+    ]
+    assert [group["title"] for group in alignment.alignment_groups(results)] == [
+        "loose input table and the untied output table",
+        "loose input table and the untied input table",
+        "loose output table and the untied output table",
+        "loose output table and the untied input table",
+        "loose input table and the untied output table of another seed",
+        "loose input table and the untied input table of another seed",
+    ]
+    tables = [row["tables"] for row in alignment.strata_rows(results)]
+    assert tables == ["loose output and untied input", "loose output and untied output"]
 
 
 def few(mean: float | None, half: float | None) -> dict[str, Any]:
