@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import signature
 
 import numpy as np
@@ -83,9 +84,9 @@ def test_a_command_has_the_defaults_of_the_function_that_the_report_calls(name):
     parser = argparse.ArgumentParser()
     INSTRUMENTS[name].add_arguments(parser)
     given = vars(parser.parse_args(["a", "b"] if INSTRUMENTS[name].SUBJECT == "pair" else ["a"]))
-    defaults = {
-        parameter.name: parameter.default for parameter in signature(getattr(analysis, name)).parameters.values()
-    }
+    package = INSTRUMENTS[name].__package__
+    measure = getattr(analysis, name) if name in analysis.__all__ else import_module(f"{package}.section").measure
+    defaults = {parameter.name: parameter.default for parameter in signature(measure).parameters.values()}
     common = {key for key in given if key in defaults and given[key] is not None}
     assert {key: given[key] for key in common} == {key: defaults[key] for key in common}
     numbers = {key for key, value in given.items() if isinstance(value, int) and not isinstance(value, bool)}
