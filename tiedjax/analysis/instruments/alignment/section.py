@@ -141,7 +141,7 @@ def _draw_alignment(ax: drawing.Axes, results: drawing.Results) -> None:
     ax.grid(axis="y", visible=False)
     low, high = ax.get_xlim()
     ax.set_xlim(min(low, -0.05), max(high, 0.5))
-    ax.set_xlabel("alignment above chance (0: chance, 1: identical)")
+    ax.set_xlabel("alignment (0: chance, 1: identical)")
 
 
 def _nearness(results: drawing.Results) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
