@@ -47,7 +47,10 @@ def share_compiled_programs() -> None:
 share_compiled_programs()
 
 # The modules of `pytest -m quick`: laws and exact strings, no run, nothing compiled for a mesh.
-QUICK = {"test_analysis_align", "test_architecture", "test_config", "test_loss", "test_tying", "test_words"}
+QUICK = {
+    *("test_analysis_align", "test_architecture", "test_config", "test_loss", "test_tying"),
+    *("test_sections_in_words", "test_verdicts", "test_words"),
+}
 assert all((TESTS / f"{name}.py").is_file() for name in QUICK)
 
 

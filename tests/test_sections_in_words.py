@@ -157,6 +157,14 @@ def test_a_table_of_an_arm_with_two_is_named_with_its_role() -> None:
     ]
     tables = [row["tables"] for row in alignment.strata_rows(results)]
     assert tables == ["loose output and untied input", "loose output and untied output"]
+    ax = Figure().add_subplot()
+    next(alignment.plots(results)).panels[0](ax, results)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == [
+        "loose input to untied output",
+        "loose input to untied input",
+        "loose output to untied output",
+        "loose output to untied input",
+    ]
 
 
 def few(mean: float | None, half: float | None) -> dict[str, Any]:
