@@ -102,7 +102,6 @@ def exp_product(
             return lax.rem(index, token_tiles), lax.div(index, token_tiles)
 
         slot = lambda step: lax.rem(step, _STEPS)
-
         needed = needed_ref[0] > 0
 
         @pl.when(needed & (warpgroup == _WARPGROUPS))

@@ -8,6 +8,7 @@ from typing import Any
 from tiedjax.analysis.basis import numbers, published
 from tiedjax.analysis.basis.statistics import CONFIDENCE
 from tiedjax.analysis.instruments.alignment.align import closed_form_floor
+from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]
 
@@ -97,7 +98,7 @@ def repeated_shares(results: Results) -> list[str]:
         statement = results["statements"].get(f"{arm}_shares_more_with_output")
         if statement is None or statement["interval"] is None:
             continue
-        share = results["reproducible_share"][arm]["shared"]
+        share = results["reproducible_share"][arm][SHARED]
         output, input_ = (numbers.number(share[f"vs_{role}"]["mean"], 2) for role in ("output", "input"))
         end = "; the difference is undecided" if statement["verdict"] == "undecided" else ""
         sentences.append(
@@ -206,7 +207,7 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
     """Per arm: held-out loss, its cost against the baseline arm, nearness to the reference's tables, gradient share."""
     rows = []
     for arm, summary in results["arms"].items():
-        near = summary["alignment"].get("shared", {})
+        near = summary["alignment"].get(SHARED, {})
         cells = {role: near.get(f"vs_{role}", {}).get(results["headline"]["fit"], {}) for role in ("output", "input")}
         rows.append(
             {
@@ -236,8 +237,8 @@ def paper_alignment(results: Results) -> list[dict[str, Any]]:
     arms = results["arms"]
     ours = {
         ("input", "output"): arms[head["reference"]]["alignment"].get("output", {}).get("vs_input"),
-        ("output", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get("shared", {}).get("vs_output"),
-        ("input", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get("shared", {}).get("vs_input"),
+        ("output", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get(SHARED, {}).get("vs_output"),
+        ("input", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get(SHARED, {}).get("vs_input"),
     }
     names = {
         ("input", "output"): f"{head['reference']} input → {head['reference']} output",
@@ -271,7 +272,7 @@ def paper_others(results: Results) -> list[dict[str, str]]:
         if scale in published.SCALING and scale != 1 and arm in results["changes"]:
             for role, theirs in published.SCALING[scale].items():
                 ours = [
-                    arms[a]["alignment"]["shared"][f"vs_{role}"]["orthogonal"]["score"]["mean"]
+                    arms[a]["alignment"][SHARED][f"vs_{role}"]["orthogonal"]["score"]["mean"]
                     for a in (head["arm"], arm)
                 ]
                 rows.append(
