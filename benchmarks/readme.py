@@ -54,8 +54,9 @@ def findings(results: dict[str, Any]) -> str:
         "",
         *(f"* {finding}" for finding in results["answer"][1:]),
         "",
-        "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation.",
-        f"{words.certainty(results)}",
+        "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
+        "taken before any scaling.",
+        " ".join(filter(None, [words.certainty(results), words.near_edge(results)])),
         f"The quick study: {made}.",
     ]
     return "\n".join(lines) + "\n"

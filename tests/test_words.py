@@ -232,8 +232,8 @@ def test_a_cost_says_when_it_is_undecided_or_near_the_edge(costs: dict[str, Any]
 
 def test_what_the_uncertainties_beside_the_answer_are() -> None:
     assert words.certainty(small_results()) == (
-        f"± is half of a 95{N}% interval over 5 seeds; that of the verdict and of costs is wider, because 4 statements "
-        "are tested together."
+        f"± is half of a 95{N}% interval over 5 seeds; those of the verdict, costs and changes are wider, because 4 "
+        "statements are tested together."
     )
     alone = {name: statement(0.1, None, "undecided") for name in ("nearer", "lowers", "raises", "costs")}
     assert words.certainty(small_results(**alone)) == "One seed: there is no interval, and nothing is decided."

@@ -146,8 +146,8 @@ def certainty(results: Results) -> str:
         return "One seed: there is no interval, and nothing is decided."
     n = max(statement["n"] for statement in tested)
     return (
-        f"± is half of a {CONFIDENCE:.0%} interval over {n} seeds; that of the verdict and of costs is wider, because "
-        f"{len(tested)} statements are tested together."
+        f"± is half of a {CONFIDENCE:.0%} interval over {n} seeds; those of the verdict, costs and changes are wider, "
+        f"because {len(tested)} statements are tested together."
     ).replace("%", "\u00a0%")
 
 
