@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tiedjax.analysis.study import words
+from tiedjax.analysis.study import sentences
 
 ROOT = Path(__file__).parent.parent
 SAVED = ROOT / "benchmarks" / "results" / "quick_study.json"
@@ -23,7 +23,11 @@ def save(study: Path, machine: str) -> None:
     """Keeps of a study what README shows, and the picture."""
     results = json.loads((study / "results.json").read_text(encoding="utf-8"))
     kept = {name: results[name] for name in ("statements", "headline", "runs", "environment")}
-    kept |= {"answer": words.answer(results), "columns": words.arm_columns(results), "arms": words.arm_rows(results)}
+    kept |= {
+        "answer": sentences.answer(results),
+        "columns": sentences.arm_columns(results),
+        "arms": sentences.arm_rows(results),
+    }
     kept["environment"]["machine"] = machine
     SAVED.parent.mkdir(parents=True, exist_ok=True)
     SAVED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -56,7 +60,7 @@ def findings(results: dict[str, Any]) -> str:
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
-        " ".join(filter(None, [words.certainty(results), words.near_edge(results)])),
+        " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
         f"The quick study: {made}.",
     ]
     return "\n".join(lines) + "\n"

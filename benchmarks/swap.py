@@ -1,7 +1,7 @@
 """Swaps words at every place that puts numbers into words, and counts the swaps that no test of words notices.
 
 python benchmarks/swap.py                 # a line for each survivor, then the count; exit status 1 unless it is 0
-python benchmarks/swap.py words claims    # of the modules whose path contains one of these
+python benchmarks/swap.py sentences claims    # of the modules whose path contains one of these
 
 A swap exchanges one word for its counterpart (output for input, rises for falls, ...) in one string of one function,
 in a copy of the package, and runs the tests of words there. Docstrings are left alone; so is what measures and writes
@@ -25,9 +25,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("tests/test_words.py", "tests/test_sections_in_words.py")
+TESTS = ("tests/test_sentences.py", "tests/test_sections_in_words.py")
 MODULES = (
-    *(f"study/{name}.py" for name in ("claims", "overview", "two_forms", "verdict", "words")),
+    *(f"study/{name}.py" for name in ("claims", "overview", "sentences", "two_forms", "verdicts")),
     *(f"instruments/{path.parent.name}/section.py" for path in ROOT.glob("tiedjax/analysis/instruments/*/section.py")),
 )
 PAIRS = (

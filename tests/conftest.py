@@ -49,7 +49,7 @@ share_compiled_programs()
 # The modules of `pytest -m quick`: laws and exact strings, no run, nothing compiled for a mesh.
 QUICK = {
     *("test_analysis_align", "test_architecture", "test_config", "test_loss", "test_tying"),
-    *("test_sections_in_words", "test_verdicts", "test_words"),
+    *("test_sections_in_words", "test_sentences", "test_verdicts"),
 }
 assert all((TESTS / f"{name}.py").is_file() for name in QUICK)
 

@@ -25,7 +25,7 @@ from tiedjax.analysis.instruments.norms.norms import Norms
 from tiedjax.analysis.instruments.picture.section import Drawn
 from tiedjax.analysis.instruments.shape.similarity import Comparison
 from tiedjax.analysis.instruments.shape.spectrum import Spectrum
-from tiedjax.analysis.study import claims, verdict
+from tiedjax.analysis.study import claims, verdicts
 from tiedjax.analysis.study.sections import versions
 from tiedjax.config import StudyConfig
 
@@ -123,17 +123,17 @@ def small_study() -> dict[str, Any]:
         "notes": ["A note."],
     }
     results["arms"] = {arm: _arm(arm, results["comparisons"]) for arm in ARMS}
-    results["between_seeds"] = to_plain(verdict.between_seeds(list(_between_seeds())))
-    results["headline"] = to_plain(verdict.headline(STUDY, results["arms"], results["comparisons"]))
-    results["changes"] = to_plain(verdict.changes(STUDY, results["arms"], results["comparisons"]))
+    results["between_seeds"] = to_plain(verdicts.between_seeds(list(_between_seeds())))
+    results["headline"] = to_plain(verdicts.headline(STUDY, results["arms"], results["comparisons"]))
+    results["changes"] = to_plain(verdicts.changes(STUDY, results["arms"], results["comparisons"]))
     results["reproducible_share"] = {
         arm: {"shared": {f"vs_{role}": of_seeds(0, arm, "shared", role) for role in ("input", "output")}
               | {"margin": span(*(value(0, arm, "shared", 1, s) - (0.2 if arm == "tied" else 0.9) for s in SEEDS))}}
         for arm in ARMS[1:]
     }  # fmt: skip
-    made = verdict.statements(STUDY, _with_intervals(results["arms"]), results["comparisons"])
-    made |= verdict.share_statements(STUDY, results["reproducible_share"]) | claims.claims(results)
-    results["statements"] = to_plain(verdict.decided(made))
+    made = verdicts.statements(STUDY, _with_intervals(results["arms"]), results["comparisons"])
+    made |= verdicts.share_statements(STUDY, results["reproducible_share"]) | claims.claims(results)
+    results["statements"] = to_plain(verdicts.decided(made))
     return results
 
 
@@ -404,7 +404,7 @@ def _run(arm: str, seed: int) -> dict[str, Any]:
 
 def _arm(arm: str, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     losses = lambda name: {seed: value(4, name, "shared", 1) + OFFSETS[seed] * (1 + ARMS.index(name)) for seed in SEEDS}
-    summary = verdict.arm_summary(arm, comparisons, {}, losses(arm), losses("tied"))
+    summary = verdicts.arm_summary(arm, comparisons, {}, losses(arm), losses("tied"))
     changed = {"untied": {}, "tied": {"tying.scheme": ["untied", "tied"]}}
     changed["tied-x5"] = changed["tied"] | {"tying.input_grad_scale": [1.0, 5.0]}
     summary |= {

@@ -15,7 +15,7 @@ from runs import SHRUNK
 from sklearn.calibration import calibration_curve
 from test_analysis_command import analyze
 from test_analysis_lens import layer_norm
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
-from test_analysis_summary import FakeRun, fake_study
+from test_study_results import FakeRun, fake_study
 
 from tiedjax.analysis import command
 from tiedjax.analysis.basis import tables

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.spatial.distance import pdist, squareform
 from sklearn.metrics.pairwise import cosine_similarity
 from test_analysis_command import analyze
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax import cli, load_run
 from tiedjax.analysis.basis.pairs import agreements, rank_matrix

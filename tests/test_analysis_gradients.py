@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 import pytest
 from test_analysis_command import analyze
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax.analysis.basis import tables
 from tiedjax.analysis.basis.records import to_plain

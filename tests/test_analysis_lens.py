@@ -17,7 +17,7 @@ import scipy.optimize
 import scipy.special
 from runs import SHRUNK, STEPS, arguments
 from test_analysis_command import analyze
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax import cli
 from tiedjax.analysis.basis import held_out

@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness as sklearn_trustworthiness
 from sklearn.metrics.pairwise import cosine_similarity
 from test_analysis_command import analyze
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax.analysis.basis import tables
 from tiedjax.analysis.basis.records import to_plain

@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.spatial
 from scipy import stats
 from test_analysis_command import analyze
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax.analysis.basis import blocked
 from tiedjax.analysis.basis.records import to_plain

@@ -27,7 +27,7 @@ from tiedjax.analysis.instruments.cooccurrence import section as cooccurrence
 from tiedjax.analysis.instruments.lens import section as lens
 from tiedjax.analysis.instruments.norms import section as norms
 from tiedjax.analysis.instruments.norms.norms import Curve
-from tiedjax.analysis.study.report import page_of
+from tiedjax.analysis.study.page import page_of
 from tiedjax.analysis.study.sections import SECTIONS
 
 PAGE = Path(__file__).with_name("small_study.txt")
@@ -97,6 +97,7 @@ def test_every_statement_has_the_name_of_its_claim() -> None:
     assert list(small_study()["statements"]) == [
         "tied_nearer_output",
         "tied_output_dominates_early",
+        "tied-x5_nearer_output",
         "tied-x5_lowers_vs_output",
         "tied-x5_raises_vs_input",
         "untied_costs_loss",

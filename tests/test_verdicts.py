@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from tiedjax.analysis.basis.statistics import Interval, holm_levels, interval
-from tiedjax.analysis.study.verdict import Statement, decided
+from tiedjax.analysis.study.verdicts import Statement, decided
 
 
 def test_p_and_intervals_are_those_of_scipy() -> None:

@@ -175,7 +175,7 @@ def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
 
 def _parts(plan: Plan, out: Path) -> dict[str, Task]:
     """`analyse_part` of every part of the results that takes long, by name; that of one seed needs its runs only."""
-    from tiedjax.analysis.study.summary import parts_of, seed_of
+    from tiedjax.analysis.study.results import parts_of, seed_of
 
     tasks = {}
     for name in parts_of(plan.study):
@@ -192,9 +192,9 @@ def _parts(plan: Plan, out: Path) -> dict[str, Task]:
 
 
 def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
-    """One of `summary.parts_of` the runs in a folder, as a task."""
+    """One of `results.parts_of` the runs in a folder, as a task."""
     from tiedjax.analysis.basis.blocked import few_threads
-    from tiedjax.analysis.study.summary import collect
+    from tiedjax.analysis.study.results import collect
 
     held = _held(json.dumps(study), folder)
     model = next(iter(held.runs.values())).config.model
@@ -217,8 +217,8 @@ def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer, in this version's words, and where the report is."""
-    from tiedjax.analysis.study import words
-    from tiedjax.analysis.study.report import refuse_other_results, write_report
+    from tiedjax.analysis.study import sentences
+    from tiedjax.analysis.study.page import refuse_other_results, write_report
     from tiedjax.analysis.study.sections import SECTIONS
 
     results = _read_results(out)
@@ -232,12 +232,12 @@ def draw_report(out: Path, crew: Crew | None = None) -> str:
         drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
     if not crew or not crew.signal:
         write_report(results, out, drawings)
-    return "\n".join([*words.answer(results), f"report: {out / 'report.html'}"])
+    return "\n".join([*sentences.answer(results), f"report: {out / 'report.html'}"])
 
 
 def draw_section(out: str, name: str) -> dict[str, list[str]]:
-    """`report.draw` of one section, as a task."""
-    from tiedjax.analysis.study.report import draw
+    """`page.draw` of one section, as a task."""
+    from tiedjax.analysis.study.page import draw
 
     return draw(_read_results(Path(out)), name, Path(out))
 
@@ -256,7 +256,7 @@ def _read_results(out: Path) -> dict[str, Any]:
 
 
 def _analyse(plan: Plan, out: Path, parts: Mapping[str, Any], seconds: float) -> None:
-    from tiedjax.analysis.study.summary import summarize
+    from tiedjax.analysis.study.results import summarize
 
     environment = environment_now() | {"study_seconds": seconds}
     results = summarize(plan.study, _runs(plan.study, out / "runs"), environment=environment, parts=parts)

@@ -1,6 +1,6 @@
 """What the literature on tied tables claims, put to a study's results: the baseline arm, over seeds.
 
-Each claim is turned into a quantity that is above 0 if it is true; `verdict` decides it among all statements of the
+Each claim is turned into a quantity that is above 0 if it is true; `verdicts` decides it among all statements of the
 study.
 """
 
@@ -13,7 +13,7 @@ from tiedjax.analysis.basis.records import measured
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.norms.norms import Norms
-from tiedjax.analysis.study.verdict import Statement, affine
+from tiedjax.analysis.study.verdicts import Statement, affine
 from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tiedjax.analysis.basis import numbers, published
+from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.statistics import CONFIDENCE
-from tiedjax.analysis.instruments.alignment.align import closed_form_floor
+from tiedjax.analysis.basis.tables import ROLES
 from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]
 
 
 def answer(results: Results) -> list[str]:
-    """The verdict in one sentence; then what each intervention changes, what repeats, and the gradient's share."""
-    gradient = gradient_share(results)
-    return [verdict(results), *interventions(results), *repeated_shares(results), *([gradient] if gradient else [])]
+    """The verdict in one sentence; then how each arm differs, what training repeats, and the gradient's share."""
+    return [verdict(results), *against_baseline(results), *what_repeats(results), *gradient_share(results)]
 
 
 def verdict(results: Results) -> str:
@@ -41,54 +40,95 @@ def verdict(results: Results) -> str:
     )
 
 
-def interventions(results: Results) -> list[str]:
-    """A paragraph for each intervention: how nearness and the held-out loss change against the baseline arm."""
+def against_baseline(results: Results) -> list[str]:
+    """A paragraph for each other arm: how nearness changes, where its table then lies, and what that does to the loss.
+
+    First the interventions, then the arms that have no shared table.
+    """
     baseline, statements = results["headline"]["arm"], results["statements"]
-    subjects = {
-        "lowers_vs_output": ("nearness to the output table", "", -1),
-        "raises_vs_input": ("nearness to the input table", "", 1),
-        "costs_loss": ("the held-out loss", " nats a token", 1),
+    clauses_of = {
+        "lowers_vs_output": lambda arm, said: f"nearness to the output table {_change_of(said, -1)}.",
+        "raises_vs_input": lambda arm, said: f"nearness to the input table {_change_of(said, 1)}.",
+        "nearer_output": _where_it_lies,
+        "costs_loss": lambda arm, said: f"the held-out loss {_change_of(said, 1, ' nats a token')}.",
     }
     paragraphs = []
-    for arm in results["changes"]:
-        sentences = [
-            f"{subject} {_change_of(statement, sign, unit)}."
-            for name, (subject, unit, sign) in subjects.items()
-            if (statement := statements.get(f"{arm}_{name}"))
+    for arm in (*results["changes"], *(arm for arm in results["arms"] if arm not in results["changes"])):
+        clauses = [
+            clause(arm, statements[f"{arm}_{name}"])
+            for name, clause in clauses_of.items()
+            if arm != baseline and f"{arm}_{name}" in statements
         ]
-        if sentences:
-            first, *others = sentences
-            later = [sentence[0].upper() + sentence[1:] for sentence in others]
+        if clauses:
+            first, *others = clauses
+            later = [clause[0].upper() + clause[1:] for clause in others]
             paragraphs.append(" ".join([f"With {arm}{_settings(results, arm)} instead of {baseline}, {first}", *later]))
     return paragraphs
+
+
+def _where_it_lies(arm: str, statement: Mapping[str, Any]) -> str:
+    """To which table of the reference an arm's own lies nearer."""
+    if statement["verdict"] == "undecided" and statement["interval"]:
+        return (
+            f"the {arm} table’s nearness to the output table less that to the input table is {margin_of(statement)}, "
+            f"undecided.{_edge(statement)}"
+        )
+    nearer, other = ("output", "input") if statement["margin"] > 0 else ("input", "output")
+    seeds = "" if statement["interval"] else " (one seed)"
+    return (
+        f"the {arm} table lies nearer to the {nearer} table than to the {other} table, by "
+        f"{margin_of(statement, absolute=True)}{seeds}.{_edge(statement)}"
+    )
+
+
+def what_repeats(results: Results) -> list[str]:
+    """How much of either table of the reference training repeats, and how much of that other tables share."""
+    return [*_between_seeds(results), *_repeated_shares(results)]
+
+
+def _between_seeds(results: Results) -> list[str]:
+    """By runs of the reference that differ in their seed; none where there is one seed."""
+    head = results["headline"]
+    repeated = results["between_seeds"].get(head["reference"], {})
+    if not all(role in repeated for role in ROLES):
+        return []
+    means = {role: repeated[role][f"vs_{role}"][head["fit"]][head["measure"]]["mean"] for role in ROLES}
+    if None in means.values():
+        return []
+    more, less = sorted(ROLES, key=means.__getitem__, reverse=True)
+    return [
+        f"Between two {head['reference']} runs of different seeds, the {more} tables score "
+        f"{numbers.number(means[more])} and the {less} tables {numbers.number(means[less])}: training repeats more of "
+        f"the {more} table."
+    ]
 
 
 def _settings(results: Results, arm: str) -> str:
     """In brackets, the options in which an arm is not the baseline."""
     arms, baseline = results["arms"], results["headline"]["arm"]
-    theirs = {key: pair[1] for key, pair in arms[baseline]["differs_from_reference"].items()}
-    ours = {key: pair[1] for key, pair in arms[arm]["differs_from_reference"].items()}
+    of_baseline = {key: pair[1] for key, pair in arms[baseline]["differs_from_reference"].items()}
+    of_arm = {key: pair[1] for key, pair in arms[arm]["differs_from_reference"].items()}
     settings = [
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in ours.items()
-        if theirs.get(key) != value
+        for key, value in of_arm.items()
+        if of_baseline.get(key) != value
     ]
     return f" ({', '.join(settings)})" if settings else ""
 
 
-def gradient_share(results: Results) -> str:
-    """Which part of the baseline arm's gradient the output role supplies; empty where it was not logged."""
+def gradient_share(results: Results) -> list[str]:
+    """Which part of the baseline arm's gradient the output role supplies; nothing where it was not logged."""
     head = results["headline"]
     if head["early_output_share"]["mean"] is None:
-        return ""
+        return []
     early, overall = head["early_output_share"], results["arms"][head["arm"]]["overall_output_share"]
-    return (
+    return [
         f"The output role supplies {numbers.percent(early)} of the {head['arm']} table’s gradient (sum of both norms) "
         f"up to step {head['early_steps'][1]}. Over the whole run it supplies {numbers.percent(overall)}."
-    )
+    ]
 
 
-def repeated_shares(results: Results) -> list[str]:
+def _repeated_shares(results: Results) -> list[str]:
     """How much of what training repeats a shared table has in common with either table of the reference.
 
     Of the baseline and of every intervention; none where the share would divide by chance.
@@ -98,12 +138,13 @@ def repeated_shares(results: Results) -> list[str]:
         statement = results["statements"].get(f"{arm}_shares_more_with_output")
         if statement is None or statement["interval"] is None:
             continue
-        share = results["reproducible_share"][arm][SHARED]
-        output, input_ = (numbers.number(share[f"vs_{role}"]["mean"], 2) for role in ("output", "input"))
-        end = "; the difference is undecided" if statement["verdict"] == "undecided" else ""
+        share = numbers.number(results["reproducible_share"][arm][SHARED]["vs_output"]["mean"], 2)
+        more = "more" if statement["margin"] > 0 else "less"
+        undecided = ", undecided" if statement["verdict"] == "undecided" else ""
         sentences.append(
-            f"Of what training repeats over seeds, the {arm} table shares {output} with the output table and {input_} "
-            f"with the input table{end}.{_edge(statement)}"
+            f"Of what training repeats over seeds, the {arm} table shares {share} with the output table, "
+            f"{margin_of(statement, absolute=True, digits=2)} {more} than with the input table{undecided}."
+            f"{_edge(statement)}"
         )
     return sentences
 
@@ -146,8 +187,8 @@ def certainty(results: Results) -> str:
         return "One seed: there is no interval, and nothing is decided."
     n = max(statement["n"] for statement in tested)
     return (
-        f"± is half of a {CONFIDENCE:.0%} interval over {n} seeds; those of the verdict, costs and changes are wider, "
-        f"because {len(tested)} statements are tested together."
+        f"± is half of a {CONFIDENCE:.0%} interval over {n} seeds; those of the verdict and of differences between "
+        f"arms are wider, because {len(tested)} statements are tested together."
     ).replace("%", "\u00a0%")
 
 
@@ -155,15 +196,15 @@ def _edge(statement: Mapping[str, Any]) -> str:
     return " This verdict is near the edge." if statement["near_edge"] else ""
 
 
-def margin_of(statement: Mapping[str, Any], *, absolute: bool = False, signed: bool = False) -> str:
+def margin_of(statement: Mapping[str, Any], *, absolute: bool = False, signed: bool = False, digits: int = 3) -> str:
     """A statement's margin ± half of its interval."""
     low, high = statement["interval"] or (None, None)
     mean = abs(statement["margin"]) if absolute else statement["margin"]
     span = {"mean": mean, "low": low, "high": high}
-    return numbers.signed(span) if signed else numbers.spread(span)
+    return numbers.signed(span) if signed else numbers.spread(span, digits)
 
 
-def _change_of(statement: Mapping[str, Any], sign: int, unit: str) -> str:
+def _change_of(statement: Mapping[str, Any], sign: int, unit: str = "") -> str:
     """How a quantity changes whose increase is `sign` times the statement's margin."""
     direction = "rises" if sign * statement["margin"] > 0 else "falls"
     if statement["interval"] is None:
@@ -195,7 +236,7 @@ def arm_columns(results: Results) -> dict[str, str]:
     return {
         "arm": "Arm",
         "loss": "Held-out loss, nats a token",
-        "cost": f"Cost against {head['arm']}",
+        "cost": f"Loss against {head['arm']}",
         "output": f"Nearness to {head['reference']}’s output table",
         "input": f"Nearness to {head['reference']}’s input table",
         "early": f"Output share of gradient, to step {head['early_steps'][1]}",
@@ -204,7 +245,7 @@ def arm_columns(results: Results) -> dict[str, str]:
 
 
 def arm_rows(results: Results) -> list[dict[str, str]]:
-    """Per arm: held-out loss, its cost against the baseline arm, nearness to the reference's tables, gradient share."""
+    """Per arm: held-out loss, the baseline's taken off, nearness to the reference's tables, gradient share."""
     rows = []
     for arm, summary in results["arms"].items():
         near = summary["alignment"].get(SHARED, {})
@@ -229,68 +270,3 @@ def _cost(statement: Mapping[str, Any] | None) -> str:
     remarks = ["undecided"] if statement["verdict"] == "undecided" and statement["interval"] else []
     remarks += ["near the edge"] if statement["near_edge"] else []
     return ", ".join([margin_of(statement, signed=True), *remarks])
-
-
-def paper_alignment(results: Results) -> list[dict[str, Any]]:
-    """Per pair of tables: uncorrected scores, the paper's beside the closed-form floor and ours beside its own."""
-    head = results["headline"]
-    arms = results["arms"]
-    ours = {
-        ("input", "output"): arms[head["reference"]]["alignment"].get("output", {}).get("vs_input"),
-        ("output", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get(SHARED, {}).get("vs_output"),
-        ("input", "tied"): arms.get(head["arm"], {}).get("alignment", {}).get(SHARED, {}).get("vs_input"),
-    }
-    names = {
-        ("input", "output"): f"{head['reference']} input → {head['reference']} output",
-        ("output", "tied"): f"{head['reference']} output → {head['arm']}",
-        ("input", "tied"): f"{head['reference']} input → {head['arm']}",
-    }
-    groups = []
-    for pair, values in published.ALIGNMENT.items():
-        mine = ours[pair]
-        if mine is not None:
-            rows = [
-                {
-                    "fit": fit,
-                    "paper": numbers.number(value),
-                    "paper_floor": numbers.number(closed_form_floor(fit, *published.ALIGNMENT_SHAPE)),
-                    "ours": numbers.number(mine[fit]["score"]["mean"]),
-                    "ours_floor": numbers.number(mine[fit]["floor"]["mean"]),
-                }
-                for fit, value in values.items()
-            ]
-            groups.append({"pair": names[pair], "rows": rows})
-    return groups
-
-
-def paper_others(results: Results) -> list[dict[str, str]]:
-    """Input-gradient scaling and evolution: what was measured, the paper's value, ours."""
-    head, arms = results["headline"], results["arms"]
-    rows = []
-    for arm, summary in arms.items():
-        scale = summary["differs_from_reference"].get("tying.input_grad_scale", (None, None))[1]
-        if scale in published.SCALING and scale != 1 and arm in results["changes"]:
-            for role, theirs in published.SCALING[scale].items():
-                ours = [
-                    arms[a]["alignment"][SHARED][f"vs_{role}"]["orthogonal"]["score"]["mean"]
-                    for a in (head["arm"], arm)
-                ]
-                rows.append(
-                    {
-                        "what": f"orthogonal score with {head['reference']} {role}, input gradients ×1 → ×{scale:g}",
-                        "paper": f"{numbers.number(published.SCALING[1][role])} → {numbers.number(theirs)}",
-                        "ours": f"{numbers.number(ours[0])} → {numbers.number(ours[1])}",
-                    }
-                )
-    for role, theirs in published.EVOLUTION.items():
-        ends = [e for e in results.get("evolution", ()) if e["arm"] == head["reference"] and e["role"] == role]
-        if ends:
-            mean = sum(e["to_start"][-1] for e in ends) / len(ends)
-            rows.append(
-                {
-                    "what": f"cosine of {head['reference']} {role} rows to step 0 (here: rows of seen tokens)",
-                    "paper": f"{numbers.number(theirs)} at step {published.EVOLUTION_STEP:,}",
-                    "ours": f"{numbers.number(mean)} at step {ends[0]['steps'][-1]:,}",
-                }
-            )
-    return rows

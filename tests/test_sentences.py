@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.verdict import EDGE
+from tiedjax.analysis.study import sentences
+from tiedjax.analysis.study.verdicts import EDGE
 
 N = "\u00a0"  # a no-break space
 
@@ -33,17 +33,19 @@ def statement(margin: float, half: float | None, verdict: str, *, near_edge: boo
 
 
 def small_results(**statements: Any) -> dict[str, Any]:
-    """Results with distinct numbers; `statements` replace those of their names (nearer, lowers, raises, costs)."""
+    """Results with distinct numbers; `statements` replace those of their names (nearer, lowers, ...)."""
     made = {
         "nearer": statement(0.154, 0.031, "holds"),
         "lowers": statement(0.095, 0.023, "holds"),
         "raises": statement(0.022, 0.013, "holds"),
         "costs": statement(0.161, 0.017, "holds"),
+        "untied_costs": None,
+        "x5_nearer": None,
         "shares": None,
         "x5_shares": None,
     } | statements
     names = {"nearer": "tied_nearer_output", "lowers": "x5_lowers_vs_output", "raises": "x5_raises_vs_input"}
-    names["costs"] = "x5_costs_loss"
+    names |= {"costs": "x5_costs_loss", "untied_costs": "untied_costs_loss", "x5_nearer": "x5_nearer_output"}
     names |= {"shares": "tied_shares_more_with_output", "x5_shares": "x5_shares_more_with_output"}
     cell = lambda mean, half: {"orthogonal": {"beyond_frequency": span(mean, half)}}
     near = {
@@ -71,6 +73,7 @@ def small_results(**statements: Any) -> dict[str, Any]:
             "early_steps": [1, 50],
         },
         "changes": {"x5": {}},
+        "between_seeds": {},
         "reproducible_share": {
             "tied": {"shared": {"vs_output": span(0.923, 0.01), "vs_input": span(0.583, 0.06)}},
             "x5": {"shared": {"vs_output": span(0.801, 0.03), "vs_input": span(0.719, 0.05)}},
@@ -121,15 +124,15 @@ MAIN = {
 @pytest.mark.parametrize("case", MAIN)
 def test_the_verdict_is_one_sentence(case: str) -> None:
     nearer, sentence = MAIN[case]
-    assert words.verdict(small_results(nearer=nearer)) == sentence
-    assert words.answer(small_results(nearer=nearer))[0] == sentence
+    assert sentences.verdict(small_results(nearer=nearer)) == sentence
+    assert sentences.answer(small_results(nearer=nearer))[0] == sentence
 
 
 WITH = "With x5 (tying.input_grad_scale 5, data.order seen) instead of tied,"
 
 
 def test_what_an_intervention_does_and_costs() -> None:
-    assert words.answer(small_results())[1:] == [
+    assert sentences.answer(small_results())[1:] == [
         f"{WITH} nearness to the output table falls by 0.095{N}±{N}0.023. Nearness to the input table rises by "
         f"0.022{N}±{N}0.013. The held-out loss rises by 0.161{N}±{N}0.017 nats a token.",
         f"The output role supplies 76.6{N}±{N}4.1{N}% of the tied table’s gradient (sum of both norms) up to step 50. "
@@ -140,7 +143,7 @@ def test_what_an_intervention_does_and_costs() -> None:
         raises=statement(0.02, 0.03, "undecided"),
         costs=statement(-0.07, 0.02, "the opposite"),
     )
-    assert words.interventions(other) == [
+    assert sentences.against_baseline(other) == [
         f"{WITH} nearness to the output table rises, near the edge, by 0.040{N}±{N}0.010. Nearness to the input table "
         f"changes by +0.020{N}±{N}0.030, undecided. The held-out loss falls by 0.070{N}±{N}0.020 nats a token."
     ]
@@ -149,44 +152,97 @@ def test_what_an_intervention_does_and_costs() -> None:
         raises=statement(-0.2, None, "undecided"),
         costs=statement(0.3, None, "undecided"),
     )
-    assert words.interventions(lone) == [
+    assert sentences.against_baseline(lone) == [
         f"{WITH} nearness to the output table falls by 0.100 (one seed). Nearness to the input table falls by 0.200 "
         "(one seed). The held-out loss rises by 0.300 nats a token (one seed)."
     ]
     edge = small_results(lowers=statement(0.01, 0.02, "undecided", near_edge=True), raises=None, costs=None)
-    assert words.interventions(edge) == [
+    assert sentences.against_baseline(edge) == [
         f"{WITH} nearness to the output table changes by −0.010{N}±{N}0.020, near the edge, undecided."
     ]
-    assert words.interventions(small_results(lowers=None, raises=None, costs=None)) == []
+    assert sentences.against_baseline(small_results(lowers=None, raises=None, costs=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("nearer", "sentence"),
+    [
+        (
+            statement(0.034, 0.021, "holds", near_edge=True),
+            f"the x5 table lies nearer to the output table than to the input table, by 0.034{N}±{N}0.021. "
+            "This verdict is near the edge.",
+        ),
+        (
+            statement(-0.034, 0.021, "the opposite"),
+            f"the x5 table lies nearer to the input table than to the output table, by 0.034{N}±{N}0.021.",
+        ),
+        (
+            statement(-0.034, 0.051, "undecided"),
+            f"the x5 table’s nearness to the output table less that to the input table is −0.034{N}±{N}0.051, "
+            "undecided.",
+        ),
+        (
+            statement(0.034, None, "undecided"),
+            "the x5 table lies nearer to the output table than to the input table, by 0.034 (one seed).",
+        ),
+    ],
+)
+def test_where_the_table_of_an_intervention_lies_is_said(nearer: dict[str, Any], sentence: str) -> None:
+    paragraph = sentences.against_baseline(small_results(lowers=None, raises=None, x5_nearer=nearer))
+    assert paragraph == [f"{WITH} {sentence} The held-out loss rises by 0.161{N}±{N}0.017 nats a token."]
+
+
+def test_what_tying_costs_is_said_after_the_interventions() -> None:
+    paragraphs = sentences.against_baseline(small_results(untied_costs=statement(-0.083, 0.076, "the opposite")))
+    assert paragraphs[1:] == [
+        f"With untied instead of tied, the held-out loss falls by 0.083{N}±{N}0.076 nats a token."
+    ]
+
+
+@pytest.mark.parametrize(("output", "input_", "more"), [(0.263, 0.144, "output"), (0.101, 0.202, "input")])
+def test_how_much_of_each_table_training_repeats(output: float, input_: float, more: str) -> None:
+    cell = lambda mean: {"orthogonal": {"beyond_frequency": span(mean)}}
+    repeated = {"output": {"vs_output": cell(output)}, "input": {"vs_input": cell(input_)}}
+    scores = f"the output tables score {output} and the input tables {input_}"
+    if more == "input":
+        scores = f"the input tables score {input_} and the output tables {output}"
+    sentence = f"Between two untied runs of different seeds, {scores}: training repeats more of the {more} table."
+    results = small_results() | {"between_seeds": {"untied": repeated}}
+    assert sentences.what_repeats(results) == [sentence]
+    assert sentences.answer(results)[2] == sentence
+    assert sentences.what_repeats(small_results()) == []
+    assert sentences.what_repeats(small_results() | {"between_seeds": {"untied": {"output": {}}}}) == []
 
 
 def test_what_is_shared_of_what_repeats_is_said_where_it_is_measured() -> None:
     both = small_results(shares=statement(0.34, 0.07, "holds"), x5_shares=statement(0.082, 0.09, "undecided"))
-    sentences = [
-        "Of what training repeats over seeds, the tied table shares 0.92 with the output table and 0.58 with the input "
-        "table.",
-        "Of what training repeats over seeds, the x5 table shares 0.80 with the output table and 0.72 with the input "
-        "table; the difference is undecided.",
+    said = [
+        f"Of what training repeats over seeds, the tied table shares 0.92 with the output table, 0.34{N}±{N}0.07 more "
+        "than with the input table.",
+        f"Of what training repeats over seeds, the x5 table shares 0.80 with the output table, 0.08{N}±{N}0.09 more "
+        "than with the input table, undecided.",
     ]
-    assert words.repeated_shares(both) == sentences
-    assert words.answer(both)[2:4] == sentences
+    assert sentences.what_repeats(both) == said
+    assert sentences.answer(both)[2:4] == said
     edge = small_results(shares=statement(-0.34, 0.3, "the opposite", near_edge=True))
-    assert words.repeated_shares(edge)[0].endswith("with the input table. This verdict is near the edge.")
-    assert words.repeated_shares(small_results()) == []
-    assert words.repeated_shares(small_results(shares=statement(0.3, None, "undecided"))) == []
+    assert sentences.what_repeats(edge) == [
+        f"Of what training repeats over seeds, the tied table shares 0.92 with the output table, 0.34{N}±{N}0.30 less "
+        "than with the input table. This verdict is near the edge."
+    ]
+    assert sentences.what_repeats(small_results()) == []
+    assert sentences.what_repeats(small_results(shares=statement(0.3, None, "undecided"))) == []
 
 
 def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gradient() -> None:
-    assert words.arm_columns(small_results()) == {
+    assert sentences.arm_columns(small_results()) == {
         "arm": "Arm",
         "loss": "Held-out loss, nats a token",
-        "cost": "Cost against tied",
+        "cost": "Loss against tied",
         "output": "Nearness to untied’s output table",
         "input": "Nearness to untied’s input table",
         "early": "Output share of gradient, to step 50",
         "overall": "Output share of gradient, whole run",
     }
-    untied, tied, x5 = words.arm_rows(small_results())
+    untied, tied, x5 = sentences.arm_rows(small_results())
     assert untied == {
         "arm": "untied",
         "loss": f"4.521{N}±{N}0.030",
@@ -227,42 +283,42 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
     ],
 )
 def test_a_cost_says_when_it_is_undecided_or_near_the_edge(costs: dict[str, Any], cell: str) -> None:
-    assert words.arm_rows(small_results(costs=costs))[2]["cost"] == cell
+    assert sentences.arm_rows(small_results(costs=costs))[2]["cost"] == cell
 
 
 def test_what_the_uncertainties_beside_the_answer_are() -> None:
-    assert words.certainty(small_results()) == (
-        f"± is half of a 95{N}% interval over 5 seeds; those of the verdict, costs and changes are wider, because 4 "
-        "statements are tested together."
+    assert sentences.certainty(small_results()) == (
+        f"± is half of a 95{N}% interval over 5 seeds; those of the verdict and of differences between arms are wider, "
+        "because 4 statements are tested together."
     )
     alone = {name: statement(0.1, None, "undecided") for name in ("nearer", "lowers", "raises", "costs")}
-    assert words.certainty(small_results(**alone)) == "One seed: there is no interval, and nothing is decided."
+    assert sentences.certainty(small_results(**alone)) == "One seed: there is no interval, and nothing is decided."
 
 
 def test_how_many_statements_and_what_chance_alone_gives() -> None:
-    assert words.testing(small_results()) == (
+    assert sentences.testing(small_results()) == (
         "4 statements are tested together by Holm’s method: if every margin were 0, chance alone would decide any of "
         f"them in at most 5{N}% of studies. Each tested alone at 5{N}%, chance would decide 0.2 of 4."
     )
-    assert words.basis(small_results()) == (
+    assert sentences.basis(small_results()) == (
         "Intervals are Student-t intervals over 5 seeds, paired by seed where two runs are compared. Those of "
         f"statements have the level at which Holm’s method tests each; all others have 95{N}%."
     )
     alone = {name: statement(0.1, None, "undecided") for name in ("nearer", "lowers", "raises", "costs")}
-    assert words.testing(small_results(**alone)) == "One seed: no statement can be tested."
-    assert words.basis(small_results(**alone)) == "One seed: no interval can be given, and nothing is decided."
+    assert sentences.testing(small_results(**alone)) == "One seed: no statement can be tested."
+    assert sentences.basis(small_results(**alone)) == "One seed: no interval can be given, and nothing is decided."
 
 
 def test_what_near_the_edge_means_is_said_where_it_occurs() -> None:
-    assert words.near_edge(small_results()) == ""
+    assert sentences.near_edge(small_results()) == ""
     assert EDGE == 2
-    assert words.near_edge(small_results(costs=statement(0.3, 0.4, "undecided", near_edge=True))) == (
+    assert sentences.near_edge(small_results(costs=statement(0.3, 0.4, "undecided", near_edge=True))) == (
         "Near the edge, p is within a factor of 2 of the level: the same study run again could say otherwise."
     )
 
 
 def test_every_verdict_stands_beside_its_claim() -> None:
-    shown = words.verdicts(
+    shown = sentences.verdicts(
         small_results(
             lowers=statement(-0.04, 0.01, "the opposite", near_edge=True), costs=statement(0.3, 0.4, "undecided")
         )

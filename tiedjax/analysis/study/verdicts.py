@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tiedjax.analysis.basis.statistics import CONFIDENCE, Interval, holm_levels, interval, paired
+from tiedjax.analysis.basis.tables import ROLES
 from tiedjax.analysis.instruments.gradients.gradients import EARLY, GradientFlow, Window
 from tiedjax.config import StudyConfig
 from tiedjax.tying import SHARED
@@ -20,6 +22,7 @@ MAIN = "beyond_frequency"  # the score above what tokens of like frequency share
 MEASURES = ("score", "floor", "corrected", MAIN, "held_out")  # of every comparison
 EDGE = 2.0  # a verdict whose p is within this factor of its level could be another one with other last bits
 Records = Sequence[Mapping[str, Any]]
+BySeed = dict[int, float | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Statement:
     margin: Interval
 
 
-def by_seed(records: Records, field: str, **where: Any) -> dict[int, float | None]:
+def by_seed(records: Records, field: str, **where: Any) -> BySeed:
     """Seed: value of `field`, of the records that match `where`."""
     return {r["seed"]: r[field] for r in records if all(r[name] == value for name, value in where.items())}
 
@@ -57,9 +60,9 @@ def arm_summary(
             "floor_closed_form": record["floor_closed_form"],
         }
     margins = {
-        role: {fit: paired(*_both(final, MAIN, arm, role, fit)) for fit in found["vs_output"]}
-        for role, found in alignment.items()
-        if {"vs_input", "vs_output"} <= set(found)
+        role: {fit: paired(*_output_and_input(final, MAIN, arm, role, fit)) for fit in targets["vs_output"]}
+        for role, targets in alignment.items()
+        if {"vs_input", "vs_output"} <= set(targets)
     }
     return {
         "eval_loss": interval(losses.values()),
@@ -77,26 +80,26 @@ def between_seeds(records: Records) -> dict[str, Any]:
 
     Pairs of seeds share runs, so they are no independent sample.
     """
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     names = ("arm", "subject_role", "reference_role", "fit")
     for key in dict.fromkeys(tuple(r[name] for name in names) for r in records):
         where = dict(zip(names, key, strict=True))
         arm, subject, target, fit = key
         cell: dict[str, Any] = {"by_seed": by_seed(records, MAIN, **where)}
         for name in MEASURES:
-            known = [v for v in by_seed(records, name, **where).values() if v is not None]
-            mean = sum(known) / len(known) if known else None
-            cell[name] = Interval(mean, None, None, len(known), CONFIDENCE)
-        found.setdefault(arm, {}).setdefault(subject, {}).setdefault(f"vs_{target}", {})[fit] = cell
-    return found
+            values = [v for v in by_seed(records, name, **where).values() if v is not None]
+            mean = sum(values) / len(values) if values else None
+            cell[name] = Interval(mean, None, None, len(values), CONFIDENCE)
+        cells.setdefault(arm, {}).setdefault(subject, {}).setdefault(f"vs_{target}", {})[fit] = cell
+    return cells
 
 
 def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
     """The baseline arm in four numbers: nearness to either reference table, the margin, the early gradient share."""
     arm = study.baseline
-    output, input_ = _both(final, MAIN, arm, SHARED, FIT)
-    any_output, any_input = _both(final, "corrected", arm, SHARED, FIT)
-    own = by_seed(final, MAIN, arm=study.reference, reference_role="input", fit=FIT)
+    output, input_ = _output_and_input(final, MAIN, arm, SHARED, FIT)
+    any_output, any_input = _output_and_input(final, "corrected", arm, SHARED, FIT)
+    of_reference = by_seed(final, MAIN, arm=study.reference, reference_role="input", fit=FIT)
     return {
         "arm": arm,
         "reference": study.reference,
@@ -110,7 +113,7 @@ def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dic
             "vs_input": interval(any_input.values()),
             "margin": paired(any_output, any_input),
         },
-        "reference_input_vs_output": interval(own.values()),
+        "reference_input_vs_output": interval(of_reference.values()),
         "early_output_share": arms[arm]["early_output_share"] if arm in arms else interval([]),
         "early_steps": list(EARLY),
     }
@@ -118,13 +121,11 @@ def headline(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dic
 
 def changes(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Any]:
     """Per intervention arm: how its nearness differs from the baseline arm's, paired by seed, per fit."""
-    found: dict[str, Any] = {}
+    by_arm: dict[str, Any] = {}
     for arm in _interventions(study, arms):
         fits = next(iter(arms[arm]["alignment"][SHARED].values()))
-        found[arm] = {
-            f"vs_{role}": {fit: _change(study, final, arm, role, fit) for fit in fits} for role in ("input", "output")
-        }
-    return found
+        by_arm[arm] = {f"vs_{role}": {fit: _change(study, final, arm, role, fit) for fit in fits} for role in ROLES}
+    return by_arm
 
 
 def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> dict[str, Statement]:
@@ -143,6 +144,8 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
         ),
     }
     for other in _interventions(study, arms):
+        claim = f"{other} is nearer to the output table of {reference} than to its input table"
+        made[f"{other}_nearer_output"] = Statement(claim, paired(*_output_and_input(final, MAIN, other, SHARED, FIT)))
         for verb, role, sign in [("lowers", "output", -1.0), ("raises", "input", 1.0)]:
             change = _change(study, final, other, role, FIT)
             claim = f"{other} {verb} the nearness to the {role} table of {reference}, against {arm}"
@@ -201,11 +204,10 @@ def _decided(statement: Statement, p: float | None, level: float | None) -> dict
     }
 
 
-def _both(final: Records, field: str, arm: str, role: str, fit: str) -> tuple[dict[int, Any], dict[int, Any]]:
-    where = {"arm": arm, "subject_role": role, "fit": fit}
-    return by_seed(final, field, reference_role="output", **where), by_seed(
-        final, field, reference_role="input", **where
-    )
+def _output_and_input(final: Records, field: str, arm: str, role: str, fit: str) -> tuple[BySeed, BySeed]:
+    """A table's scores with the reference's output table, and with its input table."""
+    score = partial(by_seed, final, field, arm=arm, subject_role=role, fit=fit)
+    return score(reference_role="output"), score(reference_role="input")
 
 
 def _interventions(study: StudyConfig, arms: Mapping[str, Any]) -> list[str]:
@@ -239,7 +241,7 @@ def _windows(flows: Sequence[GradientFlow]) -> list[dict[str, Any]]:
         for window in flow.windows:
             spans.setdefault((window.first, window.last), []).append(window)
     return [
-        {"first": first, "last": last, "output_share": interval(w.output_share for w in found)}
-        for (first, last), found in spans.items()
-        if len(found) == len(flows)
+        {"first": first, "last": last, "output_share": interval(window.output_share for window in windows)}
+        for (first, last), windows in spans.items()
+        if len(windows) == len(flows)
     ]

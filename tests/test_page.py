@@ -8,15 +8,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_analysis_summary import fake_study
+from test_study_results import fake_study
 
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.records import write_json
 from tiedjax.analysis.instruments import INSTRUMENTS
-from tiedjax.analysis.study import words
-from tiedjax.analysis.study.report import CORE, draw, write_report
+from tiedjax.analysis.study import beside_paper, sentences
+from tiedjax.analysis.study.page import CORE, draw, write_report
+from tiedjax.analysis.study.results import summarize
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, keys, left_out, sections_of, versions
-from tiedjax.analysis.study.summary import summarize
 from tiedjax.errors import UserError
 
 SCRIPT = "<script>alert('x')</script>"
@@ -110,26 +110,26 @@ def test_the_numbers_of_the_results_are_in_the_page(results, page):
     for span in (head["vs_output"], head["vs_input"]):
         assert f">{numbers.spread(span)}</td>" in page
     for statement in results["statements"].values():
-        assert words.margin_of(statement) in page
+        assert sentences.margin_of(statement) in page
     for arm in results["arms"].values():
         assert f">{numbers.spread(arm['eval_loss'])}</td>" in page
     assert page.index('<table id="arms">') < page.index("<table>"), "the first table is that of the arms"
-    assert words.testing(results) in page
+    assert sentences.testing(results) in page
     for comparison in results["arms"]["tied"]["alignment"]["shared"].values():
         for cell in comparison.values():
             assert f">{numbers.number(cell['score']['mean'])}</td>" in page
             assert f">{numbers.number(cell['floor']['mean'])}</td>" in page
     assert "0.669" in page  # the paper's, beside ours
     assert "tying.input_grad_scale" in page
-    for row in words.paper_others(results):
+    for row in beside_paper.scaling_and_evolution(results):
         assert row["ours"] in page
-    assert len(words.paper_others(results)) == 4
+    assert len(beside_paper.scaling_and_evolution(results)) == 4
 
 
 def test_the_first_screen_is_verdict_table_picture_and_contents(results, page):
     screen = page[page.index("<main>") : page.index('<details id="sure">')]
     assert screen.count("<table") == screen.count("<figure") == 1
-    assert f'<p class="lead">{words.verdict(results)}</p>' in screen
+    assert f'<p class="lead">{sentences.verdict(results)}</p>' in screen
     assert 'id="figure-nearness"' in screen
     linked = re.findall(r'<li><a href="#([^"]+)">([^<]+)</a></li>', screen)
     headings = re.findall(r'<h2 id="([^"]+)">(.*?)(?: <code>[^<]*</code>)?</h2>', page)
@@ -140,7 +140,7 @@ def test_the_first_screen_is_verdict_table_picture_and_contents(results, page):
 
 def test_every_sentence_of_the_answer_has_at_most_three_numbers(results):
     arms = re.compile("|".join(sorted(results["arms"], key=len, reverse=True)))
-    for paragraph in words.answer(results):
+    for paragraph in sentences.answer(results):
         for sentence in re.split(r"(?<=\.) ", paragraph):
             assert len(re.findall(r"\d+(?:\.\d+)?", arms.sub("", sentence))) <= 3, sentence
 

@@ -17,7 +17,7 @@ from tiedjax.analysis.basis.strata import frequency_parts
 from tiedjax.analysis.instruments.alignment.align import align
 from tiedjax.analysis.instruments.alignment.fitting import FITS
 from tiedjax.analysis.study.reproducibility import reproducible_shares
-from tiedjax.analysis.study.summary import summarize
+from tiedjax.analysis.study.results import summarize
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
 

@@ -1,0 +1,146 @@
+"""Everything a study's runs say, as one dict that JSON can hold: results.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
+from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
+from tiedjax.analysis.study import sentences, verdicts
+from tiedjax.analysis.study.claims import claims
+from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
+from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
+from tiedjax.analysis.study.run_facts import differences, held_out_losses, run_facts
+from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
+from tiedjax.config import StudyConfig
+from tiedjax.config_files import to_tree
+from tiedjax.data.prepared import Prepared
+from tiedjax.errors import UserError
+
+
+def summarize(
+    study: StudyConfig,
+    runs: Runs,
+    *,
+    environment: Mapping[str, Any] | None = None,
+    text: Callable[[Any], Prepared] = data_of,
+    parts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """results.json of a study, from its runs by (arm, seed).
+
+    `environment` says what the caller knows of the machine, versions and time; `text` finds a run's data; `parts` are
+    those of `parts_of`, if others have collected them. Pairs without a run are named in `notes`. UserError when no
+    seed has a run of the reference arm.
+    """
+    seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
+    if not seeds:
+        raise UserError(f"study: no run of the reference arm {study.reference!r}; nothing can be compared with it")
+    if parts is None:
+        held = StudyRuns(study, runs, text)
+        parts = {name: collect(name, held) for name in parts_of(study)}
+    walk = parts["walk"]
+    final = [r for r in walk["comparisons"] if r["final"]]
+    flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
+    arms = {
+        arm: verdicts.arm_summary(
+            arm,
+            final,
+            {seed: flow for (a, seed), flow in flows.items() if a == arm},
+            held_out_losses(runs, arm),
+            held_out_losses(runs, study.baseline),
+        )
+        | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
+        for arm in study.arms
+        if any(a == arm for a, _ in runs)
+    }
+    results = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "kind": "study",
+        "headline": verdicts.headline(study, arms, final),
+        "between_seeds": verdicts.between_seeds(parts["between_seeds"]),
+        "reproducible_share": parts["reproducible_share"],
+        "changes": verdicts.changes(study, arms, final),
+        "arms": arms,
+        "comparisons": [_without(r, "final") for r in final],
+        "alignment_over_steps": alignment_over_steps(walk["comparisons"]),
+        "gradients": [arm_and_seed(key) | to_plain(flow) for key, flow in flows.items()],
+        "evolution": walk["evolution"],
+        **{name: parts[name] for name in SECTIONS if name in parts},
+        "lens": SECTIONS["lens"].together(
+            study.reference, [run for seed in study.seeds for run in parts[f"lens {seed}"]]
+        ),
+        "examples": walk["examples"],
+        "runs": [arm_and_seed(key) | run_facts(run) for key, run in runs.items()],
+        "study": {
+            "reference": study.reference,
+            "baseline": study.baseline,
+            "seeds": list(study.seeds),
+            "arms": dict(study.arms),
+            "config": to_tree(runs[study.reference, seeds[0]].config),
+        },
+        "environment": dict(environment or {}),
+        "notes": _notes(study, runs),
+    }
+    plain = to_plain(results)
+    made = verdicts.statements(study, arms, final)
+    made |= verdicts.share_statements(study, plain["reproducible_share"]) | claims(plain)
+    plain["statements"] = to_plain(verdicts.decided(made))
+    answer, *findings = sentences.answer(plain)
+    return {"answer": answer, "findings": findings, **plain}
+
+
+def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
+    """What takes long, each from the runs alone, so that several processes can share it out: the longest first."""
+    sections = {name: section.collect for name, section in SECTIONS.items() if hasattr(section, "collect")}
+    of_every_seed = sections.pop("lens")
+    return {
+        "walk": over_snapshots,
+        **{f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds},
+        "between_seeds": between_seeds,
+        "reproducible_share": _reproducible_shares,
+        **sections,
+    }
+
+
+def seed_of(name: str) -> int | None:
+    """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
+    kind, _, seed = name.partition(" ")
+    return int(seed) if kind == "lens" else None
+
+
+def collect(name: str, held: StudyRuns) -> Any:
+    """One of `parts_of` the study, as plain JSON."""
+    return to_plain(parts_of(held.study)[name](held))
+
+
+def _reproducible_shares(held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:
+    tables = {run: {table.role: table.values for table in last} for run, last in held.last.items()}
+    return reproducible_shares(tables, {run: last[0].counts for run, last in held.last.items()}, held.study.reference)
+
+
+def _notes(study: StudyConfig, runs: Runs) -> list[str]:
+    notes = [
+        "Each subject is compared with the reference run of the same seed: same body initialisation and data order, "
+        "independent initial tables."
+    ]
+    if len(study.seeds) == 1:
+        notes.append("One seed: no interval over seeds can be given.")
+    scheme = {arm: run.config.tying.scheme for (arm, _), run in runs.items()}
+    same = [arm for arm in scheme if arm != study.reference and scheme[arm] == scheme[study.reference]]
+    if same:
+        notes.append(
+            f"{', '.join(same)}: begins with the reference's own tables, so part of its nearness is inherited."
+        )
+    missing = [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds if (arm, seed) not in runs]
+    if missing:
+        notes.append(f"Not among the results: {', '.join(missing)}.")
+    return notes
+
+
+def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k != name}
