@@ -1,4 +1,4 @@
-"""Writes README.md's blocks of numbers from saved results, the quick study's and the costs: none is typed by hand.
+"""Writes the blocks of numbers in README.md and docs/speed.md from saved results: none is typed by hand.
 
 python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
 python benchmarks/readme.py                                                           # again, from what was saved
@@ -66,42 +66,72 @@ def findings(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cost_rows() -> str:
+    """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
+    lines = [
+        "| config | on | step, ms | MFU | compiled PyTorch’s time over ours | time without the role split over ours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    ratio = lambda sides, side: f"{sides[side]['over_tiedjax']['median']:.2f}" if side in sides else "–"
+
+    def row(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
+        ratios = f"{ratio(sides, 'torch_compiled')} | {ratio(sides, 'without_roles')}"
+        lines.append(f"| `{config}` | {machine} | {1e3 * seconds:.1f} | {mfu} | {ratios} |")
+
+    for name, measured in json.loads((SAVED.parent / "step_cpu.json").read_text(encoding="utf-8")).items():
+        machine, sides = measured["environment"]["machine"], measured["sides"]
+        row(name, machine, sides["tiedjax"]["step_seconds"]["median"], "–", sides)
+    for path in sorted(SAVED.parent.glob("gpu_*.json")):
+        parts = json.loads(path.read_text(encoding="utf-8"))
+        for part, measured in parts.items():
+            kind, _, name = part.partition(":")
+            if kind == "step":
+                peers = (parts.get(f"{side}:{name}", {"sides": {}})["sides"] for side in ("torch", "roles"))
+                sides = {side: timed for sides in peers for side, timed in sides.items()}
+                card = measured["environment"]["device"]["kind"]
+                row(name, card, measured["step_seconds"]["median"], f"{measured['mfu_causal']:.1%}", sides)
+    return "\n".join(lines) + "\n"
+
+
 def costs() -> str:
-    """What the benchmarks found, a line each."""
+    """What the benchmarks on a CPU measured and what was compiled for TPUs, a line each."""
     read = lambda name: json.loads((SAVED.parent / f"{name}.json").read_text(encoding="utf-8"))
     steps, loss, data, compiled = (read(name) for name in ("step_cpu", "loss_cpu", "data", "compile"))
     span = lambda q, digits=2: f"{q['median']:.{digits}f} ({q['p10']:.{digits}f} to {q['p90']:.{digits}f})"
     lines = []
-    for name, found in steps.items():
-        sides = found["sides"]
-        own = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
+    for name, measured in steps.items():
+        sides = measured["sides"]
+        milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
         others = ", ".join(
             f"{span(sides[side]['over_tiedjax'])} times that {words}"
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
             if side in sides
         )
         roles = f"; without the role split and its metrics {span(sides['without_roles']['over_tiedjax'])}"
-        lines.append(f"* A step of `{name}.yaml`, role metrics on: {own} ms; {others}{roles}.")
+        lines.append(f"* A step of `{name}.yaml`, role metrics on: {milliseconds} ms; {others}{roles}.")
     memory = loss["memory"]
     lines.append(
         f"* The loss with its gradients at {memory['tokens']:,} tokens, V = {memory['rows']:,}, D = {memory['width']}: "
         f"{memory['ratio']:.1%} of the plain one's temporary memory."
     )
-    for found in loss["time"]:
-        shape = f"{found['tokens']:,} tokens, V = {found['rows']:,}, D = {found['width']}"
-        lines.append(f"  At {shape} it takes {span(found['ratio'])} of its time.")
-    rate = lambda found: f"{found['tokens_per_second'] / 1e6:.2f}"
-    prepared = ", ".join(f"{rate(each)} ({each['source']}, V = {each['vocab_size']:,})" for each in data["preparation"])
-    batches = ", ".join(f"{rate(each)} (T = {each['seq_len']:,})" for each in data["batches"])
+    for timed in loss["time"]:
+        shape = f"{timed['tokens']:,} tokens, V = {timed['rows']:,}, D = {timed['width']}"
+        lines.append(f"  At {shape} it takes {span(timed['ratio'])} of its time.")
+    rate = lambda timed: f"{timed['tokens_per_second'] / 1e6:.2f}"
+    prepared = ", ".join(
+        f"{rate(timed)} ({timed['source']}, V = {timed['vocab_size']:,})" for timed in data["preparation"]
+    )
+    batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
-    for name, found in compiled.items():
+    for name, program in compiled.items():
         gib = lambda count: f"{count / 2**30:.1f} GiB"
-        mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+        mesh = " x ".join(f"{axis} {size}" for axis, size in program["mesh"].items() if size > 1)
         lines.append(
-            f"* Compiled for {name} ({found['topology']}, {mesh}; static estimates, nothing was run): "
-            f"{gib(found['temp_bytes'])} temporary, {gib(found['needed_bytes'])} in all of {gib(found['hbm_bytes'])} "
-            f"per chip; {found['sent_over_count_by_hand']:.2f} of the bytes that a count by hand asks to be sent."
+            f"* Compiled for {name} ({program['topology']}, {mesh}; static estimates, nothing was run): "
+            f"{gib(program['temp_bytes'])} temporary, {gib(program['needed_bytes'])} in all of "
+            f"{gib(program['hbm_bytes'])} per chip; {program['sent_over_count_by_hand']:.2f} of the bytes that a count "
+            "by hand asks to be sent."
         )
     return "\n".join(lines) + "\n"
 
@@ -140,18 +170,18 @@ def gpu_costs() -> str:
                 )
                 + "."
             )
-        for name, each in parts.items():
+        for name, part in parts.items():
             kind, _, model = name.partition(":")
             model, _, label = model.partition(", ")
             model = f"`{model}.yaml`" + (f" ({label})" if label else "")
             if kind == "step":
-                config, milliseconds = each["config"], {q: 1e3 * value for q, value in each["step_seconds"].items()}
+                config, milliseconds = part["config"], {q: 1e3 * value for q, value in part["step_seconds"].items()}
                 lines.append(
                     f"* A step of {model}, T = {config['model']['seq_len']:,}, batch {config['data']['batch_size']}: "
-                    f"{span(milliseconds, 1)} ms, {each['tokens_per_second']:,.0f} tokens per second, MFU "
-                    f"{each['mfu_causal']:.1%} ({each['mfu_full']:.1%} if all of attention is counted), "
-                    f"{each['peak_memory_bytes'] / 1e9:.1f} GB; compiled in {each['compile_seconds']:.0f} s. "
-                    + kernel_times(each["kernels"])
+                    f"{span(milliseconds, 1)} ms, {part['tokens_per_second']:,.0f} tokens per second, MFU "
+                    f"{part['mfu_causal']:.1%} ({part['mfu_full']:.1%} if all of attention is counted), "
+                    f"{part['peak_memory_bytes'] / 1e9:.1f} GB; compiled in {part['compile_seconds']:.0f} s. "
+                    + kernel_times(part["kernels"])
                 )
             elif kind in ("torch", "roles"):
                 for side, whose in (
@@ -161,10 +191,10 @@ def gpu_costs() -> str:
                     ),
                     ("without_roles", "Without the role split and its metrics"),
                 ):
-                    if side in each["sides"]:
-                        ratio, batch = each["sides"][side]["over_tiedjax"], each["config"]["data"]["batch_size"]
-                        about = {"torch": each["environment"].get("pytorch", {}).get("torch")}
-                        whose = whose.format(**about, loss=each["sides"][side].get("loss"))
+                    if side in part["sides"]:
+                        ratio, batch = part["sides"][side]["over_tiedjax"], part["config"]["data"]["batch_size"]
+                        about = {"torch": part["environment"].get("pytorch", {}).get("torch")}
+                        whose = whose.format(**about, loss=part["sides"][side].get("loss"))
                         lines.append(f"* {whose} a step of {model}, batch {batch}, takes {span(ratio, 2)} times ours.")
     return "\n".join(lines) + "\n"
 
@@ -175,11 +205,17 @@ def kernel_times(kernels: dict[str, Any]) -> str:
     return f"Of {kernels['step_milliseconds']:.1f} ms on the card: {parts}, no kernel {kernels['between_kernels']:.1f}."
 
 
-def readme_with_blocks() -> str:
-    """README.md as the saved results want it."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def pages() -> dict[Path, str]:
+    """README.md and docs/speed.md as the saved results want them."""
     study = json.loads(SAVED.read_text(encoding="utf-8"))
-    blocks = {"answer": answer(study), "quick study": findings(study), "costs": costs(), "GPU costs": gpu_costs()}
+    blocks = {
+        ROOT / "README.md": {"answer": answer(study), "quick study": findings(study), "costs": cost_rows()},
+        ROOT / "docs" / "speed.md": {"CPU and TPU costs": costs(), "GPU costs": gpu_costs()},
+    }
+    return {page: _filled(page.read_text(encoding="utf-8"), contents) for page, contents in blocks.items()}
+
+
+def _filled(text: str, blocks: dict[str, str]) -> str:
     for name, content in blocks.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
         before, rest = text.split(begin)
@@ -196,4 +232,5 @@ if __name__ == "__main__":
         if not args.machine:
             parser.error("--machine: say in words what the study ran on")
         save(args.study, args.machine)
-    (ROOT / "README.md").write_text(readme_with_blocks(), encoding="utf-8")
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")

@@ -6,9 +6,9 @@
 Every side starts from the same parameters and sees the same batches, and its first losses are compared: a side that
 computes something else is reported as failed, whatever its speed. Then windows of equally many steps alternate between
 the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and its allocator would
-slow ours down, and ours them. A ratio is taken within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip
-install torch transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results by config to
-benchmarks/results/step_DEVICE.json.
+slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken within a round: seconds
+of the side / seconds of tiedjax. PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not
+wanted. Prints, and adds the results by config to benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class Apart:
 
 def serve(there: Any, name: str, cfg: RunConfig) -> None:
     """The other end of `Apart`: makes the side, then runs as many steps as it is told."""
+    keep_freed_memory()
     try:
         side = make_side(name, cfg, sharding.make_mesh(cfg.mesh))
         there.send(side.about)
@@ -181,6 +182,12 @@ def serve(there: Any, name: str, cfg: RunConfig) -> None:
         return
     except Exception as error:  # told to whoever asked
         there.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, as our own programs do: every side allocates in the same way, or the fastest allocator would win."""
+    if jax.default_backend() == "cpu":
+        process.keep_freed_memory()
 
 
 def parameters(steps: Steps) -> int:
@@ -299,8 +306,7 @@ def main() -> None:
     args = parser.parse_args()
     platform_flags.apply()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share a GPU
-    if jax.default_backend() == "cpu":
-        process.keep_freed_memory()
+    keep_freed_memory()
     changes = {key: scalar(value) for key, _, value in (each.partition("=") for each in args.set)}
     environment = about(args.machine, pytorch=any(name.startswith("torch") for name in args.sides))
     path = args.out or HERE / "results" / f"step_{slug(environment['device']['kind'])}.json"

@@ -82,8 +82,8 @@ def inner(x: Geometry, y: Geometry) -> float:
 
 def similarity(x: Geometry, y: Geometry) -> float:
     """s: the inner product of the matrices at norm 1; 0 where one has nothing but equal rows."""
-    both = x.norm * y.norm
-    return inner(x, y) / both if both else 0.0
+    norms = x.norm * y.norm
+    return inner(x, y) / norms if norms else 0.0
 
 
 @dataclass(frozen=True)

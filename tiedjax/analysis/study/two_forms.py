@@ -33,16 +33,16 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
 
 def _alignment(results: drawing.Results) -> Iterator[_Row]:
     forms = "all rows, in sample", "seen rows, above chance"
-    for what, mine in _twins(results, [r for r in results["comparisons"] if "paper" in r]):
+    for what, pairs in _twins(results, [r for r in results["comparisons"] if "paper" in r]):
         for fit in ("orthogonal", "linear"):
-            of = [r for r in mine if r["fit"] == fit]
-            yield f"{fit} alignment, {what}", forms[0], _each(of, "paper"), forms[1], _each(of, "corrected")
+            fitted = [pair for pair in pairs if pair["fit"] == fit]
+            yield f"{fit} alignment, {what}", forms[0], _each(fitted, "paper"), forms[1], _each(fitted, "corrected")
 
 
 def _neighbours(results: drawing.Results) -> Iterator[_Row]:
-    known = [p for p in results["knn"]["pairs"] if "not_measured" not in p]
-    for what, of in _twins(results, known):
-        paper, corrected = [p["paper"]["score"] for p in of], [p["overlap"]["corrected"] for p in of]
+    measured = [pair for pair in results["knn"]["pairs"] if "not_measured" not in pair]
+    for what, pairs in _twins(results, measured):
+        paper, corrected = [p["paper"]["score"] for p in pairs], [p["overlap"]["corrected"] for p in pairs]
         name = f"{results['knn']['k']} nearest neighbours, {what}"
         yield name, "all rows", paper, "seen rows, above chance", corrected
 
