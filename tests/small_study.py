@@ -13,18 +13,18 @@ import types
 import typing
 from typing import Any
 
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
-from tiedjax.analysis.instruments.graph_distance.spectral import Spectral
+from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
 from tiedjax.analysis.instruments.lens.lens import RunLens
-from tiedjax.analysis.instruments.neighbours.knn import Knn
+from tiedjax.analysis.instruments.neighbours.overlap import NeighbourOverlap
 from tiedjax.analysis.instruments.norms.norms import Norms
 from tiedjax.analysis.instruments.picture.section import Drawn
-from tiedjax.analysis.instruments.shape.similarity import Comparison
-from tiedjax.analysis.instruments.shape.spectrum import Spectrum
+from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
+from tiedjax.analysis.instruments.shape.table_shape import TableShape
 from tiedjax.analysis.study import claims, verdict
 from tiedjax.analysis.study.sections import versions
 from tiedjax.config import StudyConfig
@@ -229,14 +229,14 @@ def _neighbours(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
         ],
         "paper": {"score": value(9, arm, role, other, seed)},
     }
-    return dict(complete(Knn, record))
+    return dict(complete(NeighbourOverlap, record))
 
 
 def _distance(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
     distance = {name: value(i, arm, role, other, seed) for i, name in enumerate(("score", "floor"))}
     record = {"distance": distance, "relative": value(2, arm, role, other, seed)}
     record |= {"arm": arm, "seed": seed, "subject_role": role, "reference_role": other}
-    return dict(complete(Spectral, record))
+    return dict(complete(GraphDistance, record))
 
 
 def _norms(arm: str, seed: int, role: str) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _spectrum(arm: str, seed: int, role: str) -> dict[str, Any]:
         return made | {"singular_values": [3.0 + i, value(i, arm, role)], "isotropic_singular_values": [1.0, 0.9]}
 
     record = {"arm": arm, "seed": seed, "role": role, "raw": form(0), "centred": form(5)}
-    return dict(complete(Spectrum, record))
+    return dict(complete(TableShape, record))
 
 
 def _similarity(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _similarity(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
         "pairs": {"score": value(3, arm, role, other, seed)},
         "subspaces": subspaces,
     }
-    return dict(complete(Comparison, record))
+    return dict(complete(SpaceSimilarity, record))
 
 
 def _calibration() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from scipy import stats
 from tiedjax import analysis
 from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
-from tiedjax.analysis.basis.records import Of, from_plain, measured, not_measured, to_plain, write_json
+from tiedjax.analysis.basis.plain_json import Measurement, from_plain, measured, not_measured, to_plain, write_json
 from tiedjax.analysis.basis.statistics import Interval, interval, paired, spearman
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.analysis.instruments import INSTRUMENTS
@@ -168,8 +168,8 @@ def test_results_come_back_from_json_as_the_dataclasses_that_they_were():
     other = record | {"subject_role": "output", "reference_role": "input", "seed": 4}
     failed = {"arm": "tied", "seed": 5, "role": "shared", "not_measured": "why"}
     assert measured([record, failed, other], Inner) == [
-        Of("tied", 3, "shared", "", value),
-        Of("tied", 4, "output", "input", value),
+        Measurement("tied", 3, "shared", "", value),
+        Measurement("tied", 4, "output", "input", value),
     ]
     assert not_measured([record, failed, failed]) == ["why"]
     assert from_plain(Inner, {k: v for k, v in record.items() if k != "span"}).span is None

@@ -11,7 +11,7 @@ import pytest
 from test_analysis_summary import fake_study
 
 from tiedjax.analysis.basis import numbers
-from tiedjax.analysis.basis.records import write_json
+from tiedjax.analysis.basis.plain_json import write_json
 from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.analysis.study import words
 from tiedjax.analysis.study.report import CORE, draw, write_report

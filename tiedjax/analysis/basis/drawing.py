@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tiedjax.analysis.basis import numbers
-from tiedjax.analysis.basis.records import Of
+from tiedjax.analysis.basis.plain_json import Measurement
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.tying import SHARED
 
@@ -57,12 +57,12 @@ def by_arm(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Map
         yield arm, [r for r in records if r["arm"] == arm]
 
 
-def by_run(records: Sequence[Of[T]]) -> dict[str, list[T]]:
+def by_run(records: Sequence[Measurement[T]]) -> dict[str, list[T]]:
     """Arm: what was measured of its runs, one for each seed."""
     return {arm: [of.value for of in records if of.arm == arm] for arm in dict.fromkeys(of.arm for of in records)}
 
 
-def by_table(records: Sequence[Of[T]]) -> dict[tuple[str, str], list[T]]:
+def by_table(records: Sequence[Measurement[T]]) -> dict[tuple[str, str], list[T]]:
     """(arm, role): what was measured of that table, over seeds; arms and roles in the order of the records."""
     tables: dict[tuple[str, str], list[T]] = {}
     for arm in dict.fromkeys(record.arm for record in records):
@@ -71,7 +71,7 @@ def by_table(records: Sequence[Of[T]]) -> dict[tuple[str, str], list[T]]:
     return tables
 
 
-def by_pair(records: Sequence[Of[T]]) -> dict[tuple[str, str, str], list[T]]:
+def by_pair(records: Sequence[Measurement[T]]) -> dict[tuple[str, str, str], list[T]]:
     """(arm, role, role of the reference's table): the same of pairs, the output table before the input table."""
     pairs: dict[tuple[str, str, str], list[T]] = {}
     for arm in dict.fromkeys(record.arm for record in records):

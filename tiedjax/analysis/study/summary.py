@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis import tokens
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns

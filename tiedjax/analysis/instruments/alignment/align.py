@@ -29,7 +29,7 @@ from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
 from tiedjax.analysis.basis.directions import unit_rows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import frequency_parts, strata
-from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Measured, Pair
+from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Fitter, RowCosines
 from tiedjax.errors import UserError
 
 DRAWS = 5
@@ -140,17 +140,17 @@ def align(
     without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
     or unequal widths with a fit that needs equal ones.
     """
-    pair = Pair(x_VD, y_VD, fits, rows, held_out)
+    fitter = Fitter(x_VD, y_VD, fits, rows, held_out)
     labels = None if within is None else within if rows is None else within[rows]
     rng = np.random.default_rng(0)
-    measured = [pair.measure()]
+    measured = [fitter.measure()]
     for draw in range(draws):
         report(f"floor {draw + 1} of {draws}")
-        measured.append(pair.measure(_permutation(rng, pair.rows, labels)))
+        measured.append(fitter.measure(_permutation(rng, fitter.rows, labels)))
     whole, halves = [inside for inside, _ in measured], [outside for _, outside in measured if outside]
-    shape = (pair.rows, x_VD.shape[1])
+    shape = (fitter.rows, x_VD.shape[1])
     return Alignment(
-        rows=pair.rows,
+        rows=fitter.rows,
         width=x_VD.shape[1],
         target_width=y_VD.shape[1],
         scores={fit: _score(fit, whole, closed_form_floor(fit, *shape)) for fit in fits},
@@ -252,7 +252,7 @@ def by_stratum(cosines: np.ndarray, chance: np.ndarray, masks: Mapping[str, np.n
     }
 
 
-def _score(fit: str, measured: Sequence[Measured], closed_form: float) -> Score:
+def _score(fit: str, measured: Sequence[RowCosines], closed_form: float) -> Score:
     cosines = measured[0].cosines[fit]
     left_out = int(np.isnan(cosines).sum())
     return beside_draws(

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import align, measure, raw_cosine
     from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _described(fit: str, comparison: Comparison, back: Alignment) -> dict[str, Any]:
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import distribution
 
     alignment = comparison.alignment
@@ -96,7 +96,7 @@ def _raw_line(result: dict[str, Any]) -> str:
 
 
 def _paper(alignment: Alignment) -> dict[str, Any]:
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import uncorrected
 
     names = ("floor", "floor_standard_error", "floor_draws", "floor_closed_form", "rows_left_out")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from tiedjax.analysis.basis import maps
+from tiedjax.analysis.basis import linear_maps
 from tiedjax.analysis.basis.blocked import SMALL, at_once, in_turn, matmul, row_blocks
 from tiedjax.analysis.basis.directions import rounding
 from tiedjax.errors import UserError
@@ -29,7 +29,7 @@ _Block = tuple[Any, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Measured:
+class RowCosines:
     """Per fit, the cosine of each row of X T with its row of Y, NaN for rows without a direction; ridge's penalty."""
 
     cosines: dict[str, np.ndarray]
@@ -90,7 +90,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Fitted:
+class _FittedMaps:
     """The matrix of each fit (None: the identity), and the means they are about beyond those of all rows."""
 
     matrices: dict[str, np.ndarray | None]
@@ -99,7 +99,7 @@ class _Fitted:
     y_mean: np.ndarray | None
 
 
-class Pair:
+class Fitter:
     """Two tables and what their fits share from one order of Y's rows to the next.
 
     `rows` is a boolean [V] mask of those that count; `halves` also fits on either half of them. UserError: shapes that
@@ -118,9 +118,9 @@ class Pair:
             shuffled = np.random.default_rng(1).permutation(self.rows)
             self._parts = [np.sort(shuffled[: self.rows // 2]), np.sort(shuffled[self.rows // 2 :])]
         self._solvers: dict[str, Any] = {}
-        self._ridges: dict[str, maps.Ridge] = {}
+        self._ridges: dict[str, linear_maps.Ridge] = {}
 
-    def measure(self, order: np.ndarray | None = None) -> tuple[Measured, Measured | None]:
+    def measure(self, order: np.ndarray | None = None) -> tuple[RowCosines, RowCosines | None]:
         """X mapped onto Y[order], in sample and, given halves, held out. The first call is the one without `order`."""
         sums = [self._sums(part, order) for part in self._parts]
         if order is None and "linear" in self.fits:
@@ -134,7 +134,7 @@ class Pair:
                 self._score(x, y, whole, where, inside)
                 if apart:
                     self._score(x, y, apart[1 - i], where, outside)
-        return Measured(inside, whole.penalty), Measured(outside, None) if apart else None
+        return RowCosines(inside, whole.penalty), RowCosines(outside, None) if apart else None
 
     def _blocks(self, part: np.ndarray | None, order: np.ndarray | None) -> Iterator[_Block]:
         """(positions, centred rows of X, centred rows of Y[order]) of a part, block by block."""
@@ -178,12 +178,12 @@ class Pair:
             parts |= {f"half {i}": (part, sums[i]) for i, part in enumerate(self._parts)}
         for name, (part, each) in parts.items():
             about = each.centred()
-            self._solvers[name] = maps.well_conditioned(about.xx, _CONDITION[self._dtype])
+            self._solvers[name] = linear_maps.well_conditioned(about.xx, _CONDITION[self._dtype])
             if self._solvers[name] is None and self._dtype == np.float32:
                 self._dtype = np.dtype(np.float64)
                 return self._prepare([self._sums(part, None) for part in self._parts])
             if self._solvers[name] is None:
-                self._solvers[name] = maps.from_triangle(self._triangle(part, about.x), each.rows)
+                self._solvers[name] = linear_maps.from_triangle(self._triangle(part, about.x), each.rows)
         return sums
 
     def _triangle(self, part: np.ndarray | None, x_mean: np.ndarray) -> np.ndarray:
@@ -194,22 +194,22 @@ class Pair:
             triangle = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][: self._x.shape[1]]
         return triangle
 
-    def _fit(self, name: str, sums: _Sums) -> _Fitted:
+    def _fit(self, name: str, sums: _Sums) -> _FittedMaps:
         about = sums.centred()
         if about.xx is not None and "ridge" in self.fits:
-            self._ridges[name] = maps.Ridge(about.xx, about.rows)
+            self._ridges[name] = linear_maps.Ridge(about.xx, about.rows)
         matrices: dict[str, np.ndarray | None] = dict.fromkeys(self.fits)
         penalty = None
         if "orthogonal" in matrices:
-            matrices["orthogonal"] = maps.nearest_orthogonal(about.xy)
+            matrices["orthogonal"] = linear_maps.nearest_orthogonal(about.xy)
         if "linear" in matrices:
             matrices["linear"] = self._solvers[name](about.xy)
         if "ridge" in matrices:
             matrices["ridge"], penalty = self._ridges[name].solve(about.xy, about.yy)
         # The rows are read about the means of all; those of a half lie elsewhere.
-        return _Fitted(matrices, penalty, *((None, None) if name == "whole" else (about.x, about.y)))
+        return _FittedMaps(matrices, penalty, *((None, None) if name == "whole" else (about.x, about.y)))
 
-    def _score(self, x: np.ndarray, y: np.ndarray, fitted: _Fitted, where: Any, out: dict[str, np.ndarray]) -> None:
+    def _score(self, x: np.ndarray, y: np.ndarray, fitted: _FittedMaps, where: Any, out: dict[str, np.ndarray]) -> None:
         """Writes cosine(row of X T, row of Y) of a block's rows to `out` [where]."""
         if fitted.x_mean is not None and fitted.y_mean is not None:
             x, y = np.subtract(x, fitted.x_mean, dtype=x.dtype), np.subtract(y, fitted.y_mean, dtype=y.dtype)

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     held_out_tokens, draws = (arguments.at_least(args, name) for name in ("held-out-tokens", "draws"))
     from tiedjax.analysis.basis.held_out import FrozenModel
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.calibration.calibration import measure
 
     run, prepared = arguments.read_text(args)

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.held_out import FrozenModel
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
@@ -40,7 +40,7 @@ def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference: each score of each stratum, and those of all positions."""
     by_arm: dict[str, dict[int, RunCalibration]] = {}
-    for run in records.measured(runs, RunCalibration):
+    for run in plain_json.measured(runs, RunCalibration):
         by_arm.setdefault(run.arm, {})[run.seed] = run.value
     for arm, subject in by_arm.items():
         if arm == reference or not subject.keys() & by_arm.get(reference, {}).keys():
@@ -79,7 +79,7 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["calibration"]["runs"])
+    return plain_json.not_measured(results["calibration"]["runs"])
 
 
 def answers(results: drawing.Results) -> list[str]:
@@ -162,7 +162,7 @@ def _scores(groups: Sequence[Group], name: str) -> list[Score]:
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[RunCalibration]]:
-    return drawing.by_run(records.measured(results["calibration"]["runs"], RunCalibration))
+    return drawing.by_run(plain_json.measured(results["calibration"]["runs"], RunCalibration))
 
 
 def _curves(score: str, positions: str, label: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:

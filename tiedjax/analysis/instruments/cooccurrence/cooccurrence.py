@@ -19,9 +19,9 @@ import scipy.sparse
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.directions import centre
-from tiedjax.analysis.basis.pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.basis.token_pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
 from tiedjax.data.prepared import Prepared, Windows
 from tiedjax.errors import UserError
 

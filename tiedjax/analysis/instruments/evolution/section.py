@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, records
+from tiedjax.analysis.basis import drawing, plain_json
 from tiedjax.analysis.basis.strata import STRATA
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
 
@@ -45,7 +45,7 @@ def strata(results: drawing.Results) -> list[str]:
 
 
 def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Evolution]]:
-    return drawing.by_table(records.measured(results["evolution"], Evolution))
+    return drawing.by_table(plain_json.measured(results["evolution"], Evolution))
 
 
 def _shown(results: drawing.Results) -> list[tuple[str, str]]:

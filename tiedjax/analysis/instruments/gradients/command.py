@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input, and for --paper on a run that did not log what it needs."""
     import numpy as np
 
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import ROLES, open_run
     from tiedjax.analysis.instruments.gradients.gradients import PAPER_NEEDS, measure, output_share, smooth
     from tiedjax.tying import distinct

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tiedjax.analysis.basis import arguments
 
 if TYPE_CHECKING:
-    from tiedjax.analysis.instruments.graph_distance.spectral import Spectral
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
 
 HELP = "spectral distance of two tables' neighbour graphs, with what it is by chance"
 SUBJECT = "pair"
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from functools import partial
 
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, PAPER_EIGENPAIRS, measure
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import EIGENPAIRS, PAPER_EIGENPAIRS, measure
     from tiedjax.analysis.instruments.neighbours.search import Searches
 
     k, draws = (arguments.at_least(args, name) for name in ("k", "draws"))
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
 
 
-def _columns(spectral: Spectral) -> list[Any]:
+def _columns(spectral: GraphDistance) -> list[Any]:
     distance = spectral.distance
     return [
         spectral.eigenpairs,

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     held_out_tokens = arguments.at_least(args, "held-out-tokens")
     fitted_on = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
     from tiedjax.analysis.basis.held_out import FrozenModel
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.lens.lens import measure
 
     run, prepared = arguments.read_text(args)

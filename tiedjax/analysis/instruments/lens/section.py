@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, published, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json, published
 from tiedjax.analysis.basis.held_out import FrozenModel
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.lens import lens
@@ -43,7 +43,7 @@ def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference at every state."""
     by_arm: dict[str, dict[int, RunLens]] = {}
-    for run in records.measured(runs, RunLens):
+    for run in plain_json.measured(runs, RunLens):
         by_arm.setdefault(run.arm, {})[run.seed] = run.value
     reference = by_arm.get(reference_arm, {})
     for arm, subject in by_arm.items():
@@ -88,7 +88,7 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["lens"]["runs"])
+    return plain_json.not_measured(results["lens"]["runs"])
 
 
 def sentences(results: drawing.Results) -> list[str]:
@@ -201,7 +201,7 @@ def _bits(runs: Sequence[RunLens], name: str) -> float:
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[RunLens]]:
-    return drawing.by_run(records.measured(results["lens"]["runs"], RunLens))
+    return drawing.by_run(plain_json.measured(results["lens"]["runs"], RunLens))
 
 
 def _measured_runs(results: drawing.Results) -> list[RunLens]:

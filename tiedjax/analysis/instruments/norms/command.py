@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.instruments.norms.norms import curve, measure, row_norms
 

@@ -2,7 +2,7 @@
 
 The rows fall into FOLDS folds, `numpy.random.default_rng(0).permutation(V) % FOLDS`. For each fold the probe is fitted
 on the others: every column centred by its mean and divided by its standard deviation there (a constant column is
-left out), the penalty chosen there by generalised cross-validation (`maps.Ridge`). The score is
+left out), the penalty chosen there by generalised cross-validation (`linear_maps.Ridge`). The score is
 R^2 = 1 - sum (y - prediction)^2 / sum (y - mean of y in the other folds)^2, over all rows, each predicted once.
 Everything follows from each fold's sums and its [D, D] Gram matrix.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
 from tiedjax.analysis.basis.chance import Score, beside_draws
-from tiedjax.analysis.basis.maps import Ridge
+from tiedjax.analysis.basis.linear_maps import Ridge
 
 FOLDS = 5
 DRAWS = 20

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis import drawing, numbers, plain_json
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
@@ -68,7 +68,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["norms"])
+    return plain_json.not_measured(results["norms"])
 
 
 def _curve(norms: Norms, quantity: str) -> Curve:
@@ -91,7 +91,7 @@ def _placed(span: Interval) -> str:
 
 
 def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Norms]]:
-    return drawing.by_table(records.measured(results["norms"], Norms))
+    return drawing.by_table(plain_json.measured(results["norms"], Norms))
 
 
 def _curves(quantity: str, label: str, shared: bool) -> Callable[[drawing.Axes, drawing.Results], None]:

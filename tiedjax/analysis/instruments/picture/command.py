@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiedjax.analysis.basis.tables import Table
-    from tiedjax.analysis.instruments.picture.map import Map, Nearest
+    from tiedjax.analysis.instruments.picture.projection import Nearest, Projection
 
 HELP = "a table in the plane, how far that picture can be trusted, and the nearest rows of single tokens"
 SUBJECT = "tables"
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
 
     from tiedjax.analysis.basis import numbers
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.picture.map import measure
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.picture.projection import measure
 
     k = arguments.at_least(args, "neighbours")
     inputs = arguments.read_tables(args)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     pictures = [
         measure(values, asked, rows=mask, neighbours=k, method=args.method, report=report) for values in inputs.values
     ]
-    maps = [picture.map for picture in pictures]
+    maps = [picture.projection for picture in pictures]
     ids_V = _ids(tables[0])
     near = [[_with_ids(n, ids_V) for n in picture.nearest] for picture in pictures]
     ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
@@ -113,7 +113,7 @@ def _listed(near: Any) -> Any:
     return zip(near.neighbours, near.cosines, strict=True)
 
 
-def _trust(tables: tuple[Table, ...], maps: list[Map]) -> str:
+def _trust(tables: tuple[Table, ...], maps: list[Projection]) -> str:
     rows = [
         [
             table.name,

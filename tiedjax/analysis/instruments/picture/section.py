@@ -1,4 +1,4 @@
-"""Map: the tables in the plane, and the nearest rows of a few words."""
+"""Projection: the tables in the plane, and the nearest rows of a few words."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.records import Of, to_plain
+from tiedjax.analysis.basis.plain_json import Measurement, to_plain
 from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
-from tiedjax.analysis.instruments.picture.map import Nearest, measure
+from tiedjax.analysis.instruments.picture.projection import Nearest, measure
 from tiedjax.errors import UserError
 
 POINTS = 500  # of each table that are drawn
@@ -24,7 +24,7 @@ VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
-    """Map and nearest rows of the reference's last tables and the baseline's, of the first seed that has them."""
+    """Projection and nearest rows of the last tables of reference and baseline, of the first seed that has both."""
     arms = (study.study.reference, study.study.baseline)
     seeds = [seed for seed in study.study.seeds if all((arm, seed) in study.last for arm in arms)]
     if not seeds:
@@ -72,13 +72,13 @@ def _record(table: LastTable, tokens: list[int]) -> dict[str, Any]:
         return {"not_measured": str(error)}
     order = np.argsort(table.counts.sum(axis=0)[kept], kind="stable")
     spread = np.unique(np.linspace(0, len(order) - 1, min(POINTS, len(order))).round().astype(int))
-    points = [[float(f"{x:.4g}") for x in picture.map.coordinates[order[i]]] for i in spread]
+    points = [[float(f"{x:.4g}") for x in picture.projection.coordinates[order[i]]] for i in spread]
     drawn = Drawn(
-        method=picture.map.method,
-        rows=picture.map.rows,
-        width=picture.map.width,
-        explained=picture.map.explained or [],
-        trust=picture.map.trust,
+        method=picture.projection.method,
+        rows=picture.projection.rows,
+        width=picture.projection.width,
+        explained=picture.projection.explained or [],
+        trust=picture.projection.trust,
         points=points,
         classes=(spread * len(CLASSES) // len(order)).tolist(),
         nearest=_named(table, picture.nearest),
@@ -109,17 +109,17 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
         yield drawing.Plot("map", [_scatter(i) for i in range(len(pictures))])
 
 
-def measured(results: drawing.Results) -> list[Of[Drawn]]:
-    """The tables that have a map."""
-    return records.measured(results["map"], Drawn)
+def measured(results: drawing.Results) -> list[Measurement[Drawn]]:
+    """The tables that have a projection."""
+    return plain_json.measured(results["map"], Drawn)
 
 
 def not_measured(results: drawing.Results) -> str:
-    """Why no table has a map."""
-    return next(iter(records.not_measured(results["map"])), "no seed has a run of the reference and of the baseline")
+    """Why no table has a projection."""
+    return next(iter(plain_json.not_measured(results["map"])), "no seed has a run of the reference and of the baseline")
 
 
-def name(picture: Of[Drawn]) -> str:
+def name(picture: Measurement[Drawn]) -> str:
     """What a table is called."""
     return drawing.table_name(picture.arm, picture.role)
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, records
+from tiedjax.analysis.basis import drawing, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.records import Of, to_plain
+from tiedjax.analysis.basis.plain_json import Measurement, to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.shape import similarity, spectrum
-from tiedjax.analysis.instruments.shape.similarity import Comparison
-from tiedjax.analysis.instruments.shape.spectrum import Shape, Spectrum
+from tiedjax.analysis.instruments.shape import space_similarity, table_shape
+from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
+from tiedjax.analysis.instruments.shape.table_shape import Shape, TableShape
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED
 
@@ -29,13 +29,13 @@ def collect(study: StudyRuns) -> dict[str, Any]:
     for table in study.tables:
         about = table.key | {"sha256": content_hash(table.values)}
         try:
-            tables.append(about | to_plain(spectrum.measure(table.values[table.seen])))
+            tables.append(about | to_plain(table_shape.measure(table.values[table.seen])))
         except UserError as error:
             tables.append(about | {"not_measured": str(error)})
     pairs = []
     for twins in study.twins:
         try:
-            comparison = similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
+            comparison = space_similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
             pairs.append(twins.key | to_plain(comparison))
         except UserError as error:
             pairs.append(twins.key | {"not_measured": str(error)})
@@ -60,22 +60,22 @@ def shapes(results: drawing.Results) -> list[dict[str, str]]:
         "mean_cosine": ("raw", 3),
     }
 
-    def scores(spectra: Sequence[Spectrum], name: str, form: str) -> list[Score]:
-        measures = [getattr(getattr(spectrum, form), name) for spectrum in spectra]
+    def scores(table_shapes: Sequence[TableShape], name: str, form: str) -> list[Score]:
+        measures = [getattr(getattr(of_seed, form), name) for of_seed in table_shapes]
         return [score for score in measures if score is not None]
 
-    def cells(spectra: Sequence[Spectrum], field: str, show: Callable[..., str]) -> dict[str, str]:
+    def cells(table_shapes: Sequence[TableShape], field: str, show: Callable[..., str]) -> dict[str, str]:
         return {
-            name: show((getattr(score, field) for score in scores(spectra, name, form)), digits)
+            name: show((getattr(score, field) for score in scores(table_shapes, name, form)), digits)
             for name, (form, digits) in columns.items()
         }
 
     tables = _tables(results)
     rows = [
-        {"arm": arm, "name": drawing.table_name(arm, role)} | cells(spectra, "score", drawing.spread)
-        for (arm, role), spectra in tables.items()
+        {"arm": arm, "name": drawing.table_name(arm, role)} | cells(table_shapes, "score", drawing.spread)
+        for (arm, role), table_shapes in tables.items()
     ]
-    every = [spectrum for spectra in tables.values() for spectrum in spectra]
+    every = [of_seed for table_shapes in tables.values() for of_seed in table_shapes]
     return [*rows, {"arm": "", "name": "isotropic"} | cells(every, "floor", drawing.mean)] if rows else []
 
 
@@ -96,24 +96,24 @@ def similarities(results: drawing.Results) -> list[dict[str, str]]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured([*results["spectrum"]["tables"], *results["spectrum"]["pairs"]])
+    return plain_json.not_measured([*results["spectrum"]["tables"], *results["spectrum"]["pairs"]])
 
 
-def _tables(results: drawing.Results) -> dict[tuple[str, str], list[Spectrum]]:
+def _tables(results: drawing.Results) -> dict[tuple[str, str], list[TableShape]]:
     """The tables that have a shape both as they are and centred."""
-    measured = records.measured(results["spectrum"]["tables"], Spectrum)
+    measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
     return drawing.by_table([of for of in measured if of.value.raw and of.value.centred])
 
 
-def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[Comparison]]:
-    return drawing.by_pair(records.measured(results["spectrum"]["pairs"], Comparison))
+def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[SpaceSimilarity]]:
+    return drawing.by_pair(plain_json.measured(results["spectrum"]["pairs"], SpaceSimilarity))
 
 
 def _singular_values(form: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        measured = records.measured(results["spectrum"]["tables"], Spectrum)
+        measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
         shapes: dict[tuple[str, str], list[Shape]] = drawing.by_table(
-            [Of(of.arm, of.seed, of.role, "", shape) for of in measured if (shape := getattr(of.value, form))]
+            [Measurement(of.arm, of.seed, of.role, "", shape) for of in measured if (shape := getattr(of.value, form))]
         )
         least = 1.0
         for (arm, role), of_table in shapes.items():
@@ -173,6 +173,6 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     return draw
 
 
-def _sizes(pairs: Sequence[Comparison]) -> list[int]:
+def _sizes(pairs: Sequence[SpaceSimilarity]) -> list[int]:
     """The dimensions that every pair has."""
     return sorted(set.intersection(*({o.dimensions for o in p.subspaces} for p in pairs))) if pairs else []

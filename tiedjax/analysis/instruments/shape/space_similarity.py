@@ -13,12 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
-from tiedjax.analysis.basis import pairs
+from tiedjax.analysis.basis import token_pairs
 from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
 from tiedjax.analysis.basis.chance import Score, beside_draws
 from tiedjax.analysis.basis.directions import centre, with_direction
 from tiedjax.analysis.basis.tables import check
-from tiedjax.analysis.instruments.shape.spectrum import DRAWS
+from tiedjax.analysis.instruments.shape.table_shape import DRAWS
 from tiedjax.errors import UserError
 
 SAMPLED_ROWS = 512
@@ -38,7 +38,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpaceSimilarity:
     """Two spaces of the same `rows` tokens.
 
     subspaces   between the spans of the leading left singular vectors, for 1, 2, 4, ... of them up to the lesser rank
@@ -59,7 +59,7 @@ class Comparison:
 
 def measure(
     x_VD: np.ndarray, y_VE: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None
-) -> Comparison:
+) -> SpaceSimilarity:
     """How alike the spaces of X and Y are. `report` is told what begins.
 
     UserError: shapes that do not fit, and tables whose rows are all equal.
@@ -80,7 +80,7 @@ def measure(
         report(f"cross products of permuted rows, {i + 1} of {draws}")
         permuted.append(_cross(x, y, rng.permutation(len(x_VD)), np.float32))
     report("pairs of rows")
-    return Comparison(
+    return SpaceSimilarity(
         rows=len(x_VD),
         width=x_VD.shape[1],
         other_width=y_VE.shape[1],
@@ -151,12 +151,12 @@ def _cka(x: _Centred, y: _Centred, cross: np.ndarray, permuted: Sequence[np.ndar
 
 def _pairs(x: _Centred, y: _Centred) -> Score | None:
     index, left_out = _sampled(x, y)
-    if len(index) < pairs.LEAST:
+    if len(index) < token_pairs.LEAST:
         return None
     a_SS, b_SS = (_cosines(table.rows(index)) for table in (x, y))
-    (agreement,), _ = pairs.agreements(
+    (agreement,), _ = token_pairs.agreements(
         b_SS,
-        [pairs.rank_matrix(a_SS)],
+        [token_pairs.rank_matrix(a_SS)],
         draws=SAMPLE_DRAWS,
         bootstrap=BOOTSTRAP_DRAWS,
         rows_left_out=left_out,

@@ -46,7 +46,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class TableShape:
     """The shape of a table as it is and centred; None where all its rows are zero, or equal."""
 
     rows: int
@@ -56,7 +56,9 @@ class Spectrum:
     centred: Shape | None
 
 
-def measure(table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None) -> Spectrum:
+def measure(
+    table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None
+) -> TableShape:
     """The shape of a table of at least one row. `report` is told what begins. UserError for what is no such table.
 
     >>> round(measure(np.concatenate([np.eye(4), -np.eye(4)])).centred.effective_rank.score, 6)
@@ -77,7 +79,7 @@ def measure(table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str],
         if known:
             report(f"shape of the {name} table")
             shapes[name] = _shape(table_VD, gram_DD, mean, draws)
-    return Spectrum(rows=rows, width=width, draws=draws, **shapes)
+    return TableShape(rows=rows, width=width, draws=draws, **shapes)
 
 
 def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None, draws: int) -> Shape:

@@ -1,4 +1,4 @@
-"""Map: a picture of a table in the plane, and how far it can be trusted; the nearest rows of single tokens.
+"""Projection: a picture of a table in the plane, and how far it can be trusted; the nearest rows of single tokens.
 
 The picture is the projection onto the first two principal components, or openTSNE's layout. Its trustworthiness (Venna
 and Kaski 2001, ICANN) asks whether rows that are neighbours in the picture are neighbours in the table.
@@ -30,7 +30,7 @@ _BYTES = 2**28  # of one matrix of distances
 
 
 @dataclass(frozen=True)
-class Map:
+class Projection:
     """A point [x, y] for each of the `rows`, the share of the variance on each axis (None for tsne), and its trust."""
 
     method: str
@@ -53,9 +53,9 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Picture:
-    """A table's map, and the nearest rows of the tokens that were asked for."""
+    """A table's projection, and the nearest rows of the tokens that were asked for."""
 
-    map: Map
+    projection: Projection
     nearest: list[Nearest]
 
 
@@ -68,20 +68,22 @@ def measure(
     method: str = "pca",
     report: Callable[[str], None] = lambda line: None,
 ) -> Picture:
-    """The map of the rows that count, boolean [V] (default: all), and the nearest of these to each of `tokens`.
+    """The projection of the rows that count, boolean [V] (default: all), and the nearest of these to each of `tokens`.
 
-    UserError as of `draw_map` and `nearest`.
+    UserError as of `project` and `nearest`.
 
     >>> table = np.array([[2.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-2.0, -0.1]])
     >>> measure(table, [0], neighbours=1).nearest[0].neighbours
     [1]
     """
     kept_VD = table_VD if rows is None else table_VD[rows]
-    return Picture(draw_map(kept_VD, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
+    return Picture(project(kept_VD, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
 
 
-def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None) -> Map:
-    """The map of all rows, without trust where there are fewer than 5 rows.
+def project(
+    table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None
+) -> Projection:
+    """The projection of all rows, without trust where there are fewer than 5 rows.
 
     UserError: not [V, D] with D of at least 2, fewer than 3 rows, rows all equal, an unknown method, tsne without
     openTSNE.
@@ -100,7 +102,7 @@ def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str
         points_V2, explained = principal(table_VD, 2)
     report("trustworthiness")
     k = min(NEAR, (len(table_VD) - 1) // 2 - 1)
-    return Map(
+    return Projection(
         method=method,
         rows=len(table_VD),
         width=table_VD.shape[1],

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis.chance import Score, beside_draws
-from tiedjax.analysis.instruments.neighbours.knn import both_neighbours
+from tiedjax.analysis.instruments.neighbours.overlap import paired_neighbours
 from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
 
@@ -35,7 +35,7 @@ Graph = Any  # scipy.sparse.csr_array
 
 
 @dataclass(frozen=True)
-class Spectral:
+class GraphDistance:
     """The distance of two graphs beside what it is by chance; `relative` is distance / floor: 0 the same, 1 chance.
 
     `edges` counts the pairs of rows that are joined at all, graph by graph.
@@ -58,7 +58,7 @@ def measure(
     draws: int = DRAWS,
     searches: Searches | None = None,
     report: Report | None = None,
-) -> Spectral:
+) -> GraphDistance:
     """The spectral distance of two tables of the same rows and any widths.
 
     `rows` is a boolean [V] mask of the rows that count. Rows of zeros are left out too and counted, unless `zero_rows`:
@@ -69,7 +69,7 @@ def measure(
     >>> round(measure(table, table[:, ::-1], k=8, eigenpairs=8).distance.score, 6)
     0.0
     """
-    both = both_neighbours(x_VD, y_VD, k, rows=rows, zero_rows=zero_rows, searches=searches, report=report)
+    both = paired_neighbours(x_VD, y_VD, k, rows=rows, zero_rows=zero_rows, searches=searches, report=report)
     first, second = (graph(indices) for indices in both.indices)
     compared = compare(first, second, eigenpairs, draws, report)
     return replace(compared, distance=replace(compared.distance, rows_left_out=both.rows_left_out))
@@ -84,7 +84,9 @@ def graph(indices_VK: np.ndarray) -> Graph:
     return ((one_way + one_way.T) / 2).tocsr()
 
 
-def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None) -> Spectral:
+def compare(
+    first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None
+) -> GraphDistance:
     """The distance of two graphs of the same V nodes, with its floor over `draws` permutations of the second's.
 
     UserError: eigenpairs below 1 or above V, or no convergence.
@@ -101,7 +103,7 @@ def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report
         order = rng.permutation(V)
         floors.append(_distance(first, second[order][:, order], eigenpairs))
     score = beside_draws(distance, floors, similarity=False, rows=V)
-    return Spectral(
+    return GraphDistance(
         distance=score,
         relative=distance / score.floor if score.floor else None,
         eigenpairs=eigenpairs,

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Of(Generic[T]):
+class Measurement(Generic[T]):
     """What an instrument measured of one table, run or pair of tables of a study, and what names that.
 
     `role` is the table's, of a pair the subject's, whose other table has `reference_role`; "" for whole runs.
@@ -74,10 +74,10 @@ def from_plain(kind: Any, plain: Any) -> Any:
     return plain
 
 
-def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Of[T]]:
+def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Measurement[T]]:
     """The records of a section that were measured, each with its value as the dataclass `kind`."""
     return [
-        Of(
+        Measurement(
             record["arm"],
             record["seed"],
             record.get("subject_role", record.get("role", "")),

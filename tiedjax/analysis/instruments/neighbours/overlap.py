@@ -39,7 +39,7 @@ class Hubness:
 
 
 @dataclass(frozen=True)
-class Knn:
+class NeighbourOverlap:
     """The overlap of two tables' neighbours: mean, spread over rows, by stratum; and each table's hubness.
 
     `paper` is the overlap in the form of arXiv 2603.26663: all rows, rows of zeros too, not centred. `histogram[n]` is
@@ -68,7 +68,7 @@ def measure(
     counts: np.ndarray | None = None,
     searches: Searches | None = None,
     report: Report | None = None,
-) -> Knn:
+) -> NeighbourOverlap:
     """The overlap of the k nearest neighbours in two tables of the same rows and any widths.
 
     `rows` is a boolean [V] mask of the rows that count, as queries and as candidates. Rows without a direction are left
@@ -82,17 +82,19 @@ def measure(
     1.0
     """
     searches = searches or Searches()
-    both = both_neighbours(
+    both = paired_neighbours(
         x_VD, y_VD, k, rows=rows, centred=centred, zero_rows=zero_rows, searches=searches, report=report
     )
     every = both
     if not both.kept.all() or centred:
-        every = both_neighbours(x_VD, y_VD, k, zero_rows=True, searches=searches, report=report)
+        every = paired_neighbours(x_VD, y_VD, k, zero_rows=True, searches=searches, report=report)
     kept_counts = None if counts is None else np.asarray(counts)[..., both.kept]
     return _compared(both, every, draws, {} if kept_counts is None else strata(kept_counts))
 
 
-def _compared(both: BothNeighbours, every: BothNeighbours, draws: int, groups: Mapping[str, np.ndarray]) -> Knn:
+def _compared(
+    both: PairedNeighbours, every: PairedNeighbours, draws: int, groups: Mapping[str, np.ndarray]
+) -> NeighbourOverlap:
     first_VK, second_VK = both.indices
     V, k = first_VK.shape
     common_V = shared(first_VK, second_VK)
@@ -100,7 +102,7 @@ def _compared(both: BothNeighbours, every: BothNeighbours, draws: int, groups: M
     closed = k / (V - 1)
     overlap = replace(_overlap(common_V, drawn, k, closed), rows_left_out=both.rows_left_out)
     everywhere = _overlap(shared(*every.indices), _permuted(*every.indices, draws), k, k / (len(every.kept) - 1))
-    return Knn(
+    return NeighbourOverlap(
         k=k,
         overlap=overlap,
         paper=replace(everywhere, corrected=None),
@@ -113,7 +115,7 @@ def _compared(both: BothNeighbours, every: BothNeighbours, draws: int, groups: M
 
 
 @dataclass(frozen=True)
-class BothNeighbours:
+class PairedNeighbours:
     """`kept`: boolean [V], the rows that count; of these each table's neighbours [N, k]."""
 
     kept: np.ndarray
@@ -121,7 +123,7 @@ class BothNeighbours:
     indices: tuple[np.ndarray, np.ndarray]
 
 
-def both_neighbours(
+def paired_neighbours(
     x_VD: np.ndarray,
     y_VD: np.ndarray,
     k: int,
@@ -131,7 +133,7 @@ def both_neighbours(
     zero_rows: bool = False,
     searches: Searches | None = None,
     report: Report | None = None,
-) -> BothNeighbours:
+) -> PairedNeighbours:
     """Both tables' neighbours over the rows that count; arguments and errors as of `measure`."""
     searches = searches or Searches()
     for name, table in [("first", x_VD), ("second", y_VD)]:
@@ -159,7 +161,7 @@ def both_neighbours(
     first, second = (
         searches.indices(table, kept, k, mean, report) for table, mean in zip((x_VD, y_VD), means, strict=True)
     )
-    return BothNeighbours(kept, left_out, (first, second))
+    return PairedNeighbours(kept, left_out, (first, second))
 
 
 def shared(first_VK: np.ndarray, second_VK: np.ndarray) -> np.ndarray:
