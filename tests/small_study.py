@@ -22,7 +22,7 @@ from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDist
 from tiedjax.analysis.instruments.lens.lens import RunLens
 from tiedjax.analysis.instruments.neighbours.overlap import NeighbourOverlap
 from tiedjax.analysis.instruments.norms.norms import Norms
-from tiedjax.analysis.instruments.picture.section import Drawn
+from tiedjax.analysis.instruments.picture.section import DrawnTable
 from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
 from tiedjax.analysis.instruments.shape.table_shape import TableShape
 from tiedjax.analysis.study import claims, verdict
@@ -343,7 +343,7 @@ def _map(arm: str, role: str) -> dict[str, Any]:
         "classes": list(range(5)),
         "nearest": [{"token": " word", "neighbours": near}],
     }  # fmt: skip
-    return dict(complete(Drawn, record))
+    return dict(complete(DrawnTable, record))
 
 
 def _lens() -> dict[str, Any]:

@@ -74,15 +74,15 @@ def beside_draws(
     >>> score.floor, score.corrected
     (0.5, 0.5)
     """
-    known = [draw for draw in draws if draw is not None]
-    floor = float(np.mean(known)) if known else None
-    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    scored_draws = [draw for draw in draws if draw is not None]
+    floor = float(np.mean(scored_draws)) if scored_draws else None
+    deviation = float(np.std(scored_draws, ddof=1)) if len(scored_draws) > 1 else None
     return Score(
         score=score,
         floor=floor,
-        floor_standard_error=None if deviation is None else deviation / math.sqrt(len(known)),
+        floor_standard_error=None if deviation is None else deviation / math.sqrt(len(scored_draws)),
         floor_deviation=deviation,
-        floor_draws=len(known),
+        floor_draws=len(scored_draws),
         floor_closed_form=closed_form,
         corrected=correct(score, floor) if similarity else None,
         rows=rows,

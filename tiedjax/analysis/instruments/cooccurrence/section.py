@@ -30,8 +30,8 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
         except UserError as error:
             tables.append(table.key | {"not_measured": str(error)})
             continue
-        about = {"sha256": content_hash(table.values), "text": text.facts}
-        tables.append(table.key | about | to_plain(agreement))
+        description = {"sha256": content_hash(table.values), "text": text.facts}
+        tables.append(table.key | description | to_plain(agreement))
     return tables
 
 
@@ -59,10 +59,10 @@ def facts(results: drawing.Results) -> dict[str, str]:
     """What was sampled and counted, in words."""
     record = next(r for r in results["cooccurrence"] if "text" in r)
     text = record["text"]
-    counted = f"{text['counted']:,}"
+    pairs_in_words = f"{text['counted']:,}"
     if text["counted"] < text["available"]:
-        counted += f" of {text['available']:,}, spread evenly,"
-    return {"tokens": f"{record['rows']:,}", "least": str(text["least_count"]), "counted": counted}
+        pairs_in_words += f" of {text['available']:,}, spread evenly,"
+    return {"tokens": f"{record['rows']:,}", "least": str(text["least_count"]), "counted": pairs_in_words}
 
 
 def rows(results: drawing.Results) -> list[dict[str, Any]]:

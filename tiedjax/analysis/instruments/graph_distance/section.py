@@ -18,11 +18,11 @@ VERSION = 2  # of its part of results.json
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The distance of every pair of twins over the rows both saw."""
     searches = Searches()
-    pairs = [pair.key | _measured(searches, pair) for pair in study.twins]
+    pairs = [pair.key | _record(searches, pair) for pair in study.twins]
     return {"k": K, "eigenpairs": EIGENPAIRS, "pairs": pairs}
 
 
-def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
+def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
     try:
         spectral = measure(pair.subject.values, pair.reference.values, rows=pair.rows, searches=searches)
     except UserError as error:

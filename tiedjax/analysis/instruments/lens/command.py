@@ -36,16 +36,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     report = arguments.reporter("lens")
-    measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
-    plain = to_plain(measured)
+    lens = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
+    plain = to_plain(lens)
     baselines = plain.pop("baselines")
-    result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
+    result = arguments.run_result(args, model.describe(args.a), lens.rows, lens.width) | {
         "unit": "bits",
         **plain,
     }
     head = (
-        f"{args.a} at step {measured.step}: {measured.held_out_tokens} held-out tokens, "
-        f"translators fitted on {measured.training_tokens} training tokens"
+        f"{args.a} at step {lens.step}: {lens.held_out_tokens} held-out tokens, "
+        f"translators fitted on {lens.training_tokens} training tokens"
     )
     if args.paper:
         for state in result["states"]:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             del state["logit"], state["tuned"]
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
-    fits = f"{_fits(result['states'])}\nconverged: {measured.criterion}"
+    fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
     return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{fits}"
 
 

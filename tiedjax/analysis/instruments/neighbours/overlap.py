@@ -4,6 +4,8 @@ The score is the mean over rows i of |N_A(i) & N_B(i)| / k, N(i) the k nearest o
 By chance it is k / (V - 1): with the rows of one table permuted uniformly at random, N_B(i) is a uniformly random set
 of k of the V - 1 other rows. The floor is its mean over such permutations, as they come from
 `numpy.random.default_rng(0)`, and has that expectation.
+
+Axes: V rows, N those that count, D width of X, E width of Y, K neighbours, J = 2 K, R row permutations.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ class NeighbourOverlap:
 
 def measure(
     x_VD: np.ndarray,
-    y_VD: np.ndarray,
+    y_VE: np.ndarray,
     *,
     k: int = K,
     rows: np.ndarray | None = None,
@@ -82,50 +84,55 @@ def measure(
     1.0
     """
     searches = searches or Searches()
-    both = paired_neighbours(
-        x_VD, y_VD, k, rows=rows, centred=centred, zero_rows=zero_rows, searches=searches, report=report
+    counting_pair = paired_neighbours(
+        x_VD, y_VE, k, rows=rows, centred=centred, zero_rows=zero_rows, searches=searches, report=report
     )
-    every = both
-    if not both.kept.all() or centred:
-        every = paired_neighbours(x_VD, y_VD, k, zero_rows=True, searches=searches, report=report)
-    kept_counts = None if counts is None else np.asarray(counts)[..., both.kept]
-    return _compared(both, every, draws, {} if kept_counts is None else strata(kept_counts))
+    all_rows_pair = counting_pair
+    if not counting_pair.kept_V.all() or centred:
+        all_rows_pair = paired_neighbours(x_VD, y_VE, k, zero_rows=True, searches=searches, report=report)
+    counts_2N = None if counts is None else np.asarray(counts)[..., counting_pair.kept_V]
+    return _neighbour_overlap(counting_pair, all_rows_pair, draws, {} if counts_2N is None else strata(counts_2N))
 
 
-def _compared(
-    both: PairedNeighbours, every: PairedNeighbours, draws: int, groups: Mapping[str, np.ndarray]
+def _neighbour_overlap(
+    counting_pair: PairedNeighbours, all_rows_pair: PairedNeighbours, draws: int, groups: Mapping[str, np.ndarray]
 ) -> NeighbourOverlap:
-    first_VK, second_VK = both.indices
-    V, k = first_VK.shape
-    common_V = shared(first_VK, second_VK)
-    drawn = _permuted(first_VK, second_VK, draws)
-    closed = k / (V - 1)
-    overlap = replace(_overlap(common_V, drawn, k, closed), rows_left_out=both.rows_left_out)
-    everywhere = _overlap(shared(*every.indices), _permuted(*every.indices, draws), k, k / (len(every.kept) - 1))
+    first_NK, second_NK = counting_pair.indices
+    rows, k = first_NK.shape
+    common_N = shared(first_NK, second_NK)
+    chance_RN = _common_by_chance(first_NK, second_NK, draws)
+    closed = k / (rows - 1)
+    overlap = replace(_overlap(common_N, chance_RN, k, closed), rows_left_out=counting_pair.rows_left_out)
+    paper_overlap = _overlap(
+        shared(*all_rows_pair.indices),
+        _common_by_chance(*all_rows_pair.indices, draws),
+        k,
+        k / (len(all_rows_pair.kept_V) - 1),
+    )
     return NeighbourOverlap(
         k=k,
         overlap=overlap,
-        paper=replace(everywhere, corrected=None),
-        interval=bootstrap_mean(common_V / k),
-        quantiles={f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(common_V / k, QUANTILES), strict=True)},
-        histogram=np.bincount(common_V, minlength=k + 1).tolist(),
-        strata={name: _overlap(common_V[mask], drawn[:, mask], k, closed) for name, mask in groups.items()},
-        hubness=(hubness(first_VK), hubness(second_VK)),
+        paper=replace(paper_overlap, corrected=None),
+        interval=bootstrap_mean(common_N / k),
+        quantiles={f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(common_N / k, QUANTILES), strict=True)},
+        histogram=np.bincount(common_N, minlength=k + 1).tolist(),
+        strata={name: _overlap(common_N[mask_N], chance_RN[:, mask_N], k, closed) for name, mask_N in groups.items()},
+        hubness=(hubness(first_NK), hubness(second_NK)),
     )
 
 
 @dataclass(frozen=True)
 class PairedNeighbours:
-    """`kept`: boolean [V], the rows that count; of these each table's neighbours [N, k]."""
+    """`kept_V`: boolean [V], the rows that count; of these each table's neighbours [N, k]."""
 
-    kept: np.ndarray
+    kept_V: np.ndarray
     rows_left_out: int
     indices: tuple[np.ndarray, np.ndarray]
 
 
 def paired_neighbours(
     x_VD: np.ndarray,
-    y_VD: np.ndarray,
+    y_VE: np.ndarray,
     k: int,
     *,
     rows: np.ndarray | None = None,
@@ -136,64 +143,64 @@ def paired_neighbours(
 ) -> PairedNeighbours:
     """Both tables' neighbours over the rows that count; arguments and errors as of `measure`."""
     searches = searches or Searches()
-    for name, table in [("first", x_VD), ("second", y_VD)]:
-        if table.ndim != 2:
-            raise UserError(f"knn: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")
-        if table.shape[1] < 2:
-            raise UserError(f"knn: the {name} table has width {table.shape[1]}; directions need at least 2")
-    if len(x_VD) != len(y_VD):
-        raise UserError(f"knn: the tables must have the same rows, got {len(x_VD)} and {len(y_VD)}")
+    for name, table_VD in [("first", x_VD), ("second", y_VE)]:
+        if table_VD.ndim != 2:
+            raise UserError(f"knn: the {name} table must have 2 dimensions [V, D], got {list(table_VD.shape)}")
+        if table_VD.shape[1] < 2:
+            raise UserError(f"knn: the {name} table has width {table_VD.shape[1]}; directions need at least 2")
+    if len(x_VD) != len(y_VE):
+        raise UserError(f"knn: the tables must have the same rows, got {len(x_VD)} and {len(y_VE)}")
     if k < 1:
         raise UserError(f"knn: k must be at least 1, got {k}")
-    wanted = np.ones(len(x_VD), bool) if rows is None else rows
+    counting_V = np.ones(len(x_VD), bool) if rows is None else rows
     means: list[np.ndarray | None] = [None, None]
-    kept = wanted.copy()
-    for i, table in enumerate((x_VD, y_VD)):
+    kept_V = counting_V.copy()
+    for i, table_VD in enumerate((x_VD, y_VE)):
         least = 0.0
         if centred:
-            means[i], least = centre(table if rows is None else table[rows])
+            means[i], least = centre(table_VD if rows is None else table_VD[rows])
         if not zero_rows:
-            kept &= with_direction(table, means[i], least)
-    left_out = int(wanted.sum() - kept.sum())
-    if kept.sum() <= k:
+            kept_V &= with_direction(table_VD, means[i], least)
+    left_out = int(counting_V.sum() - kept_V.sum())
+    if kept_V.sum() <= k:
         without = f" ({left_out} more have no direction)" if left_out else ""
-        raise UserError(f"knn: {kept.sum()} rows{without}, but {k} neighbours need at least {k + 1}")
+        raise UserError(f"knn: {kept_V.sum()} rows{without}, but {k} neighbours need at least {k + 1}")
     first, second = (
-        searches.indices(table, kept, k, mean, report) for table, mean in zip((x_VD, y_VD), means, strict=True)
+        searches.indices(table_VD, kept_V, k, mean, report) for table_VD, mean in zip((x_VD, y_VE), means, strict=True)
     )
-    return PairedNeighbours(kept, left_out, (first, second))
+    return PairedNeighbours(kept_V, left_out, (first, second))
 
 
 def shared(first_VK: np.ndarray, second_VK: np.ndarray) -> np.ndarray:
     """How many indices two rows of neighbours have in common, int [V]; a row names none twice."""
-    both = np.sort(np.concatenate([first_VK, second_VK], axis=1), axis=1)
-    return (both[:, 1:] == both[:, :-1]).sum(axis=1)
+    sorted_VJ = np.sort(np.concatenate([first_VK, second_VK], axis=1), axis=1)
+    return (sorted_VJ[:, 1:] == sorted_VJ[:, :-1]).sum(axis=1)
 
 
 def hubness(indices_VK: np.ndarray) -> Hubness:
     """How unevenly rows are named as neighbours."""
-    times = np.bincount(indices_VK.ravel(), minlength=len(indices_VK)).astype(np.float64)
-    apart = times - times.mean()
-    variance = float(np.mean(apart**2))
+    times_V = np.bincount(indices_VK.ravel(), minlength=len(indices_VK)).astype(np.float64)
+    deviation_V = times_V - times_V.mean()
+    variance = float(np.mean(deviation_V**2))
     return Hubness(
-        skewness=float(np.mean(apart**3)) / variance**1.5 if variance else None,
-        orphans=float(np.mean(times == 0)),
-        largest=int(times.max()),
+        skewness=float(np.mean(deviation_V**3)) / variance**1.5 if variance else None,
+        orphans=float(np.mean(times_V == 0)),
+        largest=int(times_V.max()),
     )
 
 
-def _permuted(first_VK: np.ndarray, second_VK: np.ndarray, draws: int) -> np.ndarray:
+def _common_by_chance(first_NK: np.ndarray, second_NK: np.ndarray, draws: int) -> np.ndarray:
     """Common neighbours per row with the second table's rows permuted, [draws, V]; no new search is needed."""
     rng = np.random.default_rng(0)
-    drawn = np.empty((draws, len(first_VK)), np.int64)
+    chance_RN = np.empty((draws, len(first_NK)), np.int64)
     for i in range(draws):
-        order = rng.permutation(len(first_VK))
-        place = np.empty_like(first_VK, shape=len(order))
-        place[order] = np.arange(len(order))
-        drawn[i] = shared(first_VK, place[second_VK[order]])
-    return drawn
+        order_N = rng.permutation(len(first_NK))
+        place_N = np.empty_like(first_NK, shape=len(order_N))
+        place_N[order_N] = np.arange(len(order_N))
+        chance_RN[i] = shared(first_NK, place_N[second_NK[order_N]])
+    return chance_RN
 
 
-def _overlap(common_V: np.ndarray, drawn: np.ndarray, k: int, closed: float) -> Score:
-    score, floors = float(common_V.mean()) / k, drawn.mean(axis=1) / k
-    return beside_draws(score, floors, closed_form=closed, rows=len(common_V))
+def _overlap(common_N: np.ndarray, chance_RN: np.ndarray, k: int, closed: float) -> Score:
+    score, floor_R = float(common_N.mean()) / k, chance_RN.mean(axis=1) / k
+    return beside_draws(score, floor_R, closed_form=closed, rows=len(common_N))

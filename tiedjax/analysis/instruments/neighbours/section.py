@@ -21,13 +21,13 @@ VERSION = 2  # of its part of results.json
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The overlap of every pair of twins over the rows both saw, and in the paper's form over all rows."""
     searches = Searches()
-    return {"k": K, "pairs": [pair.key | _measured(searches, pair) for pair in study.twins]}
+    return {"k": K, "pairs": [pair.key | _record(searches, pair) for pair in study.twins]}
 
 
-def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
-    mine, reference = pair.subject, pair.reference
+def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
+    subject, reference = pair.subject, pair.reference
     try:
-        knn = measure(mine.values, reference.values, rows=pair.rows, counts=mine.counts, searches=searches)
+        knn = measure(subject.values, reference.values, rows=pair.rows, counts=subject.counts, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
     return dict(to_plain(knn))

@@ -27,11 +27,11 @@ def collect(study: StudyRuns) -> dict[str, Any]:
     """The shape of every last table over the tokens its run saw, and every pair of twins over those both saw."""
     tables = []
     for table in study.tables:
-        about = table.key | {"sha256": content_hash(table.values)}
+        description = table.key | {"sha256": content_hash(table.values)}
         try:
-            tables.append(about | to_plain(table_shape.measure(table.values[table.seen])))
+            tables.append(description | to_plain(table_shape.measure(table.values[table.seen])))
         except UserError as error:
-            tables.append(about | {"not_measured": str(error)})
+            tables.append(description | {"not_measured": str(error)})
     pairs = []
     for twins in study.twins:
         try:
@@ -75,8 +75,8 @@ def shapes(results: drawing.Results) -> list[dict[str, str]]:
         {"arm": arm, "name": drawing.table_name(arm, role)} | cells(table_shapes, "score", drawing.spread)
         for (arm, role), table_shapes in tables.items()
     ]
-    every = [of_seed for table_shapes in tables.values() for of_seed in table_shapes]
-    return [*rows, {"arm": "", "name": "isotropic"} | cells(every, "floor", drawing.mean)] if rows else []
+    all_tables = [of_seed for table_shapes in tables.values() for of_seed in table_shapes]
+    return [*rows, {"arm": "", "name": "isotropic"} | cells(all_tables, "floor", drawing.mean)] if rows else []
 
 
 def similarities(results: drawing.Results) -> list[dict[str, str]]:
@@ -102,7 +102,7 @@ def not_measured(results: drawing.Results) -> list[str]:
 def _tables(results: drawing.Results) -> dict[tuple[str, str], list[TableShape]]:
     """The tables that have a shape both as they are and centred."""
     measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
-    return drawing.by_table([of for of in measured if of.value.raw and of.value.centred])
+    return drawing.by_table([table for table in measured if table.value.raw and table.value.centred])
 
 
 def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[SpaceSimilarity]]:
@@ -113,19 +113,25 @@ def _singular_values(form: str, title: str) -> Callable[[drawing.Axes, drawing.R
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
         shapes: dict[tuple[str, str], list[Shape]] = drawing.by_table(
-            [Measurement(of.arm, of.seed, of.role, "", shape) for of in measured if (shape := getattr(of.value, form))]
+            [
+                Measurement(table.arm, table.seed, table.role, "", shape)
+                for table in measured
+                if (shape := getattr(table.value, form))
+            ]
         )
         least = 1.0
-        for (arm, role), of_table in shapes.items():
-            curve = _relative([shape.singular_values for shape in of_table])
+        for (arm, role), seed_shapes in shapes.items():
+            curve = _relative([shape.singular_values for shape in seed_shapes])
             least = min(least, float(curve[curve > _SHOWN].min()))
             style = drawing.INPUT if role == "input" else "-"
             colour = drawing.colours(results)[arm]
             ax.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=style, label=drawing.table_name(arm, role))
         if shapes:
-            chance = _relative([shape.isotropic_singular_values for of_table in shapes.values() for shape in of_table])
-            at = range(1, len(chance) + 1)
-            ax.plot(at, chance, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
+            chance = _relative(
+                [shape.isotropic_singular_values for seed_shapes in shapes.values() for shape in seed_shapes]
+            )
+            directions = range(1, len(chance) + 1)
+            ax.plot(directions, chance, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
         ax.set_yscale("log")
         ticks = [digit / 10**power for power in range(4) for digit in (1, 0.5, 0.2)]
         ax.set_yticks([t for t in ticks if t >= least], [f"{t:g}" for t in ticks if t >= least])
@@ -146,10 +152,10 @@ def _relative(curves: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        shared = {key: pairs for key, pairs in _pairs(results).items() if key[1] == SHARED}
-        to_target = {arm: pairs for (arm, _, role), pairs in shared.items() if role == target}
-        every = [pair for pairs in to_target.values() for pair in pairs]
-        sizes = _sizes(every)
+        shared_pairs = {key: pairs for key, pairs in _pairs(results).items() if key[1] == SHARED}
+        to_target = {arm: pairs for (arm, _, role), pairs in shared_pairs.items() if role == target}
+        all_pairs = [pair for pairs in to_target.values() for pair in pairs]
+        sizes = _sizes(all_pairs)
         mean = lambda pairs, field: [
             float(np.mean([getattr(o.cosine, field) for p in pairs for o in p.subspaces if o.dimensions == r]))
             for r in sizes
@@ -157,13 +163,13 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
         for arm, pairs in to_target.items():
             colour = drawing.colours(results)[arm]
             ax.plot(sizes, mean(pairs, "score"), color=colour, marker="o", markersize=3.5, label=arm)
-        if every:
-            floor = mean(every, "floor")
+        if all_pairs:
+            floor = mean(all_pairs, "floor")
             ax.plot(sizes, floor, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
             ax.set_xscale("log", base=2)
             ax.set_xticks(sizes, [f"{r:,}" for r in sizes])
             ax.minorticks_off()
-        scores = [overlap.cosine.score for pairs in shared.values() for p in pairs for overlap in p.subspaces]
+        scores = [overlap.cosine.score for pairs in shared_pairs.values() for p in pairs for overlap in p.subspaces]
         top = max((score for score in scores if score is not None), default=1.0)
         ax.set_ylim(0, 1.05 * top)
         ax.set_xlabel("leading directions")
