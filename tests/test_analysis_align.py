@@ -11,7 +11,7 @@ import scipy.linalg
 import scipy.stats
 
 from tiedjax.analysis.basis import blocked, linear_maps
-from tiedjax.analysis.basis.chance import beside_exact
+from tiedjax.analysis.basis.chance import beside, exact_floor
 from tiedjax.analysis.instruments.alignment import fitting
 from tiedjax.analysis.instruments.alignment.align import (
     align,
@@ -394,7 +394,7 @@ def test_rows_of_zeros_have_no_raw_cosine_or_count_as_0():
     assert (raw.rows_left_out, paper.rows_left_out) == (2, 0)
     assert raw == replace(raw_cosine(X[known], Y[known]), rows_left_out=2)
     assert paper.score == pytest.approx(raw.score * 48 / 50, abs=1e-12)
-    assert raw_cosine(0 * X, Y) == beside_exact(None, None, rows_left_out=50)
+    assert raw_cosine(0 * X, Y) == beside(None, exact_floor(None), rows_left_out=50)
     with pytest.raises(UserError, match=r"the raw cosine needs equal shapes, got \[50, 6\] and \[50, 5\]"):
         raw_cosine(X, Y[:, :5])
 

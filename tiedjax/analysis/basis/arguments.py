@@ -65,9 +65,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="where the run's text lies now (default: as in its config)")
 
 
-def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str) -> None:
-    """A whole number that must be at least 1."""
-    parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+def add_count(
+    parser: argparse.ArgumentParser, name: str, default: int | None, meaning: str, *, default_in_words: str = ""
+) -> None:
+    """A whole number that must be at least 1; where the default is None, `default_in_words` says what it stands for."""
+    meaning = f"{meaning} (default: {default_in_words or default})"
+    parser.add_argument(name, type=int, default=default, metavar="N", help=meaning)
 
 
 def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:

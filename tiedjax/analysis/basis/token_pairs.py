@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.statistics import CONFIDENCE, Interval, ranks
 
 DRAWS = 20
@@ -49,9 +49,9 @@ def agreements(
         ).T
         resampled_MB = _bootstrap(ranks_NN, ranked, bootstrap, rng)
     scores = [
-        beside_draws(
+        beside(
             float(np.vdot(ranks_NN, ranked[i])) / scale if comparable else None,
-            chance_MB[i],
+            drawn_floor(chance_MB[i]),
             rows=n,
             rows_left_out=rows_left_out,
             interval=_interval(resampled_MB[i]),

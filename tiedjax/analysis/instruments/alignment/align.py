@@ -27,7 +27,7 @@ from functools import partial
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import unit_rows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import frequency_parts, strata
@@ -191,9 +191,9 @@ def raw_cosine(x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = 
         y_sum_D += y_BD.sum(axis=0)
     rows_scored = len(row_N) if zero_rows else directed
     if not rows_scored:
-        return beside_exact(None, None, rows_left_out=len(row_N))
-    floor = float(x_sum_D @ y_sum_D) / rows_scored**2
-    return beside_exact(total / rows_scored, floor, rows=rows_scored, rows_left_out=len(row_N) - rows_scored)
+        return beside(None, exact_floor(None), rows_left_out=len(row_N))
+    floor = exact_floor(float(x_sum_D @ y_sum_D) / rows_scored**2)
+    return beside(total / rows_scored, floor, rows=rows_scored, rows_left_out=len(row_N) - rows_scored)
 
 
 def _permutation(rng: np.random.Generator, rows: int, label_N: np.ndarray | None) -> np.ndarray:
@@ -251,8 +251,10 @@ def by_stratum(cosine_N: np.ndarray, chance_N: np.ndarray, masks: Mapping[str, n
     `chance_N` is the mean over the draws, so that how well a floor is known is not.
     """
     return {
-        name: beside_draws(
-            mean_cosine(cosine_N[stratum_N]), [mean_cosine(chance_N[stratum_N])], rows=int(stratum_N.sum())
+        name: beside(
+            mean_cosine(cosine_N[stratum_N]),
+            drawn_floor([mean_cosine(chance_N[stratum_N])]),
+            rows=int(stratum_N.sum()),
         )
         for name, stratum_N in masks.items()
     }
@@ -261,10 +263,10 @@ def by_stratum(cosine_N: np.ndarray, chance_N: np.ndarray, masks: Mapping[str, n
 def _score(fit: str, row_cosines: Sequence[RowCosines], closed_form: float) -> Score:
     cosine_N = row_cosines[0].cosines[fit]
     left_out = int(np.isnan(cosine_N).sum())
-    return beside_draws(
+    chance_scores = [mean_cosine(draw_cosines.cosines[fit]) for draw_cosines in row_cosines[1:]]
+    return beside(
         mean_cosine(cosine_N),
-        [mean_cosine(draw_cosines.cosines[fit]) for draw_cosines in row_cosines[1:]],
-        closed_form=closed_form,
+        drawn_floor(chance_scores, closed_form),
         rows=len(cosine_N) - left_out,
         rows_left_out=left_out,
     )

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.held_out import FrozenModel, chunks, held_out_windows, over_windows
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import BIN_WIDTH, NEVER, log_bins, strata
@@ -189,7 +189,8 @@ def calibrate(
     by_draw = [measures.scores(*measures.draw(rng)) for _ in range(draws)]
 
     def score(name: str, g: int = 0) -> Score:
-        return beside_draws(scores[name][g], [draw_scores[name][g] for draw_scores in by_draw], similarity=False)
+        floor = drawn_floor([draw_scores[name][g] for draw_scores in by_draw])
+        return beside(scores[name][g], floor, similarity=False)
 
     log_V = np.log10(np.asarray(count_V, np.float64) + 1)
     target_group_N = group_V[forecast.target_N]

@@ -19,12 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(parser, "all rows, rows of zeros too; 128 eigenpairs")
     arguments.add_count(parser, "--k", 64, "neighbours per row")
-    parser.add_argument(
-        "--eigenpairs",
-        type=int,
-        metavar="N",
-        help="eigenpairs of largest magnitude that are kept (default: 32, the paper's form: 128)",
-    )
+    meaning = "eigenpairs of largest magnitude that are kept"
+    arguments.add_count(parser, "--eigenpairs", None, meaning, default_in_words="32, the paper's form: 128")
     arguments.add_count(parser, "--draws", 1, "row permutations for the floor")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.instruments.neighbours.overlap import paired_neighbours
 from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
@@ -100,13 +100,13 @@ def compare(
         raise UserError(f"spectral: {eigenpairs} eigenpairs need at least as many rows, got {V}")
     distance = _distance(first, second, eigenpairs)
     rng = np.random.default_rng(0)
-    floors = []
+    chance_distances = []
     for i in range(draws):
         if report:
             report(f"spectral distance: {i + 1} of {draws + 1} embeddings done")
         order = rng.permutation(V)
-        floors.append(_distance(first, second[order][:, order], eigenpairs))
-    score = beside_draws(distance, floors, similarity=False, rows=V)
+        chance_distances.append(_distance(first, second[order][:, order], eigenpairs))
+    score = beside(distance, drawn_floor(chance_distances), similarity=False, rows=V)
     return GraphDistance(
         distance=score,
         relative=distance / score.floor if score.floor else None,

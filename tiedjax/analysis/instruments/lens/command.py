@@ -15,12 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
     arguments.add_data(parser)
-    parser.add_argument(
-        "--training-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of the run's training text that fit the translators (default: 64 D, at most 32,768)",
-    )
+    meaning = "tokens of the run's training text that fit the translators"
+    arguments.add_count(parser, "--training-tokens", None, meaning, default_in_words="64 D, at most 32,768")
     arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are scored")
     arguments.add_paper(parser, "translators read one state late, KL only")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.directions import centre, with_direction
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import strata
@@ -101,8 +101,8 @@ def _neighbour_overlap(
     rows, k = first_NK.shape
     common_N = shared(first_NK, second_NK)
     chance_RN = _common_by_chance(first_NK, second_NK, draws)
-    closed = k / (rows - 1)
-    overlap = replace(_overlap(common_N, chance_RN, k, closed), rows_left_out=counting_pair.rows_left_out)
+    closed_form = k / (rows - 1)
+    overlap = replace(_overlap(common_N, chance_RN, k, closed_form), rows_left_out=counting_pair.rows_left_out)
     paper_overlap = _overlap(
         shared(*all_rows_pair.indices),
         _common_by_chance(*all_rows_pair.indices, draws),
@@ -116,7 +116,9 @@ def _neighbour_overlap(
         interval=bootstrap_mean(common_N / k),
         quantiles={f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(common_N / k, QUANTILES), strict=True)},
         histogram=np.bincount(common_N, minlength=k + 1).tolist(),
-        strata={name: _overlap(common_N[mask_N], chance_RN[:, mask_N], k, closed) for name, mask_N in groups.items()},
+        strata={
+            name: _overlap(common_N[mask_N], chance_RN[:, mask_N], k, closed_form) for name, mask_N in groups.items()
+        },
         hubness=(hubness(first_NK), hubness(second_NK)),
     )
 
@@ -201,6 +203,6 @@ def _common_by_chance(first_NK: np.ndarray, second_NK: np.ndarray, draws: int) -
     return chance_RN
 
 
-def _overlap(common_N: np.ndarray, chance_RN: np.ndarray, k: int, closed: float) -> Score:
+def _overlap(common_N: np.ndarray, chance_RN: np.ndarray, k: int, closed_form: float) -> Score:
     score, floor_R = float(common_N.mean()) / k, chance_RN.mean(axis=1) / k
-    return beside_draws(score, floor_R, closed_form=closed, rows=len(common_N))
+    return beside(score, drawn_floor(floor_R, closed_form), rows=len(common_N))

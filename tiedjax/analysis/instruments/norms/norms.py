@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, exact_floor
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.statistics import spearman, spearman_interval
 from tiedjax.analysis.basis.strata import BIN_WIDTH, log_bins
@@ -101,10 +101,9 @@ def curve(value_V: np.ndarray, count_V: np.ndarray) -> Curve:
     span = spearman_interval(correlation, n)
     return Curve(
         mean=float(value_N.mean()) if len(value_N) else None,
-        spearman=beside_exact(
+        spearman=beside(
             correlation,
-            0.0,
-            deviation=1 / math.sqrt(n - 1) if n > 1 else None,
+            exact_floor(0.0, deviation=1 / math.sqrt(n - 1) if n > 1 else None),
             rows=n,
             rows_left_out=int((~finite_V).sum()),
             interval=(span.low, span.high),

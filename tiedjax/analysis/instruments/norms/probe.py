@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.linear_maps import Ridge
 
 FOLDS = 5
@@ -62,7 +62,7 @@ def frequency_probe(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = D
         fold_V = rng.permutation(len(y_V)) % FOLDS
         scores = _cross_validated(table_VD, np.stack([y_V, *(rng.permutation(y_V) for _ in range(draws))], 1), fold_V)
     score, *chance_scores = (float(s) if np.isfinite(s) else None for s in scores)
-    return beside_draws(score, chance_scores, rows=len(y_V))
+    return beside(score, drawn_floor(chance_scores), rows=len(y_V))
 
 
 def _cross_validated(table_VD: np.ndarray, y_VN: np.ndarray, fold_V: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, gram, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, exact_floor
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
 from tiedjax.analysis.basis.tables import check
 from tiedjax.errors import UserError
@@ -167,7 +167,7 @@ def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEA
     mean, square = surplus.sum() / (V - 1), np.square(surplus).sum() / (V - 1)
     floor = 1 - 2 / (2 * V - 3 * k - 1) * float(mean)
     deviation = scale * math.sqrt(len(queries) * k * float(square - mean**2))
-    return beside_exact(score, floor, deviation=deviation, rows=len(queries))
+    return beside(score, exact_floor(floor, deviation), rows=len(queries))
 
 
 def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | None = None) -> list[Nearest]:

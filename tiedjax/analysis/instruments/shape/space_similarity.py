@@ -17,7 +17,7 @@ import numpy as np
 
 from tiedjax.analysis.basis import token_pairs
 from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.directions import centre, with_direction
 from tiedjax.analysis.basis.tables import check
 from tiedjax.analysis.instruments.shape.table_shape import DRAWS
@@ -136,7 +136,8 @@ def _overlaps(
     for r in _sizes(min(cosine_RS.shape)):
         angle_R = np.degrees(np.arccos(np.clip(np.linalg.svd(cosine_RS[:r, :r], compute_uv=False), 0, 1)))
         mean = lambda total, r=r: float(total[r - 1, r - 1]) / r
-        cosine = _beside(mean(square_RS), [mean(p) for p in chance_squares], r / (len(x.table) - 1), len(x.table))
+        floor = drawn_floor([mean(p) for p in chance_squares], closed_form=r / (len(x.table) - 1))
+        cosine = beside(mean(square_RS), floor, rows=len(x.table))
         overlaps.append(Overlap(r, cosine, smallest_angle_degrees=angle_R[0], largest_angle_degrees=angle_R[-1]))
     return overlaps
 
@@ -150,8 +151,9 @@ def _cka(x: _Centred, y: _Centred, product_DE: np.ndarray, permuted_products: Se
     """The floor's formula is exact: the mean of |X'PY|^2 over all permutations is |X|^2 |Y|^2 / (V - 1)."""
     scale = float(np.linalg.norm(x.gram_DD) * np.linalg.norm(y.gram_DD))
     value = lambda product: float(np.square(product).sum()) / scale
-    closed = float(np.trace(x.gram_DD) * np.trace(y.gram_DD)) / (len(x.table) - 1) / scale
-    return _beside(value(product_DE), [value(p) for p in permuted_products], closed, len(x.table))
+    closed_form = float(np.trace(x.gram_DD) * np.trace(y.gram_DD)) / (len(x.table) - 1) / scale
+    floor = drawn_floor([value(p) for p in permuted_products], closed_form)
+    return beside(value(product_DE), floor, rows=len(x.table))
 
 
 def _pairs(x: _Centred, y: _Centred) -> Score | None:
@@ -181,7 +183,3 @@ def _sample(x: _Centred, y: _Centred) -> tuple[np.ndarray, int]:
 def _cosines(rows_SD: np.ndarray) -> np.ndarray:
     unit_SD = rows_SD / np.linalg.norm(rows_SD, axis=1)[:, None]
     return unit_SD @ unit_SD.T
-
-
-def _beside(score: float, by_chance: Sequence[float], closed_form: float, rows: int) -> Score:
-    return beside_draws(score, by_chance, closed_form=closed_form, rows=rows)

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.special
 
 from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.tables import check
 
@@ -98,8 +98,8 @@ def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None,
         draw_D *= math.sqrt(np.square(s_D).sum() / np.square(draw_D).sum())
         simulated_spectra.append(draw_D)
         isotropies.append(_isotropy(_isotropic_log_partitions(draw_D, rows, centred, rng)))
-    beside = lambda score, chance_scores: beside_draws(score, chance_scores, similarity=False, rows=rows)
-    by_draw = lambda statistic: beside(statistic(s_D), [statistic(draw_D) for draw_D in simulated_spectra])
+    compared = lambda score, chance_scores: beside(score, drawn_floor(chance_scores), similarity=False, rows=rows)
+    by_draw = lambda statistic: compared(statistic(s_D), [statistic(draw_D) for draw_D in simulated_spectra])
     cosine, left_out = _mean_cosine(table_VD, mean_D)
     return Shape(
         singular_values=s_D[: min(rows, width)].tolist(),
@@ -107,7 +107,7 @@ def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None,
         effective_rank=by_draw(effective_rank),
         stable_rank=by_draw(stable_rank),
         first_energy=by_draw(lambda s: 1 / stable_rank(s)),
-        isotropy=beside(_isotropy(log_Z_2D), isotropies),
+        isotropy=compared(_isotropy(log_Z_2D), isotropies),
         mean_cosine=cosine,
         rows_left_out=left_out,
     )
@@ -165,10 +165,9 @@ def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Score
     left_out = len(table_VD) - n
     if n < 2:
         return None, left_out
-    floor, deviation = mean_cosine_floor(n, table_VD.shape[1], mean_D is not None)
+    floor = exact_floor(*mean_cosine_floor(n, table_VD.shape[1], mean_D is not None))
     score = (float(total_D @ total_D) - n) / (n * (n - 1))
-    mean_cosine = beside_exact(score, floor, similarity=False, deviation=deviation, rows=n, rows_left_out=left_out)
-    return mean_cosine, left_out
+    return beside(score, floor, similarity=False, rows=n, rows_left_out=left_out), left_out
 
 
 def _log_partitions(table_VD: np.ndarray, mean_D: np.ndarray | None, v_DD: np.ndarray) -> np.ndarray:
