@@ -13,6 +13,7 @@ import types
 import typing
 from typing import Any
 
+from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
@@ -156,7 +157,8 @@ def _comparison(arm: str, role: str, other: str, seed: int, fit: str) -> dict[st
     record |= {"arm": arm, "seed": seed, "subject_role": role, "reference_role": other, "fit": fit}
     if (arm, other) == ("tied-x5", "output"):
         record["beyond_frequency"] -= 0.25  # so that the two changes differ, and one of them is a fall
-    record["strata"] = {third: {"corrected": value(60 + i, arm, role, other, seed)} for i, third in enumerate(THIRDS)}
+    strata = {third: {"corrected": value(60 + i, arm, role, other, seed)} for i, third in enumerate(THIRDS)}
+    record["strata"] = complete(dict[str, Score], strata)
     record["histogram"] = [1, 2 + ARMS.index(arm), 3 if other == "input" else 5, 4]
     return record | {"floor_closed_form": 0.5, "reference_seed": seed, "step": 400}
 
