@@ -58,12 +58,11 @@ NAMES = (("output", "input_"), ("early", "overall"), ("first", "last"), ("nearer
 MEASURING = {
     "collect",
     "together",
-    "_measured",
     "_record",
     "_words",
     "_named",
     "_twins",
-    "_of",
+    "_stratum_score",
     "arm_summary",
     "_windows",
 }

@@ -13,18 +13,19 @@ import types
 import typing
 from typing import Any
 
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
-from tiedjax.analysis.instruments.graph_distance.spectral import Spectral
+from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
 from tiedjax.analysis.instruments.lens.lens import RunLens
-from tiedjax.analysis.instruments.neighbours.knn import Knn
+from tiedjax.analysis.instruments.neighbours.overlap import NeighbourOverlap
 from tiedjax.analysis.instruments.norms.norms import Norms
-from tiedjax.analysis.instruments.picture.section import Drawn
-from tiedjax.analysis.instruments.shape.similarity import Comparison
-from tiedjax.analysis.instruments.shape.spectrum import Spectrum
+from tiedjax.analysis.instruments.picture.section import DrawnTable
+from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
+from tiedjax.analysis.instruments.shape.table_shape import TableShape
 from tiedjax.analysis.study import claims, verdicts
 from tiedjax.analysis.study.sections import versions
 from tiedjax.config import StudyConfig
@@ -156,7 +157,8 @@ def _comparison(arm: str, role: str, other: str, seed: int, fit: str) -> dict[st
     record |= {"arm": arm, "seed": seed, "subject_role": role, "reference_role": other, "fit": fit}
     if (arm, other) == ("tied-x5", "output"):
         record["beyond_frequency"] -= 0.25  # so that the two changes differ, and one of them is a fall
-    record["strata"] = {third: {"corrected": value(60 + i, arm, role, other, seed)} for i, third in enumerate(THIRDS)}
+    strata = {third: {"corrected": value(60 + i, arm, role, other, seed)} for i, third in enumerate(THIRDS)}
+    record["strata"] = complete(dict[str, Score], strata)
     record["histogram"] = [1, 2 + ARMS.index(arm), 3 if other == "input" else 5, 4]
     return record | {"floor_closed_form": 0.5, "reference_seed": seed, "step": 400}
 
@@ -229,14 +231,14 @@ def _neighbours(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
         ],
         "paper": {"score": value(9, arm, role, other, seed)},
     }
-    return dict(complete(Knn, record))
+    return dict(complete(NeighbourOverlap, record))
 
 
 def _distance(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
     distance = {name: value(i, arm, role, other, seed) for i, name in enumerate(("score", "floor"))}
     record = {"distance": distance, "relative": value(2, arm, role, other, seed)}
     record |= {"arm": arm, "seed": seed, "subject_role": role, "reference_role": other}
-    return dict(complete(Spectral, record))
+    return dict(complete(GraphDistance, record))
 
 
 def _norms(arm: str, seed: int, role: str) -> dict[str, Any]:
@@ -262,7 +264,7 @@ def _spectrum(arm: str, seed: int, role: str) -> dict[str, Any]:
         return made | {"singular_values": [3.0 + i, value(i, arm, role)], "isotropic_singular_values": [1.0, 0.9]}
 
     record = {"arm": arm, "seed": seed, "role": role, "raw": form(0), "centred": form(5)}
-    return dict(complete(Spectrum, record))
+    return dict(complete(TableShape, record))
 
 
 def _similarity(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def _similarity(arm: str, role: str, other: str, seed: int) -> dict[str, Any]:
         "pairs": {"score": value(3, arm, role, other, seed)},
         "subspaces": subspaces,
     }
-    return dict(complete(Comparison, record))
+    return dict(complete(SpaceSimilarity, record))
 
 
 def _calibration() -> dict[str, Any]:
@@ -343,7 +345,7 @@ def _map(arm: str, role: str) -> dict[str, Any]:
         "classes": list(range(5)),
         "nearest": [{"token": " word", "neighbours": near}],
     }  # fmt: skip
-    return dict(complete(Drawn, record))
+    return dict(complete(DrawnTable, record))
 
 
 def _lens() -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from tiedjax.analysis.basis import blocked, maps
-from tiedjax.analysis.basis.chance import beside_exact
+from tiedjax.analysis.basis import blocked, linear_maps
+from tiedjax.analysis.basis.chance import beside, exact_floor
 from tiedjax.analysis.instruments.alignment import fitting
 from tiedjax.analysis.instruments.alignment.align import (
     align,
@@ -170,8 +170,8 @@ def test_the_orthogonal_and_identity_scores_are_symmetric():
 def test_a_freer_map_never_leaves_a_larger_residual():
     # The guarantee is of least squares, not of the mean cosine, which usually but not always follows.
     X, Y = (table - table.mean(axis=0) for table in tables(200, 15, seed=4))
-    solve = maps.well_conditioned(X.T @ X, 1e-12)
-    fitted = {"linear": X @ solve(X.T @ Y), "orthogonal": X @ maps.nearest_orthogonal(X.T @ Y), "identity": X}
+    solve = linear_maps.well_conditioned(X.T @ X, 1e-12)
+    fitted = {"linear": X @ solve(X.T @ Y), "orthogonal": X @ linear_maps.nearest_orthogonal(X.T @ Y), "identity": X}
     residual = {fit: np.linalg.norm(mapped - Y) for fit, mapped in fitted.items()}
     assert residual["linear"] < residual["orthogonal"] < residual["identity"]
 
@@ -341,7 +341,7 @@ def test_the_form_of_the_paper_counts_a_row_without_direction_as_0():
 def test_large_float32_tables_go_through_the_same_definition(condition, monkeypatch):
     """Float32 products, several blocks, the polar iteration; ill conditioned: float64, then triangles."""
     monkeypatch.setattr(fitting, "SMALL", 0)
-    monkeypatch.setattr(maps, "_DECOMPOSED_WIDTH", 0)
+    monkeypatch.setattr(linear_maps, "_DECOMPOSED_WIDTH", 0)
     monkeypatch.setattr(blocked.row_blocks, "__defaults__", (4, 2**14))
     X, Y = tables(900, 32, seed=3)
     X = (X @ rotation(32) @ np.diag(np.logspace(0, -np.log10(condition), 32)) @ rotation(32, 2) + 2).astype(np.float32)
@@ -355,12 +355,12 @@ def test_large_float32_tables_go_through_the_same_definition(condition, monkeypa
 
 def test_the_polar_iteration_is_the_polar_factor_and_gives_up_on_a_singular_matrix():
     M = np.random.default_rng(0).normal(size=(60, 60)) @ np.diag(np.logspace(0, -5, 60))
-    found = maps._polar_iteration(M)
+    found = linear_maps._polar_iteration(M)
     u, _, vt = np.linalg.svd(M)
     np.testing.assert_allclose(found, u @ vt, atol=2e-5)
     M[:, 0] = 0
-    assert maps._polar_iteration(M) is None
-    assert maps._polar_iteration(np.zeros((4, 4))) is None
+    assert linear_maps._polar_iteration(M) is None
+    assert linear_maps._polar_iteration(np.zeros((4, 4))) is None
 
 
 def raw_by_numpy(X: np.ndarray, Y: np.ndarray) -> float:
@@ -394,7 +394,7 @@ def test_rows_of_zeros_have_no_raw_cosine_or_count_as_0():
     assert (raw.rows_left_out, paper.rows_left_out) == (2, 0)
     assert raw == replace(raw_cosine(X[known], Y[known]), rows_left_out=2)
     assert paper.score == pytest.approx(raw.score * 48 / 50, abs=1e-12)
-    assert raw_cosine(0 * X, Y) == beside_exact(None, None, rows_left_out=50)
+    assert raw_cosine(0 * X, Y) == beside(None, exact_floor(None), rows_left_out=50)
     with pytest.raises(UserError, match=r"the raw cosine needs equal shapes, got \[50, 6\] and \[50, 5\]"):
         raw_cosine(X, Y[:, :5])
 

@@ -15,9 +15,9 @@ from test_analysis_command import analyze
 from test_study_results import fake_study
 
 from tiedjax import cli, load_run
-from tiedjax.analysis.basis.pairs import agreements, rank_matrix
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.basis.token_pairs import agreements, rank_matrix
 from tiedjax.analysis.instruments.cooccurrence import section
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, ppmi
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence

@@ -14,7 +14,7 @@ from test_analysis_command import analyze
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import tables
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
 from tiedjax.analysis.instruments.evolution.evolution import row_movement
 from tiedjax.errors import UserError

@@ -13,7 +13,7 @@ from test_analysis_command import analyze
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import tables
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.instruments.gradients import section
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
 from tiedjax.analysis.instruments.gradients.gradients import output_share, smooth

@@ -13,9 +13,9 @@ import pytest
 from scipy import stats
 
 from tiedjax import analysis
-from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
-from tiedjax.analysis.basis.records import Of, from_plain, measured, not_measured, to_plain, write_json
+from tiedjax.analysis.basis.plain_json import Measurement, from_plain, measured, not_measured, to_plain, write_json
 from tiedjax.analysis.basis.statistics import Interval, interval, paired, spearman
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.analysis.instruments import INSTRUMENTS
@@ -110,16 +110,16 @@ def test_defaults_of_commands_whose_functions_have_other_names():
 
 
 def test_a_score_stands_beside_the_mean_of_its_draws():
-    score = beside_draws(0.6, [0.1, None, 0.3], rows=5)
+    score = beside(0.6, drawn_floor([0.1, None, 0.3]), rows=5)
     assert (score.floor, score.floor_draws, score.rows) == (0.2, 2, 5)
     assert score.floor_deviation == pytest.approx(np.std([0.1, 0.3], ddof=1))
     assert score.floor_standard_error == pytest.approx(stats.sem([0.1, 0.3]))
     assert (score.corrected, score.excess) == pytest.approx((0.5, 0.4))
-    assert beside_draws(0.6, [0.1, 0.3], similarity=False).corrected is None
-    assert beside_draws(0.6, []) == Score(0.6, None)
-    assert beside_draws(None, [0.2]).excess is None
-    assert beside_draws(1.0, [1.0]).corrected is None, "chance alone reaches 1"
-    exact = beside_exact(0.6, 0.2, deviation=0.1)
+    assert beside(0.6, drawn_floor([0.1, 0.3]), similarity=False).corrected is None
+    assert beside(0.6, drawn_floor([])) == Score(0.6, None)
+    assert beside(None, drawn_floor([0.2])).excess is None
+    assert beside(1.0, drawn_floor([1.0])).corrected is None, "chance alone reaches 1"
+    exact = beside(0.6, exact_floor(0.2, deviation=0.1))
     assert (exact.floor_standard_error, exact.floor_deviation, exact.floor_draws) == (0.0, 0.1, 0)
     assert exact.corrected == pytest.approx(0.5)
 
@@ -162,14 +162,14 @@ class Inner:
 
 
 def test_results_come_back_from_json_as_the_dataclasses_that_they_were():
-    value = Inner({"rare": beside_draws(0.6, [0.1, 0.3])}, (1, 2), [[0.5], []], interval([1.0, 2.0]))
+    value = Inner({"rare": beside(0.6, drawn_floor([0.1, 0.3]))}, (1, 2), [[0.5], []], interval([1.0, 2.0]))
     record = {"arm": "tied", "seed": 3, "role": "shared", "sha256": "0"} | to_plain(value)
     record = json.loads(json.dumps(record))
     other = record | {"subject_role": "output", "reference_role": "input", "seed": 4}
     failed = {"arm": "tied", "seed": 5, "role": "shared", "not_measured": "why"}
     assert measured([record, failed, other], Inner) == [
-        Of("tied", 3, "shared", "", value),
-        Of("tied", 4, "output", "input", value),
+        Measurement("tied", 3, "shared", "", value),
+        Measurement("tied", 4, "output", "input", value),
     ]
     assert not_measured([record, failed, failed]) == ["why"]
     assert from_plain(Inner, {k: v for k, v in record.items() if k != "span"}).span is None

@@ -21,7 +21,7 @@ from test_study_results import fake_study
 
 from tiedjax import cli
 from tiedjax.analysis.basis import held_out
-from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, shown
+from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, training_windows
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.lens import baselines, section, training
@@ -68,7 +68,7 @@ def model(run: Run) -> FrozenModel:
 def windows(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out windows."""
     prepared = data_of(run)
-    return np.concatenate(list(shown(run, prepared, 1024))), held_out_windows(prepared, T, 400)
+    return np.concatenate(list(training_windows(run, prepared, 1024))), held_out_windows(prepared, T, 400)
 
 
 @pytest.fixture(scope="module")
@@ -224,20 +224,20 @@ def test_the_training_text_is_what_the_run_was_shown_each_window_once(run):
     prepared = data_of(run)
     batches = Batches(prepared, T, 8, seed=0)
     first = np.concatenate([batches.at(step) for step in range(5)])
-    np.testing.assert_array_equal(np.concatenate(list(shown(run, prepared, 35 * T))), first[:35])
-    every = np.concatenate(list(shown(run, prepared, 10**9)))
+    np.testing.assert_array_equal(np.concatenate(list(training_windows(run, prepared, 35 * T))), first[:35])
+    every = np.concatenate(list(training_windows(run, prepared, 10**9)))
     assert len(every) == min(60 * 8, len(prepared.windows("train", T)))
-    assert len(np.concatenate(list(shown(run, prepared, 1)))) == 1
+    assert len(np.concatenate(list(training_windows(run, prepared, 1)))) == 1
     short = SimpleNamespace(config=load_run(run.path).config)
     short.config = type(short.config)(
         **{**vars(short.config), "train": type(short.config.train)(**{**vars(short.config.train), "steps": STEPS})}
     )
-    assert len(np.concatenate(list(shown(short, prepared, 10**9)))) == STEPS * 8
+    assert len(np.concatenate(list(training_windows(short, prepared, 10**9)))) == STEPS * 8
 
 
 def test_unigram_and_bigram_are_those_of_brute_force(run, model, windows):
     prepared = data_of(run)
-    text = list(shown(run, prepared, 10**9))
+    text = list(training_windows(run, prepared, 10**9))
     found = CountPredictors(text, windows[1], V)
     pairs = Counter((int(c), int(w)) for batch in text for row in batch for c, w in itertools.pairwise(row))
     context, target = Counter(), Counter()
@@ -258,7 +258,7 @@ def test_unigram_and_bigram_are_those_of_brute_force(run, model, windows):
 
 
 def test_beta_makes_left_out_pairs_most_likely(run, windows):
-    text = list(shown(run, data_of(run), 10**9))
+    text = list(training_windows(run, data_of(run), 10**9))
     found = CountPredictors(text, windows[1], V)
     pairs = np.concatenate([np.stack([b[:, :-1].ravel(), b[:, 1:].ravel()]) for b in text], axis=1).astype(int)
     n_cw = np.zeros((V, V))
@@ -271,7 +271,7 @@ def test_beta_makes_left_out_pairs_most_likely(run, windows):
 
 
 def test_the_divergence_of_constant_predictors_is_that_of_scipy(run, model, windows):
-    found = CountPredictors(shown(run, data_of(run), 10**9), windows[1], V)
+    found = CountPredictors(training_windows(run, data_of(run), 10**9), windows[1], V)
     x_ND = model.states(windows[1])[-1]
     p = scipy.special.softmax(layer_norm(x_ND) @ np.asarray(model.tables.output, np.float64).T, axis=1)
     beside = found.beside(model)

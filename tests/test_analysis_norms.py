@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from test_analysis_command import analyze
 
-from tiedjax.analysis.basis import maps
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis import linear_maps
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.instruments.norms import section
 from tiedjax.analysis.instruments.norms.norms import measure as norms_by_count
 from tiedjax.analysis.instruments.norms.probe import FOLDS, frequency_probe
@@ -102,7 +102,7 @@ def test_the_probe_is_ridge_regression_fold_by_fold(shape):
         x, n = (table[fit] - mean) / deviation, fit.sum()
         scale = np.trace(x.T @ x) / shape[1]
         best, chosen = np.inf, None
-        for penalty in maps.RIDGE_GRID * scale:
+        for penalty in linear_maps.RIDGE_GRID * scale:
             hat = x @ np.linalg.solve(x.T @ x + penalty * np.eye(shape[1]), x.T)
             error = np.sum((y[fit] - y[fit].mean() - hat @ (y[fit] - y[fit].mean())) ** 2)
             criterion = error / (n - 1 - np.trace(hat)) ** 2

@@ -86,7 +86,7 @@ HOMES: dict[str, set[str]] = {
     "tensorboardX": {"metrics.py"},
     "safetensors": {"analysis/basis/tables.py"},
     "tokenizers": {"data/tokenizer.py", "analysis/basis/tokens.py"},  # analysis may not import data
-    "openTSNE": {"analysis/instruments/picture/map.py"},
+    "openTSNE": {"analysis/instruments/picture/projection.py"},
     "pydantic": {"config_files.py"},
     "ruamel": {"config_files.py"},
     "optax": {"optimizer.py", "step.py"},

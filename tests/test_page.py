@@ -11,7 +11,7 @@ import pytest
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import numbers
-from tiedjax.analysis.basis.records import write_json
+from tiedjax.analysis.basis.plain_json import write_json
 from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.analysis.study import beside_paper, sentences
 from tiedjax.analysis.study.page import CORE, draw, write_report

@@ -12,7 +12,7 @@ import pytest
 from programs import REPOSITORY
 from scipy import stats
 
-from tiedjax.analysis.basis.records import write_json
+from tiedjax.analysis.basis.plain_json import write_json
 from tiedjax.analysis.basis.strata import frequency_parts
 from tiedjax.analysis.instruments.alignment.align import align
 from tiedjax.analysis.instruments.alignment.fitting import FITS

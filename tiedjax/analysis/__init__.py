@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
     from tiedjax.analysis.instruments.gradients.gradients import measure as gradients
     from tiedjax.analysis.instruments.gradients.gradients import output_share, smooth
-    from tiedjax.analysis.instruments.graph_distance.spectral import measure as spectral
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import measure as spectral
     from tiedjax.analysis.instruments.lens.lens import measure as lens
-    from tiedjax.analysis.instruments.neighbours.knn import measure as knn
-    from tiedjax.analysis.instruments.neighbours.knn import shared
+    from tiedjax.analysis.instruments.neighbours.overlap import measure as knn
+    from tiedjax.analysis.instruments.neighbours.overlap import shared
     from tiedjax.analysis.instruments.neighbours.search import Searches, neighbours
     from tiedjax.analysis.instruments.norms.norms import measure as norms
-    from tiedjax.analysis.instruments.picture.map import measure as picture
-    from tiedjax.analysis.instruments.shape.similarity import measure as similarity
-    from tiedjax.analysis.instruments.shape.spectrum import measure as spectrum
+    from tiedjax.analysis.instruments.picture.projection import measure as picture
+    from tiedjax.analysis.instruments.shape.space_similarity import measure as similarity
+    from tiedjax.analysis.instruments.shape.table_shape import measure as spectrum
     from tiedjax.tying import distinct
 
 __all__ = [
@@ -93,21 +93,21 @@ _HOMES = {
     "gradients": f"{_INSTRUMENTS}.gradients.gradients:measure",
     "held_out_windows": "tiedjax.analysis.basis.held_out:held_out_windows",
     "interval": "tiedjax.analysis.basis.statistics:interval",
-    "knn": f"{_INSTRUMENTS}.neighbours.knn:measure",
+    "knn": f"{_INSTRUMENTS}.neighbours.overlap:measure",
     "lens": f"{_INSTRUMENTS}.lens.lens:measure",
     "most_frequent": "tiedjax.analysis.basis.tokens:most_frequent",
     "neighbours": f"{_INSTRUMENTS}.neighbours.search:neighbours",
     "norms": f"{_INSTRUMENTS}.norms.norms:measure",
     "output_share": f"{_INSTRUMENTS}.gradients.gradients:output_share",
     "paired": "tiedjax.analysis.basis.statistics:paired",
-    "picture": f"{_INSTRUMENTS}.picture.map:measure",
+    "picture": f"{_INSTRUMENTS}.picture.projection:measure",
     "published": "tiedjax.analysis.basis.published",
     "seen_rows": "tiedjax.analysis.basis.tables:seen_rows",
-    "shared": f"{_INSTRUMENTS}.neighbours.knn:shared",
-    "similarity": f"{_INSTRUMENTS}.shape.similarity:measure",
+    "shared": f"{_INSTRUMENTS}.neighbours.overlap:shared",
+    "similarity": f"{_INSTRUMENTS}.shape.space_similarity:measure",
     "smooth": f"{_INSTRUMENTS}.gradients.gradients:smooth",
-    "spectral": f"{_INSTRUMENTS}.graph_distance.spectral:measure",
-    "spectrum": f"{_INSTRUMENTS}.shape.spectrum:measure",
+    "spectral": f"{_INSTRUMENTS}.graph_distance.graph_distance:measure",
+    "spectrum": f"{_INSTRUMENTS}.shape.table_shape:measure",
     "strata": "tiedjax.analysis.basis.strata:strata",
     "token_texts": "tiedjax.analysis.basis.tokens:token_texts",
 }

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         local_path(args.json, "--json")
     result, text = _all(args) if args.instrument == "all" else INSTRUMENTS[args.instrument].run(args)
     if args.json:
-        from tiedjax.analysis.basis.records import write_json
+        from tiedjax.analysis.basis.plain_json import write_json
 
         write_json(args.json, {"instrument": args.instrument, **result})
     print(text)

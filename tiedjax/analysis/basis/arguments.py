@@ -65,9 +65,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="SOURCE", help="where the run's text lies now (default: as in its config)")
 
 
-def add_count(parser: argparse.ArgumentParser, name: str, default: int, meaning: str) -> None:
-    """A whole number that must be at least 1."""
-    parser.add_argument(name, type=int, default=default, metavar="N", help=f"{meaning} (default: {default})")
+def add_count(
+    parser: argparse.ArgumentParser, name: str, default: int | None, meaning: str, *, default_in_words: str = ""
+) -> None:
+    """A whole number that must be at least 1; where the default is None, `default_in_words` says what it stands for."""
+    meaning = f"{meaning} (default: {default_in_words or default})"
+    parser.add_argument(name, type=int, default=default, metavar="N", help=meaning)
 
 
 def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
@@ -82,13 +85,13 @@ def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
 class Inputs:
     """The tables of a command, with corresponding rows, and which of them count.
 
-    `rows` is a boolean mask, None where all count; `described` is what a result says of the tables, `note` the lines
-    that follow the heading.
+    `rows` is a boolean [V] mask, None where all count; `description` is what a result says of the tables, `note` the
+    lines that follow the heading.
     """
 
     tables: tuple[Table, ...]
     rows: np.ndarray | None
-    described: dict[str, Any]
+    description: dict[str, Any]
     note: str = ""
 
     @property
@@ -100,11 +103,11 @@ class Inputs:
         """What every result begins with; `rows` were measured, `left_out` of those that count had no direction."""
         V, width = self.tables[0].values.shape
         masked_out = V - rows - left_out
-        return {**self.described, "form": form_of(args), "rows": rows, "rows_masked_out": masked_out, "width": width}
+        return {**self.description, "form": form_of(args), "rows": rows, "rows_masked_out": masked_out, "width": width}
 
-    def heading(self, what: str, result: Mapping[str, Any]) -> str:
+    def heading(self, title: str, result: Mapping[str, Any]) -> str:
         """The first line of a command's text: what was measured, over how many rows."""
-        return heading(what, result["rows"], result["rows_masked_out"], result["width"])
+        return heading(title, result["rows"], result["rows_masked_out"], result["width"])
 
 
 def form_of(args: argparse.Namespace) -> str:
@@ -144,13 +147,13 @@ def read_tables(args: argparse.Namespace) -> Inputs:
 
     names = [args.a] if getattr(args, "b", None) is None else [args.a, args.b]
     tables = _with_tokenizers(args, _with_counts(args, [read_table(name) for name in names]))
-    described: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
+    description: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
     if len(tables) == 1:
-        return Inputs((tables[0],), _counting_rows(args, tables), described)
+        return Inputs((tables[0],), _counting_rows(args, tables), description)
     a, b, matching = matched(*tables)
     rows = _counting_rows(args, [a, b])
     note = "".join(f"\n{line}" for line in matching.lines(rows))
-    return Inputs((a, b), rows, described | {"matching": matching.describe(rows)}, note)
+    return Inputs((a, b), rows, description | {"matching": matching.describe(rows)}, note)
 
 
 def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
@@ -165,8 +168,8 @@ def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
     V = len(tables[0].values)
     if counts.shape[1] != V:
         raise UserError(f"{tables[0].name}: has {V} rows but there are counts for {counts.shape[1]} tokens")
-    given = [np.broadcast_to(counts, (2, V)), None]
-    return [replace(table, counts=of) for table, of in zip(tables, given, strict=False)]
+    counts_of_each = [np.broadcast_to(counts, (2, V)), None]
+    return [replace(table, counts=of) for table, of in zip(tables, counts_of_each, strict=False)]
 
 
 def _with_tokenizers(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
@@ -192,16 +195,16 @@ def _counting_rows(args: argparse.Namespace, tables: Sequence[Table]) -> np.ndar
     """
     if getattr(args, "paper", False) or args.all_rows:
         return None
-    seen = [table.seen for table in tables if table.seen is not None]
-    if not seen:
+    seen_masks = [table.seen for table in tables if table.seen is not None]
+    if not seen_masks:
         return None
-    rows = seen[0].copy()
-    for other in seen[1:]:
-        rows &= other
-    if not rows.any():
+    rows_V = seen_masks[0].copy()
+    for seen_V in seen_masks[1:]:
+        rows_V &= seen_V
+    if not rows_V.any():
         names = ", ".join(t.name for t in tables)
         raise UserError(f"{names}: no token was seen in training by all; --all-rows keeps every row")
-    return rows
+    return rows_V
 
 
 def reporter(name: str) -> Callable[[str], None]:
@@ -215,10 +218,10 @@ def reporter(name: str) -> Callable[[str], None]:
     return report
 
 
-def heading(what: str, rows: int, masked_out: int, width: int) -> str:
+def heading(title: str, rows: int, masked_out: int, width: int) -> str:
     """The first line of a command's text: what was measured, over how many rows."""
     masked = f" ({masked_out} padding or never-seen rows left out)" if masked_out else ""
-    return f"{what}: {rows} rows{masked}, width {width}"
+    return f"{title}: {rows} rows{masked}, width {width}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,4 +1,7 @@
-"""Tall tables block by block, so that no instrument needs a second copy of one; products on the device that JAX has."""
+"""Tall tables block by block, so that no instrument needs a second copy of one; products on the device that JAX has.
+
+Axes: V rows, D width, B rows of a block.
+"""
 
 from __future__ import annotations
 
@@ -57,20 +60,20 @@ def few_threads(numbers: int) -> Iterator[None]:
 
 def column_means(table_VD: np.ndarray) -> np.ndarray:
     """The mean row, float64 [D]."""
-    total = np.zeros(table_VD.shape[1])
+    total_D = np.zeros(table_VD.shape[1])
     for block in row_blocks(*table_VD.shape):
-        total += table_VD[block].sum(axis=0, dtype=np.float64)
-    return total / max(1, len(table_VD))
+        total_D += table_VD[block].sum(axis=0, dtype=np.float64)
+    return total_D / max(1, len(table_VD))
 
 
-def gram(table_VD: np.ndarray, mean: np.ndarray | None = None) -> np.ndarray:
+def gram(table_VD: np.ndarray, mean_D: np.ndarray | None = None) -> np.ndarray:
     """(X - mean)' (X - mean), float64 [D, D]."""
     width = table_VD.shape[1]
-    total = np.zeros((width, width))
+    total_DD = np.zeros((width, width))
     for block in row_blocks(len(table_VD), width, itemsize=8):
-        x = np.asarray(table_VD[block], np.float64) - (0.0 if mean is None else mean)
-        total += x.T @ x
-    return total
+        x_BD = np.asarray(table_VD[block], np.float64) - (0.0 if mean_D is None else mean_D)
+        total_DD += x_BD.T @ x_BD
+    return total_DD
 
 
 def _accelerated() -> bool:

@@ -56,59 +56,61 @@ def correct(score: float | None, floor: float | None) -> float | None:
     return (score - floor) / (1 - floor)
 
 
-def beside_draws(
-    score: float | None,
-    draws: Sequence[float | None] | np.ndarray,
-    *,
-    similarity: bool = True,
-    closed_form: float | None = None,
-    rows: int = 0,
-    rows_left_out: int = 0,
-    interval: tuple[float | None, float | None] = (None, None),
-) -> Score:
-    """A score beside what it was in every chance draw; draws that are None do not count.
+@dataclass(frozen=True)
+class Floor:
+    """The value that a score takes by chance, and how well it is known: the fields `floor...` of a `Score`."""
 
-    `similarity` says that 1 is alike, so that the score can be corrected.
+    value: float | None
+    standard_error: float | None = None
+    deviation: float | None = None
+    draws: int = 0
+    closed_form: float | None = None
 
-    >>> score = beside_draws(0.75, [0.25, 0.75])
-    >>> score.floor, score.corrected
-    (0.5, 0.5)
+
+def drawn_floor(scores: Sequence[float | None] | np.ndarray, closed_form: float | None = None) -> Floor:
+    """The floor that the scores of chance draws make; draws that are None do not count.
+
+    >>> drawn_floor([0.25, 0.75]).value
+    0.5
     """
-    known = [draw for draw in draws if draw is not None]
-    floor = float(np.mean(known)) if known else None
-    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return Score(
-        score=score,
-        floor=floor,
-        floor_standard_error=None if deviation is None else deviation / math.sqrt(len(known)),
-        floor_deviation=deviation,
-        floor_draws=len(known),
-        floor_closed_form=closed_form,
-        corrected=correct(score, floor) if similarity else None,
-        rows=rows,
-        rows_left_out=rows_left_out,
-        low=interval[0],
-        high=interval[1],
+    draws = [score for score in scores if score is not None]
+    deviation = float(np.std(draws, ddof=1)) if len(draws) > 1 else None
+    return Floor(
+        value=float(np.mean(draws)) if draws else None,
+        standard_error=None if deviation is None else deviation / math.sqrt(len(draws)),
+        deviation=deviation,
+        draws=len(draws),
+        closed_form=closed_form,
     )
 
 
-def beside_exact(
+def exact_floor(value: float | None, deviation: float | None = None) -> Floor:
+    """A floor that is known without drawing; `deviation` is that of single draws."""
+    return Floor(value, standard_error=None if value is None else 0.0, deviation=deviation)
+
+
+def beside(
     score: float | None,
-    floor: float | None,
+    floor: Floor,
     *,
     similarity: bool = True,
-    deviation: float | None = None,
     rows: int = 0,
     rows_left_out: int = 0,
     interval: tuple[float | None, float | None] = (None, None),
 ) -> Score:
-    """A score beside a floor that is known without drawing; `deviation` is that of single draws."""
+    """A score beside its floor; `similarity` says that 1 is alike, so that the score can be corrected.
+
+    >>> beside(0.75, drawn_floor([0.25, 0.75])).corrected
+    0.5
+    """
     return Score(
         score=score,
-        floor=floor,
-        floor_standard_error=None if floor is None else 0.0,
-        floor_deviation=deviation,
-        corrected=correct(score, floor) if similarity else None,
+        floor=floor.value,
+        floor_standard_error=floor.standard_error,
+        floor_deviation=floor.deviation,
+        floor_draws=floor.draws,
+        floor_closed_form=floor.closed_form,
+        corrected=correct(score, floor.value) if similarity else None,
         rows=rows,
         rows_left_out=rows_left_out,
         low=interval[0],

@@ -2,6 +2,8 @@
 
 A row as it is has one unless all of its numbers are 0. A row about the mean row has none where it is no longer than
 what rounding leaves of rows that are equal.
+
+Axes: V rows of a table, N any rows, D width.
 """
 
 from __future__ import annotations
@@ -38,18 +40,19 @@ def unit_rows(rows_ND: np.ndarray) -> np.ndarray:
     >>> unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist()
     [[0.6, 0.8], [0.0, 0.0]]
     """
-    rows = np.asarray(rows_ND, np.float64)
-    peak = np.abs(rows).max(axis=1, keepdims=True)
-    rows = rows / np.where(peak == 0, 1, peak)  # by the largest number first: its square always is a float
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(length == 0, 1, length)
+    scaled_ND = np.asarray(rows_ND, np.float64)
+    peak_N1 = np.abs(scaled_ND).max(axis=1, keepdims=True)
+    # By the largest number first: its square always is a float.
+    scaled_ND = scaled_ND / np.where(peak_N1 == 0, 1, peak_N1)
+    length_N1 = np.linalg.norm(scaled_ND, axis=1, keepdims=True)
+    return scaled_ND / np.where(length_N1 == 0, 1, length_N1)
 
 
 def with_direction(table_VD: np.ndarray, mean_D: np.ndarray | None = None, least: float = 0.0) -> np.ndarray:
     """Boolean [V]: rows that have a direction; about the mean row with `mean_D` and `least`, as `centre` gives them."""
     if mean_D is None:
         return np.asarray(table_VD.any(axis=1))
-    known = np.empty(len(table_VD), bool)
+    directed_V = np.empty(len(table_VD), bool)
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        known[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64) - mean_D, axis=1) > least
-    return known
+        directed_V[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64) - mean_D, axis=1) > least
+    return directed_V

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tiedjax.analysis.basis import numbers
-from tiedjax.analysis.basis.records import Of
+from tiedjax.analysis.basis.plain_json import Measurement
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.tying import SHARED
 
@@ -57,27 +57,31 @@ def by_arm(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Map
         yield arm, [r for r in records if r["arm"] == arm]
 
 
-def by_run(records: Sequence[Of[T]]) -> dict[str, list[T]]:
+def by_run(measurements: Sequence[Measurement[T]]) -> dict[str, list[T]]:
     """Arm: what was measured of its runs, one for each seed."""
-    return {arm: [of.value for of in records if of.arm == arm] for arm in dict.fromkeys(of.arm for of in records)}
+    runs: dict[str, list[T]] = {}
+    for measurement in measurements:
+        runs.setdefault(measurement.arm, []).append(measurement.value)
+    return runs
 
 
-def by_table(records: Sequence[Of[T]]) -> dict[tuple[str, str], list[T]]:
-    """(arm, role): what was measured of that table, over seeds; arms and roles in the order of the records."""
+def by_table(measurements: Sequence[Measurement[T]]) -> dict[tuple[str, str], list[T]]:
+    """(arm, role): what was measured of that table, over seeds; arms and roles in the order of the measurements."""
     tables: dict[tuple[str, str], list[T]] = {}
-    for arm in dict.fromkeys(record.arm for record in records):
-        for record in (record for record in records if record.arm == arm):
-            tables.setdefault((arm, record.role), []).append(record.value)
+    for arm in dict.fromkeys(measurement.arm for measurement in measurements):
+        for measurement in measurements:
+            if measurement.arm == arm:
+                tables.setdefault((arm, measurement.role), []).append(measurement.value)
     return tables
 
 
-def by_pair(records: Sequence[Of[T]]) -> dict[tuple[str, str, str], list[T]]:
+def by_pair(measurements: Sequence[Measurement[T]]) -> dict[tuple[str, str, str], list[T]]:
     """(arm, role, role of the reference's table): the same of pairs, the output table before the input table."""
     pairs: dict[tuple[str, str, str], list[T]] = {}
-    for arm in dict.fromkeys(record.arm for record in records):
-        of_arm = [record for record in records if record.arm == arm]
-        for record in sorted(of_arm, key=lambda record: record.reference_role, reverse=True):
-            pairs.setdefault((arm, record.role, record.reference_role), []).append(record.value)
+    for arm in dict.fromkeys(measurement.arm for measurement in measurements):
+        arm_measurements = [measurement for measurement in measurements if measurement.arm == arm]
+        for measurement in sorted(arm_measurements, key=lambda m: m.reference_role, reverse=True):
+            pairs.setdefault((arm, measurement.role, measurement.reference_role), []).append(measurement.value)
     return pairs
 
 

@@ -67,8 +67,8 @@ class FrozenModel:
         """The last state at every input position, float32 [N, D]: all that the final prediction needs."""
         return self.states(tokens_WS, slice(-1, None))[0]
 
-    def states(self, tokens_WS: np.ndarray, wanted: slice = slice(None)) -> np.ndarray:
-        """The L + 1 states of the residual stream (or `wanted` of them) at every input position: float32 [L + 1, N, D].
+    def states(self, tokens_WS: np.ndarray, selection: slice = slice(None)) -> np.ndarray:
+        """The states of the residual stream (or `selection` of them) at every input position: float32 [L + 1, N, D].
 
         N = W T.
         """
@@ -80,7 +80,7 @@ class FrozenModel:
             part_BT = inputs_WT[start : start + rows]
             full_BT = np.concatenate([part_BT, np.zeros((rows - len(part_BT), part_BT.shape[1]), part_BT.dtype)])
             x_LND = np.asarray(_states(self.config, self.body, E_VD, full_BT))
-            parts.append(x_LND[wanted, : part_BT.size])
+            parts.append(x_LND[selection, : part_BT.size])
         return np.concatenate(parts, axis=1)
 
     def normed(self, x_ND: Any) -> jax.Array:
@@ -92,7 +92,7 @@ class FrozenModel:
         return log_probabilities(jnp.asarray(y_CD), self.U_VD)
 
 
-def shown(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:
+def training_windows(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:
     """The windows that the run was trained on, in its order, each once: int32 [W, T + 1] a batch, `tokens` at most.
 
     At least one window.
@@ -100,12 +100,12 @@ def shown(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:
     data, T = run.config.data, run.config.model.seq_len
     batches = Batches(prepared, T, data.batch_size, run.config.train.seed, workers=1)
     epoch = len(prepared.windows("train", T))
-    left = min(max(1, tokens // T), run.config.train.steps * data.batch_size, epoch)
+    remaining = min(max(1, tokens // T), run.config.train.steps * data.batch_size, epoch)
     for step in itertools.count():
-        if left <= 0:
+        if remaining <= 0:
             return
-        yield batches.at(step)[:left]
-        left -= data.batch_size
+        yield batches.at(step)[:remaining]
+        remaining -= data.batch_size
 
 
 def held_out_windows(prepared: Prepared, seq_len: int, tokens: int) -> np.ndarray:
@@ -168,12 +168,12 @@ def log_probabilities(y_CD: jax.Array, U_VD: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def compare(final_CV: jax.Array, other_CV: jax.Array, target_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """KL(final || other) and other's cross-entropy with the targets, both in bits per position, from log-probabilities.
+def compare(final_CV: jax.Array, predictor_CV: jax.Array, target_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(final || predictor) and the predictor's cross-entropy with the targets, both in bits per position.
 
-    `other_CV` may be [1, V], one distribution for all positions.
+    All are log-probabilities in nats; `predictor_CV` may be [1, V], one distribution for all positions.
     """
-    other_CV = jnp.broadcast_to(other_CV, final_CV.shape)
-    kl_C = jnp.sum(jnp.exp(final_CV) * (final_CV - other_CV), axis=-1)
-    nll_C = -jnp.take_along_axis(other_CV, target_C[:, None], axis=-1)[:, 0]
+    predictor_CV = jnp.broadcast_to(predictor_CV, final_CV.shape)
+    kl_C = jnp.sum(jnp.exp(final_CV) * (final_CV - predictor_CV), axis=-1)
+    nll_C = -jnp.take_along_axis(predictor_CV, target_C[:, None], axis=-1)[:, 0]
     return kl_C / np.log(2), nll_C / np.log(2)

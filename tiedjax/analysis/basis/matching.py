@@ -46,13 +46,13 @@ class Matching:
     same_start: bool | None = None
     equal_at_start: np.ndarray | None = field(default=None, compare=False)
 
-    def describe(self, kept: np.ndarray | None) -> dict[str, Any]:
-        """What a result says of it; `kept` is a boolean mask of the rows that are compared (None: all)."""
-        equal = None if self.equal_at_start is None else int(_kept(self.equal_at_start, kept).sum())
+    def describe(self, kept_V: np.ndarray | None) -> dict[str, Any]:
+        """What a result says of it; `kept_V` is a boolean mask of the rows that are compared (None: all)."""
+        equal = None if self.equal_at_start is None else int(_rows_of(self.equal_at_start, kept_V).sum())
         plain = {"by": self.by, "rows": self.rows, "tokens": self.tokens}
         return plain | {"same_start": self.same_start, "rows_equal_at_start": equal}
 
-    def lines(self, kept: np.ndarray | None) -> list[str]:
+    def lines(self, kept_V: np.ndarray | None) -> list[str]:
         """What a person must know of it; nothing where both tables have one tokenizer and began apart."""
         lines = []
         a, b = self.names
@@ -64,10 +64,10 @@ class Matching:
         if self.unknown:
             lines.append(f"rows are taken as they stand: the tokenizer of {' and of '.join(self.unknown)} is not known")
         if self.same_start and self.equal_at_start is not None:
-            equal = _kept(self.equal_at_start, kept)
-            inherited = ", and their likeness at identity is inherited, not learnt" if equal.any() else ""
+            equal_V = _rows_of(self.equal_at_start, kept_V)
+            inherited = ", and their likeness at identity is inherited, not learnt" if equal_V.any() else ""
             lines.append(
-                f"{a} and {b} started from the same initial array: {equal.sum():,} of {len(equal):,} compared rows "
+                f"{a} and {b} started from the same initial array: {equal_V.sum():,} of {len(equal_V):,} compared rows "
                 f"were equal at step 0{inherited}"
             )
         return lines
@@ -82,10 +82,10 @@ def match(tokens_a: Tokens, tokens_b: Tokens) -> tuple[np.ndarray, np.ndarray]:
     (array([0, 3]), array([2, 0]))
     """
     first_a, first_b = _first_rows(tokens_a), _first_rows(tokens_b)
-    common = [token for token in first_a if token in first_b]
+    shared_tokens = [token for token in first_a if token in first_b]
     return (
-        np.array([first_a[token] for token in common], np.int64),
-        np.array([first_b[token] for token in common], np.int64),
+        np.array([first_a[token] for token in shared_tokens], np.int64),
+        np.array([first_b[token] for token in shared_tokens], np.int64),
     )
 
 
@@ -103,9 +103,9 @@ def matched(a: Table, b: Table) -> tuple[Table, Table, Matching]:
             f"same order, or both tokenizers known: that of {' and of '.join(unknown)} is not"
         )
     if not unknown and not _of_one_run(a, b):
-        spelled = _tokens(a), _tokens(b)
-        if spelled[0] != spelled[1]:
-            rows, tokens = match(*spelled), (_known(spelled[0]), _known(spelled[1]))
+        tokens_by_row = _tokens(a), _tokens(b)
+        if tokens_by_row[0] != tokens_by_row[1]:
+            rows, tokens = match(*tokens_by_row), (_named_tokens(tokens_by_row[0]), _named_tokens(tokens_by_row[1]))
             _check_enough(names, len(rows[0]), tokens)
     start = _start(a, b, rows)
     if rows is not None:
@@ -130,15 +130,15 @@ def _tokens(table: Table) -> list[str | None]:
     """What each row stands for; None for padding. UserError for a tokenizer of more ids than the table has rows."""
     assert table.tokenizer_path is not None
     tokens = token_strings(table.tokenizer_path)
-    missing = len(table.values) - len(tokens)
-    if missing < 0:
+    padding = len(table.values) - len(tokens)
+    if padding < 0:
         raise UserError(
             f"{table.name}: has {len(table.values)} rows but its tokenizer {table.tokenizer_path} has {len(tokens)} ids"
         )
-    return [*tokens, *[None] * missing]
+    return [*tokens, *[None] * padding]
 
 
-def _known(tokens: Tokens) -> int:
+def _named_tokens(tokens: Tokens) -> int:
     return sum(token is not None for token in tokens)
 
 
@@ -150,8 +150,8 @@ def _check_enough(names: tuple[str, str], matches: int, tokens: tuple[int, int])
         )
 
 
-def _kept(equal: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    return equal if kept is None else equal[kept]
+def _rows_of(equal_V: np.ndarray, kept_V: np.ndarray | None) -> np.ndarray:
+    return equal_V if kept_V is None else equal_V[kept_V]
 
 
 def _start(a: Table, b: Table, rows: tuple[np.ndarray, np.ndarray] | None) -> tuple[bool | None, np.ndarray | None]:

@@ -20,12 +20,12 @@ def data_of(run: Any, source: str | None = None) -> Prepared:
     """
     data = run.config.data if source is None else dataclasses.replace(run.config.data, source=source)
     prepared = prepare(data, run.config.model.vocab_size, report=lambda line: print(line, flush=True))
-    same = np.array_equal(
+    same_text = np.array_equal(
         prepared.token_counts(run.config.model.seq_len, run.config.model.table_rows), run.token_counts
     )
-    if same and run.tokenizer_path:
-        same = hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest() == prepared.tokenizer_hash
-    if not same:
+    if same_text and run.tokenizer_path:
+        same_text = hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest() == prepared.tokenizer_hash
+    if not same_text:
         raise UserError(
             f"{run.path}: was trained on other text than {data.source!r} holds now; say where it is by --data SOURCE"
         )

@@ -1,4 +1,7 @@
-"""Intervals over seeds and over rows, and rank correlation."""
+"""Intervals over seeds and over rows, and rank correlation.
+
+Axes: N values, G groups of them, R resamples.
+"""
 
 from __future__ import annotations
 
@@ -76,14 +79,14 @@ def holm_levels(p_values: Sequence[float], level: float = 1 - CONFIDENCE) -> lis
 
 def interval(values: Iterable[float | None], confidence: float = CONFIDENCE) -> Interval:
     """Mean and Student-t interval, mean +- t(n-1) * s / sqrt(n); values that are None or NaN do not count."""
-    known = np.array([v for v in values if v is not None and not math.isnan(v)], np.float64)
-    n = len(known)
+    finite_N = np.array([v for v in values if v is not None and not math.isnan(v)], np.float64)
+    n = len(finite_N)
     if n == 0:
         return Interval(None, None, None, 0, confidence)
-    mean = float(known.mean())
+    mean = float(finite_N.mean())
     if n == 1:
         return Interval(mean, None, None, 1, confidence)
-    half = float(_t_quantile(n - 1, confidence) * known.std(ddof=1) / math.sqrt(n))
+    half = float(_t_quantile(n - 1, confidence) * finite_N.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, confidence)
 
 
@@ -105,33 +108,33 @@ def bootstrap_mean(
     Resamples the values (with `groups` [N], whole groups of equal labels) `draws` times from
     `numpy.random.default_rng(0)` (Efron 1979). Says how the mean would vary over other rows, not over seeds.
     """
-    known = np.isfinite(values)
-    values = np.asarray(values, np.float64)[known]
+    kept_N = np.isfinite(values)
+    values = np.asarray(values, np.float64)[kept_N]
     if not len(values):
         return Interval(None, None, None, 0, confidence)
-    sums, sizes = values, np.ones(len(values))
+    sum_G, size_G = values, np.ones(len(values))
     if groups is not None:
-        _, label = np.unique(np.asarray(groups)[known], return_inverse=True)
-        sums, sizes = np.bincount(label, values), np.bincount(label).astype(np.float64)
-    n, mean = len(sums), float(values.mean())
+        _, label_N = np.unique(np.asarray(groups)[kept_N], return_inverse=True)
+        sum_G, size_G = np.bincount(label_N, values), np.bincount(label_N).astype(np.float64)
+    n, mean = len(sum_G), float(values.mean())
     if n == 1:
         return Interval(mean, None, None, 1, confidence)
-    means = np.concatenate([(times @ sums) / (times @ sizes) for times in _resamples(n, draws)])
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean_R = np.concatenate([(times @ sum_G) / (times @ size_G) for times in _resamples(n, draws)])
+    low, high = np.quantile(mean_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(mean, float(low), float(high), n, confidence)
 
 
 def _resamples(n: int, draws: int) -> Iterable[np.ndarray]:
     """How often each of n values is drawn, [draws, n] in blocks: the same in every call, and kept while it is small."""
-    return [_drawn(n, draws)] if n * draws <= 2**22 else _drawn_in_blocks(n, draws)
+    return [_resample_counts(n, draws)] if n * draws <= 2**22 else _resample_blocks(n, draws)
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn(n: int, draws: int) -> np.ndarray:
-    return np.concatenate(list(_drawn_in_blocks(n, draws)))
+def _resample_counts(n: int, draws: int) -> np.ndarray:
+    return np.concatenate(list(_resample_blocks(n, draws)))
 
 
-def _drawn_in_blocks(n: int, draws: int) -> Iterator[np.ndarray]:
+def _resample_blocks(n: int, draws: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
     for _ in range(draws):
         yield np.bincount(rng.integers(0, n, n), minlength=n)[None].astype(np.float64)

@@ -15,12 +15,12 @@ def frequency_parts(counts: np.ndarray, parts: int) -> np.ndarray:
 
     `counts` is [V] or [2, V] (both roles are added); equal counts are in order of their ids.
     """
-    total = np.asarray(counts).sum(axis=0) if np.ndim(counts) == 2 else np.asarray(counts)
-    seen = np.flatnonzero(total)
-    order = seen[np.argsort(total[seen], kind="stable")]
-    part = np.zeros(len(total), np.int64)
-    part[order] = 1 + np.arange(len(order)) * parts // max(len(order), 1)
-    return part
+    total_V = np.asarray(counts).sum(axis=0) if np.ndim(counts) == 2 else np.asarray(counts)
+    seen = np.flatnonzero(total_V)
+    order = seen[np.argsort(total_V[seen], kind="stable")]
+    part_V = np.zeros(len(total_V), np.int64)
+    part_V[order] = 1 + np.arange(len(order)) * parts // max(len(order), 1)
+    return part_V
 
 
 def log_bins(count_V: np.ndarray) -> np.ndarray:
@@ -38,6 +38,6 @@ def strata(counts: np.ndarray) -> dict[str, np.ndarray]:
     `never seen` never occurred; `rare`, `middle` and `frequent` are thirds of the other tokens by count: of tokens, not
     of text, so that scores of strata are equally certain.
     """
-    part = frequency_parts(counts, len(THIRDS))
-    masks = {name: part == i for i, name in enumerate(STRATA)}
+    part_V = frequency_parts(counts, len(THIRDS))
+    masks = {name: part_V == i for i, name in enumerate(STRATA)}
     return {name: mask for name, mask in masks.items() if mask.any()}

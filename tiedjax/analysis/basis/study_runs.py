@@ -93,4 +93,4 @@ class StudyRuns:
             if arm == self.study.reference:
                 yield TwinTables(*reference)
             else:
-                yield from (TwinTables(table, own) for own in tables for table in reference)
+                yield from (TwinTables(target, subject) for subject in tables for target in reference)

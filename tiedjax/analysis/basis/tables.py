@@ -80,15 +80,15 @@ def read_table(text: str) -> Table:
     place, pick = _split(text)
     path = local_path(place, "table")
     if path.suffix == ".npy":
-        held = _Arrays.of({"": _read_npy(path)})
+        arrays = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
-        held = _Arrays.of(_read_npz(path))
+        arrays = _Arrays.of(_read_npz(path))
     elif path.suffix == ".safetensors":
-        held = _read_safetensors(path)
+        arrays = _read_safetensors(path)
     else:
         return _read_run(text, place, pick)
-    key = _pick(text, held.dimensions, pick)
-    return Table(text, checked(held.load(key), text), key if key in ROLES else pick if pick in ROLES else None)
+    key = _pick(text, arrays.dimensions, pick)
+    return Table(text, checked(arrays.load(key), text), key if key in ROLES else pick if pick in ROLES else None)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,11 @@ def checked(values: np.ndarray, where: str) -> np.ndarray:
         values = values.astype(np.float64 if values.dtype.kind in "iu" else np.float32)
     if values.dtype.kind != "f":
         raise UserError(f"{where}: a table must hold real numbers, got {values.dtype.name}")
-    bad = np.concatenate([~np.isfinite(values[block]).all(axis=1) for block in row_blocks(*values.shape)])
-    if bad.any():
-        raise UserError(f"{where}: {int(bad.sum())} rows hold NaN or infinity, the first is row {int(bad.argmax())}")
+    bad_V = np.concatenate([~np.isfinite(values[block]).all(axis=1) for block in row_blocks(*values.shape)])
+    if bad_V.any():
+        raise UserError(
+            f"{where}: {int(bad_V.sum())} rows hold NaN or infinity, the first is row {int(bad_V.argmax())}"
+        )
     return values
 
 
@@ -161,15 +163,15 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
 
     run = open_run(place)
     if step is not None and step not in run.snapshot_steps:
-        raise UserError(f"{text}: no snapshot at step {step}; there are {_listed(run.snapshot_steps)}")
+        raise UserError(f"{text}: no snapshot at step {step}; there are {_steps_in_words(run.snapshot_steps)}")
     tables = run.tables(step)
-    found = distinct(tables)
-    if len(found) > 1 and pick is None:
+    by_role = distinct(tables)
+    if len(by_role) > 1 and pick is None:
         raise UserError(f"{text}: the run has two tables; pick one with {text}#input or {text}#output")
-    role = pick if pick in found else next(iter(found))
+    role = pick if pick in by_role else next(iter(by_role))
     return Table(
         text,
-        checked(found[role], text),
+        checked(by_role[role], text),
         role,
         np.asarray(run.token_counts),
         run.tokenizer_path,
@@ -178,7 +180,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
     )
 
 
-def _listed(steps: list[int]) -> str:
+def _steps_in_words(steps: list[int]) -> str:
     names = [str(s) for s in steps]
     return ", ".join(names if len(names) <= 12 else [*names[:6], "...", *names[-3:]]) or "none"
 
@@ -208,11 +210,11 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
             raise ValueError("it holds one bare array; name it .npy")
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
+        with archive:
+            return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -245,7 +247,7 @@ def check(table_VD: np.ndarray, where: str) -> None:
         raise UserError(f"{where}: a table must have 2 dimensions [V, D] and rows, got shape {list(table_VD.shape)}")
     peak = 0.0
     for block in row_blocks(*table_VD.shape):
-        part = np.abs(table_VD[block])
-        peak = max(peak, float(part.max()) if np.isfinite(part).all() else math.inf)
+        block_BD = np.abs(table_VD[block])
+        peak = max(peak, float(block_BD.max()) if np.isfinite(block_BD).all() else math.inf)
     if peak and not _RANGE[0] < peak < _RANGE[1]:
         raise UserError(f"{where}: the largest number of a table must lie between 1e-30 and 1e30, got {peak:g}")

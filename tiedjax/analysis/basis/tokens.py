@@ -44,11 +44,11 @@ def token_strings(tokenizer_path: Path) -> list[str | None]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{tokenizer_path}: cannot be read: {reason}") from None
     tokenizer, tree = parse_tokenizer(text, str(tokenizer_path)), json.loads(text)
-    added = {token["content"] for token in tree.get("added_tokens") or []}
-    read = _byte_level_text if _is_byte_level(tree) else lambda spelled: spelled.replace(_SPACE, " ")
+    added_tokens = {token["content"] for token in tree.get("added_tokens") or []}
+    to_text = _byte_level_text if _is_byte_level(tree) else lambda spelling: spelling.replace(_SPACE, " ")
     strings: list[str | None] = [None] * id_bound(tokenizer)
-    for spelled, i in tokenizer.get_vocab(with_added_tokens=True).items():
-        strings[i] = spelled if spelled in added else read(spelled)
+    for spelling, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        strings[i] = spelling if spelling in added_tokens else to_text(spelling)
     return strings
 
 
@@ -59,10 +59,10 @@ _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_HIDDEN)}
 
 
-def _byte_level_text(spelled: str) -> str:
-    if not _BYTES.keys() >= set(spelled):
-        return spelled
-    return bytes(_BYTES[character] for character in spelled).decode("utf-8", "surrogateescape")
+def _byte_level_text(spelling: str) -> str:
+    if not _BYTES.keys() >= set(spelling):
+        return spelling
+    return bytes(_BYTES[character] for character in spelling).decode("utf-8", "surrogateescape")
 
 
 def _is_byte_level(tree: Mapping[str, Any]) -> bool:
@@ -76,23 +76,23 @@ def token_ids(tokenizer_path: Path | None, texts: list[str]) -> list[int]:
 
     UserError for a text of several tokens, and for any text without a tokenizer.
     """
-    found = []
+    ids = []
     for text in texts:
         if match := re.fullmatch(r"\[(\d+)\]", text):
-            found.append(int(match[1]))
+            ids.append(int(match[1]))
         elif tokenizer_path is None:
             raise UserError(f"{text!r}: there is no tokenizer to look it up in; write the token's id in brackets, [12]")
         else:
-            found.append(_token_id(tokenizer_path, text))
-    return found
+            ids.append(_token_id(tokenizer_path, text))
+    return ids
 
 
 def _token_id(tokenizer_path: Path, text: str) -> int:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
-    spelled = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
-    for encoding in spelled:
+    encodings = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
+    for encoding in encodings:
         if len(encoding.ids) == 1:
             return int(encoding.ids[0])
-    raise UserError(f"{text!r}: is not one token but {len(spelled[0].ids)}: {' '.join(spelled[0].tokens)}")
+    raise UserError(f"{text!r}: is not one token but {len(encodings[0].ids)}: {' '.join(encodings[0].tokens)}")

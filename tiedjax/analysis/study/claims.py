@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tiedjax.analysis.basis.records import measured
+from tiedjax.analysis.basis.plain_json import measured
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.norms.norms import Norms

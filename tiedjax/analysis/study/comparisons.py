@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis import tokens
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows

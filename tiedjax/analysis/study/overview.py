@@ -29,7 +29,7 @@ def nearness(results: drawing.Results) -> list[tuple[str, str, dict[str, Mapping
     for arm, summary in results["arms"].items():
         if compared := summary["alignment"].get(SHARED):
             rows.append((arm, arm, {role: compared[f"vs_{role}"][fit] for role in ROLES if f"vs_{role}" in compared}))
-    repeated = results["between_seeds"].get(head["reference"], {})
+    repeated = results.get("between_seeds", {}).get(head["reference"], {})
     if rows and all(role in repeated for role in ROLES):
         cells = {role: repeated[role][f"vs_{role}"][fit] for role in ROLES}
         rows.append((head["reference"], f"{head['reference']},\ntwo seeds", cells))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow

@@ -89,7 +89,7 @@ def what_repeats(results: Results) -> list[str]:
 def _between_seeds(results: Results) -> list[str]:
     """By runs of the reference that differ in their seed; none where there is one seed."""
     head = results["headline"]
-    repeated = results["between_seeds"].get(head["reference"], {})
+    repeated = results.get("between_seeds", {}).get(head["reference"], {})
     if not all(role in repeated for role in ROLES):
         return []
     means = {role: repeated[role][f"vs_{role}"][head["fit"]][head["measure"]]["mean"] for role in ROLES}

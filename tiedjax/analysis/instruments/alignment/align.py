@@ -13,6 +13,8 @@ the map is fitted on one half of the rows (the first of `numpy.random.default_rn
 the other about the first one's means, and the other way round: its floor is 0 but for noise.
 
 The raw cosine is the one score without centring: the mean over rows of cosine(row of X, row of Y) as they are.
+
+Axes: V rows, N those that count, B rows of a block, D width of X, E width of Y.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from functools import partial
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import unit_rows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import frequency_parts, strata
-from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Measured, Pair
+from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Fitter, RowCosines
 from tiedjax.errors import UserError
 
 DRAWS = 5
@@ -89,7 +91,7 @@ class Comparison:
 
 def measure(
     x_VD: np.ndarray,
-    y_VD: np.ndarray,
+    y_VE: np.ndarray,
     *,
     fits: Sequence[str] | None = None,
     rows: np.ndarray | None = None,
@@ -107,23 +109,23 @@ def measure(
     >>> round(comparison.alignment.scores["orthogonal"].corrected, 6)
     1.0
     """
-    fits = list(fits or [fit for fit in FITS if x_VD.shape[1] == y_VD.shape[1] or fit not in SQUARE])
-    same = partial(align, x_VD, y_VD, fits=fits, rows=rows, draws=draws, report=report)
-    alignment = same(held_out=True)
-    everywhere = alignment if rows is None else align(x_VD, y_VD, fits=fits, draws=0)
-    beyond, by_strata = {}, {}
+    fits = list(fits or [fit for fit in FITS if x_VD.shape[1] == y_VE.shape[1] or fit not in SQUARE])
+    align_rows = partial(align, x_VD, y_VE, fits=fits, rows=rows, draws=draws, report=report)
+    alignment = align_rows(held_out=True)
+    all_rows = alignment if rows is None else align(x_VD, y_VE, fits=fits, draws=0)
+    beyond_frequency, by_strata = {}, {}
     if counts is not None:
-        alike = same(within=frequency_parts(counts, FREQUENCY_PARTS))
-        kept = slice(None) if rows is None else rows
-        masks = {name: mask[kept] for name, mask in strata(counts).items() if mask[kept].any()}
-        beyond = alike.scores
-        by_strata = {fit: by_stratum(alignment.cosines[fit], alike.chance[fit], masks) for fit in fits}
-    return Comparison(alignment, {fit: uncorrected(everywhere.cosines[fit]) for fit in fits}, beyond, by_strata)
+        within_parts = align_rows(within=frequency_parts(counts, FREQUENCY_PARTS))
+        kept_V = slice(None) if rows is None else rows
+        masks = {name: mask[kept_V] for name, mask in strata(counts).items() if mask[kept_V].any()}
+        beyond_frequency = within_parts.scores
+        by_strata = {fit: by_stratum(alignment.cosines[fit], within_parts.chance[fit], masks) for fit in fits}
+    return Comparison(alignment, {fit: uncorrected(all_rows.cosines[fit]) for fit in fits}, beyond_frequency, by_strata)
 
 
 def align(
     x_VD: np.ndarray,
-    y_VD: np.ndarray,
+    y_VE: np.ndarray,
     *,
     fits: Sequence[str] = FITS,
     rows: np.ndarray | None = None,
@@ -140,24 +142,26 @@ def align(
     without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
     or unequal widths with a fit that needs equal ones.
     """
-    pair = Pair(x_VD, y_VD, fits, rows, held_out)
-    labels = None if within is None else within if rows is None else within[rows]
+    fitter = Fitter(x_VD, y_VE, fits, rows, held_out)
+    label_N = None if within is None else within if rows is None else within[rows]
     rng = np.random.default_rng(0)
-    measured = [pair.measure()]
+    row_cosines = [fitter.measure()]
     for draw in range(draws):
         report(f"floor {draw + 1} of {draws}")
-        measured.append(pair.measure(_permutation(rng, pair.rows, labels)))
-    whole, halves = [inside for inside, _ in measured], [outside for _, outside in measured if outside]
-    shape = (pair.rows, x_VD.shape[1])
+        row_cosines.append(fitter.measure(_permutation(rng, fitter.rows, label_N)))
+    in_sample, out_of_sample = [inside for inside, _ in row_cosines], [outside for _, outside in row_cosines if outside]
+    shape = (fitter.rows, x_VD.shape[1])
     return Alignment(
-        rows=pair.rows,
+        rows=fitter.rows,
         width=x_VD.shape[1],
-        target_width=y_VD.shape[1],
-        scores={fit: _score(fit, whole, closed_form_floor(fit, *shape)) for fit in fits},
-        held_out={fit: _score(fit, halves, 0.0) for fit in fits if halves},
-        penalty=whole[0].penalty,
-        cosines=whole[0].cosines,
-        chance={fit: np.mean([permuted.cosines[fit] for permuted in whole[1:]], axis=0) for fit in fits if draws},
+        target_width=y_VE.shape[1],
+        scores={fit: _score(fit, in_sample, closed_form_floor(fit, *shape)) for fit in fits},
+        held_out={fit: _score(fit, out_of_sample, 0.0) for fit in fits if out_of_sample},
+        penalty=in_sample[0].penalty,
+        cosines=in_sample[0].cosines,
+        chance={
+            fit: np.mean([draw_cosines.cosines[fit] for draw_cosines in in_sample[1:]], axis=0) for fit in fits if draws
+        },
     )
 
 
@@ -174,32 +178,32 @@ def raw_cosine(x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = 
     """
     if x_VD.shape != y_VD.shape:
         raise UserError(f"align: the raw cosine needs equal shapes, got {list(x_VD.shape)} and {list(y_VD.shape)}")
-    kept = np.arange(len(x_VD)) if rows is None else np.flatnonzero(rows)
-    total, known, x_D, y_D = 0.0, 0, np.zeros(x_VD.shape[1]), np.zeros(x_VD.shape[1])
-    for block in row_blocks(len(kept), x_VD.shape[1], itemsize=8):
-        x, y = unit_rows(x_VD[kept[block]]), unit_rows(y_VD[kept[block]])
-        both = x.any(axis=1) & y.any(axis=1)
+    row_N = np.arange(len(x_VD)) if rows is None else np.flatnonzero(rows)
+    total, directed, x_sum_D, y_sum_D = 0.0, 0, np.zeros(x_VD.shape[1]), np.zeros(x_VD.shape[1])
+    for block in row_blocks(len(row_N), x_VD.shape[1], itemsize=8):
+        x_BD, y_BD = unit_rows(x_VD[row_N[block]]), unit_rows(y_VD[row_N[block]])
+        directed_B = x_BD.any(axis=1) & y_BD.any(axis=1)
         if not zero_rows:
-            x, y = x[both], y[both]
-        total += float(np.vecdot(x, y).sum())
-        known += int(both.sum())
-        x_D += x.sum(axis=0)
-        y_D += y.sum(axis=0)
-    counted = len(kept) if zero_rows else known
-    if not counted:
-        return beside_exact(None, None, rows_left_out=len(kept))
-    floor = float(x_D @ y_D) / counted**2
-    return beside_exact(total / counted, floor, rows=counted, rows_left_out=len(kept) - counted)
+            x_BD, y_BD = x_BD[directed_B], y_BD[directed_B]
+        total += float(np.vecdot(x_BD, y_BD).sum())
+        directed += int(directed_B.sum())
+        x_sum_D += x_BD.sum(axis=0)
+        y_sum_D += y_BD.sum(axis=0)
+    rows_scored = len(row_N) if zero_rows else directed
+    if not rows_scored:
+        return beside(None, exact_floor(None), rows_left_out=len(row_N))
+    floor = exact_floor(float(x_sum_D @ y_sum_D) / rows_scored**2)
+    return beside(total / rows_scored, floor, rows=rows_scored, rows_left_out=len(row_N) - rows_scored)
 
 
-def _permutation(rng: np.random.Generator, rows: int, labels: np.ndarray | None) -> np.ndarray:
-    if labels is None:
+def _permutation(rng: np.random.Generator, rows: int, label_N: np.ndarray | None) -> np.ndarray:
+    if label_N is None:
         return rng.permutation(rows)
-    order = np.arange(rows)
-    for label in np.unique(labels):
-        inside = np.flatnonzero(labels == label)
-        order[inside] = rng.permutation(inside)
-    return order
+    order_N = np.arange(rows)
+    for label in np.unique(label_N):
+        members = np.flatnonzero(label_N == label)
+        order_N[members] = rng.permutation(members)
+    return order_N
 
 
 def closed_form_floor(fit: str, rows: int, width: int) -> float:
@@ -213,52 +217,56 @@ def closed_form_floor(fit: str, rows: int, width: int) -> float:
     return {"identity": 0.0, "orthogonal": min(1.0, 8 / (3 * math.pi) * root)}.get(fit, min(1.0, root))
 
 
-def mean_cosine(cosines: np.ndarray) -> float | None:
+def mean_cosine(cosine_N: np.ndarray) -> float | None:
     """The mean over rows with a direction; None where there is none."""
-    known = cosines[~np.isnan(cosines)]
-    return float(known.mean()) if len(known) else None
+    directed_N = cosine_N[~np.isnan(cosine_N)]
+    return float(directed_N.mean()) if len(directed_N) else None
 
 
-def uncorrected(cosines: np.ndarray) -> float:
+def uncorrected(cosine_N: np.ndarray) -> float:
     """The mean over all rows, 0 for those without a direction: the form of arXiv 2603.26663."""
-    return float(np.nan_to_num(cosines).mean())
+    return float(np.nan_to_num(cosine_N).mean())
 
 
-def distribution(cosines: np.ndarray) -> Distribution:
+def distribution(cosine_N: np.ndarray) -> Distribution:
     """How the cosines of single rows are distributed, rows without a direction left out."""
-    known = cosines[~np.isnan(cosines)]
-    levels = {str(q): float(np.quantile(known, q / 100)) for q in QUANTILES} if len(known) else {}
-    return Distribution(levels, histogram(cosines), bootstrap_mean(cosines))
+    directed_N = cosine_N[~np.isnan(cosine_N)]
+    levels = {str(q): float(np.quantile(directed_N, q / 100)) for q in QUANTILES} if len(directed_N) else {}
+    return Distribution(levels, histogram(cosine_N), bootstrap_mean(cosine_N))
 
 
-def histogram(cosines: np.ndarray) -> list[int]:
+def histogram(cosine_N: np.ndarray) -> list[int]:
     """How many rows have a cosine in each of BINS equal bins over [-1, 1], rows without a direction left out.
 
     >>> sum(histogram(np.array([0.5, -1.0, np.nan])))
     2
     """
-    counts, _ = np.histogram(cosines[~np.isnan(cosines)], BINS, (-1.0, 1.0))
+    counts, _ = np.histogram(cosine_N[~np.isnan(cosine_N)], BINS, (-1.0, 1.0))
     return [int(n) for n in counts]
 
 
-def by_stratum(cosines: np.ndarray, chance: np.ndarray, masks: Mapping[str, np.ndarray]) -> dict[str, Score]:
+def by_stratum(cosine_N: np.ndarray, chance_N: np.ndarray, masks: Mapping[str, np.ndarray]) -> dict[str, Score]:
     """The score within each stratum, a boolean mask over the same rows: one map for all, floors from the same rows.
 
-    `chance` is the mean over the draws, so that how well a floor is known is not.
+    `chance_N` is the mean over the draws, so that how well a floor is known is not.
     """
     return {
-        name: beside_draws(mean_cosine(cosines[rows]), [mean_cosine(chance[rows])], rows=int(rows.sum()))
-        for name, rows in masks.items()
+        name: beside(
+            mean_cosine(cosine_N[stratum_N]),
+            drawn_floor([mean_cosine(chance_N[stratum_N])]),
+            rows=int(stratum_N.sum()),
+        )
+        for name, stratum_N in masks.items()
     }
 
 
-def _score(fit: str, measured: Sequence[Measured], closed_form: float) -> Score:
-    cosines = measured[0].cosines[fit]
-    left_out = int(np.isnan(cosines).sum())
-    return beside_draws(
-        mean_cosine(cosines),
-        [mean_cosine(permuted.cosines[fit]) for permuted in measured[1:]],
-        closed_form=closed_form,
-        rows=len(cosines) - left_out,
+def _score(fit: str, row_cosines: Sequence[RowCosines], closed_form: float) -> Score:
+    cosine_N = row_cosines[0].cosines[fit]
+    left_out = int(np.isnan(cosine_N).sum())
+    chance_scores = [mean_cosine(draw_cosines.cosines[fit]) for draw_cosines in row_cosines[1:]]
+    return beside(
+        mean_cosine(cosine_N),
+        drawn_floor(chance_scores, closed_form),
+        rows=len(cosine_N) - left_out,
         rows_left_out=left_out,
     )

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import align, measure, raw_cosine
     from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE
 
@@ -60,28 +60,28 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(alignment)}{_raw_line(result)}"
         return result | {"fits": _paper(alignment)}, text
-    free = [fit for fit in fits if fit not in SQUARE]
-    back = align(b, a, fits=free, rows=rows, draws=draws, report=report) if free else alignment
-    described = {fit: _described(fit, comparison, back) for fit in fits}
-    text = f"{head}{inputs.note}\n{_table(described)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(described)}"
-    return result | {"fits": described}, text + _strata_table(described)
+    rectangular_fits = [fit for fit in fits if fit not in SQUARE]
+    back = align(b, a, fits=rectangular_fits, rows=rows, draws=draws, report=report) if rectangular_fits else alignment
+    records = {fit: _record(fit, comparison, back) for fit in fits}
+    text = f"{head}{inputs.note}\n{_table(records)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(records)}"
+    return result | {"fits": records}, text + _strata_table(records)
 
 
-def _described(fit: str, comparison: Comparison, back: Alignment) -> dict[str, Any]:
-    from tiedjax.analysis.basis.records import to_plain
+def _record(fit: str, comparison: Comparison, back: Alignment) -> dict[str, Any]:
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import distribution
 
     alignment = comparison.alignment
-    about: dict[str, Any] = to_plain(alignment.scores[fit])
-    about["penalty"] = alignment.penalty if fit == "ridge" else None
-    about["held_out"] = to_plain(alignment.held_out[fit])
-    about["back"] = to_plain(back.scores.get(fit, alignment.scores[fit]))
-    about["paper"] = comparison.paper[fit]
-    about["rows_distribution"] = to_plain(distribution(alignment.cosines[fit]))
+    record: dict[str, Any] = to_plain(alignment.scores[fit])
+    record["penalty"] = alignment.penalty if fit == "ridge" else None
+    record["held_out"] = to_plain(alignment.held_out[fit])
+    record["back"] = to_plain(back.scores.get(fit, alignment.scores[fit]))
+    record["paper"] = comparison.paper[fit]
+    record["rows_distribution"] = to_plain(distribution(alignment.cosines[fit]))
     if comparison.beyond_frequency:
-        about["beyond_frequency"] = comparison.beyond_frequency[fit].corrected
-        about["strata"] = to_plain(comparison.strata[fit])
-    return about
+        record["beyond_frequency"] = comparison.beyond_frequency[fit].corrected
+        record["strata"] = to_plain(comparison.strata[fit])
+    return record
 
 
 def _raw_line(result: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def _raw_line(result: dict[str, Any]) -> str:
 
 
 def _paper(alignment: Alignment) -> dict[str, Any]:
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.alignment.align import uncorrected
 
     names = ("floor", "floor_standard_error", "floor_draws", "floor_closed_form", "rows_left_out")
@@ -108,38 +108,43 @@ def _paper(alignment: Alignment) -> dict[str, Any]:
 
 def _paper_table(alignment: Alignment) -> str:
     columns = ["score", "floor", "floor_standard_error", "floor_closed_form"]
-    rows = [[fit, *(about[c] for c in columns)] for fit, about in _paper(alignment).items()]
+    rows = [[fit, *(record[c] for c in columns)] for fit, record in _paper(alignment).items()]
     return arguments.text_table(["fit", "score", "floor", "+-", "closed form"], rows)
 
 
-def _table(described: dict[str, Any]) -> str:
+def _table(records: dict[str, Any]) -> str:
     header = ["fit", "score", "floor", "+-", "closed form", "corrected", "held out", "back", "paper", "left out"]
     names = ["score", "floor", "floor_standard_error", "floor_closed_form", "corrected"]
     rows = []
-    for fit, d in described.items():
-        others = [d["held_out"]["score"], d["back"]["corrected"], d["paper"], d["rows_left_out"]]
-        rows.append([fit, *(d[name] for name in names), *others])
+    for fit, record in records.items():
+        other_cells = [
+            record["held_out"]["score"],
+            record["back"]["corrected"],
+            record["paper"],
+            record["rows_left_out"],
+        ]
+        rows.append([fit, *(record[name] for name in names), *other_cells])
     return arguments.text_table(header, rows)
 
 
-def _rows_table(described: dict[str, Any]) -> str:
-    levels = next(iter(described.values()))["rows_distribution"]["quantiles"]
+def _rows_table(records: dict[str, Any]) -> str:
+    levels = next(iter(records.values()))["rows_distribution"]["quantiles"]
     rows = []
-    for fit, d in described.items():
-        quantiles, mean = d["rows_distribution"]["quantiles"], d["rows_distribution"]["mean"]
+    for fit, record in records.items():
+        quantiles, mean = record["rows_distribution"]["quantiles"], record["rows_distribution"]["mean"]
         rows.append([fit, *(quantiles.get(level) for level in levels), mean["low"], mean["high"]])
     header = ["fit", *(f"{level} %" for level in levels), "mean from", "to"]
     table = arguments.text_table(header, rows)
     return f"cosines of single rows, and the mean's 95 % bootstrap interval over rows\n{table}"
 
 
-def _strata_table(described: dict[str, Any]) -> str:
-    first = next(iter(described.values()))
+def _strata_table(records: dict[str, Any]) -> str:
+    first = next(iter(records.values()))
     if "strata" not in first:
         return ""
     rows = [
-        [name, about["rows"], *(d["strata"][name]["corrected"] for d in described.values())]
-        for name, about in first["strata"].items()
+        [name, first_stratum["rows"], *(record["strata"][name]["corrected"] for record in records.values())]
+        for name, first_stratum in first["strata"].items()
     ]
     title = "corrected, by training count; floors: rows shuffled among tokens of like frequency"
-    return f"\n\n{title}\n{arguments.text_table(['tokens', 'rows', *described], rows)}"
+    return f"\n\n{title}\n{arguments.text_table(['tokens', 'rows', *records], rows)}"

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.held_out import FrozenModel, chunks, held_out_windows, over_windows
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import BIN_WIDTH, NEVER, log_bins, strata
@@ -172,9 +172,9 @@ def measure(
 
 
 def calibrate(
-    found: Forecasts, groups: Mapping[str, np.ndarray], count_V: np.ndarray, *, draws: int = DRAWS
+    forecast: Forecasts, groups: Mapping[str, np.ndarray], count_V: np.ndarray, *, draws: int = DRAWS
 ) -> Calibration:
-    """Scores and floors; `groups` are the disjoint boolean [V] masks that `found.mass_NG` was summed over.
+    """Scores and floors; `groups` are the disjoint boolean [V] masks that `forecast.mass_NG` was summed over.
 
     Floors draw targets from `numpy.random.default_rng(0)`. UserError when a token is in no group or in several.
     """
@@ -182,65 +182,66 @@ def calibrate(
     if (member_VG.sum(axis=1) != 1).any():
         raise UserError("calibration: every token must be in exactly one group")
     group_V = member_VG.argmax(axis=1)
-    measure = _Measure(found, group_V[found.top_N])
-    right_N = found.top_N == found.target_N
-    measured = measure.scores(right_N, group_V[found.target_N])
+    measures = _Measure(forecast, group_V[forecast.top_N])
+    right_N = forecast.top_N == forecast.target_N
+    scores = measures.scores(right_N, group_V[forecast.target_N])
     rng = np.random.default_rng(0)
-    drawn = [measure.scores(*measure.draw(rng)) for _ in range(draws)]
+    by_draw = [measures.scores(*measures.draw(rng)) for _ in range(draws)]
 
     def score(name: str, g: int = 0) -> Score:
-        return beside_draws(measured[name][g], [d[name][g] for d in drawn], similarity=False)
+        floor = drawn_floor([draw_scores[name][g] for draw_scores in by_draw])
+        return beside(scores[name][g], floor, similarity=False)
 
     log_V = np.log10(np.asarray(count_V, np.float64) + 1)
-    target_group_N = group_V[found.target_N]
-    listed = []
-    for g, (name, mask) in enumerate(groups.items()):
-        of_target = target_group_N == g
-        listed.append(
+    target_group_N = group_V[forecast.target_N]
+    group_records = []
+    for g, (name, mask_V) in enumerate(groups.items()):
+        of_target_N = target_group_N == g
+        group_records.append(
             Group(
                 name=name,
-                log_count=float(log_V[mask].mean()) if mask.any() else 0.0,
-                tokens=int(mask.sum()),
-                share=float(of_target.mean()),
-                mass=float(found.mass_NG[:, g].mean()),
+                log_count=float(log_V[mask_V].mean()) if mask_V.any() else 0.0,
+                tokens=int(mask_V.sum()),
+                share=float(of_target_N.mean()),
+                mass=float(forecast.mass_NG[:, g].mean()),
                 log2_ratio=score("log2_ratio", g),
                 group_error=score("group_error", g),
-                target_positions=int(of_target.sum()),
-                target_probability=_mean(found.target_probability_N[of_target]),
-                entropy=_mean(found.entropy_N[of_target]),
+                target_positions=int(of_target_N.sum()),
+                target_probability=_mean(forecast.target_probability_N[of_target_N]),
+                entropy=_mean(forecast.entropy_N[of_target_N]),
                 top_error=score("top_error", g),
-                predicted_positions=int((measure.top_group_N == g).sum()),
+                predicted_positions=int((measures.top_group_N == g).sum()),
                 overconfidence=score("overconfidence", g),
             )
         )
-    loss_N = -np.log2(np.maximum(found.target_probability_N, np.finfo(np.float64).tiny))
-    mean = lambda values_N: over_windows(values_N, found.windows)
+    loss_N = -np.log2(np.maximum(forecast.target_probability_N, np.finfo(np.float64).tiny))
+    mean = lambda values_N: over_windows(values_N, forecast.windows)
     return Calibration(
         loss=mean(loss_N),
-        entropy=mean(found.entropy_N),
-        target_probability=mean(found.target_probability_N),
-        confidence=mean(found.confidence_N),
+        entropy=mean(forecast.entropy_N),
+        target_probability=mean(forecast.target_probability_N),
+        confidence=mean(forecast.confidence_N),
         accuracy=mean(right_N),
         top_error=score("top_error_all"),
         overconfidence=score("overconfidence_all"),
         positions=len(right_N),
-        windows=found.windows,
-        groups=listed,
+        windows=forecast.windows,
+        groups=group_records,
     )
 
 
 class _Measure:
     """Every score as a function of the outcome: whether the likeliest token is right, and the target's group."""
 
-    def __init__(self, found: Forecasts, top_group_N: np.ndarray) -> None:
-        self._found, self.top_group_N = found, top_group_N
-        self._by_confidence = np.argsort(found.confidence_N, kind="stable")
-        self._by_mass_NG = np.argsort(found.mass_NG, axis=0, kind="stable")
+    def __init__(self, forecast: Forecasts, top_group_N: np.ndarray) -> None:
+        self._forecast, self.top_group_N = forecast, top_group_N
+        self._by_confidence = np.argsort(forecast.confidence_N, kind="stable")
+        self._by_mass_NG = np.argsort(forecast.mass_NG, axis=0, kind="stable")
         # What can happen: the target is the likeliest token (last), or another one of a group.
-        rest_NG = found.mass_NG.copy()
-        rest_NG[np.arange(len(rest_NG)), top_group_N] -= found.confidence_N
-        chance = np.column_stack([np.maximum(rest_NG, 0), found.confidence_N])
-        self._cumulative = np.cumsum(chance / chance.sum(axis=1, keepdims=True), axis=1)[:, :-1]
+        rest_NG = forecast.mass_NG.copy()
+        rest_NG[np.arange(len(rest_NG)), top_group_N] -= forecast.confidence_N
+        chance_NG = np.column_stack([np.maximum(rest_NG, 0), forecast.confidence_N])
+        self._cumulative = np.cumsum(chance_NG / chance_NG.sum(axis=1, keepdims=True), axis=1)[:, :-1]
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """An outcome as the model itself expects it."""
@@ -250,19 +251,19 @@ class _Measure:
 
     def scores(self, right_N: np.ndarray, target_group_N: np.ndarray) -> dict[str, list[float | None]]:
         """Each score by group; those of all positions are lists of one."""
-        found, order = self._found, self._by_confidence
-        gap_N = found.confidence_N - right_N
+        forecast, order = self._forecast, self._by_confidence
+        gap_N = forecast.confidence_N - right_N
         by_group: dict[str, list[float | None]] = {
             "top_error_all": [_binned_error(gap_N[order])],
             "overconfidence_all": [_mean(gap_N)],
             **{name: [] for name in ("log2_ratio", "group_error", "top_error", "overconfidence")},
         }
-        for g in range(found.mass_NG.shape[1]):
-            inside_N, mass_N = target_group_N == g, found.mass_NG[:, g]
-            share, mass = float(inside_N.mean()), float(mass_N.mean())
+        for g in range(forecast.mass_NG.shape[1]):
+            in_group_N, mass_N = target_group_N == g, forecast.mass_NG[:, g]
+            share, mass = float(in_group_N.mean()), float(mass_N.mean())
             by_group["log2_ratio"].append(math.log2(mass / share) if mass > 0 and share > 0 else None)
-            by_group["group_error"].append(_binned_error((mass_N - inside_N)[self._by_mass_NG[:, g]]))
-            by_group["top_error"].append(_binned_error(gap_N[order[inside_N[order]]]))
+            by_group["group_error"].append(_binned_error((mass_N - in_group_N)[self._by_mass_NG[:, g]]))
+            by_group["top_error"].append(_binned_error(gap_N[order[in_group_N[order]]]))
             by_group["overconfidence"].append(_mean(gap_N[self.top_group_N == g]))
         return by_group
 

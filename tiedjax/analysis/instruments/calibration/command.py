@@ -23,24 +23,24 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     held_out_tokens, draws = (arguments.at_least(args, name) for name in ("held-out-tokens", "draws"))
     from tiedjax.analysis.basis.held_out import FrozenModel
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.calibration.calibration import measure
 
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
-    measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, draws=draws)
-    everywhere = to_plain(measured.by_stratum)
-    strata = everywhere.pop("groups")
-    result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
-        "step": measured.step,
+    calibration = measure(model, run, prepared, held_out_tokens=held_out_tokens, draws=draws)
+    overall = to_plain(calibration.by_stratum)
+    strata = overall.pop("groups")
+    result = arguments.run_result(args, model.describe(args.a), calibration.rows, calibration.width) | {
+        "step": calibration.step,
         "counts": "as target",
         "floor_draws": draws,
-        **everywhere,
+        **overall,
         "strata": strata,
-        "bins": to_plain(measured.by_bin.groups),
+        "bins": to_plain(calibration.by_bin.groups),
     }
-    head = f"{args.a} at step {measured.step}: {everywhere['positions']} held-out positions, {measured.rows} tokens"
-    return result, f"{head}\n{_overall(everywhere)}\n\n{_groups('stratum', result['strata'])}\n\n" + (
+    head = f"{args.a} at step {calibration.step}: {overall['positions']} held-out positions, {calibration.rows} tokens"
+    return result, f"{head}\n{_overall_table(overall)}\n\n{_groups('stratum', result['strata'])}\n\n" + (
         f"{_groups('log10(count + 1)', result['bins'])}\n"
         "log2 ratio: of the mean predicted probability to the share of targets; error: expected calibration error, of\n"
         "the group's probability and of the likeliest token; over: mean probability of the likeliest token less how\n"
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
 
 
-def _overall(everywhere: dict[str, Any]) -> str:
-    means = {name: everywhere[name]["mean"] for name in ("loss", "entropy", "confidence", "accuracy")}
+def _overall_table(overall: dict[str, Any]) -> str:
+    means = {name: overall[name]["mean"] for name in ("loss", "entropy", "confidence", "accuracy")}
     lines: list[list[Any]] = [[name, value, None, None] for name, value in means.items()]
     for name, title in [("top_error", "calibration error"), ("overconfidence", "overconfidence")]:
-        score = everywhere[name]
+        score = overall[name]
         lines.append([title, score["score"], score["floor"], score["floor_deviation"]])
     return arguments.text_table(["over all positions", "", "floor", "+-"], lines)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.held_out import FrozenModel
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
@@ -25,11 +25,11 @@ VERSION = 2  # of its part of results.json
 
 def collect(study: StudyRuns) -> dict[str, Any]:
     """Every run by stratum and by bin of frequency, and the differences between twins, paired by seed."""
-    runs = [{"arm": arm, "seed": seed} | _measured(study, run) for (arm, seed), run in study.runs.items()]
+    runs = [{"arm": arm, "seed": seed} | _record(study, run) for (arm, seed), run in study.runs.items()]
     return {"runs": runs, "twins": list(_twins(study.study.reference, runs))}
 
 
-def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
+def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
     try:
         prepared = study.text(run)
         return dict(to_plain(measure(FrozenModel(run), run, prepared)))
@@ -40,7 +40,7 @@ def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference: each score of each stratum, and those of all positions."""
     by_arm: dict[str, dict[int, RunCalibration]] = {}
-    for run in records.measured(runs, RunCalibration):
+    for run in plain_json.measured(runs, RunCalibration):
         by_arm.setdefault(run.arm, {})[run.seed] = run.value
     for arm, subject in by_arm.items():
         if arm == reference or not subject.keys() & by_arm.get(reference, {}).keys():
@@ -48,15 +48,15 @@ def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[s
         for stratum in THIRDS:
             record: dict[str, Any] = {"arm": arm, "stratum": stratum}
             for name in SCORES:
-                ours, theirs = (
-                    {seed: _of(run, stratum, name) for seed, run in side.items()}
+                subject_scores, reference_scores = (
+                    {seed: _stratum_score(run, stratum, name) for seed, run in side.items()}
                     for side in (subject, by_arm[reference])
                 )
-                record[name] = to_plain(paired(ours, theirs))
+                record[name] = to_plain(paired(subject_scores, reference_scores))
             yield record
 
 
-def _of(run: RunCalibration, stratum: str, name: str) -> float | None:
+def _stratum_score(run: RunCalibration, stratum: str, name: str) -> float | None:
     """One score of a stratum: the excess over the floor of an error, else the score itself."""
     group = next((g for g in run.by_stratum.groups if g.name == stratum), None)
     if group is None or name == "target_probability":
@@ -79,7 +79,7 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["calibration"]["runs"])
+    return plain_json.not_measured(results["calibration"]["runs"])
 
 
 def answers(results: drawing.Results) -> list[str]:
@@ -146,13 +146,12 @@ def overall(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm, all positions: loss, entropy, calibration error of the likeliest token beside its floor."""
     lines = []
     for arm, runs in _by_arm(results).items():
-        everywhere = [run.by_stratum for run in runs]
+        by_seed = [run.by_stratum for run in runs]
         line = {
-            name: drawing.spread(getattr(run, name).mean for run in everywhere)
-            for name in ("loss", "entropy", "accuracy")
+            name: drawing.spread(getattr(run, name).mean for run in by_seed) for name in ("loss", "entropy", "accuracy")
         }
-        line["top_error"] = drawing.spread((run.top_error.score for run in everywhere), 4)
-        line["floor"] = drawing.mean((run.top_error.floor for run in everywhere), 4)
+        line["top_error"] = drawing.spread((run.top_error.score for run in by_seed), 4)
+        line["floor"] = drawing.mean((run.top_error.floor for run in by_seed), 4)
         lines.append({"arm": arm} | line)
     return lines
 
@@ -162,7 +161,7 @@ def _scores(groups: Sequence[Group], name: str) -> list[Score]:
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[RunCalibration]]:
-    return drawing.by_run(records.measured(results["calibration"]["runs"], RunCalibration))
+    return drawing.by_run(plain_json.measured(results["calibration"]["runs"], RunCalibration))
 
 
 def _curves(score: str, positions: str, label: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
@@ -171,18 +170,18 @@ def _curves(score: str, positions: str, label: str, title: str) -> Callable[[dra
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         noise: dict[float, list[float]] = {}
         for arm, runs in _by_arm(results).items():
-            at, means, halves = [], [], []
+            log_counts, means, halves = [], [], []
             for bins in _by_bin(runs):
                 if min(getattr(b, positions) for b in bins) < _LEAST_POSITIONS or len(bins) < len(runs):
                     continue
-                at.append(float(np.mean([b.log_count for b in bins])))
+                log_counts.append(float(np.mean([b.log_count for b in bins])))
                 scores = _scores(bins, score)
                 span = interval(s.score for s in scores)
                 means.append(span.mean)
                 halves.append(span.half_width or 0.0)
-                noise.setdefault(at[-1], []).append(interval(s.floor_deviation for s in scores).mean or 0.0)
+                noise.setdefault(log_counts[-1], []).append(interval(s.floor_deviation for s in scores).mean or 0.0)
             colour = drawing.colours(results)[arm]
-            ax.errorbar(at, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
+            ax.errorbar(log_counts, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
         ends = sorted(noise)
         band = np.array([2 * max(noise[x]) for x in ends])
         ax.fill_between(ends, -band, band, color=drawing.MUTED, alpha=0.2, linewidth=0)

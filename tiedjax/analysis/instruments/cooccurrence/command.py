@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import contexts_of, measure
     from tiedjax.tying import distinct
@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     report = arguments.reporter("cooccurrence")
     seq_len = run.config.model.seq_len
     text = contexts_of(prepared, seq_len, V, sample=sample, least_count=least, report=report)
-    seen = seen_rows(run.token_counts)
-    by_role = {role: measure(values, text, rows=seen, draws=draws) for role, values in tables.items()}
-    described = arguments.described_roles(args.a, tables)
-    result = arguments.run_result(args, described, len(text.tokens), width, V - text.eligible)
+    seen_V = seen_rows(run.token_counts)
+    by_role = {role: measure(values, text, rows=seen_V, draws=draws) for role, values in tables.items()}
+    description = arguments.described_roles(args.a, tables)
+    result = arguments.run_result(args, description, len(text.tokens), width, V - text.eligible)
     result |= {"text": text.facts, "roles": to_plain(by_role)}
     return result, _text(args.a, text, by_role, width)
 
@@ -52,13 +52,19 @@ def _text(name: str, text: Contexts, by_role: dict[str, Cooccurrence], width: in
         f"role, width {width}; {text.counted:,} of {text.available:,} pairs of neighbours counted"
     )
     lines: list[list[Any]] = []
-    for role, of in by_role.items():
-        for kind, a in [("what precedes", of.as_target), ("what follows", of.as_context)]:
-            lines.append([role, "all", kind, a.score, a.low, a.high, a.floor, a.floor_standard_error])
-        lines.append([role, "all", "difference", *(getattr(of.difference, f) for f in ("mean", "low", "high")), 0, 0])
-        for stratum, part in of.strata.items():
-            for kind, a in [("what precedes", part.as_target), ("what follows", part.as_context)]:
-                lines.append([role, stratum, kind, a.score, a.low, a.high, a.floor, a.floor_standard_error])
+    for role, agreement in by_role.items():
+        for kind, score in [("what precedes", agreement.as_target), ("what follows", agreement.as_context)]:
+            lines.append(
+                [role, "all", kind, score.score, score.low, score.high, score.floor, score.floor_standard_error]
+            )
+        lines.append(
+            [role, "all", "difference", *(getattr(agreement.difference, f) for f in ("mean", "low", "high")), 0, 0]
+        )
+        for stratum, part in agreement.strata.items():
+            for kind, score in [("what precedes", part.as_target), ("what follows", part.as_context)]:
+                lines.append(
+                    [role, stratum, kind, score.score, score.low, score.high, score.floor, score.floor_standard_error]
+                )
     table = arguments.text_table(["table", "tokens", "contexts", "score", "low", "high", "floor", "+-"], lines)
     return (
         f"{head}\n{table}\n"

@@ -4,6 +4,9 @@ A token keeps company in two ways: as target with the tokens that precede it, as
 are rows of one matrix of counts [V, V] of neighbouring tokens, weighted by positive pointwise mutual information
 (Bullinaria and Levy 2007, Behavior Research Methods 39; Levy and Goldberg 2014, arXiv 1402.3722); the similarity of two
 tokens is the cosine of their rows. How a table's cosines rank the pairs of tokens is compared with how these do.
+
+Axes: V tokens, N sampled ones, M those of a stratum, P pairs of tokens that were neighbours, W windows, S = T + 1, U
+tokens that are neighbours of a sampled one, B a block of them, D width.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import scipy.sparse
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.directions import centre
-from tiedjax.analysis.basis.pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.basis.token_pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
 from tiedjax.data.prepared import Prepared, Windows
 from tiedjax.errors import UserError
 
@@ -65,12 +68,12 @@ class Contexts:
 
     def only(self, index: np.ndarray) -> Contexts:
         """The same of some of the tokens."""
-        both = np.ix_(index, index)
+        block = np.ix_(index, index)
         return dataclasses.replace(
             self,
             tokens=self.tokens[index],
-            as_target_NN=self.as_target_NN[both],
-            as_context_NN=self.as_context_NN[both],
+            as_target_NN=self.as_target_NN[block],
+            as_context_NN=self.as_context_NN[block],
             strata={name: mask[index] for name, mask in self.strata.items()},
         )
 
@@ -112,27 +115,29 @@ def bigram_counts(
     windows spread evenly over the text are counted.
     """
     T = windows.seq_len
-    chosen = np.arange(len(windows))
+    window_W = np.arange(len(windows))
     if len(windows) * T > most:
-        chosen = np.linspace(0, len(windows) - 1, max(1, most // T)).round().astype(np.int64)
-    counts = scipy.sparse.csr_array((rows, rows), dtype=np.int64)
+        window_W = np.linspace(0, len(windows) - 1, max(1, most // T)).round().astype(np.int64)
+    counts_VV = scipy.sparse.csr_array((rows, rows), dtype=np.int64)
     step = max(1, _CHUNK // T)
-    for start in range(0, len(chosen), step):
-        tokens_WS = windows.read(chosen[start : start + step])
-        where = (tokens_WS[:, 1:].ravel(), tokens_WS[:, :-1].ravel())
-        counts += scipy.sparse.coo_array((np.ones(len(where[0]), np.int64), where), shape=counts.shape).tocsr()
-        report(f"pairs of neighbours: {min(start + step, len(chosen)) * T:,} of {len(chosen) * T:,}")
-    return counts
+    for start in range(0, len(window_W), step):
+        tokens_WS = windows.read(window_W[start : start + step])
+        target_and_context = (tokens_WS[:, 1:].ravel(), tokens_WS[:, :-1].ravel())
+        counts_VV += scipy.sparse.coo_array(
+            (np.ones(len(target_and_context[0]), np.int64), target_and_context), shape=counts_VV.shape
+        ).tocsr()
+        report(f"pairs of neighbours: {min(start + step, len(window_W)) * T:,} of {len(window_W) * T:,}")
+    return counts_VV
 
 
 def ppmi(counts_VV: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
     """max(0, ln(n_ij n / (n_i n_j))) of the counts, float64, sparse."""
-    pairs = counts_VV.tocoo().astype(np.float64)
-    row, column = (np.asarray(counts_VV.sum(axis=axis), np.float64) for axis in (1, 0))
-    data = np.log(pairs.data * row.sum() / (row[pairs.coords[0]] * column[pairs.coords[1]]))
-    weighted = scipy.sparse.coo_array((np.maximum(data, 0), pairs.coords), shape=pairs.shape).tocsr()
-    weighted.eliminate_zeros()
-    return weighted
+    pairs_VV = counts_VV.tocoo().astype(np.float64)
+    row_V, column_V = (np.asarray(counts_VV.sum(axis=axis), np.float64) for axis in (1, 0))
+    information_P = np.log(pairs_VV.data * row_V.sum() / (row_V[pairs_VV.coords[0]] * column_V[pairs_VV.coords[1]]))
+    ppmi_VV = scipy.sparse.coo_array((np.maximum(information_P, 0), pairs_VV.coords), shape=pairs_VV.shape).tocsr()
+    ppmi_VV.eliminate_zeros()
+    return ppmi_VV
 
 
 def contexts(
@@ -147,27 +152,27 @@ def contexts(
 
     `available` is how many pairs there were to count. UserError where fewer than 4 tokens are frequent enough.
     """
-    both = np.stack([np.asarray(counts_VV.sum(axis=axis)) for axis in (0, 1)])
-    weighted = ppmi(counts_VV)
-    informed = (np.diff(weighted.indptr) > 0) & (np.diff(weighted.tocsc().indptr) > 0)
-    eligible = np.flatnonzero((both.min(axis=0) >= least_count) & informed)
-    if len(eligible) < 4:
+    counts_2V = np.stack([np.asarray(counts_VV.sum(axis=axis)) for axis in (0, 1)])
+    ppmi_VV = ppmi(counts_VV)
+    informed_V = (np.diff(ppmi_VV.indptr) > 0) & (np.diff(ppmi_VV.tocsc().indptr) > 0)
+    eligible_N = np.flatnonzero((counts_2V.min(axis=0) >= least_count) & informed_V)
+    if len(eligible_N) < 4:
         raise UserError(
-            f"cooccurrence: only {len(eligible)} tokens occur {least_count} times as input and as target; it takes 4"
+            f"cooccurrence: only {len(eligible_N)} tokens occur {least_count} times as input and as target; it takes 4"
         )
-    tokens = eligible
-    if len(eligible) > sample:
-        tokens = np.sort(np.random.default_rng(0).choice(eligible, sample, replace=False))
-    counted = int(both[0].sum())
+    token_N = eligible_N
+    if len(eligible_N) > sample:
+        token_N = np.sort(np.random.default_rng(0).choice(eligible_N, sample, replace=False))
+    pairs_counted = int(counts_2V[0].sum())
     return Contexts(
-        tokens=tokens,
-        as_target_NN=_cosines(weighted[tokens]),
-        as_context_NN=_cosines(weighted.T.tocsr()[tokens]),
-        strata=strata(both[:, tokens]),
-        eligible=len(eligible),
+        tokens=token_N,
+        as_target_NN=_cosines(ppmi_VV[token_N]),
+        as_context_NN=_cosines(ppmi_VV.T.tocsr()[token_N]),
+        strata=strata(counts_2V[:, token_N]),
+        eligible=len(eligible_N),
         least_count=least_count,
-        counted=counted,
-        available=counted if available is None else available,
+        counted=pairs_counted,
+        available=pairs_counted if available is None else available,
     )
 
 
@@ -212,23 +217,23 @@ def measure(
     mean_D, least = centre(table_VD if rows is None else table_VD[rows])
     x_ND = np.asarray(table_VD[text.tokens], np.float64) - mean_D
     norm_N = np.linalg.norm(x_ND, axis=1)
-    kept = np.flatnonzero(norm_N > least)
-    if len(kept) < 4:
-        raise UserError(f"cooccurrence: only {len(kept)} of {len(norm_N)} sampled rows have a direction; it takes 4")
-    unit_ND = x_ND[kept] / norm_N[kept, None]
+    index_N = np.flatnonzero(norm_N > least)
+    if len(index_N) < 4:
+        raise UserError(f"cooccurrence: only {len(index_N)} of {len(norm_N)} sampled rows have a direction; it takes 4")
+    unit_ND = x_ND[index_N] / norm_N[index_N, None]
     cosine_NN = unit_ND @ unit_ND.T
-    text = text if len(kept) == len(norm_N) else text.only(kept)
+    text = text if len(index_N) == len(norm_N) else text.only(index_N)
     (as_target, as_context), difference = agreements(
-        cosine_NN, text.ranked, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(kept)
+        cosine_NN, text.ranked, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(index_N)
     )
     parts = {}
     for name, part in text.parts.items():
-        index = np.flatnonzero(text.strata[name])
-        (a, b), gap = agreements(cosine_NN[np.ix_(index, index)], part.ranked, draws=draws, bootstrap=0)
+        index_M = np.flatnonzero(text.strata[name])
+        (a, b), gap = agreements(cosine_NN[np.ix_(index_M, index_M)], part.ranked, draws=draws, bootstrap=0)
         parts[name] = Stratum(a.rows, a, b, gap)
     return Cooccurrence(
-        rows=len(kept),
-        rows_left_out=len(norm_N) - len(kept),
+        rows=len(index_N),
+        rows_left_out=len(norm_N) - len(index_N),
         width=table_VD.shape[1],
         as_target=as_target,
         as_context=as_context,
@@ -239,11 +244,11 @@ def measure(
 
 def _cosines(rows_NV: scipy.sparse.csr_array) -> np.ndarray:
     """Cosines of every two sparse rows, float64 [N, N]; the columns that are used are made dense block by block."""
-    used = np.flatnonzero(np.bincount(rows_NV.indices, minlength=rows_NV.shape[1]))
-    columns = rows_NV[:, used].tocsc()
-    product = np.zeros((rows_NV.shape[0],) * 2)
-    for block in row_blocks(len(used), rows_NV.shape[0], itemsize=8):
-        dense = columns[:, block].toarray()
-        product += dense @ dense.T
-    norm = np.sqrt(np.diagonal(product))
-    return product / norm[:, None] / norm[None, :]
+    used_U = np.flatnonzero(np.bincount(rows_NV.indices, minlength=rows_NV.shape[1]))
+    columns_NU = rows_NV[:, used_U].tocsc()
+    product_NN = np.zeros((rows_NV.shape[0],) * 2)
+    for block in row_blocks(len(used_U), rows_NV.shape[0], itemsize=8):
+        dense_NB = columns_NU[:, block].toarray()
+        product_NN += dense_NB @ dense_NB.T
+    norm_N = np.sqrt(np.diagonal(product_NN))
+    return product_NN / norm_N[:, None] / norm_N[None, :]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
@@ -30,8 +30,8 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
         except UserError as error:
             tables.append(table.key | {"not_measured": str(error)})
             continue
-        about = {"sha256": content_hash(table.values), "text": text.facts}
-        tables.append(table.key | about | to_plain(agreement))
+        description = {"sha256": content_hash(table.values), "text": text.facts}
+        tables.append(table.key | description | to_plain(agreement))
     return tables
 
 
@@ -52,17 +52,17 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
 
 def not_measured(results: drawing.Results) -> str | None:
     """Why no table could be measured; None where one could."""
-    return None if _by_table(results) else next(iter(records.not_measured(results["cooccurrence"])), "no table")
+    return None if _by_table(results) else next(iter(plain_json.not_measured(results["cooccurrence"])), "no table")
 
 
 def facts(results: drawing.Results) -> dict[str, str]:
     """What was sampled and counted, in words."""
     record = next(r for r in results["cooccurrence"] if "text" in r)
     text = record["text"]
-    counted = f"{text['counted']:,}"
+    pairs_in_words = f"{text['counted']:,}"
     if text["counted"] < text["available"]:
-        counted += f" of {text['available']:,}, spread evenly,"
-    return {"tokens": f"{record['rows']:,}", "least": str(text["least_count"]), "counted": counted}
+        pairs_in_words += f" of {text['available']:,}, spread evenly,"
+    return {"tokens": f"{record['rows']:,}", "least": str(text["least_count"]), "counted": pairs_in_words}
 
 
 def rows(results: drawing.Results) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def _verdict(difference: Interval) -> str:
 
 
 def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Cooccurrence]]:
-    return drawing.by_table(records.measured(results["cooccurrence"], Cooccurrence))
+    return drawing.by_table(plain_json.measured(results["cooccurrence"], Cooccurrence))
 
 
 def _scores(agreements: Sequence[Cooccurrence | Stratum], kind: str) -> list[Score]:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import open_run
     from tiedjax.tying import distinct
 
@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     corrected, paper = _followed(run, args, draws)
     last = run.tables(run.snapshot_steps[-1])
     roles = distinct(last)
-    counted = (paper if args.paper else corrected)[next(iter(roles))]
-    described = arguments.described_roles(args.a, roles)
-    result = arguments.run_result(args, described, counted.rows, counted.width, len(last.input) - counted.rows)
+    first = (paper if args.paper else corrected)[next(iter(roles))]
+    description = arguments.described_roles(args.a, roles)
+    result = arguments.run_result(args, description, first.rows, first.width, len(last.input) - first.rows)
     published = {role: _published(evolution) for role, evolution in paper.items()}
     if args.paper:
         result["roles"] = published
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result |= {"roles": to_plain(corrected), "paper": {"rows": len(last.input), "roles": published}}
         body = _text(corrected, paper)
     form = "; paper's form: all rows as they are" if args.paper else ""
-    what = f"{args.a}, mean cosine of rows to earlier snapshots{form}"
-    return result, f"{arguments.heading(what, result['rows'], result['rows_masked_out'], counted.width)}\n{body}"
+    subject = f"{args.a}, mean cosine of rows to earlier snapshots{form}"
+    head = arguments.heading(subject, result["rows"], result["rows_masked_out"], first.width)
+    return result, f"{head}\n{body}"
 
 
 def _followed(run: Any, args: argparse.Namespace, draws: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,17 +89,25 @@ def _text(corrected: dict[str, Any], paper: dict[str, Any]) -> str:
     """Every snapshot's cosines, and those of the strata to step 0."""
     names = ["table", "step", "to step 0", "floor", "paper", "to previous", "rotation-free", "floor", "corrected"]
     lines = []
-    for role, e in corrected.items():
-        for i, step in _steps(e):
-            turned = [getattr(e.rotation_free, name)[i] for name in ("to_start", "floor", "corrected")]
+    for role, evolution in corrected.items():
+        for i, step in _steps(evolution):
+            rotation_free = [getattr(evolution.rotation_free, name)[i] for name in ("to_start", "floor", "corrected")]
             lines.append(
-                [role, str(step), e.to_start[i], e.floor[i], paper[role].to_start[i], e.to_previous[i], *turned]
+                [
+                    role,
+                    str(step),
+                    evolution.to_start[i],
+                    evolution.floor[i],
+                    paper[role].to_start[i],
+                    evolution.to_previous[i],
+                    *rotation_free,
+                ]
             )
-    strata = list(dict.fromkeys(name for e in corrected.values() for name in e.strata))
+    strata = list(dict.fromkeys(name for evolution in corrected.values() for name in evolution.strata))
     by_stratum = [
-        [role, str(step), *(e.strata[name].to_start[i] for name in strata)]
-        for role, e in corrected.items()
-        for i, step in _steps(e)
+        [role, str(step), *(evolution.strata[name].to_start[i] for name in strata)]
+        for role, evolution in corrected.items()
+        for i, step in _steps(evolution)
     ]
     return (
         f"{arguments.text_table(names, lines)}\n"

@@ -4,6 +4,8 @@ Two forms. As they are: rows neither centred nor mapped, of all rows and of stra
 cosine to the earlier rows in another order, `numpy.random.default_rng(0).permutation(rows)`; of a stratum, in another
 order of its own rows. Rotation-free: after the best rotation of the centred snapshot onto the centred earlier one
 (`align`, fit orthogonal), so that a turn of all rows together does not count.
+
+Axes: V rows, N those that count, B rows of a block, D width, O orders of the rows, S earlier snapshots.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from tiedjax.errors import UserError
 FIT = "orthogonal"  # of the rotation-free form
 DRAWS = 1  # row permutations for its floor: one at every snapshot
 # to start, its floor, the error of that; to previous, its floor, the error of that; rows left out
-_Moved = tuple[float | None, float | None, float | None, float | None, float | None, float | None, int]
+_MeanCosines = tuple[float | None, float | None, float | None, float | None, float | None, float | None, int]
 
 
 @dataclass(frozen=True)
@@ -81,28 +83,34 @@ class Trail:
         self._rows, self._strata, self._draws = rows, dict(strata or {}), draws
         self._start = self._previous = _Directions(np.empty((0, 0), np.float32))
         self._orders: list[np.ndarray] = []  # the rows that count: as they are, shuffled, shuffled within strata
-        self._inside: dict[str, np.ndarray] = {}  # their positions by stratum
+        self._positions: dict[str, np.ndarray] = {}  # their positions by stratum
         self._steps: list[int] = []
-        self._moved: list[_Moved] = []
-        self._moved_inside: dict[str, list[_Moved]] = {}
-        self._turned: list[tuple[Score, Score]] = []
+        self._means: list[_MeanCosines] = []
+        self._means_by_stratum: dict[str, list[_MeanCosines]] = {}
+        self._rotation_free_scores: list[tuple[Score, Score]] = []
 
     def add(self, step: int, table_VD: np.ndarray) -> None:
         """Takes the table at `step`; steps come in ascending order. UserError for another shape than the first."""
         table = _Directions(table_VD)
         if not self._steps:
             self._begin(table)
-        if table_VD.shape != self._start.table.shape:
-            was, now = list(self._start.table.shape), list(table_VD.shape)
-            raise UserError(f"evolution: the table at step {step} has shape {now}, the first snapshot's has {was}")
-        same, anywhere, within = _cosines((self._start, self._previous), table, self._orders)
-        self._moved.append(_moved(same, anywhere))
-        for name, inside in self._inside.items():
-            self._moved_inside.setdefault(name, []).append(_moved(same[:, inside], within[:, inside]))
+        if table_VD.shape != self._start.values_VD.shape:
+            first_shape, shape = list(self._start.values_VD.shape), list(table_VD.shape)
+            raise UserError(
+                f"evolution: the table at step {step} has shape {shape}, the first snapshot's has {first_shape}"
+            )
+        in_place_2N, anywhere_2N, within_2N = _cosines((self._start, self._previous), table, self._orders)
+        self._means.append(_mean_cosines(in_place_2N, anywhere_2N))
+        for name, positions in self._positions.items():
+            self._means_by_stratum.setdefault(name, []).append(
+                _mean_cosines(in_place_2N[:, positions], within_2N[:, positions])
+            )
         if self._draws:
-            to_start = self._turn(table, self._start)
-            new = self._previous is not self._start
-            self._turned.append((to_start, self._turn(table, self._previous) if new else to_start))
+            to_start = self._rotation_free_score(table, self._start)
+            has_moved_on = self._previous is not self._start
+            self._rotation_free_scores.append(
+                (to_start, self._rotation_free_score(table, self._previous) if has_moved_on else to_start)
+            )
         self._steps.append(int(step))
         self._previous = table
 
@@ -111,35 +119,38 @@ class Trail:
         if not self._steps:
             raise UserError("evolution: there is no snapshot")
         return Evolution(
-            **vars(_movement(self._moved, len(self._orders[0]))),
+            **vars(_movement(self._means, len(self._orders[0]))),
             steps=list(self._steps),
-            width=self._start.table.shape[1],
-            strata={name: _movement(self._moved_inside[name], len(inside)) for name, inside in self._inside.items()},
+            width=self._start.values_VD.shape[1],
+            strata={
+                name: _movement(self._means_by_stratum[name], len(positions))
+                for name, positions in self._positions.items()
+            },
             rotation_free=self._rotation_free() if self._draws else None,
         )
 
     def _begin(self, table: _Directions) -> None:
         self._start = self._previous = table
-        count = len(table.table)
-        counting = np.ones(count, bool) if self._rows is None else self._rows
-        for name, mask in {"rows": counting, **self._strata}.items():
-            if len(mask) != count:
-                raise UserError(f"evolution: the mask {name!r} is of {len(mask)} rows, the table has {count}")
-        index = np.flatnonzero(counting)
-        shuffled = lambda of: of[np.random.default_rng(0).permutation(len(of))]
-        within = index.copy()
-        for name, mask in self._strata.items():
-            inside = np.flatnonzero(mask[index])
-            if len(inside):
-                self._inside[name] = inside
-                within[inside] = shuffled(index[inside])
-        self._orders = [index, shuffled(index), within]
+        V = len(table.values_VD)
+        counting_V = np.ones(V, bool) if self._rows is None else self._rows
+        for name, mask_V in {"rows": counting_V, **self._strata}.items():
+            if len(mask_V) != V:
+                raise UserError(f"evolution: the mask {name!r} is of {len(mask_V)} rows, the table has {V}")
+        index_N = np.flatnonzero(counting_V)
+        shuffle = lambda row_N: row_N[np.random.default_rng(0).permutation(len(row_N))]
+        within_N = index_N.copy()
+        for name, mask_V in self._strata.items():
+            positions = np.flatnonzero(mask_V[index_N])
+            if len(positions):
+                self._positions[name] = positions
+                within_N[positions] = shuffle(index_N[positions])
+        self._orders = [index_N, shuffle(index_N), within_N]
 
-    def _turn(self, table: _Directions, earlier: _Directions) -> Score:
-        return align(table.table, earlier.table, fits=(FIT,), rows=self._rows, draws=self._draws).scores[FIT]
+    def _rotation_free_score(self, table: _Directions, earlier: _Directions) -> Score:
+        return align(table.values_VD, earlier.values_VD, fits=(FIT,), rows=self._rows, draws=self._draws).scores[FIT]
 
     def _rotation_free(self) -> RotationFree:
-        column = lambda i, field: [getattr(pair[i], field) for pair in self._turned]
+        column = lambda i, field: [getattr(pair[i], field) for pair in self._rotation_free_scores]
         return RotationFree(
             to_start=column(0, "score"),
             floor=column(0, "floor"),
@@ -184,9 +195,9 @@ class _Directions:
     def __init__(self, table_VD: np.ndarray):
         if table_VD.ndim != 2:
             raise UserError(f"evolution: a table must have 2 dimensions [V, D], got {list(table_VD.shape)}")
-        self.table, self.norms = table_VD, np.empty(len(table_VD))
+        self.values_VD, self.norm_V = table_VD, np.empty(len(table_VD))
         for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-            self.norms[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64), axis=1)
+            self.norm_V[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64), axis=1)
 
 
 def _cosines(earlier: Sequence[_Directions], later: _Directions, orders: Sequence[np.ndarray]) -> np.ndarray:
@@ -194,34 +205,34 @@ def _cosines(earlier: Sequence[_Directions], later: _Directions, orders: Sequenc
 
     Returns float64 [orders, earlier, rows]; NaN for rows of zeros.
     """
-    found = np.full((len(orders), len(earlier), len(orders[0])), np.nan)
-    for block in row_blocks(len(orders[0]), later.table.shape[1], itemsize=8):
-        own = orders[0][block]
-        x_BD, norm_B = np.asarray(later.table[own], np.float64), later.norms[own]
+    cosine_OSN = np.full((len(orders), len(earlier), len(orders[0])), np.nan)
+    for block in row_blocks(len(orders[0]), later.values_VD.shape[1], itemsize=8):
+        row_B = orders[0][block]
+        x_BD, norm_B = np.asarray(later.values_VD[row_B], np.float64), later.norm_V[row_B]
         for i, order in enumerate(orders):
-            for j, other in enumerate(earlier):
-                product = norm_B * other.norms[order[block]]
-                dot = np.einsum("vd,vd->v", x_BD, np.asarray(other.table[order[block]], np.float64))
-                np.divide(dot, product, out=found[i, j, block], where=product > 0)
-    return found
+            for j, table in enumerate(earlier):
+                product_B = norm_B * table.norm_V[order[block]]
+                dot_B = np.einsum("vd,vd->v", x_BD, np.asarray(table.values_VD[order[block]], np.float64))
+                np.divide(dot_B, product_B, out=cosine_OSN[i, j, block], where=product_B > 0)
+    return cosine_OSN
 
 
-def _moved(same: np.ndarray, by_chance: np.ndarray) -> _Moved:
+def _mean_cosines(in_place_2N: np.ndarray, chance_2N: np.ndarray) -> _MeanCosines:
     """The means of cosines [2, rows] to the first and the previous snapshot."""
-    floors = [_mean_and_error(row) for row in by_chance]
-    to_start, to_previous = (_mean_and_error(row)[0] for row in same)
-    return to_start, *floors[0], to_previous, *floors[1], int(np.isnan(same).any(axis=0).sum())
+    floors = [_mean_and_error(cosine_N) for cosine_N in chance_2N]
+    to_start, to_previous = (_mean_and_error(cosine_N)[0] for cosine_N in in_place_2N)
+    return to_start, *floors[0], to_previous, *floors[1], int(np.isnan(in_place_2N).any(axis=0).sum())
 
 
-def _movement(moved: Sequence[_Moved], rows: int) -> Movement:
+def _movement(means: Sequence[_MeanCosines], rows: int) -> Movement:
     to_start, floor, error, to_previous, previous_floor, previous_error, left_out = (
-        list(column) for column in zip(*moved, strict=True)
+        list(column) for column in zip(*means, strict=True)
     )
     return Movement(rows, to_start, floor, error, to_previous, previous_floor, previous_error, left_out)
 
 
-def _mean_and_error(cosine: np.ndarray) -> tuple[float | None, float | None]:
+def _mean_and_error(cosine_N: np.ndarray) -> tuple[float | None, float | None]:
     """The mean over rows with a direction and its standard error."""
-    known = cosine[np.isfinite(cosine)]
-    error = float(known.std(ddof=1) / math.sqrt(len(known))) if len(known) > 1 else None
-    return float(known.mean()) if len(known) else None, error
+    directed_N = cosine_N[np.isfinite(cosine_N)]
+    error = float(directed_N.std(ddof=1) / math.sqrt(len(directed_N))) if len(directed_N) > 1 else None
+    return float(directed_N.mean()) if len(directed_N) else None, error

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, records
+from tiedjax.analysis.basis import drawing, plain_json
 from tiedjax.analysis.basis.strata import STRATA
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
 
@@ -18,37 +18,41 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures."""
     ends = {"to_start": "to step 0", "to_previous": "to the previous snapshot"}
     yield drawing.Plot("evolution", [_evolution(field, to) for field, to in ends.items()])
-    turned = [_evolution(field, f"{to}, rotation-free", turned=True) for field, to in ends.items()]
-    yield drawing.Plot("evolution_rotation_free", turned)
-    yield drawing.Plot("evolution_strata", [_by_stratum(arm, role) for arm, role in _shown(results)])
+    rotation_free_panels = [_evolution(field, f"{to}, rotation-free", rotation_free=True) for field, to in ends.items()]
+    yield drawing.Plot("evolution_rotation_free", rotation_free_panels)
+    yield drawing.Plot("evolution_strata", [_by_stratum(arm, role) for arm, role in _tables_with_panels(results)])
 
 
 def ends(results: drawing.Results) -> list[dict[str, str]]:
     """Per arm and role: where the table ended, over seeds: as it is, rotation-free, and by stratum."""
     rows = []
     for (arm, role), evolutions in _by_table(results).items():
-        turned = [e.rotation_free for e in evolutions if e.rotation_free]
+        rotation_free = [evolution.rotation_free for evolution in evolutions if evolution.rotation_free]
         row = {"arm": arm, "name": drawing.table_name(arm, role)}
-        row["raw"] = drawing.spread(e.to_start[-1] for e in evolutions)
-        row["turned"] = drawing.spread(t.to_start[-1] for t in turned)
-        row["chance"] = drawing.mean(t.floor[-1] for t in turned)
+        row["raw"] = drawing.spread(evolution.to_start[-1] for evolution in evolutions)
+        row["turned"] = drawing.spread(movement.to_start[-1] for movement in rotation_free)
+        row["chance"] = drawing.mean(movement.floor[-1] for movement in rotation_free)
         for name in strata(results):
-            row[name] = drawing.spread(e.strata[name].to_start[-1] for e in evolutions if name in e.strata)
+            row[name] = drawing.spread(
+                evolution.strata[name].to_start[-1] for evolution in evolutions if name in evolution.strata
+            )
         rows.append(row)
     return rows
 
 
 def strata(results: drawing.Results) -> list[str]:
     """The strata that any table has, in their order."""
-    known = {name for evolutions in _by_table(results).values() for e in evolutions for name in e.strata}
-    return [name for name in STRATA if name in known]
+    names = {
+        name for evolutions in _by_table(results).values() for evolution in evolutions for name in evolution.strata
+    }
+    return [name for name in STRATA if name in names]
 
 
 def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Evolution]]:
-    return drawing.by_table(records.measured(results["evolution"], Evolution))
+    return drawing.by_table(plain_json.measured(results["evolution"], Evolution))
 
 
-def _shown(results: drawing.Results) -> list[tuple[str, str]]:
+def _tables_with_panels(results: drawing.Results) -> list[tuple[str, str]]:
     """Tables whose strata are drawn: the reference's, the baseline's, those of other arms while there is room."""
     arms = dict.fromkeys([results["headline"]["reference"], results["headline"]["arm"], *results["arms"]])
     tables = _by_table(results)
@@ -62,10 +66,10 @@ def _curves(evolutions: Sequence[Evolution], part: str) -> list[dict[str, Any]]:
     return [vars(movement) | {"steps": steps} for steps, movement in parts if movement]
 
 
-def _evolution(field: str, to: str, turned: bool = False) -> Callable[[drawing.Axes, drawing.Results], None]:
+def _evolution(field: str, to: str, rotation_free: bool = False) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         tables = {
-            table: _curves(evolutions, "rotation_free" if turned else "")
+            table: _curves(evolutions, "rotation_free" if rotation_free else "")
             for table, evolutions in _by_table(results).items()
         }
         for (arm, role), curves in tables.items():
@@ -73,12 +77,12 @@ def _evolution(field: str, to: str, turned: bool = False) -> Callable[[drawing.A
             label, colour = drawing.table_name(arm, role), drawing.colours(results)[arm]
             steps, mean = drawing.mean_curve(curves, field)
             ax.plot(steps, mean, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
-        every = [curve for curves in tables.values() for curve in curves]
-        low = _least(every, field)
-        if every and field == "to_start" and (turned or low < 0.3):  # else it lies far below what is drawn
-            floor = drawing.mean_curve(every, "floor")
+        all_curves = [curve for curves in tables.values() for curve in curves]
+        low = _least(all_curves, field)
+        if all_curves and field == "to_start" and (rotation_free or low < 0.3):  # else it lies far below what is drawn
+            floor = drawing.mean_curve(all_curves, "floor")
             ax.plot(*floor, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
-            low = min(low, _least(every, "floor"))
+            low = min(low, _least(all_curves, "floor"))
         _axes(ax, results, low)
         ax.set_title(to)
 
@@ -93,8 +97,8 @@ def _by_stratum(arm: str, role: str) -> Callable[[drawing.Axes, drawing.Results]
             if curves:
                 steps, mean = drawing.mean_curve(curves, "to_start")
                 ax.plot(steps, mean, color=colour, marker="o", markersize=3, label=f"{name} tokens")
-        shown = [e for table in _shown(results) for e in tables[table]]
-        _axes(ax, results, _least([c for name in strata(results) for c in _curves(shown, name)], "to_start"))
+        evolutions = [e for table in _tables_with_panels(results) for e in tables[table]]
+        _axes(ax, results, _least([c for name in strata(results) for c in _curves(evolutions, name)], "to_start"))
         ax.set_title(f"{arm}, {role} table")
 
     return draw
@@ -108,5 +112,5 @@ def _axes(ax: drawing.Axes, results: drawing.Results, low: float) -> None:
 
 
 def _least(curves: Sequence[Mapping[str, Any]], field: str) -> float:
-    known = [v for c in curves for v in c[field] if v is not None]
-    return float(np.min(known)) if known else 0.0
+    values = [v for c in curves for v in c[field] if v is not None]
+    return float(np.min(values)) if values else 0.0

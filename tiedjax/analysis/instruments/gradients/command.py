@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input, and for --paper on a run that did not log what it needs."""
     import numpy as np
 
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import ROLES, open_run
     from tiedjax.analysis.instruments.gradients.gradients import PAPER_NEEDS, measure, output_share, smooth
     from tiedjax.tying import distinct
@@ -82,13 +82,13 @@ def _published(window: Window) -> float | None:
 def _text(args: argparse.Namespace, flow: GradientFlow, rows: int, width: int) -> str:
     exact = [] if args.paper else [("output share", "output_share"), ("cosine", "cosine")]
     activations = [("paper's form", "paper_output_share"), ("activation/exact", "activation_ratio")]
-    chosen = [*exact, *(activations if flow.activation_norm is not None else [])]
+    columns = [*exact, *(activations if flow.activation_norm is not None else [])]
     windows = [*flow.windows, flow.overall]
     published = [*(_published(w) for w in flow.windows), None]
     table = arguments.text_table(
-        ["steps", "logged", *(head for head, _ in chosen), "published"],
+        ["steps", "logged", *(head for head, _ in columns), "published"],
         [
-            [f"{w.first}-{w.last}", w.logged_steps, *(getattr(w, name) for _, name in chosen), value]
+            [f"{w.first}-{w.last}", w.logged_steps, *(getattr(w, name) for _, name in columns), value]
             for w, value in zip(windows, published, strict=True)
         ],
     )

@@ -3,6 +3,8 @@
 The norms are L2 norms of the exact [V, D] role gradients before any role scaling, so that arms compare like with like.
 Figure 4 of arXiv 2603.26663 divides by another input norm: that of the gradient with respect to the looked-up vectors,
 [B, T, D], in which the positions of one token do not add up. Its share is the paper's form.
+
+Axes: S logged steps.
 """
 
 from __future__ import annotations
@@ -88,14 +90,14 @@ def smooth(steps: np.ndarray, values: np.ndarray, half_life: float = HALF_LIFE) 
 
     Values that are NaN do not count; NaN before the first one that does.
     """
-    found, total, weight, before = np.full(len(values), np.nan), 0.0, 0.0, 0.0
+    means_S, total, weight, before = np.full(len(values), np.nan), 0.0, 0.0, 0.0
     for i, (step, value) in enumerate(zip(steps, values, strict=True)):
-        kept = 0.5 ** ((step - before) / half_life)
-        total, weight, before = kept * total, kept * weight, step
+        decay = 0.5 ** ((step - before) / half_life)
+        total, weight, before = decay * total, decay * weight, step
         if np.isfinite(value):
             total, weight = total + value, weight + 1
-        found[i] = total / weight if weight else np.nan
-    return found
+        means_S[i] = total / weight if weight else np.nan
+    return means_S
 
 
 def measure(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
@@ -108,26 +110,33 @@ def measure(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
     missing = [name for name in NEEDED if name not in metrics]
     if missing:
         raise UserError(f"metrics: no column {missing[0]!r}; gradient flow needs {', '.join(NEEDED)}")
-    steps, before, after, cosine = (np.asarray(metrics[name], np.float64) for name in NEEDED)
-    if not len(steps):
+    step_S, input_norm_S, output_norm_S, cosine_S = (np.asarray(metrics[name], np.float64) for name in NEEDED)
+    if not len(step_S):
         raise UserError("metrics: no step was logged")
-    known = PAPER_NEEDS in metrics
-    activation = np.asarray(metrics[PAPER_NEEDS], np.float64) if known else np.full(len(steps), np.nan)
-    share = output_share(before, after)
-    columns = (share, cosine, output_share(activation, after), _ratio(activation, before))
-    last = int(steps[-1])
+    has_activations = PAPER_NEEDS in metrics
+    activation_norm_S = (
+        np.asarray(metrics[PAPER_NEEDS], np.float64) if has_activations else np.full(len(step_S), np.nan)
+    )
+    share_S = output_share(input_norm_S, output_norm_S)
+    columns = (
+        share_S,
+        cosine_S,
+        output_share(activation_norm_S, output_norm_S),
+        _ratio(activation_norm_S, input_norm_S),
+    )
+    last = int(step_S[-1])
     spans = [(a, min(b, last)) for a, b in WINDOWS if a <= last]
-    windows = [_window(a, b, steps, columns) for a, b in spans]
+    windows = [_window(a, b, step_S, columns) for a, b in spans]
     return GradientFlow(
-        steps=[int(s) for s in steps],
-        input_norm=before.tolist(),
-        output_norm=after.tolist(),
-        output_share=share.tolist(),
-        cosine=cosine.tolist(),
-        activation_norm=activation.tolist() if known else None,
+        steps=[int(s) for s in step_S],
+        input_norm=input_norm_S.tolist(),
+        output_norm=output_norm_S.tolist(),
+        output_share=share_S.tolist(),
+        cosine=cosine_S.tolist(),
+        activation_norm=activation_norm_S.tolist() if has_activations else None,
         windows=[w for w in windows if w.logged_steps],
-        early=_window(EARLY[0], min(EARLY[1], last), steps, columns),
-        overall=_window(int(steps[0]), last, steps, columns),
+        early=_window(EARLY[0], min(EARLY[1], last), step_S, columns),
+        overall=_window(int(step_S[0]), last, step_S, columns),
         deciles=_deciles(metrics),
     )
 
@@ -136,22 +145,22 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
-def _window(first: int, last: int, steps: np.ndarray, columns: tuple[np.ndarray, ...]) -> Window:
-    inside = (steps >= first) & (steps <= last)
-    return Window(first, last, int(inside.sum()), *(_mean(column[inside]) for column in columns))
+def _window(first: int, last: int, step_S: np.ndarray, columns: tuple[np.ndarray, ...]) -> Window:
+    inside_S = (step_S >= first) & (step_S <= last)
+    return Window(first, last, int(inside_S.sum()), *(_mean(column[inside_S]) for column in columns))
 
 
 def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def _deciles(metrics: Mapping[str, np.ndarray]) -> list[Deciles]:
     if not {"input_grad_norm_deciles", "output_grad_norm_deciles"} <= set(metrics):
         return []
-    both = (np.asarray(metrics[f"{role}_grad_norm_deciles"], np.float64) for role in ("input", "output"))
+    norms = (np.asarray(metrics[f"{role}_grad_norm_deciles"], np.float64) for role in ("input", "output"))
     return [
         Deciles(int(step), i.tolist(), o.tolist(), output_share(i, o).tolist())
-        for step, i, o in zip(metrics["step"], *both, strict=True)
+        for step, i, o in zip(metrics["step"], *norms, strict=True)
         if np.isfinite(i).any() or np.isfinite(o).any()
     ]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, published
-from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis import drawing, numbers, plain_json, published
+from tiedjax.analysis.instruments.gradients.gradients import GradientFlow, Window
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures."""
     yield drawing.Plot("gradient_share", [_draw_share, _draw_role_norms])
-    if any(g["deciles"] for g in results["gradients"]):
+    if any(flow.deciles for flows in _by_arm(results).values() for flow in flows):
         yield drawing.Plot("gradient_deciles", [_deciles("input"), _deciles("output")])
-    if any(g["deciles"] for g in _of_baseline(results)):
+    if any(flow.deciles for flow in _of_baseline(results)):
         yield drawing.Plot("gradient_share_deciles", [_share_by_decile], (5.2, 3.4))
 
 
@@ -25,32 +24,35 @@ def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
 
     Empty where no run logged the norm that the paper's form needs.
     """
-    found = [g for g in results["gradients"] if g["arm"] == results["headline"]["arm"]]
-    if not any(g["activation_norm"] for g in found):
+    flows = _of_baseline(results)
+    if not any(flow.activation_norm for flow in flows):
         return []
-    windows: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for window in (w for g in found for w in g["windows"]):
-        windows.setdefault((window["first"], window["last"]), []).append(window)
-    mean = lambda of, name: numbers.spread(vars(interval(w[name] for w in of)))
+    by_span: dict[tuple[int, int], list[Window]] = {}
+    for window in (window for flow in flows for window in flow.windows):
+        by_span.setdefault((window.first, window.last), []).append(window)
     return [
         {
             "steps": f"{span[0]:,}–{span[1]:,}",
-            "exact": mean(of, "output_share"),
-            "paper_form": mean(of, "paper_output_share"),
-            "ratio": mean(of, "activation_ratio"),
+            "exact": drawing.spread(window.output_share for window in windows),
+            "paper_form": drawing.spread(window.paper_output_share for window in windows),
+            "ratio": drawing.spread(window.activation_ratio for window in windows),
             "published": numbers.number(published.OUTPUT_SHARE.get(span)),
         }
-        for span, of in windows.items()
+        for span, windows in by_span.items()
     ]
 
 
-def _of_baseline(results: drawing.Results) -> list[dict[str, Any]]:
-    return [g for g in results["gradients"] if g["arm"] == results["headline"]["arm"]]
+def _by_arm(results: drawing.Results) -> dict[str, list[GradientFlow]]:
+    return drawing.by_run(plain_json.measured(results["gradients"], GradientFlow))
+
+
+def _of_baseline(results: drawing.Results) -> list[GradientFlow]:
+    return _by_arm(results).get(results["headline"]["arm"], [])
 
 
 def _share_by_decile(ax: drawing.Axes, results: drawing.Results) -> None:
     """The output role's share of the gradient of each decile's rows, at every step with deciles; mean over seeds."""
-    runs = [{d["step"]: d["output_share"] for d in g["deciles"]} for g in _of_baseline(results) if g["deciles"]]
+    runs = [{d.step: d.output_share for d in flow.deciles} for flow in _of_baseline(results) if flow.deciles]
     steps = sorted(set.intersection(*(set(run) for run in runs)))
     shares = [[drawing.floats(run[step]) for step in steps] for run in runs]  # [seeds, steps, deciles]
     across, up = np.arange(len(steps) + 1), np.arange(1, 12)
@@ -68,13 +70,13 @@ def _share_by_decile(ax: drawing.Axes, results: drawing.Results) -> None:
 
 
 def _draw_share(ax: drawing.Axes, results: drawing.Results) -> None:
-    for arm, found in drawing.by_arm(results["gradients"]):
+    for arm, flows in _by_arm(results).items():
         colour = drawing.colours(results)[arm]
-        binned = [drawing.log_binned(np.array(g["steps"]), drawing.floats(g["output_share"])) for g in found]
+        binned = [drawing.log_binned(np.array(flow.steps), drawing.floats(flow.output_share)) for flow in flows]
         steps = binned[0][0]
-        same = np.array([b[1] for b in binned if len(b[1]) == len(steps)])
-        ax.plot(steps, same.mean(axis=0), color=colour, label=arm)
-        ax.fill_between(steps, same.min(axis=0), same.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        shares = np.array([share for _, share in binned if len(share) == len(steps)])
+        ax.plot(steps, shares.mean(axis=0), color=colour, label=arm)
+        ax.fill_between(steps, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     ax.axhline(0.5, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="balance")
     drawing.log_steps(ax)
     ax.set_ylim(0, 1)
@@ -84,10 +86,10 @@ def _draw_share(ax: drawing.Axes, results: drawing.Results) -> None:
 
 def _draw_role_norms(ax: drawing.Axes, results: drawing.Results) -> None:
     arm = results["headline"]["arm"]
-    found = [g for g in results["gradients"] if g["arm"] == arm]
     labels = {"output_norm": "output role", "input_norm": "input role", "activation_norm": "input, by position"}
     for (field, label), dashes in zip(labels.items(), ["-", drawing.INPUT, (0, (1, 1.5))], strict=True):
-        binned = [drawing.log_binned(np.array(g["steps"]), drawing.floats(g[field])) for g in found if g[field]]
+        norms = [(flow.steps, norm) for flow in _of_baseline(results) if (norm := getattr(flow, field))]
+        binned = [drawing.log_binned(np.array(steps), drawing.floats(norm)) for steps, norm in norms]
         if binned:
             steps = binned[0][0]
             mean = np.mean([b[1] for b in binned if len(b[1]) == len(steps)], axis=0)
@@ -100,15 +102,13 @@ def _draw_role_norms(ax: drawing.Axes, results: drawing.Results) -> None:
 
 def _deciles(role: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        arm = results["headline"]["arm"]
-        found = [g["deciles"] for g in results["gradients"] if g["arm"] == arm and g["deciles"]]
-        if found:
-            common = sorted(set.intersection(*({d["step"] for d in run} for run in found)))
-            picked = [
-                common[i] for i in np.unique(np.linspace(0, len(common) - 1, len(drawing.STEPS)).round().astype(int))
-            ]
-            for colour, step in zip(drawing.STEPS, picked, strict=False):
-                norms = [drawing.floats(d[f"{role}_norm"]) for run in found for d in run if d["step"] == step]
+        runs = [flow.deciles for flow in _of_baseline(results) if flow.deciles]
+        if runs:
+            steps = sorted(set.intersection(*({deciles.step for deciles in run} for run in runs)))
+            indices = np.unique(np.linspace(0, len(steps) - 1, len(drawing.STEPS)).round().astype(int))
+            for colour, step in zip(drawing.STEPS, (steps[i] for i in indices), strict=False):
+                at_step = [deciles for run in runs for deciles in run if deciles.step == step]
+                norms = [drawing.floats(getattr(deciles, f"{role}_norm")) for deciles in at_step]
                 label = f"step {step:,}"
                 ax.plot(range(1, 11), np.mean(norms, axis=0), color=colour, marker="o", markersize=3.5, label=label)
         ax.set_yscale("log")
@@ -118,6 +118,6 @@ def _deciles(role: str) -> Callable[[drawing.Axes, drawing.Results], None]:
         ax.set_xticks(range(1, 11))
         ax.set_xlabel("frequency decile (10: most frequent)")
         ax.set_ylabel("gradient norm")
-        ax.set_title(f"{arm}: from the {role} role")
+        ax.set_title(f"{results['headline']['arm']}: from the {role} role")
 
     return draw

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tiedjax.analysis.basis import arguments
 
 if TYPE_CHECKING:
-    from tiedjax.analysis.instruments.graph_distance.spectral import Spectral
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
 
 HELP = "spectral distance of two tables' neighbour graphs, with what it is by chance"
 SUBJECT = "pair"
@@ -19,12 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_subject(parser, SUBJECT)
     arguments.add_paper(parser, "all rows, rows of zeros too; 128 eigenpairs")
     arguments.add_count(parser, "--k", 64, "neighbours per row")
-    parser.add_argument(
-        "--eigenpairs",
-        type=int,
-        metavar="N",
-        help="eigenpairs of largest magnitude that are kept (default: 32, the paper's form: 128)",
-    )
+    meaning = "eigenpairs of largest magnitude that are kept"
+    arguments.add_count(parser, "--eigenpairs", None, meaning, default_in_words="32, the paper's form: 128")
     arguments.add_count(parser, "--draws", 1, "row permutations for the floor")
 
 
@@ -32,21 +28,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from functools import partial
 
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, PAPER_EIGENPAIRS, measure
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import EIGENPAIRS, PAPER_EIGENPAIRS, measure
     from tiedjax.analysis.instruments.neighbours.search import Searches
 
     k, draws = (arguments.at_least(args, name) for name in ("k", "draws"))
     if args.eigenpairs is not None:
         arguments.at_least(args, "eigenpairs")
-    ours, paper = args.eigenpairs or EIGENPAIRS, args.eigenpairs or PAPER_EIGENPAIRS
+    eigenpairs, paper_eigenpairs = args.eigenpairs or EIGENPAIRS, args.eigenpairs or PAPER_EIGENPAIRS
     inputs = arguments.read_tables(args)
     names = [table.name for table in inputs.tables]
-    of = partial(measure, *inputs.values, k=k, searches=Searches(), report=arguments.reporter("spectral"))
+    measure_tables = partial(measure, *inputs.values, k=k, searches=Searches(), report=arguments.reporter("spectral"))
     if args.paper:
-        spectral = of(eigenpairs=paper, zero_rows=True, draws=draws)
+        spectral = measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=draws)
     else:
-        spectral = of(eigenpairs=ours, rows=inputs.rows, draws=draws)
+        spectral = measure_tables(eigenpairs=eigenpairs, rows=inputs.rows, draws=draws)
     distance = spectral.distance
     result = inputs.result(args, distance.rows, distance.rows_left_out)
     result |= {"k": k, "other_width": inputs.values[1].shape[1], "rows_left_out": distance.rows_left_out}
@@ -55,10 +51,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         del result["relative"]
     else:
-        same = distance.rows == len(inputs.values[0]) and ours == paper
-        everywhere = spectral if same else of(eigenpairs=paper, zero_rows=True, draws=0)
-        result["paper"] = {"eigenpairs": paper, **to_plain(everywhere.distance)}
-        lines.append(["paper's form: all rows", *_columns(everywhere)[:3], None, None, None])
+        is_paper_form = distance.rows == len(inputs.values[0]) and eigenpairs == paper_eigenpairs
+        paper_form = spectral if is_paper_form else measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=0)
+        result["paper"] = {"eigenpairs": paper_eigenpairs, **to_plain(paper_form.distance)}
+        lines.append(["paper's form: all rows", *_columns(paper_form)[:3], None, None, None])
     table = arguments.text_table(["tokens", "eigenpairs", "rows", "distance", "by chance", "+-", "relative"], lines)
     head = inputs.heading(f"{' and '.join(names)}: graphs of {k} nearest neighbours", result)
     left_out = distance.rows_left_out
@@ -71,7 +67,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
 
 
-def _columns(spectral: Spectral) -> list[Any]:
+def _columns(spectral: GraphDistance) -> list[Any]:
     distance = spectral.distance
     return [
         spectral.eigenpairs,

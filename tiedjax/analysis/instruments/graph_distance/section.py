@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.basis import drawing, records
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis import drawing, plain_json
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
-from tiedjax.analysis.instruments.graph_distance.spectral import EIGENPAIRS, K, Spectral, measure
+from tiedjax.analysis.instruments.graph_distance.graph_distance import EIGENPAIRS, GraphDistance, K, measure
 from tiedjax.analysis.instruments.neighbours.search import Searches
 from tiedjax.errors import UserError
 
@@ -18,11 +18,11 @@ VERSION = 2  # of its part of results.json
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The distance of every pair of twins over the rows both saw."""
     searches = Searches()
-    pairs = [pair.key | _measured(searches, pair) for pair in study.twins]
+    pairs = [pair.key | _record(searches, pair) for pair in study.twins]
     return {"k": K, "eigenpairs": EIGENPAIRS, "pairs": pairs}
 
 
-def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
+def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
     try:
         spectral = measure(pair.subject.values, pair.reference.values, rows=pair.rows, searches=searches)
     except UserError as error:
@@ -47,11 +47,11 @@ def distances(results: drawing.Results) -> list[dict[str, str]]:
             "relative": drawing.spread(pair.relative for pair in pairs),
         }
         for (arm, role, target), pairs in drawing.by_pair(
-            records.measured(results["spectral"]["pairs"], Spectral)
+            plain_json.measured(results["spectral"]["pairs"], GraphDistance)
         ).items()
     ]
 
 
 def not_measured(results: drawing.Results) -> list[str]:
     """Why pairs were not measured, each reason once."""
-    return records.not_measured(results["spectral"]["pairs"])
+    return plain_json.not_measured(results["spectral"]["pairs"])

@@ -6,6 +6,8 @@
 
 Both count the text that the run was shown. beta is the power of two under which a sample of its pairs, each left out of
 its own counts, is most likely; held-out text chooses nothing.
+
+Axes: W windows, S = T + 1 tokens of one, N pairs of neighbouring tokens, K distinct pairs that are counted.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ class Counts:
 
     target_V: np.ndarray
     context_V: np.ndarray
-    pair_K: np.ndarray
-    wanted_K: np.ndarray  # context * V + target, ascending
+    pair_count_K: np.ndarray
+    pair_K: np.ndarray  # context * V + target, ascending
 
     def bigram(self, pairs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """n(c, w), n(c) and u(w) of pairs that were asked for, float64 [N] each."""
-        n_cw = self.pair_K[np.searchsorted(self.wanted_K, pairs_N)].astype(np.float64)
+        n_cw_N = self.pair_count_K[np.searchsorted(self.pair_K, pairs_N)].astype(np.float64)
         context_N, target_N = np.divmod(pairs_N, len(self.target_V))
-        return n_cw, self.context_V[context_N].astype(np.float64), unigram(self.target_V)[target_N]
+        return n_cw_N, self.context_V[context_N].astype(np.float64), unigram(self.target_V)[target_N]
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,19 @@ class Baselines:
 class CountPredictors:
     """Unigram and bigram of the text that a run was shown, on held-out windows int [W, T + 1]; V rows of the table."""
 
-    def __init__(self, shown: Iterable[np.ndarray], held_out_WS: np.ndarray, V: int) -> None:
-        shown = iter(shown)
-        sample, sampled = [], 0
-        while sampled < _SAMPLE and (batch := next(shown, None)) is not None:
-            sample.append(batch)
-            sampled += batch.shape[0] * (batch.shape[1] - 1)
-        sample_N, held_out_N = _pairs(np.concatenate(sample), V), _pairs(held_out_WS, V)
-        counts = count(itertools.chain(sample, shown), np.unique(np.concatenate([sample_N, held_out_N])), V)
-        n_cw, n_c, u = counts.bigram(sample_N)
-        left_out = [np.log((n_cw - 1 + beta * u) / (n_c - 1 + beta)).mean() for beta in BETAS]
+    def __init__(self, batches: Iterable[np.ndarray], held_out_WS: np.ndarray, V: int) -> None:
+        batches = iter(batches)
+        sample_batches, sample_size = [], 0
+        while sample_size < _SAMPLE and (batch := next(batches, None)) is not None:
+            sample_batches.append(batch)
+            sample_size += batch.shape[0] * (batch.shape[1] - 1)
+        sample_N, held_out_N = _pairs(np.concatenate(sample_batches), V), _pairs(held_out_WS, V)
+        counts = count(itertools.chain(sample_batches, batches), np.unique(np.concatenate([sample_N, held_out_N])), V)
+        n_cw_N, n_c_N, u_N = counts.bigram(sample_N)
+        left_out = [np.log((n_cw_N - 1 + beta * u_N) / (n_c_N - 1 + beta)).mean() for beta in BETAS]
         self.beta = float(BETAS[int(np.argmax(left_out))])
-        n_cw, n_c, u = counts.bigram(held_out_N)
-        bits_N = -np.log2((n_cw + self.beta * u) / (n_c + self.beta))
+        n_cw_N, n_c_N, u_N = counts.bigram(held_out_N)
+        bits_N = -np.log2((n_cw_N + self.beta * u_N) / (n_c_N + self.beta))
         self.bigram_bits_WT = bits_N.reshape(len(held_out_WS), -1)
         self.unigram_V, self.training_tokens = unigram(counts.target_V), int(counts.target_V.sum())
         self._held_out_WS = held_out_WS
@@ -78,9 +80,11 @@ class CountPredictors:
         rows = {"uniform": np.full(V, 1 / V), "unigram": self.unigram_V}
         constant = {name: jnp.asarray(np.log(p_V)[None], jnp.float32) for name, p_V in rows.items()}
         predictors = {name: (lambda chunk, row_1V=row_1V: row_1V) for name, row_1V in constant.items()}
-        found = readings(model, model.last_states(self._held_out_WS), self._held_out_WS, predictors)
+        constant_readings = readings(model, model.last_states(self._held_out_WS), self._held_out_WS, predictors)
         bigram = over_windows(self.bigram_bits_WT, len(self._held_out_WS))
-        return Baselines(found["uniform"], found["unigram"], bigram, self.beta, self.training_tokens)
+        return Baselines(
+            constant_readings["uniform"], constant_readings["unigram"], bigram, self.beta, self.training_tokens
+        )
 
 
 def unigram(count_V: np.ndarray) -> np.ndarray:
@@ -89,17 +93,17 @@ def unigram(count_V: np.ndarray) -> np.ndarray:
     return smoothed_V / smoothed_V.sum()
 
 
-def count(shown: Iterable[np.ndarray], wanted_K: np.ndarray, V: int) -> Counts:
-    """Counts over windows [W, T + 1]; `wanted_K` are pairs, ascending."""
-    target_V, context_V, pair_K = np.zeros(V, np.int64), np.zeros(V, np.int64), np.zeros(len(wanted_K), np.int64)
-    for windows in shown:
-        pairs = _pairs(windows, V)
-        context_N, target_N = np.divmod(pairs, V)
+def count(batches: Iterable[np.ndarray], pair_K: np.ndarray, V: int) -> Counts:
+    """Counts over windows [W, T + 1]; `pair_K` are the pairs that are counted, ascending."""
+    target_V, context_V, pair_count_K = np.zeros(V, np.int64), np.zeros(V, np.int64), np.zeros(len(pair_K), np.int64)
+    for batch_WS in batches:
+        pair_N = _pairs(batch_WS, V)
+        context_N, target_N = np.divmod(pair_N, V)
         context_V += np.bincount(context_N, minlength=V)
         target_V += np.bincount(target_N, minlength=V)
-        place = np.minimum(np.searchsorted(wanted_K, pairs), len(wanted_K) - 1)
-        pair_K += np.bincount(place[wanted_K[place] == pairs], minlength=len(wanted_K))
-    return Counts(target_V, context_V, pair_K, wanted_K)
+        place_N = np.minimum(np.searchsorted(pair_K, pair_N), len(pair_K) - 1)
+        pair_count_K += np.bincount(place_N[pair_K[place_N] == pair_N], minlength=len(pair_K))
+    return Counts(target_V, context_V, pair_count_K, pair_K)
 
 
 def _pairs(tokens_WS: np.ndarray, V: int) -> np.ndarray:

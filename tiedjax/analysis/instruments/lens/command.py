@@ -15,12 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
     arguments.add_data(parser)
-    parser.add_argument(
-        "--training-tokens",
-        type=int,
-        metavar="N",
-        help="tokens of the run's training text that fit the translators (default: 64 D, at most 32,768)",
-    )
+    meaning = "tokens of the run's training text that fit the translators"
+    arguments.add_count(parser, "--training-tokens", None, meaning, default_in_words="64 D, at most 32,768")
     arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are scored")
     arguments.add_paper(parser, "translators read one state late, KL only")
 
@@ -30,22 +26,22 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     held_out_tokens = arguments.at_least(args, "held-out-tokens")
     fitted_on = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
     from tiedjax.analysis.basis.held_out import FrozenModel
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.instruments.lens.lens import measure
 
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     report = arguments.reporter("lens")
-    measured = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
-    plain = to_plain(measured)
+    lens = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
+    plain = to_plain(lens)
     baselines = plain.pop("baselines")
-    result = arguments.run_result(args, model.describe(args.a), measured.rows, measured.width) | {
+    result = arguments.run_result(args, model.describe(args.a), lens.rows, lens.width) | {
         "unit": "bits",
         **plain,
     }
     head = (
-        f"{args.a} at step {measured.step}: {measured.held_out_tokens} held-out tokens, "
-        f"translators fitted on {measured.training_tokens} training tokens"
+        f"{args.a} at step {lens.step}: {lens.held_out_tokens} held-out tokens, "
+        f"translators fitted on {lens.training_tokens} training tokens"
     )
     if args.paper:
         for state in result["states"]:
@@ -53,7 +49,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             del state["logit"], state["tuned"]
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
-    fits = f"{_fits(result['states'])}\nconverged: {measured.criterion}"
+    fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
     return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{fits}"
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.held_out import FrozenModel, Reading, held_out_windows, readings, shown
+from tiedjax.analysis.basis.held_out import FrozenModel, Reading, held_out_windows, readings, training_windows
 from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, Baselines, CountPredictors
 from tiedjax.analysis.instruments.lens.training import CRITERION, Minimum, fit, teacher, translated
 from tiedjax.data.prepared import Prepared
@@ -98,16 +98,16 @@ def measure(
     """
     rows, width = model.U_VD.shape
     held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
-    training_WS = np.concatenate(list(shown(run, prepared, fitted_on or training_tokens(width))))
+    training_WS = np.concatenate(list(training_windows(run, prepared, fitted_on or training_tokens(width))))
     read_by_lenses = lens(model, training_WS, held_out_WS, report)
-    counted = CountPredictors(shown(run, prepared, MOST_TOKENS), held_out_WS, rows)
+    count_predictors = CountPredictors(training_windows(run, prepared, MOST_TOKENS), held_out_WS, rows)
     return RunLens(
         **vars(read_by_lenses),
         step=model.step,
         rows=rows,
         width=width,
         criterion=CRITERION,
-        baselines=counted.beside(model),
+        baselines=count_predictors.beside(model),
     )
 
 
@@ -122,14 +122,18 @@ def lens(
     Windows are int [W, T + 1]. `report` is told of each state.
     """
     translators = train(model, training_WS, report)
-    scores = read(model, held_out_WS, [found.point for found in translators])
+    scores = read(model, held_out_WS, [translator.point for translator in translators])
     names = [name_of(state) for state in range(len(translators) + 1)]
-    fits = [Fit(t.iterations, t.evaluations, t.converged, t.value * NATS) for t in translators]
+    fits = [
+        Fit(minimum.iterations, minimum.evaluations, minimum.converged, minimum.value * NATS) for minimum in translators
+    ]
     states = [
         State(state, name, *by_lens, fit)
         for state, (name, by_lens, fit) in enumerate(zip(names, scores, [*fits, None], strict=True))
     ]
-    training_tokens, held_out_tokens = (w.shape[0] * (w.shape[1] - 1) for w in (training_WS, held_out_WS))
+    training_tokens, held_out_tokens = (
+        windows_WS.shape[0] * (windows_WS.shape[1] - 1) for windows_WS in (training_WS, held_out_WS)
+    )
     return Lens(states, training_tokens, held_out_tokens, len(held_out_WS))
 
 
@@ -151,16 +155,16 @@ def name_of(state: int) -> str:
 def train(model: FrozenModel, training_WS: np.ndarray, report: Callable[[str], None]) -> list[Minimum]:
     """The translators of the states 0 .. L - 1."""
     x_LND = model.states(training_WS)
-    taught = teacher(model, x_LND[-1])
-    found = []
+    lesson = teacher(model, x_LND[-1])
+    minima = []
     for state, x_ND in enumerate(x_LND[:-1]):
-        found.append(fit(model, x_ND, taught))
-        ended = "converged" if found[-1].converged else "not converged"
+        minima.append(fit(model, x_ND, lesson))
+        ended = "converged" if minima[-1].converged else "not converged"
         report(
-            f"{name_of(state)} (of {len(x_LND) - 1} layers): {found[-1].value * NATS:.3f} bits on training text "
-            f"after {found[-1].iterations} iterations, {ended}"
+            f"{name_of(state)} (of {len(x_LND) - 1} layers): {minima[-1].value * NATS:.3f} bits on training text "
+            f"after {minima[-1].iterations} iterations, {ended}"
         )
-    return found
+    return minima
 
 
 def read(
@@ -187,6 +191,6 @@ def read(
 
         return predict
 
-    distinct = {pair: predictor(*pair) for pairs in lenses for pair in pairs}
-    found = readings(model, x_LND[-1], tokens_WS, distinct)
-    return [(found[logit], found[tuned], found[published]) for logit, tuned, published in lenses]
+    predictors = {pair: predictor(*pair) for pairs in lenses for pair in pairs}
+    by_predictor = readings(model, x_LND[-1], tokens_WS, predictors)
+    return [(by_predictor[logit], by_predictor[tuned], by_predictor[published]) for logit, tuned, published in lenses]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, published, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json, published
 from tiedjax.analysis.basis.held_out import FrozenModel
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.lens import lens
@@ -24,7 +24,7 @@ VERSION = 2  # of its part of results.json
 
 def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
     """Every run of one seed through the lenses."""
-    return [{"arm": arm, "seed": s} | _measured(study, run) for (arm, s), run in study.runs.items() if s == seed]
+    return [{"arm": arm, "seed": s} | _record(study, run) for (arm, s), run in study.runs.items() if s == seed]
 
 
 def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any
     return {"criterion": CRITERION, "runs": list(runs), "twins": list(_twins(reference, runs))}
 
 
-def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
+def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
     try:
         prepared = study.text(run)
         return dict(to_plain(lens.measure(FrozenModel(run), run, prepared)))
@@ -43,20 +43,20 @@ def _measured(study: StudyRuns, run: Any) -> dict[str, Any]:
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference at every state."""
     by_arm: dict[str, dict[int, RunLens]] = {}
-    for run in records.measured(runs, RunLens):
+    for run in plain_json.measured(runs, RunLens):
         by_arm.setdefault(run.arm, {})[run.seed] = run.value
     reference = by_arm.get(reference_arm, {})
     for arm, subject in by_arm.items():
-        common = reference.keys() & subject.keys()
-        if arm == reference_arm or not common:
+        seeds = reference.keys() & subject.keys()
+        if arm == reference_arm or not seeds:
             continue
-        states = subject[min(common)].states
-        for state, about in enumerate(states):
-            record: dict[str, Any] = {"arm": arm, "state": state, "name": about.name}
+        states = subject[min(seeds)].states
+        for state, named_state in enumerate(states):
+            record: dict[str, Any] = {"arm": arm, "state": state, "name": named_state.name}
             record["early"] = state in early_states(len(states) - 1)
             for name, quantity in QUANTITIES.items():
-                ours, theirs = (_by_seed(side, state, *quantity) for side in (subject, reference))
-                record[name] = to_plain(paired(ours, theirs))
+                subject_scores, reference_scores = (_by_seed(side, state, *quantity) for side in (subject, reference))
+                record[name] = to_plain(paired(subject_scores, reference_scores))
             record["beyond_last"] = to_plain(paired(_above_last(subject, state), _above_last(reference, state)))
             yield record
 
@@ -73,22 +73,24 @@ def _by_seed(runs: Mapping[int, RunLens], state: int, lens_name: str, score: str
 
 def _above_last(runs: Mapping[int, RunLens], state: int) -> dict[int, float | None]:
     """How much worse at the next token a state's tuned lens is than the model in the end, by seed."""
-    here, last = (_by_seed(runs, at, "tuned", "cross_entropy") for at in (state, -1))
-    return {seed: a - b for seed in here if (a := here[seed]) is not None and (b := last[seed]) is not None}
+    state_bits, last_bits = (_by_seed(runs, at, "tuned", "cross_entropy") for at in (state, -1))
+    return {
+        seed: a - b for seed in state_bits if (a := state_bits[seed]) is not None and (b := last_bits[seed]) is not None
+    }
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figures; none where nothing was measured."""
     if _measured_runs(results):
         yield drawing.Plot("lens", [_divergence, _cross_entropy])
-        yield drawing.Plot("lens_paper", [_paper_theirs, _paper_ours])
+        yield drawing.Plot("lens_paper", [_published_curves, _published_form])
     if results["lens"]["twins"]:
         yield drawing.Plot("lens_twins", [_difference("kl", "KL"), _difference("cross_entropy", "cross-entropy")])
 
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["lens"]["runs"])
+    return plain_json.not_measured(results["lens"]["runs"])
 
 
 def sentences(results: drawing.Results) -> list[str]:
@@ -99,16 +101,16 @@ def sentences(results: drawing.Results) -> list[str]:
     for twin in results["lens"]["twins"]:
         if twin["arm"] != arm or not any(twin["tuned_kl"][end] for end in ("mean", "low", "high")):
             continue  # the last state, which is read as it is
-        where = "At the input" if twin["state"] == 0 else f"After {twin['name']}"
+        place = "At the input" if twin["state"] == 0 else f"After {twin['name']}"
         parts = [
-            f"{title} {_moved(twin[name], reference)}"
+            f"{title} {_difference_in_words(twin[name], reference)}"
             for name, title in [("tuned_kl", "divergence"), ("tuned_cross_entropy", "cross-entropy")]
         ]
-        lines.append(f"{where}, the {arm} lens’s {' and its '.join(parts)}.")
+        lines.append(f"{place}, the {arm} lens’s {' and its '.join(parts)}.")
     return lines
 
 
-def _moved(span: Mapping[str, Any], reference: str) -> str:
+def _difference_in_words(span: Mapping[str, Any], reference: str) -> str:
     size = numbers.spread(span)
     if span["low"] is None:
         return f"differs from {reference}’s by {size} bits (one seed)"
@@ -125,14 +127,14 @@ def verdict(results: drawing.Results) -> list[str]:
     early = [t for t in results["lens"]["twins"] if t["arm"] == arm and t["early"]]
     if not early or any(t["tuned_kl"]["low"] is None for t in early):
         return []
-    farther = _placed(early, "tuned_kl", "farther from the final prediction", "nearer to it")
-    worse = _placed(early, "beyond_last", "behind at the next token by more than in the end", "by less")
+    farther = _places_in_words(early, "tuned_kl", "farther from the final prediction", "nearer to it")
+    worse = _places_in_words(early, "beyond_last", "behind at the next token by more than in the end", "by less")
     states = " and ".join(t["name"] for t in early)
     twins = f"{results['headline']['reference']} twins"
     return [f"In the first third ({states}), {arm} lenses are {farther} than those of the {twins}, and {worse}."]
 
 
-def _placed(early: Sequence[Mapping[str, Any]], name: str, higher: str, lower: str) -> str:
+def _places_in_words(early: Sequence[Mapping[str, Any]], name: str, higher: str, lower: str) -> str:
     """Where among the early states the twins differ measurably, and which way."""
     sides = [
         (higher, [t["name"] for t in early if t[name]["low"] > 0]),
@@ -163,8 +165,8 @@ def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per arm and state: tuned lens, logit lens and the published reading, over seeds."""
     lines = []
     for arm, runs in _by_arm(results).items():
-        for state, about in enumerate(runs[0].states):
-            line: dict[str, Any] = {"arm": arm, "name": about.name, "first": not state}
+        for state, named_state in enumerate(runs[0].states):
+            line: dict[str, Any] = {"arm": arm, "name": named_state.name, "first": not state}
             for name, quantity in (QUANTITIES | {"published_kl": ("published", "kl")}).items():
                 line[name] = drawing.spread(_score(run.states[state], *quantity) for run in runs)
             lines.append(line)
@@ -183,13 +185,13 @@ def training(results: drawing.Results) -> str:
     fits = [(state.fit, state.tuned.kl.mean) for run in runs for state in run.states if state.fit]
     if not fits:
         return ""
-    done = sum(fit.converged for fit, _ in fits)
+    converged = sum(fit.converged for fit, _ in fits)
     gap = interval(held_out_kl - fit.training_kl for fit, held_out_kl in fits if held_out_kl is not None).mean
     most = max(fit.iterations for fit, _ in fits)
     return (
         f"Fitted on {runs[0].training_tokens:,} tokens of training text, scored on {runs[0].held_out_tokens:,} "
-        f"held-out ones. {done} of {len(fits)} translators converged ({results['lens']['criterion']}), after at most "
-        f"{most} iterations; their divergence is on average {numbers.number(gap)} bits higher on held-out text."
+        f"held-out ones. {converged} of {len(fits)} translators converged ({results['lens']['criterion']}), after at "
+        f"most {most} iterations; their divergence is on average {numbers.number(gap)} bits higher on held-out text."
     )
 
 
@@ -201,7 +203,7 @@ def _bits(runs: Sequence[RunLens], name: str) -> float:
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[RunLens]]:
-    return drawing.by_run(records.measured(results["lens"]["runs"], RunLens))
+    return drawing.by_run(plain_json.measured(results["lens"]["runs"], RunLens))
 
 
 def _measured_runs(results: drawing.Results) -> list[RunLens]:
@@ -231,16 +233,16 @@ def _cross_entropy(ax: drawing.Axes, results: drawing.Results) -> None:
         colour = drawing.colours(results)[arm]
         ax.plot(_curve(runs, "tuned", "cross_entropy"), color=colour, marker="o", markersize=3.5)
         ax.plot(_curve(runs, "logit", "cross_entropy"), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.4)
-    every = _measured_runs(results)
-    last = len(every[0].states) - 1
+    all_runs = _measured_runs(results)
+    last = len(all_runs[0].states) - 1
     for name in PREDICTORS:
-        bits = _bits(every, name)
+        bits = _bits(all_runs, name)
         ax.axhline(bits, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
         offset = (0, -11 if name == "bigram" else 2)  # the curves end just above the bigram's line
         ax.annotate(name, (last, bits), xytext=offset, textcoords="offset points", ha="right", color=drawing.MUTED)
     _state_axis(ax, results)
-    low = min(_curve(every, "tuned", "cross_entropy").min(), _bits(every, "bigram"))
-    ax.set_ylim(low - 0.7, _bits(every, "uniform") + 0.6)
+    low = min(_curve(all_runs, "tuned", "cross_entropy").min(), _bits(all_runs, "bigram"))
+    ax.set_ylim(low - 0.7, _bits(all_runs, "uniform") + 0.6)
     ax.set_ylabel("bits per held-out token")
     ax.set_title("next token; dotted: logit lens")
 
@@ -248,13 +250,13 @@ def _cross_entropy(ax: drawing.Axes, results: drawing.Results) -> None:
 def _difference(score: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         arms = list(drawing.by_arm(results["lens"]["twins"]))
-        for i, (arm, of) in enumerate(arms):
-            spans = [t[f"tuned_{score}"] for t in of]
-            at = np.arange(len(of)) + 0.08 * (i - (len(arms) - 1) / 2)
+        for i, (arm, differences) in enumerate(arms):
+            spans = [t[f"tuned_{score}"] for t in differences]
+            places = np.arange(len(differences)) + 0.08 * (i - (len(arms) - 1) / 2)
             mean = drawing.floats([s["mean"] for s in spans])
             half = [0.0 if s["low"] is None else (s["high"] - s["low"]) / 2 for s in spans]
             colour = drawing.colours(results)[arm]
-            ax.errorbar(at, mean, half, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
+            ax.errorbar(places, mean, half, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
         ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
         _state_axis(ax, results)
         ax.set_ylabel("difference, bits")
@@ -263,7 +265,7 @@ def _difference(score: str, title: str) -> Callable[[drawing.Axes, drawing.Resul
     return draw
 
 
-def _paper_theirs(ax: drawing.Axes, results: drawing.Results) -> None:
+def _published_curves(ax: drawing.Axes, results: drawing.Results) -> None:
     head, colours = results["headline"], drawing.colours(results)
     for name, arm in [("untied", head["reference"]), ("tied", head["arm"])]:
         values = published.LENS[name]
@@ -275,7 +277,7 @@ def _paper_theirs(ax: drawing.Axes, results: drawing.Results) -> None:
     ax.set_title(f"published: {published.LENS_PAIR.split(';')[0].replace(' and ', ', ')}")
 
 
-def _paper_ours(ax: drawing.Axes, results: drawing.Results) -> None:
+def _published_form(ax: drawing.Axes, results: drawing.Results) -> None:
     for arm, runs in _by_arm(results).items():
         colour = drawing.colours(results)[arm]
         ax.plot(_curve(runs, "published", "kl"), color=colour, marker="o", markersize=3, label=arm)
@@ -288,6 +290,6 @@ def _paper_ours(ax: drawing.Axes, results: drawing.Results) -> None:
 
 def _state_axis(ax: drawing.Axes, results: drawing.Results) -> None:
     last = max(len(run.states) for run in _measured_runs(results)) - 1
-    every = max(1, last // 8)
-    ax.set_xticks(range(0, last + 1, every), ["input", *(f"{i}" for i in range(every, last + 1, every))])
+    spacing = max(1, last // 8)
+    ax.set_xticks(range(0, last + 1, spacing), ["input", *(f"{i}" for i in range(spacing, last + 1, spacing))])
     ax.set_xlabel("after layer")

@@ -8,6 +8,8 @@ loss is the mean of KL(final || softmax(y U^T)). With the final distribution p,
 so a position's teacher is one [D] vector and one number, and [C, V] logits are needed for a chunk of positions only.
 L-BFGS (Liu and Nocedal 1989) minimises it, its initial inverse Hessian the Kronecker product of two inverses (Martens
 and Grosse 2015): of the second moments of (x, 1), and of the final distribution's mean covariance of the rows of U.
+
+Axes: N positions laid flat, C a chunk of them, M chunks, B rows of a block, E = D + 1 of the rows of [W; b].
 """
 
 from __future__ import annotations
@@ -68,29 +70,35 @@ def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
     p_V, U_VD = total_V / len(y_ND), np.asarray(model.tables.output)
     covariance_DD = np.zeros((U_VD.shape[1],) * 2)
     for block in row_blocks(len(U_VD), U_VD.shape[1], itemsize=8):
-        u = np.asarray(U_VD[block], np.float64)
-        covariance_DD += (u * p_V[block, None]).T @ u
-    m = np.asarray(m_ND, np.float64)
-    return Teacher(m_ND, negative_entropy_N, covariance_DD - m.T @ m / len(m))
+        u_BD = np.asarray(U_VD[block], np.float64)
+        covariance_DD += (u_BD * p_V[block, None]).T @ u_BD
+    m64_ND = np.asarray(m_ND, np.float64)
+    return Teacher(m_ND, negative_entropy_N, covariance_DD - m64_ND.T @ m64_ND / len(m64_ND))
 
 
-def fit(model: FrozenModel, x_ND: np.ndarray, taught: Teacher) -> Minimum:
+def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
     """The translator of the states x_ND: `point` is float64 [D + 1, D], W above b."""
     N, D = x_ND.shape
-    x_on_device = jnp.asarray(x_ND)
+    device_ND = jnp.asarray(x_ND)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        theta = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
-        value, slope = _loss_and_slope(model.config, model.norm, theta, x_on_device, *taught[:2], model.U_VD)
-        return float(value), np.asarray(slope, np.float64).ravel()
+        theta_ED = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
+        value, slope_ED = _loss_and_slope(model.config, model.norm, theta_ED, device_ND, *lesson[:2], model.U_VD)
+        return float(value), np.asarray(slope_ED, np.float64).ravel()
 
-    moments = np.zeros((D + 1, D + 1))
+    moments_EE = np.zeros((D + 1, D + 1))
     for block in row_blocks(N, D + 1, itemsize=8):
-        x1 = np.concatenate([np.asarray(x_ND[block], np.float64), np.ones((len(x_ND[block]), 1))], axis=1)
-        moments += x1.T @ x1 / N
-    left, right = _inverse(moments), _inverse(taught.covariance_DD)
-    found = minimise(objective, np.zeros((D + 1) * D), lambda slope: (left @ slope.reshape(D + 1, D) @ right).ravel())
-    return Minimum(found.point.reshape(D + 1, D), found.value, found.iterations, found.evaluations, found.converged)
+        x1_BE = np.concatenate([np.asarray(x_ND[block], np.float64), np.ones((len(x_ND[block]), 1))], axis=1)
+        moments_EE += x1_BE.T @ x1_BE / N
+    left_inverse, right_inverse = _inverse(moments_EE), _inverse(lesson.covariance_DD)
+    minimum = minimise(
+        objective,
+        np.zeros((D + 1) * D),
+        lambda slope_ED: (left_inverse @ slope_ED.reshape(D + 1, D) @ right_inverse).ravel(),
+    )
+    return Minimum(
+        minimum.point.reshape(D + 1, D), minimum.value, minimum.iterations, minimum.evaluations, minimum.converged
+    )
 
 
 def minimise(
@@ -118,23 +126,23 @@ def minimise(
         direction = -_inverse_hessian(slope, memory, precondition)
         promise, length = float(slope @ direction), 1.0
         while True:
-            new = point + length * direction
-            new_value, new_slope = objective(new)
+            trial = point + length * direction
+            trial_value, trial_slope = objective(trial)
             evaluations += 1
-            enough = new_value <= value + 1e-4 * length * promise
-            if enough or length < 1e-4:
+            falls = trial_value <= value + 1e-4 * length * promise
+            if falls or length < 1e-4:
                 break
             length /= 2
         threshold = tolerance * max(value, _LEAST)
-        if not enough:
+        if not falls:
             converged = -promise / 2 < threshold
             if converged or not memory:
                 break
             memory.clear()  # once more along the preconditioned slope
             continue
-        if (new - point) @ (new_slope - slope) > 0:
-            memory = [*memory[1 - _PAIRS :], (new - point, new_slope - slope)]
-        point, value, slope = new, new_value, new_slope
+        if (trial - point) @ (trial_slope - slope) > 0:
+            memory = [*memory[1 - _PAIRS :], (trial - point, trial_slope - slope)]
+        point, value, slope = trial, trial_value, trial_slope
         values.append(value)
         if len(values) > span and values[-1 - span] - value < threshold:
             converged = True
@@ -166,9 +174,9 @@ def _inverse(symmetric: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def translated(cfg: ModelConfig, norm: Any, theta: jax.Array, x_ND: jax.Array) -> jax.Array:
+def translated(cfg: ModelConfig, norm: Any, theta_ED: jax.Array, x_ND: jax.Array) -> jax.Array:
     """norm(x + x W + b), theta = [W; b]: the states as the output table reads them; exactly norm(x) at theta = 0."""
-    moved_ND = x_ND + jnp.matmul(x_ND, theta[:-1], precision="highest") + theta[-1:]
+    moved_ND = x_ND + jnp.matmul(x_ND, theta_ED[:-1], precision="highest") + theta_ED[-1:]
     return final_norm(cfg, norm, moved_ND)
 
 
@@ -176,20 +184,20 @@ def translated(cfg: ModelConfig, norm: Any, theta: jax.Array, x_ND: jax.Array) -
 def _loss_and_slope(
     cfg: ModelConfig,
     norm: Any,
-    theta: jax.Array,
+    theta_ED: jax.Array,
     x_ND: jax.Array,
     m_ND: jax.Array,
     negative_entropy_N: jax.Array,
     U_VD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     N, D = x_ND.shape
-    y_ND, pull_back = jax.vjp(lambda theta: translated(cfg, norm, theta, x_ND), theta)
+    y_ND, pull_back = jax.vjp(lambda theta_ED: translated(cfg, norm, theta_ED, x_ND), theta_ED)
     C = min(CHUNK, N)
 
     def cut(a_ND: jax.Array) -> jax.Array:
         return jnp.pad(a_ND, ((0, -N % C), (0, 0))).reshape(-1, C, D)
 
-    def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def chunk_loss_and_slope(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_CD, m_CD = chunk
         logits_CV = jnp.matmul(y_CD, U_VD.T, precision="highest")
         top_C1 = logits_CV.max(axis=-1, keepdims=True)
@@ -198,9 +206,9 @@ def _loss_and_slope(
         loss_C = (jnp.log(sum_C1) + top_C1)[:, 0] - jnp.sum(y_CD * m_CD, axis=-1)
         return loss_C, jnp.matmul(e_CV, U_VD, precision="highest") / sum_C1 - m_CD
 
-    loss_KC, slope_KCD = jax.lax.map(one, (cut(y_ND), cut(m_ND)))
-    loss = jnp.mean(loss_KC.reshape(-1)[:N] + negative_entropy_N)
-    return loss, pull_back(slope_KCD.reshape(-1, D)[:N] / N)[0]
+    loss_MC, slope_MCD = jax.lax.map(chunk_loss_and_slope, (cut(y_ND), cut(m_ND)))
+    loss = jnp.mean(loss_MC.reshape(-1)[:N] + negative_entropy_N)
+    return loss, pull_back(slope_MCD.reshape(-1, D)[:N] / N)[0]
 
 
 @jax.jit

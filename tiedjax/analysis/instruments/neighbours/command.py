@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.neighbours.knn import measure
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.neighbours.overlap import measure
     from tiedjax.errors import UserError
 
     k, draws = arguments.at_least(args, "k"), arguments.at_least(args, "draws")

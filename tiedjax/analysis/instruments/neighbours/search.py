@@ -6,6 +6,9 @@ equal, and of equals the lowest index comes first. A row of zeros has cosine 0 t
 
 On a CPU each product of two blocks serves both of its sides, and only the largest similarity in each group of columns
 is kept: the k nearest lie in the k groups with the largest maxima. On another device `jax.lax.top_k` reads each block.
+
+Axes: V rows, D width, R rows of a block, N candidates of a row, G groups of columns, W = the groups that a row reads,
+A = R W requests for a group, C rows of a block whose order is not sure, P a part of them, K nearest.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ class _Search:
             length = np.sqrt(np.einsum("vd,vd->v", block, block))
             length[length == 0] = 1
             self.peak[start:stop], self.length[start:stop] = peak, length
-        self._began = self._said = time.monotonic()
+        self._start_time = self._report_time = time.monotonic()
 
     def unit(self, rows: Any) -> np.ndarray:
         """The rows of those indices with length 1, float64."""
@@ -134,7 +137,7 @@ class _Search:
         wide = min(self.near, padded // group)
         for start, stop in _blocks(self.V, _BYTES // (4 * wide * group)):
             self._settle(start, *self._within_groups(unit_VD, maxima_VG[start:stop], start, wide))
-            self._say(0.8 + 0.2 * stop / self.V)
+            self._report_progress(0.8 + 0.2 * stop / self.V)
 
     def _maxima(self, unit_VD: np.ndarray, group: int) -> np.ndarray:
         """The largest cosine of each row with each group of columns, itself not counted."""
@@ -153,10 +156,11 @@ class _Search:
                 groups = slice(left // group, right // group)
                 maxima_VG[top:bottom, groups] = cosines.reshape(shape[0], -1, group).max(axis=2)
                 if right > bottom:  # the other side of the product: these columns as rows
-                    new = max(bottom - left, 0)
-                    below = cosines.reshape(-1, group, shape[1]).max(axis=1)[:, new:]
-                    maxima_VG[left + new : right, top // group : bottom // group] = below.T
-            self._say(0.8 * (1 - (1 - bottom / padded) ** 2))  # the rest of the time goes to what is in the groups
+                    offset = max(bottom - left, 0)
+                    below = cosines.reshape(-1, group, shape[1]).max(axis=1)[:, offset:]
+                    maxima_VG[left + offset : right, top // group : bottom // group] = below.T
+            # The rest of the time goes to what is in the groups.
+            self._report_progress(0.8 * (1 - (1 - bottom / padded) ** 2))
         return maxima_VG
 
     def _within_groups(
@@ -167,16 +171,16 @@ class _Search:
         group = len(unit_VD) // groups
         best_RW = np.argpartition(maxima_RG, groups - wide, axis=1)[:, groups - wide :]
         # Rows that ask for the same group are multiplied with it together.
-        order = np.argsort(best_RW, axis=None, kind="stable")
+        order_A = np.argsort(best_RW, axis=None, kind="stable")
         ends = np.cumsum(np.bincount(best_RW.ravel(), minlength=groups))
         cosines = np.empty((rows * wide, group), np.float32)
         for g, end in enumerate(ends):
-            asking = order[(ends[g - 1] if g else 0) : end]
-            cosines[asking] = unit_VD[start + asking // wide] @ unit_VD[g * group : (g + 1) * group].T
-        asked = best_RW.ravel()
-        itself = np.flatnonzero(asked == np.repeat(np.arange(start, start + rows) // group, wide))
-        cosines[itself, (start + itself // wide) % group] = _NONE
-        cosines[np.flatnonzero(asked == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
+            askers = order_A[(ends[g - 1] if g else 0) : end]
+            cosines[askers] = unit_VD[start + askers // wide] @ unit_VD[g * group : (g + 1) * group].T
+        group_A = best_RW.ravel()
+        itself_A = np.flatnonzero(group_A == np.repeat(np.arange(start, start + rows) // group, wide))
+        cosines[itself_A, (start + itself_A // wide) % group] = _NONE
+        cosines[np.flatnonzero(group_A == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
         cosines = cosines.reshape(rows, wide * group)
         near = np.empty((rows, self.near), np.int64)
         for top, bottom in _blocks(rows, 1024):  # the partition of all rows at once is twice as large as the cosines
@@ -194,8 +198,8 @@ class _Search:
 
         @jax.jit
         def nearest(unit_VD: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-            mine_RD = jax.lax.dynamic_slice_in_dim(unit_VD, start, rows)
-            cosines_RV = jnp.matmul(mine_RD, unit_VD.T, precision="highest")
+            unit_RD = jax.lax.dynamic_slice_in_dim(unit_VD, start, rows)
+            cosines_RV = jnp.matmul(unit_RD, unit_VD.T, precision="highest")
             itself = jnp.arange(self.V)[None, :] == start + jnp.arange(rows)[:, None]
             return jax.lax.top_k(jnp.where(itself, _NONE, cosines_RV), self.near)
 
@@ -203,7 +207,7 @@ class _Search:
             first = min(start, self.V - rows)  # every call has the same shape; the last one repeats some rows
             cosines, indices = (np.asarray(part)[start - first :] for part in nearest(unit_VD, first))
             self._settle(start, cosines, indices)
-            self._say(stop / self.V)
+            self._report_progress(stop / self.V)
 
     def _settle(self, start: int, cosines_RN: np.ndarray, indices_RN: np.ndarray) -> None:
         """Writes the k nearest of what float32 found for the rows from `start` on."""
@@ -211,37 +215,37 @@ class _Search:
         rows = np.arange(start, start + len(cosines_RN))
         self.indices[rows], self.cosines[rows] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
         gaps = cosines_RN[:, : self.k] - cosines_RN[:, 1 : self.k + 1] if self.near > self.k else -np.diff(cosines_RN)
-        close = np.flatnonzero((gaps < self.unsure).any(axis=1))
-        crowded = []
-        for first, last in _blocks(len(close), _BYTES // (32 * self.near * self.table.shape[1])):
-            some = close[first:last]
-            exact = np.einsum("rd,rnd->rn", self.unit(rows[some]), self.unit(indices_RN[some]))
-            exact, indices = _sorted(exact.round(_DIGITS), indices_RN[some])
-            self.indices[rows[some]], self.cosines[rows[some]] = indices[:, : self.k], exact[:, : self.k]
+        unsure_C = np.flatnonzero((gaps < self.unsure).any(axis=1))
+        crowded_rows = []
+        for first, last in _blocks(len(unsure_C), _BYTES // (32 * self.near * self.table.shape[1])):
+            part_P = unsure_C[first:last]
+            exact_PN = np.einsum("rd,rnd->rn", self.unit(rows[part_P]), self.unit(indices_RN[part_P]))
+            exact_PN, indices_PN = _sorted(exact_PN.round(_DIGITS), indices_RN[part_P])
+            self.indices[rows[part_P]], self.cosines[rows[part_P]] = indices_PN[:, : self.k], exact_PN[:, : self.k]
             if self.near < self.V - 1:  # else there is none that float32 did not find
-                crowded.append(some[exact[:, self.k - 1] - cosines_RN[some, -1] < self.unsure])
-        if crowded:
-            self._whole_rows(rows[np.concatenate(crowded)])
+                crowded_rows.append(part_P[exact_PN[:, self.k - 1] - cosines_RN[part_P, -1] < self.unsure])
+        if crowded_rows:
+            self._whole_rows(rows[np.concatenate(crowded_rows)])
 
     def _whole_rows(self, rows: np.ndarray) -> None:
         """Writes the answer for rows with more near equals than float32 found: every cosine in float64."""
         for start, stop in _blocks(len(rows), min(_BYTES // (8 * self.V), 512)):
-            some = rows[start:stop]
-            mine, cosines = self.unit(some), np.empty((len(some), self.V))
+            part_P = rows[start:stop]
+            unit_PD, cosine_PV = self.unit(part_P), np.empty((len(part_P), self.V))
             for left, right in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
-                cosines[:, left:right] = mine @ self.unit(slice(left, right)).T
-            np.round(cosines, _DIGITS, out=cosines)
-            cosines[np.arange(len(some)), some] = _NONE
-            for row, cosine in zip(some, cosines, strict=True):
-                near = np.flatnonzero(cosine >= np.partition(cosine, -self.k)[-self.k])
-                near = near[np.argsort(-cosine[near], kind="stable")[: self.k]]
-                self.indices[row], self.cosines[row] = near, cosine[near]
+                cosine_PV[:, left:right] = unit_PD @ self.unit(slice(left, right)).T
+            np.round(cosine_PV, _DIGITS, out=cosine_PV)
+            cosine_PV[np.arange(len(part_P)), part_P] = _NONE
+            for row, cosine_V in zip(part_P, cosine_PV, strict=True):
+                near = np.flatnonzero(cosine_V >= np.partition(cosine_V, -self.k)[-self.k])
+                near = near[np.argsort(-cosine_V[near], kind="stable")[: self.k]]
+                self.indices[row], self.cosines[row] = near, cosine_V[near]
 
-    def _say(self, done: float) -> None:
-        now = time.monotonic()
-        if self.report and now - self._said >= 5:
-            self._said = now
-            self.report(f"neighbours of {self.V:,} rows: {done:.0%}, {now - self._began:.0f} s")
+    def _report_progress(self, share: float) -> None:
+        time_now = time.monotonic()
+        if self.report and time_now - self._report_time >= 5:
+            self._report_time = time_now
+            self.report(f"neighbours of {self.V:,} rows: {share:.0%}, {time_now - self._start_time:.0f} s")
 
 
 def _sorted(cosines_RN: np.ndarray, indices_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.basis import drawing, numbers, published, records
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis import drawing, numbers, plain_json, published
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns, TwinTables
-from tiedjax.analysis.instruments.neighbours.knn import Hubness, K, Knn, measure
+from tiedjax.analysis.instruments.neighbours.overlap import Hubness, K, NeighbourOverlap, measure
 from tiedjax.analysis.instruments.neighbours.search import Searches
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED
@@ -21,13 +21,13 @@ VERSION = 2  # of its part of results.json
 def collect(study: StudyRuns) -> dict[str, Any]:
     """The overlap of every pair of twins over the rows both saw, and in the paper's form over all rows."""
     searches = Searches()
-    return {"k": K, "pairs": [pair.key | _measured(searches, pair) for pair in study.twins]}
+    return {"k": K, "pairs": [pair.key | _record(searches, pair) for pair in study.twins]}
 
 
-def _measured(searches: Searches, pair: TwinTables) -> dict[str, Any]:
-    mine, reference = pair.subject, pair.reference
+def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
+    subject, reference = pair.subject, pair.reference
     try:
-        knn = measure(mine.values, reference.values, rows=pair.rows, counts=mine.counts, searches=searches)
+        knn = measure(subject.values, reference.values, rows=pair.rows, counts=subject.counts, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
     return dict(to_plain(knn))
@@ -63,7 +63,7 @@ def hubs(results: drawing.Results) -> list[dict[str, str]]:
     """Per table: skewness of how often a row is a neighbour, and the share of rows that are nobody's."""
     tables: dict[tuple[str, str], dict[int, Hubness]] = {}
     reference = results["headline"]["reference"]
-    for pair in records.measured(results["knn"]["pairs"], Knn):
+    for pair in plain_json.measured(results["knn"]["pairs"], NeighbourOverlap):
         subject, target = pair.value.hubness
         tables.setdefault((pair.arm, pair.role), {})[pair.seed] = subject
         tables.setdefault((reference, pair.reference_role), {})[pair.seed] = target
@@ -80,11 +80,11 @@ def hubs(results: drawing.Results) -> list[dict[str, str]]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """Why pairs were not measured, each reason once."""
-    return records.not_measured(results["knn"]["pairs"])
+    return plain_json.not_measured(results["knn"]["pairs"])
 
 
-def _by_pair(results: drawing.Results) -> dict[tuple[str, str, str], list[Knn]]:
-    return drawing.by_pair(records.measured(results["knn"]["pairs"], Knn))
+def _by_pair(results: drawing.Results) -> dict[tuple[str, str, str], list[NeighbourOverlap]]:
+    return drawing.by_pair(plain_json.measured(results["knn"]["pairs"], NeighbourOverlap))
 
 
 def _published(results: drawing.Results, arm: str, role: str, target: str) -> float | None:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
+    from tiedjax.analysis.basis.plain_json import to_plain
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.instruments.norms.norms import curve, measure, row_norms
 
@@ -34,16 +34,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     counts = arguments.counts_of(table)
     if counts is None:
         raise UserError(f"{args.a}: no token counts are known for it; give them with --counts FILE.npy")
-    count = counts[-1]  # as target
-    V = len(count)
-    published = curve(row_norms(table.values), count)
+    count_V = counts[-1]  # as target
+    V = len(count_V)
+    published = curve(row_norms(table.values), count_V)
     paper = {"rows": V, "norm": to_plain(published)}
     if args.paper:
         result = inputs.result(args, V) | {"counts": "as target", **paper}
         head = inputs.heading(f"{table.name}, L2 norm against count as target; paper's form", result)
         return result, f"{head}\n{_published(published)}"
     rows = slice(None) if args.all_rows else seen_rows(counts)
-    norms = measure(table.values[rows], count[rows], draws=draws)
+    norms = measure(table.values[rows], count_V[rows], draws=draws)
     result = inputs.result(args, norms.rows) | {"counts": "as target", **to_plain(norms), "paper": paper}
     head = inputs.heading(f"{table.name}, rows against their counts as target", result)
     return result, f"{head}\n{_text(norms)}\n\npaper's form: L2 norm of all {V} rows\n{_published(published)}"
@@ -55,8 +55,8 @@ def _text(norms: Norms) -> str:
 
     quantities = {"norm": norms.norm, "distance": norms.distance_to_mean, "cosine": norms.cosine_to_mean}
     by_bin: dict[tuple[float, float], dict[str, float]] = {}
-    for name, of in quantities.items():
-        for b in of.bins:
+    for name, curve in quantities.items():
+        for b in curve.bins:
             by_bin.setdefault((b.low, b.high), {"rows": b.rows})[name] = b.median
     medians = arguments.text_table(
         ["log10(count + 1)", "rows", "norm", "distance to mean", "cosine to mean"],
@@ -66,7 +66,7 @@ def _text(norms: Norms) -> str:
         ["Spearman with count", "score", "low", "high", "floor", "+-"],
         [
             [name, rank.score, rank.low, rank.high, rank.floor, rank.floor_deviation]
-            for name, rank in ((name, of.spearman) for name, of in quantities.items())
+            for name, rank in ((name, curve.spearman) for name, curve in quantities.items())
         ],
     )
     probe = norms.log_frequency

@@ -2,9 +2,11 @@
 
 The rows fall into FOLDS folds, `numpy.random.default_rng(0).permutation(V) % FOLDS`. For each fold the probe is fitted
 on the others: every column centred by its mean and divided by its standard deviation there (a constant column is
-left out), the penalty chosen there by generalised cross-validation (`maps.Ridge`). The score is
+left out), the penalty chosen there by generalised cross-validation (`linear_maps.Ridge`). The score is
 R^2 = 1 - sum (y - prediction)^2 / sum (y - mean of y in the other folds)^2, over all rows, each predicted once.
 Everything follows from each fold's sums and its [D, D] Gram matrix.
+
+Axes: V rows, D width, N targets, B rows of a block, M those of one fold.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws
-from tiedjax.analysis.basis.maps import Ridge
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
+from tiedjax.analysis.basis.linear_maps import Ridge
 
 FOLDS = 5
 DRAWS = 20
@@ -59,22 +61,26 @@ def frequency_probe(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = D
         rng = np.random.default_rng(0)
         fold_V = rng.permutation(len(y_V)) % FOLDS
         scores = _cross_validated(table_VD, np.stack([y_V, *(rng.permutation(y_V) for _ in range(draws))], 1), fold_V)
-    score, *drawn = (float(s) if np.isfinite(s) else None for s in scores)
-    return beside_draws(score, drawn, rows=len(y_V))
+    score, *chance_scores = (float(s) if np.isfinite(s) else None for s in scores)
+    return beside(score, drawn_floor(chance_scores), rows=len(y_V))
 
 
 def _cross_validated(table_VD: np.ndarray, y_VN: np.ndarray, fold_V: np.ndarray) -> np.ndarray:
     """R^2 of each target, float64 [N]; NaN where a fold's other rows or targets do not vary."""
     folds = _fold_sums(table_VD, y_VN - y_VN.mean(axis=0), fold_V)
-    whole = _Sums(**{name: sum(vars(fold)[name] for fold in folds) for name in vars(folds[0])})
+    all_sums = _Sums(**{name: sum(vars(fold)[name] for fold in folds) for name in vars(folds[0])})
     lost_N, total_N = np.zeros(y_VN.shape[1]), np.zeros(y_VN.shape[1])
     for fold in folds:
-        fitted = whole.without(fold)
-        x_D, y_N = fitted.x_D / fitted.rows, fitted.y_N / fitted.rows
-        w_DN = _fitted(fitted.about(x_D, y_N))
-        held = fold.about(x_D, y_N)
-        lost_N += held.yy_N - 2 * (w_DN * held.xy_DN).sum(axis=0) + (w_DN * (held.xx_DD @ w_DN)).sum(axis=0)
-        total_N += held.yy_N
+        fitted_sums = all_sums.without(fold)
+        x_D, y_N = fitted_sums.x_D / fitted_sums.rows, fitted_sums.y_N / fitted_sums.rows
+        w_DN = _weights(fitted_sums.about(x_D, y_N))
+        left_out_sums = fold.about(x_D, y_N)
+        lost_N += (
+            left_out_sums.yy_N
+            - 2 * (w_DN * left_out_sums.xy_DN).sum(axis=0)
+            + (w_DN * (left_out_sums.xx_DD @ w_DN)).sum(axis=0)
+        )
+        total_N += left_out_sums.yy_N
     return 1 - np.divide(lost_N, total_N, out=np.full(len(lost_N), np.nan), where=total_N > 0)
 
 
@@ -88,27 +94,27 @@ def _fold_sums(table_VD: np.ndarray, y_VN: np.ndarray, fold_V: np.ndarray) -> li
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
         x_BD = np.asarray(table_VD[block], np.float64) - mean_D
         for label, fold in enumerate(folds):
-            inside = fold_V[block] == label
-            x, y = x_BD[inside], y_VN[block][inside]
-            fold.rows += len(x)
-            fold.x_D += x.sum(axis=0)
-            fold.xx_DD += x.T @ x
-            fold.xy_DN += x.T @ y
-            fold.y_N += y.sum(axis=0)
-            fold.yy_N += np.square(y).sum(axis=0)
+            inside_B = fold_V[block] == label
+            x_MD, y_MN = x_BD[inside_B], y_VN[block][inside_B]
+            fold.rows += len(x_MD)
+            fold.x_D += x_MD.sum(axis=0)
+            fold.xx_DD += x_MD.T @ x_MD
+            fold.xy_DN += x_MD.T @ y_MN
+            fold.y_N += y_MN.sum(axis=0)
+            fold.yy_N += np.square(y_MN).sum(axis=0)
     return folds
 
 
-def _fitted(centred: _Sums) -> np.ndarray:
+def _weights(centred: _Sums) -> np.ndarray:
     """The weights of each target on unstandardised columns, [D, N]; NaN where no column varies."""
     deviation_D = np.sqrt(np.maximum(np.diag(centred.xx_DD), 0) / centred.rows)
-    varies = deviation_D > max(_CONSTANT * deviation_D.max(), np.finfo(np.float64).tiny)
-    if not varies.any():
+    varies_D = deviation_D > max(_CONSTANT * deviation_D.max(), np.finfo(np.float64).tiny)
+    if not varies_D.any():
         return np.full(centred.xy_DN.shape, np.nan)
-    scale_D = np.divide(1.0, deviation_D, out=np.zeros_like(deviation_D), where=varies)
+    scale_D = np.divide(1.0, deviation_D, out=np.zeros_like(deviation_D), where=varies_D)
     ridge = Ridge(centred.xx_DD * scale_D[:, None] * scale_D, centred.rows - 1)  # the mean takes one degree of freedom
-    solved = [
+    weights_D = [
         ridge.solve(product[:, None] * scale_D[:, None], float(square))[0][:, 0]
         for product, square in zip(centred.xy_DN.T, centred.yy_N, strict=True)
     ]
-    return np.stack(solved, axis=1) * scale_D[:, None]
+    return np.stack(weights_D, axis=1) * scale_D[:, None]

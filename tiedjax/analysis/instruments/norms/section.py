@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis import drawing, numbers, plain_json
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
@@ -24,11 +24,11 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
     """Rows against frequency in every last table, over the tokens its run saw."""
     tables = []
     for table in study.tables:
-        about = table.key | {"sha256": content_hash(table.values), "counts": "as target"}
+        description = table.key | {"sha256": content_hash(table.values), "counts": "as target"}
         try:
-            tables.append(about | to_plain(measure(table.values[table.seen], table.counts[1][table.seen])))
+            tables.append(description | to_plain(measure(table.values[table.seen], table.counts[1][table.seen])))
         except UserError as error:
-            tables.append(about | {"not_measured": str(error)})
+            tables.append(description | {"not_measured": str(error)})
     return tables
 
 
@@ -44,12 +44,14 @@ def centrality(results: drawing.Results) -> str:
     sides: dict[str, list[str]] = {}
     for table, norms in _by_table(results).items():
         span = interval(_spearman(norms, "distance_to_mean"))
-        sides.setdefault(_placed(span), []).append(f"{drawing.table_name(*table)} ({numbers.spread(vars(span))})")
-    placed = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
-    if not placed:
+        sides.setdefault(_place_in_words(span), []).append(
+            f"{drawing.table_name(*table)} ({numbers.spread(vars(span))})"
+        )
+    places = [f"{side} in {', '.join(tables)}" for side, tables in sides.items()]
+    if not places:
         return ""
     return (
-        f"Compared with rare tokens, frequent ones lie {'; '.join(placed)} "
+        f"Compared with rare tokens, frequent ones lie {'; '.join(places)} "
         "(in brackets: the rank correlation of that distance with the count)."
     )
 
@@ -68,7 +70,7 @@ def rows(results: drawing.Results) -> list[dict[str, str]]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured(results["norms"])
+    return plain_json.not_measured(results["norms"])
 
 
 def _curve(norms: Norms, quantity: str) -> Curve:
@@ -80,7 +82,7 @@ def _spearman(norms: Sequence[Norms], quantity: str) -> list[float | None]:
     return [_curve(n, quantity).spearman.score for n in norms]
 
 
-def _placed(span: Interval) -> str:
+def _place_in_words(span: Interval) -> str:
     """Where frequent tokens lie, as far as the seeds say."""
     if span.mean is None:
         return "at a distance that could not be measured"
@@ -91,22 +93,24 @@ def _placed(span: Interval) -> str:
 
 
 def _by_table(results: drawing.Results) -> dict[tuple[str, str], list[Norms]]:
-    return drawing.by_table(records.measured(results["norms"], Norms))
+    return drawing.by_table(plain_json.measured(results["norms"], Norms))
 
 
 def _curves(quantity: str, label: str, shared: bool) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         top = 0.0
         for (arm, role), norms in _by_table(results).items():
-            at, curves = _mean_bins([_curve(n, quantity) for n in norms])
+            log_counts, curves = _mean_bins([_curve(n, quantity) for n in norms])
             top = max([top, *curves["quantile_75"]])
             if (role == SHARED) != shared:
                 continue
             colour = drawing.colours(results)[arm]
             line = drawing.INPUT if role == "input" else "-"
             style: dict[str, Any] = {"linestyle": line, "label": drawing.table_name(arm, role)}
-            ax.plot(at, curves["median"], color=colour, marker="o", markersize=3.5, **style)
-            ax.fill_between(at, curves["quantile_25"], curves["quantile_75"], color=colour, alpha=0.14, linewidth=0)
+            ax.plot(log_counts, curves["median"], color=colour, marker="o", markersize=3.5, **style)
+            ax.fill_between(
+                log_counts, curves["quantile_25"], curves["quantile_75"], color=colour, alpha=0.14, linewidth=0
+            )
         ax.set_ylim(0, 1.05 * (top or 1.0))
         ax.set_xlabel("log10(count as target + 1)")
         ax.set_ylabel(label)
@@ -121,6 +125,6 @@ def _mean_bins(curves: Sequence[Curve]) -> tuple[list[float], dict[str, list[flo
     for entry in (entry for curve in curves for entry in curve.bins):
         if entry.high:  # the bin of never-seen tokens has no width
             bins.setdefault((entry.low + entry.high) / 2, []).append(entry)
-    at = sorted(bins)
+    middles = sorted(bins)
     names = ("median", "quantile_25", "quantile_75")
-    return at, {name: [float(np.mean([getattr(e, name) for e in bins[x]])) for x in at] for name in names}
+    return middles, {name: [float(np.mean([getattr(e, name) for e in bins[x]])) for x in middles] for name in names}

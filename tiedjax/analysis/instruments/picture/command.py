@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiedjax.analysis.basis.tables import Table
-    from tiedjax.analysis.instruments.picture.map import Map, Nearest
+    from tiedjax.analysis.instruments.picture.projection import Nearest, Projection
 
 HELP = "a table in the plane, how far that picture can be trusted, and the nearest rows of single tokens"
 SUBJECT = "tables"
@@ -37,39 +37,43 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
 
     from tiedjax.analysis.basis import numbers
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.picture.map import measure
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.picture.projection import measure
 
     k = arguments.at_least(args, "neighbours")
     inputs = arguments.read_tables(args)
-    tables, mask = inputs.tables, inputs.rows
-    kept = np.arange(len(tables[0].values)) if mask is None else np.flatnonzero(mask)
-    asked, texts_of = _chosen(args, tables, kept)
+    tables, kept_V = inputs.tables, inputs.rows
+    row_N = np.arange(len(tables[0].values)) if kept_V is None else np.flatnonzero(kept_V)
+    token_rows, texts_of = _token_rows(args, tables, row_N)
     report = arguments.reporter("map")
     pictures = [
-        measure(values, asked, rows=mask, neighbours=k, method=args.method, report=report) for values in inputs.values
+        measure(values, token_rows, rows=kept_V, neighbours=k, method=args.method, report=report)
+        for values in inputs.values
     ]
-    maps = [picture.map for picture in pictures]
+    maps = [picture.projection for picture in pictures]
     ids_V = _ids(tables[0])
     near = [[_with_ids(n, ids_V) for n in picture.nearest] for picture in pictures]
-    ids = sorted({i for of in near for n in of for i in (n.token, *n.neighbours)})
+    ids = sorted({i for table_near in near for n in table_near for i in (n.token, *n.neighbours)})
     texts = {i: numbers.visible(text) for i, text in zip(ids, texts_of(ids), strict=True)}
-    result = inputs.result(args, len(kept)) | {
-        "tokens": ids_V[kept],
+    result = inputs.result(args, len(row_N)) | {
+        "tokens": ids_V[row_N],
         "maps": to_plain(maps),
         "nearest": to_plain(near),
         "texts": texts,
     }
     lines = [
-        [texts[of[0].token], *(", ".join(f"{texts[i]} {c:.2f}" for i, c in _listed(n)) or "-" for n in of)]
-        for of in zip(*near, strict=True)
+        [
+            texts[token_near[0].token],
+            *(", ".join(f"{texts[i]} {c:.2f}" for i, c in _neighbours_with_cosines(n)) or "-" for n in token_near),
+        ]
+        for token_near in zip(*near, strict=True)
     ]
-    beside = arguments.text_table(["token", *(t.name for t in tables)], lines)
+    nearest_table = arguments.text_table(["token", *(t.name for t in tables)], lines)
     head = inputs.heading(f"{' and '.join(t.name for t in tables)} in the plane", result)
-    return result, f"{head}{inputs.note}\n{_trust(tables, maps)}\nnearest rows by cosine\n{beside}"
+    return result, f"{head}{inputs.note}\n{_trust(tables, maps)}\nnearest rows by cosine\n{nearest_table}"
 
 
-def _chosen(args: argparse.Namespace, tables: tuple[Table, ...], kept: np.ndarray) -> tuple[list[int], Any]:
+def _token_rows(args: argparse.Namespace, tables: tuple[Table, ...], row_N: np.ndarray) -> tuple[list[int], Any]:
     """The rows of the tokens whose neighbours are asked for, and what gives ids their texts."""
     from functools import partial
 
@@ -78,12 +82,12 @@ def _chosen(args: argparse.Namespace, tables: tuple[Table, ...], kept: np.ndarra
     path = next((t.tokenizer_path for t in tables if t.tokenizer_path), None)
     counts = arguments.counts_of(*tables)
     if args.tokens is not None:
-        asked = _rows(tables[0], token_ids(path, [text for text in args.tokens.split(",") if text]))
+        rows = _rows(tables[0], token_ids(path, [text for text in args.tokens.split(",") if text]))
     elif counts is not None:
-        asked = most_frequent(counts, _TOKENS)
+        rows = most_frequent(counts, _TOKENS)
     else:
-        asked = kept[:_TOKENS].tolist()
-    return asked, partial(token_texts, path)
+        rows = row_N[:_TOKENS].tolist()
+    return rows, partial(token_texts, path)
 
 
 def _ids(table: Table) -> np.ndarray:
@@ -109,11 +113,11 @@ def _with_ids(near: Nearest, ids_V: np.ndarray) -> Nearest:
     return replace(near, token=int(ids_V[near.token]), neighbours=ids_V[near.neighbours].tolist())
 
 
-def _listed(near: Any) -> Any:
+def _neighbours_with_cosines(near: Any) -> Any:
     return zip(near.neighbours, near.cosines, strict=True)
 
 
-def _trust(tables: tuple[Table, ...], maps: list[Map]) -> str:
+def _trust(tables: tuple[Table, ...], maps: list[Projection]) -> str:
     rows = [
         [
             table.name,

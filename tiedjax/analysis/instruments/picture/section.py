@@ -1,4 +1,4 @@
-"""Map: the tables in the plane, and the nearest rows of a few words."""
+"""Projection: the tables in the plane, and the nearest rows of a few words."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, numbers, records
+from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.records import Of, to_plain
+from tiedjax.analysis.basis.plain_json import Measurement, to_plain
 from tiedjax.analysis.basis.study_runs import LastTable, StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
-from tiedjax.analysis.instruments.picture.map import Nearest, measure
+from tiedjax.analysis.instruments.picture.projection import Nearest, measure
 from tiedjax.errors import UserError
 
 POINTS = 500  # of each table that are drawn
@@ -24,7 +24,7 @@ VERSION = 2  # of its part of results.json
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
-    """Map and nearest rows of the reference's last tables and the baseline's, of the first seed that has them."""
+    """Projection and nearest rows of the last tables of reference and baseline, of the first seed that has both."""
     arms = (study.study.reference, study.study.baseline)
     seeds = [seed for seed in study.study.seeds if all((arm, seed) in study.last for arm in arms)]
     if not seeds:
@@ -51,7 +51,7 @@ class Near:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnTable:
     """What the report needs of one table's picture: some of its points, with their fifth of the tokens by count."""
 
     method: str
@@ -65,32 +65,32 @@ class Drawn:
 
 
 def _record(table: LastTable, tokens: list[int]) -> dict[str, Any]:
-    kept = np.flatnonzero(table.seen)
+    row_N = np.flatnonzero(table.seen)
     try:
         picture = measure(table.values, tokens, rows=table.seen)
     except UserError as error:
         return {"not_measured": str(error)}
-    order = np.argsort(table.counts.sum(axis=0)[kept], kind="stable")
-    spread = np.unique(np.linspace(0, len(order) - 1, min(POINTS, len(order))).round().astype(int))
-    points = [[float(f"{x:.4g}") for x in picture.map.coordinates[order[i]]] for i in spread]
-    drawn = Drawn(
-        method=picture.map.method,
-        rows=picture.map.rows,
-        width=picture.map.width,
-        explained=picture.map.explained or [],
-        trust=picture.map.trust,
+    order_N = np.argsort(table.counts.sum(axis=0)[row_N], kind="stable")
+    spread_P = np.unique(np.linspace(0, len(order_N) - 1, min(POINTS, len(order_N))).round().astype(int))
+    points = [[float(f"{x:.4g}") for x in picture.projection.coordinates[order_N[i]]] for i in spread_P]
+    drawn_table = DrawnTable(
+        method=picture.projection.method,
+        rows=picture.projection.rows,
+        width=picture.projection.width,
+        explained=picture.projection.explained or [],
+        trust=picture.projection.trust,
         points=points,
-        classes=(spread * len(CLASSES) // len(order)).tolist(),
+        classes=(spread_P * len(CLASSES) // len(order_N)).tolist(),
         nearest=_named(table, picture.nearest),
     )
-    return {"sha256": content_hash(table.values), **to_plain(drawn)}
+    return {"sha256": content_hash(table.values), **to_plain(drawn_table)}
 
 
 def _named(table: LastTable, near: Sequence[Nearest]) -> list[Near]:
     texts = lambda ids: token_texts(table.run.tokenizer_path, ids)
     return [
-        Near(texts([of.token])[0], [Word(*pair) for pair in zip(texts(of.neighbours), of.cosines, strict=True)])
-        for of in near
+        Near(texts([row.token])[0], [Word(*pair) for pair in zip(texts(row.neighbours), row.cosines, strict=True)])
+        for row in near
     ]
 
 
@@ -109,17 +109,17 @@ def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
         yield drawing.Plot("map", [_scatter(i) for i in range(len(pictures))])
 
 
-def measured(results: drawing.Results) -> list[Of[Drawn]]:
-    """The tables that have a map."""
-    return records.measured(results["map"], Drawn)
+def measured(results: drawing.Results) -> list[Measurement[DrawnTable]]:
+    """The tables that have a projection."""
+    return plain_json.measured(results["map"], DrawnTable)
 
 
 def not_measured(results: drawing.Results) -> str:
-    """Why no table has a map."""
-    return next(iter(records.not_measured(results["map"])), "no seed has a run of the reference and of the baseline")
+    """Why no table has a projection."""
+    return next(iter(plain_json.not_measured(results["map"])), "no seed has a run of the reference and of the baseline")
 
 
-def name(picture: Of[Drawn]) -> str:
+def name(picture: Measurement[DrawnTable]) -> str:
     """What a table is called."""
     return drawing.table_name(picture.arm, picture.role)
 
@@ -151,16 +151,16 @@ def neighbours(results: drawing.Results) -> list[dict[str, Any]]:
 def _scatter(i: int) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
         picture = measured(results)[i]
-        drawn = picture.value
-        points_N2, class_N = np.array(drawn.points), np.array(drawn.classes)
-        for which, (label, colour) in enumerate(zip(CLASSES, drawing.STEPS, strict=True)):
-            inside = points_N2[class_N == which]
-            ax.plot(*inside.T, "o", color=colour, markersize=2.6, alpha=0.75, markeredgewidth=0)
+        drawn_table = picture.value
+        points_N2, class_N = np.array(drawn_table.points), np.array(drawn_table.classes)
+        for class_number, (label, colour) in enumerate(zip(CLASSES, drawing.STEPS, strict=True)):
+            points_M2 = points_N2[class_N == class_number]
+            ax.plot(*points_M2.T, "o", color=colour, markersize=2.6, alpha=0.75, markeredgewidth=0)
             ax.plot([], [], "o", color=colour, markersize=6, label=label)
         ax.set_aspect("equal", adjustable="datalim")
-        ax.set_xlabel(f"first component, {drawn.explained[0]:.0%}")
-        ax.set_ylabel(f"second component, {drawn.explained[1]:.0%}")
-        trust = "" if drawn.trust is None else f" (trust {numbers.number(drawn.trust.score, 2)})"
+        ax.set_xlabel(f"first component, {drawn_table.explained[0]:.0%}")
+        ax.set_ylabel(f"second component, {drawn_table.explained[1]:.0%}")
+        trust = "" if drawn_table.trust is None else f" (trust {numbers.number(drawn_table.trust.score, 2)})"
         ax.set_title(f"{name(picture)}{trust}")
 
     return draw

@@ -11,8 +11,8 @@ from tiedjax.analysis.basis import arguments
 if TYPE_CHECKING:
     from tiedjax.analysis.basis.chance import Score
     from tiedjax.analysis.basis.tables import Table
-    from tiedjax.analysis.instruments.shape.similarity import Comparison
-    from tiedjax.analysis.instruments.shape.spectrum import Spectrum
+    from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
+    from tiedjax.analysis.instruments.shape.table_shape import TableShape
 
 HELP = "the shape of a table: ranks, isotropy; of two: subspaces, CKA, similarity of pairs"
 SUBJECT = "tables"
@@ -28,15 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
-    from tiedjax.analysis.basis.records import to_plain
-    from tiedjax.analysis.instruments.shape import similarity, spectrum
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.shape import space_similarity, table_shape
 
     draws = arguments.at_least(args, "draws")
     inputs = arguments.read_tables(args)
     tables, rows = inputs.tables, inputs.rows
     values = [t.values if rows is None else t.values[rows] for t in tables]
     shapes = [
-        spectrum.measure(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
+        table_shape.measure(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
         for table, v in zip(tables, values, strict=True)
     ]
     widths = [shape.width for shape in shapes]
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = [f"{head}{inputs.note}", _shapes(tables, shapes)]
     if len(tables) == 2:
         report = _reporter(tables[0], values[0].size * max(widths))
-        comparison = similarity.measure(values[0], values[1], draws=draws, report=report)
+        comparison = space_similarity.measure(values[0], values[1], draws=draws, report=report)
         result["comparison"] = to_plain(comparison)
         text.append(_comparison(comparison))
     return result, "\n\n".join(text)
@@ -59,7 +59,7 @@ def _reporter(table: Table, work: float) -> Callable[[str], None]:
     return lambda line: print(f"spectrum of {table.name}: {line}", file=sys.stderr, flush=True)
 
 
-def _shapes(tables: tuple[Table, ...], shapes: list[Spectrum]) -> str:
+def _shapes(tables: tuple[Table, ...], shapes: list[TableShape]) -> str:
     lines = []
     for table, shape in zip(tables, shapes, strict=True):
         for form in ("raw", "centred"):
@@ -72,7 +72,7 @@ def _shapes(tables: tuple[Table, ...], shapes: list[Spectrum]) -> str:
     return f"{body}\nisotropic: Gaussian tables of the same shape and sum of squares, and how far single ones deviate"
 
 
-def _comparison(comparison: Comparison) -> str:
+def _comparison(comparison: SpaceSimilarity) -> str:
     cka, pairs = comparison.cka, comparison.pairs
     lines: list[list[Any]] = [["CKA", *_scores(cka), None, None]]
     if pairs:

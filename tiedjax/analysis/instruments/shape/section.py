@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis import drawing, records
+from tiedjax.analysis.basis import drawing, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.records import Of, to_plain
+from tiedjax.analysis.basis.plain_json import Measurement, to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import content_hash
-from tiedjax.analysis.instruments.shape import similarity, spectrum
-from tiedjax.analysis.instruments.shape.similarity import Comparison
-from tiedjax.analysis.instruments.shape.spectrum import Shape, Spectrum
+from tiedjax.analysis.instruments.shape import space_similarity, table_shape
+from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
+from tiedjax.analysis.instruments.shape.table_shape import Shape, TableShape
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED
 
@@ -27,15 +27,15 @@ def collect(study: StudyRuns) -> dict[str, Any]:
     """The shape of every last table over the tokens its run saw, and every pair of twins over those both saw."""
     tables = []
     for table in study.tables:
-        about = table.key | {"sha256": content_hash(table.values)}
+        description = table.key | {"sha256": content_hash(table.values)}
         try:
-            tables.append(about | to_plain(spectrum.measure(table.values[table.seen])))
+            tables.append(description | to_plain(table_shape.measure(table.values[table.seen])))
         except UserError as error:
-            tables.append(about | {"not_measured": str(error)})
+            tables.append(description | {"not_measured": str(error)})
     pairs = []
     for twins in study.twins:
         try:
-            comparison = similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
+            comparison = space_similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
             pairs.append(twins.key | to_plain(comparison))
         except UserError as error:
             pairs.append(twins.key | {"not_measured": str(error)})
@@ -60,23 +60,23 @@ def shapes(results: drawing.Results) -> list[dict[str, str]]:
         "mean_cosine": ("raw", 3),
     }
 
-    def scores(spectra: Sequence[Spectrum], name: str, form: str) -> list[Score]:
-        measures = [getattr(getattr(spectrum, form), name) for spectrum in spectra]
+    def scores(table_shapes: Sequence[TableShape], name: str, form: str) -> list[Score]:
+        measures = [getattr(getattr(of_seed, form), name) for of_seed in table_shapes]
         return [score for score in measures if score is not None]
 
-    def cells(spectra: Sequence[Spectrum], field: str, show: Callable[..., str]) -> dict[str, str]:
+    def cells(table_shapes: Sequence[TableShape], field: str, show: Callable[..., str]) -> dict[str, str]:
         return {
-            name: show((getattr(score, field) for score in scores(spectra, name, form)), digits)
+            name: show((getattr(score, field) for score in scores(table_shapes, name, form)), digits)
             for name, (form, digits) in columns.items()
         }
 
     tables = _tables(results)
     rows = [
-        {"arm": arm, "name": drawing.table_name(arm, role)} | cells(spectra, "score", drawing.spread)
-        for (arm, role), spectra in tables.items()
+        {"arm": arm, "name": drawing.table_name(arm, role)} | cells(table_shapes, "score", drawing.spread)
+        for (arm, role), table_shapes in tables.items()
     ]
-    every = [spectrum for spectra in tables.values() for spectrum in spectra]
-    return [*rows, {"arm": "", "name": "isotropic"} | cells(every, "floor", drawing.mean)] if rows else []
+    all_tables = [of_seed for table_shapes in tables.values() for of_seed in table_shapes]
+    return [*rows, {"arm": "", "name": "isotropic"} | cells(all_tables, "floor", drawing.mean)] if rows else []
 
 
 def similarities(results: drawing.Results) -> list[dict[str, str]]:
@@ -96,36 +96,42 @@ def similarities(results: drawing.Results) -> list[dict[str, str]]:
 
 def not_measured(results: drawing.Results) -> list[str]:
     """What could not be measured, and why."""
-    return records.not_measured([*results["spectrum"]["tables"], *results["spectrum"]["pairs"]])
+    return plain_json.not_measured([*results["spectrum"]["tables"], *results["spectrum"]["pairs"]])
 
 
-def _tables(results: drawing.Results) -> dict[tuple[str, str], list[Spectrum]]:
+def _tables(results: drawing.Results) -> dict[tuple[str, str], list[TableShape]]:
     """The tables that have a shape both as they are and centred."""
-    measured = records.measured(results["spectrum"]["tables"], Spectrum)
-    return drawing.by_table([of for of in measured if of.value.raw and of.value.centred])
+    measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
+    return drawing.by_table([table for table in measured if table.value.raw and table.value.centred])
 
 
-def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[Comparison]]:
-    return drawing.by_pair(records.measured(results["spectrum"]["pairs"], Comparison))
+def _pairs(results: drawing.Results) -> dict[tuple[str, str, str], list[SpaceSimilarity]]:
+    return drawing.by_pair(plain_json.measured(results["spectrum"]["pairs"], SpaceSimilarity))
 
 
 def _singular_values(form: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        measured = records.measured(results["spectrum"]["tables"], Spectrum)
+        measured = plain_json.measured(results["spectrum"]["tables"], TableShape)
         shapes: dict[tuple[str, str], list[Shape]] = drawing.by_table(
-            [Of(of.arm, of.seed, of.role, "", shape) for of in measured if (shape := getattr(of.value, form))]
+            [
+                Measurement(table.arm, table.seed, table.role, "", shape)
+                for table in measured
+                if (shape := getattr(table.value, form))
+            ]
         )
         least = 1.0
-        for (arm, role), of_table in shapes.items():
-            curve = _relative([shape.singular_values for shape in of_table])
+        for (arm, role), seed_shapes in shapes.items():
+            curve = _relative([shape.singular_values for shape in seed_shapes])
             least = min(least, float(curve[curve > _SHOWN].min()))
             style = drawing.INPUT if role == "input" else "-"
             colour = drawing.colours(results)[arm]
             ax.plot(range(1, len(curve) + 1), curve, color=colour, linestyle=style, label=drawing.table_name(arm, role))
         if shapes:
-            chance = _relative([shape.isotropic_singular_values for of_table in shapes.values() for shape in of_table])
-            at = range(1, len(chance) + 1)
-            ax.plot(at, chance, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
+            chance = _relative(
+                [shape.isotropic_singular_values for seed_shapes in shapes.values() for shape in seed_shapes]
+            )
+            directions = range(1, len(chance) + 1)
+            ax.plot(directions, chance, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
         ax.set_yscale("log")
         ticks = [digit / 10**power for power in range(4) for digit in (1, 0.5, 0.2)]
         ax.set_yticks([t for t in ticks if t >= least], [f"{t:g}" for t in ticks if t >= least])
@@ -146,10 +152,10 @@ def _relative(curves: Sequence[Sequence[float]]) -> np.ndarray:
 
 def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        shared = {key: pairs for key, pairs in _pairs(results).items() if key[1] == SHARED}
-        to_target = {arm: pairs for (arm, _, role), pairs in shared.items() if role == target}
-        every = [pair for pairs in to_target.values() for pair in pairs]
-        sizes = _sizes(every)
+        shared_pairs = {key: pairs for key, pairs in _pairs(results).items() if key[1] == SHARED}
+        to_target = {arm: pairs for (arm, _, role), pairs in shared_pairs.items() if role == target}
+        all_pairs = [pair for pairs in to_target.values() for pair in pairs]
+        sizes = _sizes(all_pairs)
         mean = lambda pairs, field: [
             float(np.mean([getattr(o.cosine, field) for p in pairs for o in p.subspaces if o.dimensions == r]))
             for r in sizes
@@ -157,13 +163,13 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
         for arm, pairs in to_target.items():
             colour = drawing.colours(results)[arm]
             ax.plot(sizes, mean(pairs, "score"), color=colour, marker="o", markersize=3.5, label=arm)
-        if every:
-            floor = mean(every, "floor")
+        if all_pairs:
+            floor = mean(all_pairs, "floor")
             ax.plot(sizes, floor, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2, label="chance")
             ax.set_xscale("log", base=2)
             ax.set_xticks(sizes, [f"{r:,}" for r in sizes])
             ax.minorticks_off()
-        scores = [overlap.cosine.score for pairs in shared.values() for p in pairs for overlap in p.subspaces]
+        scores = [overlap.cosine.score for pairs in shared_pairs.values() for p in pairs for overlap in p.subspaces]
         top = max((score for score in scores if score is not None), default=1.0)
         ax.set_ylim(0, 1.05 * top)
         ax.set_xlabel("leading directions")
@@ -173,6 +179,6 @@ def _subspaces(target: str) -> Callable[[drawing.Axes, drawing.Results], None]:
     return draw
 
 
-def _sizes(pairs: Sequence[Comparison]) -> list[int]:
+def _sizes(pairs: Sequence[SpaceSimilarity]) -> list[int]:
     """The dimensions that every pair has."""
     return sorted(set.intersection(*({o.dimensions for o in p.subspaces} for p in pairs))) if pairs else []

@@ -15,12 +15,12 @@ from test_analysis_command import analyze
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import blocked
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
-from tiedjax.analysis.instruments.shape import section, similarity
-from tiedjax.analysis.instruments.shape.similarity import measure as compare
-from tiedjax.analysis.instruments.shape.spectrum import isotropic_singular_values, mean_cosine_floor
-from tiedjax.analysis.instruments.shape.spectrum import measure as spectrum
+from tiedjax.analysis.instruments.shape import section, space_similarity
+from tiedjax.analysis.instruments.shape.space_similarity import measure as compare
+from tiedjax.analysis.instruments.shape.table_shape import isotropic_singular_values, mean_cosine_floor
+from tiedjax.analysis.instruments.shape.table_shape import measure as spectrum
 from tiedjax.errors import UserError
 
 MEASURES = ("effective_rank", "stable_rank", "first_energy", "isotropy", "mean_cosine")
@@ -226,9 +226,9 @@ def test_the_interval_of_pairs_covers_what_all_rows_give(monkeypatch):
     draw = np.random.default_rng(3)
     x = draw.normal(size=(4000, 6))
     y = x + 2 * draw.normal(size=x.shape)
-    monkeypatch.setattr(similarity, "SAMPLED_ROWS", 1200)
+    monkeypatch.setattr(space_similarity, "SAMPLED_ROWS", 1200)
     truth = compare(x, y, draws=1).pairs.score
-    monkeypatch.setattr(similarity, "SAMPLED_ROWS", 80)
+    monkeypatch.setattr(space_similarity, "SAMPLED_ROWS", 80)
     found = [compare(x[part], y[part], draws=1).pairs for part in np.split(draw.permutation(4000), 50)]
     assert 0.84 <= np.mean([f.low <= truth <= f.high for f in found]) <= 1
     independent = 2 / np.sqrt(80 * 79 / 2)

@@ -15,8 +15,8 @@ from tiedjax.analysis import command
 from tiedjax.analysis.basis.study_runs import LastTable, TwinTables
 from tiedjax.analysis.instruments.neighbours import search as search
 from tiedjax.analysis.instruments.neighbours import section
-from tiedjax.analysis.instruments.neighbours.knn import hubness, shared
-from tiedjax.analysis.instruments.neighbours.knn import measure as knn
+from tiedjax.analysis.instruments.neighbours.overlap import hubness, shared
+from tiedjax.analysis.instruments.neighbours.overlap import measure as knn
 from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError
 

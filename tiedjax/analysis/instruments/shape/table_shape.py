@@ -4,6 +4,8 @@ Every measure stands beside what an isotropic Gaussian table of as many rows and
 gives (the floor): the mean of `draws` simulations from `numpy.random.default_rng(0)`, or a closed form for the mean
 cosine. The singular values of a Gaussian table are those of the Bartlett factor of its Gram matrix, so that no table
 is drawn for them. All measures are of the table as it is (raw) and centred by its mean row (centred).
+
+Axes: V rows, D width, B rows of a block (of the simulation: directions), S the lesser of rows and width.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 import scipy.special
 
 from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_draws, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.tables import check
 
@@ -46,7 +48,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class TableShape:
     """The shape of a table as it is and centred; None where all its rows are zero, or equal."""
 
     rows: int
@@ -56,7 +58,9 @@ class Spectrum:
     centred: Shape | None
 
 
-def measure(table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None) -> Spectrum:
+def measure(
+    table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str], None] = lambda line: None
+) -> TableShape:
     """The shape of a table of at least one row. `report` is told what begins. UserError for what is no such table.
 
     >>> round(measure(np.concatenate([np.eye(4), -np.eye(4)])).centred.effective_rank.score, 6)
@@ -70,40 +74,40 @@ def measure(table_VD: np.ndarray, *, draws: int = DRAWS, report: Callable[[str],
     raw_DD = centred_DD + rows * np.outer(mean_D, mean_D)
     varies = np.trace(centred_DD) > rows * least**2
     shapes: dict[str, Shape | None] = {"raw": None, "centred": None}
-    for name, gram_DD, mean, known in (
+    for name, gram_DD, form_mean_D, has_shape in (
         ("raw", raw_DD, None, np.trace(raw_DD) > 0),
         ("centred", centred_DD, mean_D, varies),
     ):
-        if known:
+        if has_shape:
             report(f"shape of the {name} table")
-            shapes[name] = _shape(table_VD, gram_DD, mean, draws)
-    return Spectrum(rows=rows, width=width, draws=draws, **shapes)
+            shapes[name] = _shape(table_VD, gram_DD, form_mean_D, draws)
+    return TableShape(rows=rows, width=width, draws=draws, **shapes)
 
 
 def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None, draws: int) -> Shape:
     rows, width = table_VD.shape
     centred = mean_D is not None
-    values, vectors = np.linalg.eigh(gram_DD)
-    s_D, v_DD = np.sqrt(np.maximum(values[::-1], 0)), vectors[:, ::-1]
-    log_Z = _log_partitions(table_VD, mean_D, v_DD)
+    value_D, vector_DD = np.linalg.eigh(gram_DD)
+    s_D, v_DD = np.sqrt(np.maximum(value_D[::-1], 0)), vector_DD[:, ::-1]
+    log_Z_2D = _log_partitions(table_VD, mean_D, v_DD)
     rng = np.random.default_rng(0)
-    free = rows - centred
-    simulated, isotropies = [], []
+    degrees = rows - centred
+    simulated_spectra, isotropies = [], []
     for _ in range(draws):
-        drawn = isotropic_singular_values(free, width, rng)
-        drawn *= math.sqrt(np.square(s_D).sum() / np.square(drawn).sum())
-        simulated.append(drawn)
-        isotropies.append(_isotropy(_isotropic_log_partitions(drawn, rows, centred, rng)))
-    beside = lambda score, drawn: beside_draws(score, drawn, similarity=False, rows=rows)
-    by_draw = lambda of: beside(of(s_D), [of(drawn) for drawn in simulated])
+        draw_D = isotropic_singular_values(degrees, width, rng)
+        draw_D *= math.sqrt(np.square(s_D).sum() / np.square(draw_D).sum())
+        simulated_spectra.append(draw_D)
+        isotropies.append(_isotropy(_isotropic_log_partitions(draw_D, rows, centred, rng)))
+    compared = lambda score, chance_scores: beside(score, drawn_floor(chance_scores), similarity=False, rows=rows)
+    by_draw = lambda statistic: compared(statistic(s_D), [statistic(draw_D) for draw_D in simulated_spectra])
     cosine, left_out = _mean_cosine(table_VD, mean_D)
     return Shape(
         singular_values=s_D[: min(rows, width)].tolist(),
-        isotropic_singular_values=np.mean(simulated, axis=0)[: min(rows, width)].tolist(),
+        isotropic_singular_values=np.mean(simulated_spectra, axis=0)[: min(rows, width)].tolist(),
         effective_rank=by_draw(effective_rank),
         stable_rank=by_draw(stable_rank),
         first_energy=by_draw(lambda s: 1 / stable_rank(s)),
-        isotropy=beside(_isotropy(log_Z), isotropies),
+        isotropy=compared(_isotropy(log_Z_2D), isotropies),
         mean_cosine=cosine,
         rows_left_out=left_out,
     )
@@ -111,8 +115,8 @@ def _shape(table_VD: np.ndarray, gram_DD: np.ndarray, mean_D: np.ndarray | None,
 
 def effective_rank(s_D: np.ndarray) -> float:
     """exp of the entropy of singular values divided by their sum."""
-    p = s_D[s_D > 0] / s_D.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
+    p_D = s_D[s_D > 0] / s_D.sum()
+    return float(np.exp(-(p_D * np.log(p_D)).sum()))
 
 
 def stable_rank(s_D: np.ndarray) -> float:
@@ -127,10 +131,10 @@ def isotropic_singular_values(rows: int, width: int, rng: np.random.Generator) -
     and on it chi with rows, rows - 1, ... degrees of freedom. A table of fewer rows than columns is drawn transposed.
     """
     size, freedom = min(rows, width), max(rows, width)
-    factor = np.tril(rng.standard_normal((size, size)), -1)
-    factor[np.diag_indices(size)] = np.sqrt(rng.chisquare(freedom - np.arange(size)))
-    values = np.linalg.eigvalsh(factor @ factor.T)[::-1]
-    return np.concatenate([np.sqrt(np.maximum(values, 0)), np.zeros(width - size)])
+    factor_SS = np.tril(rng.standard_normal((size, size)), -1)
+    factor_SS[np.diag_indices(size)] = np.sqrt(rng.chisquare(freedom - np.arange(size)))
+    value_S = np.linalg.eigvalsh(factor_SS @ factor_SS.T)[::-1]
+    return np.concatenate([np.sqrt(np.maximum(value_S, 0)), np.zeros(width - size)])
 
 
 def mean_cosine_floor(rows: int, width: int, centred: bool) -> tuple[float, float]:
@@ -155,16 +159,15 @@ def _mean_cosine(table_VD: np.ndarray, mean_D: np.ndarray | None) -> tuple[Score
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
         x_BD = _centred(table_VD[block], mean_D)
         norm_B = np.linalg.norm(x_BD, axis=1)
-        known = norm_B > least
-        total_D += (x_BD[known] / norm_B[known, None]).sum(axis=0)
-        n += int(known.sum())
+        directed_B = norm_B > least
+        total_D += (x_BD[directed_B] / norm_B[directed_B, None]).sum(axis=0)
+        n += int(directed_B.sum())
     left_out = len(table_VD) - n
     if n < 2:
         return None, left_out
-    floor, deviation = mean_cosine_floor(n, table_VD.shape[1], mean_D is not None)
+    floor = exact_floor(*mean_cosine_floor(n, table_VD.shape[1], mean_D is not None))
     score = (float(total_D @ total_D) - n) / (n * (n - 1))
-    beside = beside_exact(score, floor, similarity=False, deviation=deviation, rows=n, rows_left_out=left_out)
-    return beside, left_out
+    return beside(score, floor, similarity=False, rows=n, rows_left_out=left_out), left_out
 
 
 def _log_partitions(table_VD: np.ndarray, mean_D: np.ndarray | None, v_DD: np.ndarray) -> np.ndarray:
@@ -182,7 +185,7 @@ def _isotropic_log_partitions(s_D: np.ndarray, rows: int, centred: bool, rng: np
     u_i is uniform among the unit vectors (centred: among those that sum to 0). That two of them are orthogonal is not
     imposed; it moves no Z by more than a share of 1 / rows.
     """
-    found = np.empty((2, len(s_D)))
+    log_Z_2D = np.empty((2, len(s_D)))
     for block in row_blocks(len(s_D), rows, itemsize=8):
         u_BV = rng.standard_normal((block.stop - block.start, rows), np.float32)
         if centred:
@@ -190,8 +193,8 @@ def _isotropic_log_partitions(s_D: np.ndarray, rows: int, centred: bool, rng: np
         u_BV *= (s_D[block] / np.linalg.norm(u_BV, axis=1))[:, None].astype(np.float32)
         sums = _LogSums(len(u_BV))
         sums.add(u_BV.T)
-        found[:, block] = sums.result()
-    return found
+        log_Z_2D[:, block] = sums.result()
+    return log_Z_2D
 
 
 class _LogSums:
@@ -211,8 +214,8 @@ class _LogSums:
         return self._peak + np.log(self._sum)
 
 
-def _isotropy(log_Z: np.ndarray) -> float:
-    return float(np.exp(log_Z.min() - log_Z.max()))
+def _isotropy(log_Z_2D: np.ndarray) -> float:
+    return float(np.exp(log_Z_2D.min() - log_Z_2D.max()))
 
 
 def _centred(block_BD: np.ndarray, mean_D: np.ndarray | None) -> np.ndarray:

@@ -16,12 +16,11 @@ from test_analysis_command import analyze
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import tables
-from tiedjax.analysis.basis.records import to_plain
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tokens import token_ids, token_texts
-from tiedjax.analysis.instruments.picture import map as module
-from tiedjax.analysis.instruments.picture import section
-from tiedjax.analysis.instruments.picture.map import draw_map, nearest, principal, trustworthiness
+from tiedjax.analysis.instruments.picture import projection, section
+from tiedjax.analysis.instruments.picture.projection import nearest, principal, project, trustworthiness
 from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
 
@@ -53,7 +52,7 @@ def test_the_sign_of_a_component_is_that_of_its_largest_loading():
 def test_the_order_of_the_tokens_changes_nothing():
     x = table(2)
     order = np.random.default_rng(0).permutation(len(x))
-    one, other = draw_map(x), draw_map(x[order])
+    one, other = project(x), project(x[order])
     np.testing.assert_allclose(np.array(one.coordinates)[order], other.coordinates, atol=1e-5)
     assert one.trust.score == pytest.approx(other.trust.score, abs=1e-12)
     near, permuted = nearest(x, [3], 4)[0], nearest(x[order], [int(np.argmax(order == 3))], 4)[0]
@@ -80,10 +79,10 @@ def test_blocks_change_nothing_and_a_sample_of_rows_estimates_all(monkeypatch):
     x = table(5, V=600)
     points = principal(x, 2)[0]
     whole = trustworthiness(x, points)
-    monkeypatch.setattr(module, "_BYTES", 8 * 600 * 7)
+    monkeypatch.setattr(projection, "_BYTES", 8 * 600 * 7)
     assert trustworthiness(x, points) == whole
-    monkeypatch.setattr(module, "EXACT_ROWS", 100)
-    monkeypatch.setattr(module, "SAMPLED_ROWS", 300)
+    monkeypatch.setattr(projection, "EXACT_ROWS", 100)
+    monkeypatch.setattr(projection, "SAMPLED_ROWS", 300)
     sampled = trustworthiness(x, points)
     assert sampled.rows == 300
     assert sampled.score == pytest.approx(whole.score, abs=0.02)
@@ -127,24 +126,24 @@ def test_rows_of_zeros_are_nobodys_neighbours():
 )
 def test_tables_without_a_plane_are_refused(shape, message):
     with pytest.raises(UserError, match=message):
-        draw_map(np.ones(shape))
+        project(np.ones(shape))
 
 
 def test_odd_tables():
     with pytest.raises(UserError, match="the rows of the table are all equal"):
-        draw_map(np.full((30, 4), 0.1, np.float32))
+        project(np.full((30, 4), 0.1, np.float32))
     with pytest.raises(UserError, match="no method is named 'umap'; the methods are pca, tsne"):
-        draw_map(table(), "umap")
-    assert draw_map(table(V=4)).trust is None
-    assert draw_map(table(V=5)).near == 1
-    json.dumps(to_plain(draw_map(table(V=30, D=2))), allow_nan=False)
+        project(table(), "umap")
+    assert project(table(V=4)).trust is None
+    assert project(table(V=5)).near == 1
+    json.dumps(to_plain(project(table(V=30, D=2))), allow_nan=False)
 
 
 def test_without_opentsne_the_line_to_install_it_is_given(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "openTSNE" else find(name, *a))
     with pytest.raises(UserError, match=r'needs openTSNE, which is not installed: pip install "tiedjax\[tsne\]"'):
-        draw_map(table(), "tsne")
+        project(table(), "tsne")
 
 
 def test_tokens_are_found_by_their_text(tmp_path):
@@ -185,7 +184,7 @@ def test_the_command_leaves_out_never_seen_rows_and_takes_the_most_frequent(tmp_
     out = json.loads(Path("o.json").read_text())
     seen = np.flatnonzero(run.token_counts.sum(axis=0))
     assert out["tokens"] == seen.tolist()
-    assert out["maps"][0] == to_plain(draw_map(run.tables().input[seen]))
+    assert out["maps"][0] == to_plain(project(run.tables().input[seen]))
     assert out["rows_masked_out"] == 256 - len(seen)
     assert [n["token"] for n in out["nearest"][0]] == np.argsort(-run.token_counts[1], kind="stable")[:8].tolist()
     assert {i for n in out["nearest"][0] for i in n["neighbours"]} <= set(seen)

@@ -10,6 +10,8 @@ Z = U sqrt|S|, whose first V rows embed A, the last V rows B:
 
 0 is the same graph. The floor is the distance with the rows of one table permuted by the successive permutations of
 `numpy.random.default_rng(0)`: the same two graphs, but no longer of the same tokens.
+
+Axes: V rows that count, D width of X, E width of Y, K neighbours, N = 2 V, P eigenpairs.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
-from tiedjax.analysis.instruments.neighbours.knn import both_neighbours
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
+from tiedjax.analysis.instruments.neighbours.overlap import paired_neighbours
 from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
 
@@ -35,7 +37,7 @@ Graph = Any  # scipy.sparse.csr_array
 
 
 @dataclass(frozen=True)
-class Spectral:
+class GraphDistance:
     """The distance of two graphs beside what it is by chance; `relative` is distance / floor: 0 the same, 1 chance.
 
     `edges` counts the pairs of rows that are joined at all, graph by graph.
@@ -49,7 +51,7 @@ class Spectral:
 
 def measure(
     x_VD: np.ndarray,
-    y_VD: np.ndarray,
+    y_VE: np.ndarray,
     *,
     k: int = K,
     eigenpairs: int = EIGENPAIRS,
@@ -58,7 +60,7 @@ def measure(
     draws: int = DRAWS,
     searches: Searches | None = None,
     report: Report | None = None,
-) -> Spectral:
+) -> GraphDistance:
     """The spectral distance of two tables of the same rows and any widths.
 
     `rows` is a boolean [V] mask of the rows that count. Rows of zeros are left out too and counted, unless `zero_rows`:
@@ -69,10 +71,12 @@ def measure(
     >>> round(measure(table, table[:, ::-1], k=8, eigenpairs=8).distance.score, 6)
     0.0
     """
-    both = both_neighbours(x_VD, y_VD, k, rows=rows, zero_rows=zero_rows, searches=searches, report=report)
-    first, second = (graph(indices) for indices in both.indices)
-    compared = compare(first, second, eigenpairs, draws, report)
-    return replace(compared, distance=replace(compared.distance, rows_left_out=both.rows_left_out))
+    neighbour_pair = paired_neighbours(x_VD, y_VE, k, rows=rows, zero_rows=zero_rows, searches=searches, report=report)
+    first, second = (graph(indices) for indices in neighbour_pair.indices)
+    graph_distance = compare(first, second, eigenpairs, draws, report)
+    return replace(
+        graph_distance, distance=replace(graph_distance.distance, rows_left_out=neighbour_pair.rows_left_out)
+    )
 
 
 def graph(indices_VK: np.ndarray) -> Graph:
@@ -80,11 +84,13 @@ def graph(indices_VK: np.ndarray) -> Graph:
     from scipy.sparse import csr_array
 
     V, k = indices_VK.shape
-    one_way = csr_array((np.ones(V * k), indices_VK.ravel(), np.arange(0, V * k + 1, k)), shape=(V, V))
-    return ((one_way + one_way.T) / 2).tocsr()
+    one_way_VV = csr_array((np.ones(V * k), indices_VK.ravel(), np.arange(0, V * k + 1, k)), shape=(V, V))
+    return ((one_way_VV + one_way_VV.T) / 2).tocsr()
 
 
-def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None) -> Spectral:
+def compare(
+    first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None
+) -> GraphDistance:
     """The distance of two graphs of the same V nodes, with its floor over `draws` permutations of the second's.
 
     UserError: eigenpairs below 1 or above V, or no convergence.
@@ -94,14 +100,14 @@ def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report
         raise UserError(f"spectral: {eigenpairs} eigenpairs need at least as many rows, got {V}")
     distance = _distance(first, second, eigenpairs)
     rng = np.random.default_rng(0)
-    floors = []
+    chance_distances = []
     for i in range(draws):
         if report:
             report(f"spectral distance: {i + 1} of {draws + 1} embeddings done")
         order = rng.permutation(V)
-        floors.append(_distance(first, second[order][:, order], eigenpairs))
-    score = beside_draws(distance, floors, similarity=False, rows=V)
-    return Spectral(
+        chance_distances.append(_distance(first, second[order][:, order], eigenpairs))
+    score = beside(distance, drawn_floor(chance_distances), similarity=False, rows=V)
+    return GraphDistance(
         distance=score,
         relative=distance / score.floor if score.floor else None,
         eigenpairs=eigenpairs,
@@ -110,10 +116,10 @@ def compare(first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report
 
 
 def _distance(first: Graph, second: Graph, eigenpairs: int) -> float:
-    values, vectors_ND = _leading(first, second, eigenpairs)
-    vectors_ND *= np.sqrt(np.abs(values))
-    za, zb = np.split(vectors_ND, 2)
-    return _spectral_norm(za - zb) / min(_spectral_norm(za), _spectral_norm(zb))
+    value_P, vector_NP = _leading(first, second, eigenpairs)
+    vector_NP *= np.sqrt(np.abs(value_P))
+    za_VP, zb_VP = np.split(vector_NP, 2)
+    return _spectral_norm(za_VP - zb_VP) / min(_spectral_norm(za_VP), _spectral_norm(zb_VP))
 
 
 def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,22 +134,22 @@ def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, 
         return np.concatenate([a_top + (a_bottom + b_bottom) / 2, (a_top + b_top) / 2 + b_bottom])
 
     if 2 * eigenpairs >= V:  # a Krylov space would be nearly the whole space
-        a, b = first.toarray(), second.toarray()
-        values, vectors = np.linalg.eigh(np.block([[a, (a + b) / 2], [(a + b) / 2, b]]))
-        largest = np.argsort(-np.abs(values), kind="stable")[:eigenpairs]
-        return values[largest], vectors[:, largest]
+        a_VV, b_VV = first.toarray(), second.toarray()
+        value_P, vector_NP = np.linalg.eigh(np.block([[a_VV, (a_VV + b_VV) / 2], [(a_VV + b_VV) / 2, b_VV]]))
+        largest_P = np.argsort(-np.abs(value_P), kind="stable")[:eigenpairs]
+        return value_P[largest_P], vector_NP[:, largest_P]
     omnibus = LinearOperator((2 * V, 2 * V), matvec=product, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(2 * V)
+    start_N = np.random.default_rng(0).standard_normal(2 * V)
     try:
         # A Krylov space of 3/2 the pairs instead of ARPACK's 2: as many products, less orthogonalisation.
         space = min(2 * V, max(3 * eigenpairs // 2, eigenpairs + 20))
-        values, vectors = eigsh(omnibus, eigenpairs, which="LM", v0=start, ncv=space, tol=1e-8)
+        value_P, vector_NP = eigsh(omnibus, eigenpairs, which="LM", v0=start_N, ncv=space, tol=1e-8)
     except ArpackNoConvergence as error:
         raise UserError(
             f"spectral: {len(error.eigenvalues)} of {eigenpairs} eigenpairs converged; ask for fewer by --eigenpairs"
         ) from None
-    return values, vectors
+    return value_P, vector_NP
 
 
-def _spectral_norm(matrix_VD: np.ndarray) -> float:
-    return math.sqrt(max(0.0, float(np.linalg.eigvalsh(matrix_VD.T @ matrix_VD)[-1])))
+def _spectral_norm(matrix_VP: np.ndarray) -> float:
+    return math.sqrt(max(0.0, float(np.linalg.eigvalsh(matrix_VP.T @ matrix_VP)[-1])))

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Of(Generic[T]):
+class Measurement(Generic[T]):
     """What an instrument measured of one table, run or pair of tables of a study, and what names that.
 
     `role` is the table's, of a pair the subject's, whose other table has `reference_role`; "" for whole runs.
@@ -63,21 +63,21 @@ def from_plain(kind: Any, plain: Any) -> Any:
         return _instance(kind, plain)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        (other,) = (of for of in inner if of is not type(None))
-        return from_plain(other, plain)
+        (value_kind,) = (part_kind for part_kind in inner if part_kind is not type(None))
+        return from_plain(value_kind, plain)
     if origin is list:
         return [from_plain(inner[0], value) for value in plain]
     if origin is tuple:
-        return tuple(from_plain(of, value) for of, value in zip(inner, plain, strict=True))
+        return tuple(from_plain(part_kind, value) for part_kind, value in zip(inner, plain, strict=True))
     if origin is dict:
         return {inner[0](key): from_plain(inner[1], value) for key, value in plain.items()}
     return plain
 
 
-def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Of[T]]:
+def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Measurement[T]]:
     """The records of a section that were measured, each with its value as the dataclass `kind`."""
     return [
-        Of(
+        Measurement(
             record["arm"],
             record["seed"],
             record.get("subject_role", record.get("role", "")),
@@ -98,7 +98,8 @@ def _instance(kind: Any, plain: Mapping[str, Any]) -> Any:
     missing = [f.name for f in dataclasses.fields(kind) if f.name not in plain and not _optional(f)]
     if missing:
         raise UserError(f"results: there is no {missing[0]!r}; `tiedjax study` analyses the finished runs again")
-    return kind(**{name: from_plain(of, plain[name]) for name, of in _fields(kind).items() if name in plain})
+    kinds = {name: field_kind for name, field_kind in _fields(kind).items() if name in plain}
+    return kind(**{name: from_plain(field_kind, plain[name]) for name, field_kind in kinds.items()})
 
 
 @lru_cache

@@ -1,7 +1,10 @@
-"""Map: a picture of a table in the plane, and how far it can be trusted; the nearest rows of single tokens.
+"""Projection: a picture of a table in the plane, and how far it can be trusted; the nearest rows of single tokens.
 
 The picture is the projection onto the first two principal components, or openTSNE's layout. Its trustworthiness (Venna
 and Kaski 2001, ICANN) asks whether rows that are neighbours in the picture are neighbours in the table.
+
+Axes: V rows, D width, C components, Q rows asked for their neighbours, K neighbours, B rows of a block; N rows that
+count, in `nearest` tokens that are asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import column_means, gram, row_blocks
-from tiedjax.analysis.basis.chance import Score, beside_exact
+from tiedjax.analysis.basis.chance import Score, beside, exact_floor
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
 from tiedjax.analysis.basis.tables import check
 from tiedjax.errors import UserError
@@ -30,7 +33,7 @@ _BYTES = 2**28  # of one matrix of distances
 
 
 @dataclass(frozen=True)
-class Map:
+class Projection:
     """A point [x, y] for each of the `rows`, the share of the variance on each axis (None for tsne), and its trust."""
 
     method: str
@@ -53,9 +56,9 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Picture:
-    """A table's map, and the nearest rows of the tokens that were asked for."""
+    """A table's projection, and the nearest rows of the tokens that were asked for."""
 
-    map: Map
+    projection: Projection
     nearest: list[Nearest]
 
 
@@ -68,20 +71,22 @@ def measure(
     method: str = "pca",
     report: Callable[[str], None] = lambda line: None,
 ) -> Picture:
-    """The map of the rows that count, boolean [V] (default: all), and the nearest of these to each of `tokens`.
+    """The projection of the rows that count, boolean [V] (default: all), and the nearest of these to each of `tokens`.
 
-    UserError as of `draw_map` and `nearest`.
+    UserError as of `project` and `nearest`.
 
     >>> table = np.array([[2.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-2.0, -0.1]])
     >>> measure(table, [0], neighbours=1).nearest[0].neighbours
     [1]
     """
-    kept_VD = table_VD if rows is None else table_VD[rows]
-    return Picture(draw_map(kept_VD, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
+    table_ND = table_VD if rows is None else table_VD[rows]
+    return Picture(project(table_ND, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
 
 
-def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None) -> Map:
-    """The map of all rows, without trust where there are fewer than 5 rows.
+def project(
+    table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str], None] = lambda line: None
+) -> Projection:
+    """The projection of all rows, without trust where there are fewer than 5 rows.
 
     UserError: not [V, D] with D of at least 2, fewer than 3 rows, rows all equal, an unknown method, tsne without
     openTSNE.
@@ -100,7 +105,7 @@ def draw_map(table_VD: np.ndarray, method: str = "pca", *, report: Callable[[str
         points_V2, explained = principal(table_VD, 2)
     report("trustworthiness")
     k = min(NEAR, (len(table_VD) - 1) // 2 - 1)
-    return Map(
+    return Projection(
         method=method,
         rows=len(table_VD),
         width=table_VD.shape[1],
@@ -119,17 +124,17 @@ def principal(table_VD: np.ndarray, components: int) -> tuple[np.ndarray, np.nda
     """
     mean_D, least = centre(table_VD)
     gram_DD = gram(table_VD, mean_D)
-    values, vectors = np.linalg.eigh(gram_DD)
+    value_D, vector_DD = np.linalg.eigh(gram_DD)
     total = float(np.trace(gram_DD))
     if total <= len(table_VD) * least**2:
         raise UserError("map: the rows of the table are all equal; there is nothing to see")
-    loadings_DC = vectors[:, ::-1][:, :components]
-    largest = np.abs(loadings_DC).argmax(axis=0)
-    loadings_DC = loadings_DC * np.sign(loadings_DC[largest, np.arange(loadings_DC.shape[1])])
-    points = np.empty((len(table_VD), loadings_DC.shape[1]))
+    loadings_DC = vector_DD[:, ::-1][:, :components]
+    largest_C = np.abs(loadings_DC).argmax(axis=0)
+    loadings_DC = loadings_DC * np.sign(loadings_DC[largest_C, np.arange(loadings_DC.shape[1])])
+    points_VC = np.empty((len(table_VD), loadings_DC.shape[1]))
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        points[block] = (np.asarray(table_VD[block], np.float64) - mean_D) @ loadings_DC
-    return points, np.maximum(values[::-1][:components], 0) / total
+        points_VC[block] = (np.asarray(table_VD[block], np.float64) - mean_D) @ loadings_DC
+    return points_VC, np.maximum(value_D[::-1][:components], 0) / total
 
 
 def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEAR) -> Score:
@@ -148,12 +153,13 @@ def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEA
     mean_D = column_means(table_VD)
     excess = 0
     for block in row_blocks(len(queries), V, itemsize=8, block_bytes=_BYTES):
-        asked = queries[block]
-        near_Qk = np.argpartition(_distances(points_V2, np.zeros(2), asked), k - 1, axis=1)[:, :k]
-        distance_QV = _distances(table_VD, mean_D, asked)
-        for row, near in zip(distance_QV, near_Qk, strict=True):
-            closer = np.searchsorted(np.sort(row), row[near])  # how many others are closer than each neighbour
-            excess += int(np.maximum(closer + 1 - k, 0).sum())
+        query_Q = queries[block]
+        near_QK = np.argpartition(_distances(points_V2, np.zeros(2), query_Q), k - 1, axis=1)[:, :k]
+        distance_QV = _distances(table_VD, mean_D, query_Q)
+        for distance_V, near_K in zip(distance_QV, near_QK, strict=True):
+            # How many others are closer than each neighbour.
+            closer_K = np.searchsorted(np.sort(distance_V), distance_V[near_K])
+            excess += int(np.maximum(closer_K + 1 - k, 0).sum())
     scale = 2 / (len(queries) * k * (2 * V - 3 * k - 1))
     score = 1 - scale * excess
     # By chance a neighbour's rank is uniform on 1 .. V - 1.
@@ -161,7 +167,7 @@ def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEA
     mean, square = surplus.sum() / (V - 1), np.square(surplus).sum() / (V - 1)
     floor = 1 - 2 / (2 * V - 3 * k - 1) * float(mean)
     deviation = scale * math.sqrt(len(queries) * k * float(square - mean**2))
-    return beside_exact(score, floor, deviation=deviation, rows=len(queries))
+    return beside(score, exact_floor(floor, deviation), rows=len(queries))
 
 
 def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | None = None) -> list[Nearest]:
@@ -173,19 +179,19 @@ def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | 
     outside = [t for t in tokens if not 0 <= t < len(table_VD)]
     if outside:
         raise UserError(f"map: there is no token {outside[0]}; the table has {len(table_VD)} rows")
-    mine_ND = _unit(table_VD[tokens])
+    unit_ND = _unit(table_VD[tokens])
     cosines_NV = np.empty((len(tokens), len(table_VD)))
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        cosines_NV[:, block] = mine_ND @ _unit(table_VD[block]).T
+        cosines_NV[:, block] = unit_ND @ _unit(table_VD[block]).T
     cosines_NV[np.arange(len(tokens)), tokens] = np.nan
     if rows is not None:
         cosines_NV[:, ~rows] = np.nan
-    found = []
-    for token, cosines in zip(tokens, cosines_NV, strict=True):
-        order = np.argsort(-cosines, kind="stable")[:k]  # NaN last
-        order = order[np.isfinite(cosines[order])]
-        found.append(Nearest(token, order.tolist(), np.clip(cosines[order], -1, 1).tolist()))
-    return found
+    nearest_rows = []
+    for token, cosine_V in zip(tokens, cosines_NV, strict=True):
+        order_K = np.argsort(-cosine_V, kind="stable")[:k]  # NaN last
+        order_K = order_K[np.isfinite(cosine_V[order_K])]
+        nearest_rows.append(Nearest(token, order_K.tolist(), np.clip(cosine_V[order_K], -1, 1).tolist()))
+    return nearest_rows
 
 
 def _unit(rows_ND: np.ndarray) -> np.ndarray:
@@ -195,16 +201,16 @@ def _unit(rows_ND: np.ndarray) -> np.ndarray:
     return unit_ND
 
 
-def _distances(table_VD: np.ndarray, mean_D: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def _distances(table_VD: np.ndarray, mean_D: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
     """Squared Euclidean distances [Q, V] of the asked rows to all, their own infinite."""
-    mine_QD = np.asarray(table_VD[asked], np.float64) - mean_D
-    found = np.empty((len(asked), len(table_VD)))
+    query_QD = np.asarray(table_VD[query_Q], np.float64) - mean_D
+    distance_QV = np.empty((len(query_Q), len(table_VD)))
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        rows = np.asarray(table_VD[block], np.float64) - mean_D
-        found[:, block] = np.square(rows).sum(axis=1) - 2 * (mine_QD @ rows.T)
-    found += np.square(mine_QD).sum(axis=1, keepdims=True)
-    found[np.arange(len(asked)), asked] = np.inf
-    return found
+        rows_BD = np.asarray(table_VD[block], np.float64) - mean_D
+        distance_QV[:, block] = np.square(rows_BD).sum(axis=1) - 2 * (query_QD @ rows_BD.T)
+    distance_QV += np.square(query_QD).sum(axis=1, keepdims=True)
+    distance_QV[np.arange(len(query_Q)), query_Q] = np.inf
+    return distance_QV
 
 
 def _tsne(table_VD: np.ndarray, report: Callable[[str], None]) -> np.ndarray:

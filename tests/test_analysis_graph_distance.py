@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_analysis_knn import brute_force, normal, related, twin
+from test_analysis_neighbours import brute_force, normal, related, twin
 
 from tiedjax.analysis import command
 from tiedjax.analysis.instruments.graph_distance import section
-from tiedjax.analysis.instruments.graph_distance.spectral import PAPER_EIGENPAIRS, compare, graph
-from tiedjax.analysis.instruments.graph_distance.spectral import measure as spectral
+from tiedjax.analysis.instruments.graph_distance.graph_distance import PAPER_EIGENPAIRS, compare, graph
+from tiedjax.analysis.instruments.graph_distance.graph_distance import measure as spectral
 from tiedjax.analysis.instruments.neighbours.search import neighbours
 from tiedjax.errors import UserError
 

@@ -2,6 +2,8 @@
 
 Pairs share tokens, so it is tokens that are permuted for the chance level (Mantel 1967, Cancer Research 27) and drawn
 for the interval, not pairs.
+
+Axes: N tokens, B samples of them, P pairs of them, M similarities that one is correlated with.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tiedjax.analysis.basis.chance import Score, beside_draws
+from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.statistics import CONFIDENCE, Interval, ranks
 
 DRAWS = 20
@@ -37,40 +39,42 @@ def agreements(
     n = len(similarity_NN)
     rng = np.random.default_rng(0)
     ranks_NN = rank_matrix(similarity_NN)
-    scales = [math.sqrt(np.square(ranks_NN).sum() * np.square(other).sum()) for other in ranked]
-    known = n >= LEAST and all(scale > 0 for scale in scales)
-    by_chance = resampled = np.zeros((len(ranked), 0))
-    if known:
-        permuted = (ranks_NN[order][:, order] for order in (rng.permutation(n) for _ in range(draws)))
-        by_chance = np.array([[np.vdot(p, o) / s for o, s in zip(ranked, scales, strict=True)] for p in permuted]).T
-        resampled = _bootstrap(ranks_NN, ranked, bootstrap, rng)
+    scales = [math.sqrt(np.square(ranks_NN).sum() * np.square(other_NN).sum()) for other_NN in ranked]
+    comparable = n >= LEAST and all(scale > 0 for scale in scales)
+    chance_MB = resampled_MB = np.zeros((len(ranked), 0))
+    if comparable:
+        permuted_ranks = (ranks_NN[order][:, order] for order in (rng.permutation(n) for _ in range(draws)))
+        chance_MB = np.array(
+            [[np.vdot(p_NN, o_NN) / s for o_NN, s in zip(ranked, scales, strict=True)] for p_NN in permuted_ranks]
+        ).T
+        resampled_MB = _bootstrap(ranks_NN, ranked, bootstrap, rng)
     scores = [
-        beside_draws(
-            float(np.vdot(ranks_NN, ranked[i])) / scale if known else None,
-            by_chance[i],
+        beside(
+            float(np.vdot(ranks_NN, ranked[i])) / scale if comparable else None,
+            drawn_floor(chance_MB[i]),
             rows=n,
             rows_left_out=rows_left_out,
-            interval=_interval(resampled[i]),
+            interval=_interval(resampled_MB[i]),
         )
         for i, scale in enumerate(scales)
     ]
     first, last = scores[0].score, scores[-1].score
     difference = None if first is None or last is None else first - last
-    return scores, Interval(difference, *_interval(resampled[0] - resampled[-1]), n, CONFIDENCE)
+    return scores, Interval(difference, *_interval(resampled_MB[0] - resampled_MB[-1]), n, CONFIDENCE)
 
 
 def rank_matrix(similarity_NN: np.ndarray) -> np.ndarray:
     """Centred ranks of all pairs, symmetric with a zero diagonal; zeros where there is no pair."""
     n = len(similarity_NN)
-    ranks_NN, upper = np.zeros((n, n)), np.triu_indices(n, 1)
+    ranks_NN, upper_P = np.zeros((n, n)), np.triu_indices(n, 1)
     if n > 1:
-        rank = ranks(np.asarray(similarity_NN)[upper])
-        ranks_NN[upper] = rank - rank.mean()
+        rank_P = ranks(np.asarray(similarity_NN)[upper_P])
+        ranks_NN[upper_P] = rank_P - rank_P.mean()
     return ranks_NN + ranks_NN.T
 
 
-def _bootstrap(ranks_NN: np.ndarray, others: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Correlations [others, draws] over samples of tokens: a pair counts as often as both its tokens were drawn.
+def _bootstrap(ranks_NN: np.ndarray, ranked: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Correlations [M, B] over samples of tokens: a pair counts as often as both its tokens were drawn.
 
     A token and its own copy are no pair. Ranks stay those of all tokens.
     """
@@ -81,18 +85,18 @@ def _bootstrap(ranks_NN: np.ndarray, others: Sequence[np.ndarray], draws: int, r
     variance = lambda m_NN, mean_B: np.maximum(mean(m_NN**2) - mean_B**2, 0)
     mean_B = mean(ranks_NN)
     variance_B = variance(ranks_NN, mean_B)
-    correlations = np.full((len(others), draws), np.nan)
-    for i, other_NN in enumerate(others):
+    correlation_MB = np.full((len(ranked), draws), np.nan)
+    for i, other_NN in enumerate(ranked):
         other_mean_B = mean(other_NN)
         spread_B = np.sqrt(variance_B * variance(other_NN, other_mean_B))
         covariance_B = mean(ranks_NN * other_NN) - mean_B * other_mean_B
-        np.divide(covariance_B, spread_B, out=correlations[i], where=spread_B > 0)
-    return correlations
+        np.divide(covariance_B, spread_B, out=correlation_MB[i], where=spread_B > 0)
+    return correlation_MB
 
 
-def _interval(resampled: np.ndarray) -> tuple[float | None, float | None]:
-    known = resampled[np.isfinite(resampled)]
-    if not len(known):
+def _interval(resampled_B: np.ndarray) -> tuple[float | None, float | None]:
+    finite_B = resampled_B[np.isfinite(resampled_B)]
+    if not len(finite_B):
         return None, None
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(finite_B, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
