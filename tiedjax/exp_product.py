@@ -101,7 +101,7 @@ def exp_product(
             index = block + tile * cores
             return lax.rem(index, token_tiles), lax.div(index, token_tiles)
 
-        slot = lambda step: lax.rem(step, _STEPS)
+        slot: Callable[[Any], Any] = lambda step: lax.rem(step, _STEPS)
         needed = needed_ref[0] > 0
 
         @pl.when(needed & (warpgroup == _WARPGROUPS))
@@ -134,7 +134,7 @@ def exp_product(
                 shift = gpu.load(shift_ref.at[tokens], layout=per_token, optimized=False)
                 ids = gpu.load(ids_ref.at[tokens], layout=per_token, optimized=False)
 
-                def product(logit: Any) -> jax.Array:
+                def product(logit: Any) -> Any:
                     for i in range(steps):
                         now = slot(tile * steps + i)
                         gpu.barrier_wait(copied.at[now])
@@ -150,7 +150,7 @@ def exp_product(
                 # Before anything else: logits that are needed once more after exp leave the registers for memory.
                 gpu.wait_smem_to_gmem(0, wait_read_only=True)
                 most_smem[warpgroup] = logit.max(axis=1)
-                across = lambda x: lax.broadcast_in_dim(x, logit.shape, (0,))
+                across: Callable[[Any], Any] = lambda x: lax.broadcast_in_dim(x, logit.shape, (0,))
                 power = jnp.exp2(logit * _LOG2_E - across(shift))
                 row = gpu.broadcasted_iota(jnp.int32, logit.shape, 1, layout=gpu.Layout.WGMMA)
                 power = jnp.where(row == across(ids - row_tile * _ROWS), 0.0, power)

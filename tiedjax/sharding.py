@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 Axes = Sequence[str | None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Layout:
         """x, laid out by its logical axes."""
         if self.mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
+        placed: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
+        return placed
 
     def size(self, *axes: str) -> int:
         """The number of devices along these mesh axes."""
@@ -70,8 +72,8 @@ class Layout:
         return tuple(name for name in axes if self.size(name) > 1)
 
     def per_device(
-        self, f: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | list[Axes]
-    ) -> Callable[..., Any]:
+        self, f: Callable[..., Result], inputs: Sequence[Axes], outputs: Axes | list[Axes]
+    ) -> Callable[..., Result]:
         """f over every device's own part of its arguments, which have these logical axes; a list for several results.
 
         An argument is gathered over the mesh axes that its logical axes leave out; a result must be equal on them.

@@ -74,8 +74,8 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     def summed(
         tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        sums = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
-        return jax.tree.map(jnp.sum, sums)
+        losses, weights = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
+        return jnp.sum(losses), jnp.sum(weights)
 
     def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None) -> Any:
         def add(carry: Any, part: Any) -> tuple[Any, None]:
@@ -120,7 +120,8 @@ def role_metrics(role_grads: Tables, decile_V: jax.Array) -> dict[str, jax.Array
 def _precision(cfg: RunConfig, layout: Layout) -> contextlib.AbstractContextManager[Any]:
     """float32 means float32: accelerators would round the operands of its products."""
     if model.compute_dtype(cfg.model, layout) == jnp.float32:
-        return jax.default_matmul_precision("highest")
+        highest: contextlib.AbstractContextManager[Any] = jax.default_matmul_precision("highest")
+        return highest
     return contextlib.nullcontext()
 
 
@@ -200,7 +201,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
         tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
-        return optax.tree.norm({"tables": tables, "body": grads["body"]})
+        return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array

@@ -24,7 +24,8 @@ def nearest_orthogonal(product_DD: np.ndarray) -> np.ndarray:
     if len(product_DD) > _DECOMPOSED_WIDTH and (found := _polar_iteration(product_DD)) is not None:
         return found
     u, _, vt = scipy.linalg.svd(product_DD)
-    return u @ vt
+    orthogonal_DD: np.ndarray = u @ vt
+    return orthogonal_DD
 
 
 def _polar_iteration(product_DD: np.ndarray) -> np.ndarray | None:
@@ -63,7 +64,7 @@ def _polar_iteration(product_DD: np.ndarray) -> np.ndarray | None:
 def _gram_plus(factor: float, x: np.ndarray, diagonal: float) -> np.ndarray:
     """The lower triangle of factor x'x + diagonal I; `x` in Fortran order."""
     (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (x,))
-    z = syrk(factor, x, trans=1, lower=1)
+    z: np.ndarray = syrk(factor, x, trans=1, lower=1)
     z.flat[:: len(z) + 1] += diagonal
     return z
 

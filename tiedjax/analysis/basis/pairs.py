@@ -7,7 +7,7 @@ for the interval, not pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -77,8 +77,12 @@ def _bootstrap(ranks_NN: np.ndarray, others: Sequence[np.ndarray], draws: int, r
     n = len(ranks_NN)
     times_BN = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     pairs_B = n**2 - np.square(times_BN).sum(axis=1)
-    mean = lambda m_NN: ((times_BN @ m_NN) * times_BN).sum(axis=1) / np.maximum(pairs_B, 1)
-    variance = lambda m_NN, mean_B: np.maximum(mean(m_NN**2) - mean_B**2, 0)
+    mean: Callable[[np.ndarray], np.ndarray] = lambda m_NN: (
+        ((times_BN @ m_NN) * times_BN).sum(axis=1) / np.maximum(pairs_B, 1)
+    )
+    variance: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda m_NN, mean_B: np.maximum(
+        mean(m_NN**2) - mean_B**2, 0
+    )
     mean_B = mean(ranks_NN)
     variance_B = variance(ranks_NN, mean_B)
     correlations = np.full((len(others), draws), np.nan)
