@@ -64,6 +64,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     """
     if parts == 1:
         return total
+    # Of the loss, not of the mean: the weight that divides it is known only after the last microbatch.
     gradient = jax.value_and_grad(total, argnums=(0, 1, 4), has_aux=True)
 
     def cut(x_B: jax.Array) -> jax.Array:
@@ -82,6 +83,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
             (loss_sum, weight), grads = gradient(tables, body, *part, tap)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
 
+        # The sums start with the dtypes that `total` gives, which are wider than those of its activations.
         one = slice(tokens_BS.shape[0] // parts)
         shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
@@ -90,6 +92,8 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
 
     def backward(grads: Any, cotangents: Any) -> Any:
         *grads, square = grads
+        # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sum of squares goes
+        # by its square, and the weights' sum depends on no parameter.
         tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
         return tables, body, None, None, None if square is None else jnp.square(cotangents[0]) * square
 
