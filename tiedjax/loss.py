@@ -118,7 +118,7 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
             dU_VD += spec.add_rows(own_ND, own_rows(about_BT[0].reshape(-1), len(dU_VD), tensor), len(dU_VD))
         if tensor:  # every device has the part of its own rows: added before it is rounded
             dh_BTD = jax.lax.psum(dh_BTD, tensor).astype(h_BTD.dtype)
-        # The only time that anything of the table's size crosses between devices: once a step, not once a chunk. Along
+        # The only time that anything of the table's size crosses between devices: once, not for every chunk. Along
         # fsdp first, which leaves each device its own columns: along data only 1/fsdp of the table is then added.
         if fsdp:
             dU_VD = jax.lax.psum_scatter(dU_VD, fsdp, scatter_dimension=1, tiled=True)

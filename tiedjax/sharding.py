@@ -144,7 +144,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices need."""
-    # One slice, since windows are read by one: devices that differ along tensor alone need the same rows, and where a
+    # One slice, as `Batches` takes it: devices that differ along tensor alone need the same rows, and where a
     # mesh puts devices of another process in between, their rows are read here as well.
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = [index[0].indices(batch_size) for index in held if index is not None]
