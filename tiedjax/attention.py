@@ -42,7 +42,7 @@ def save_attention(primitive: Any, *inputs: Any, **params: Any) -> bool:
 
     Of the XLA backend the result alone is kept: scores are computed again, the product with the values is not.
     """
-    return primitive.name == _CUDNN_FORWARD or _by_name(primitive, *inputs, **params)
+    return bool(primitive.name == _CUDNN_FORWARD or _by_name(primitive, *inputs, **params))
 
 
 def chosen(backend: str, platform: str, cuda: float | None, q_BTHK: Any) -> str:
@@ -95,7 +95,8 @@ def _splash(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, layout: Lay
         kernel = _splash_kernel(T, H, layout.platform != "tpu")
         wide = [(0, 0), (0, 0), (0, 0), (0, -K % _LANES)]  # columns of zeros change no score
         heads_first = (jnp.pad(x, wide).swapaxes(1, 2) for x in (q_BTHK * K**-0.5, k_BTGK, v_BTGK))
-        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)[..., :K].astype(q_BTHK.dtype)
+        y_BTHK: jax.Array = jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+        return y_BTHK[..., :K].astype(q_BTHK.dtype)
 
     return layout.per_device(local, [_Q_AXES, _KV_AXES, _KV_AXES], _Q_AXES)(q_BTHK, k_BTGK, v_BTGK)
 
@@ -158,8 +159,8 @@ def _softmax_backward(residuals: Any, dy_BGNK: jax.Array) -> tuple[jax.Array, ja
     dweight_BGNS = jnp.matmul(dy_BGNK, v_BGSK.swapaxes(2, 3), preferred_element_type=wide)
     mean_BGN1 = jnp.sum(dy_BGNK.astype(wide) * y_BGNK, axis=-1, keepdims=True)  # of dweight under the weights
     dscore_BGNS = (weight_BGNS * (dweight_BGNS - mean_BGN1)).astype(q_BGNK.dtype)
-    transposed = lambda x: x.swapaxes(2, 3)
-    return dscore_BGNS @ k_BGSK, transposed(dscore_BGNS) @ q_BGNK, transposed(weight_BGNS) @ dy_BGNK
+    dq_BGNK = dscore_BGNS @ k_BGSK
+    return dq_BGNK, dscore_BGNS.swapaxes(2, 3) @ q_BGNK, weight_BGNS.swapaxes(2, 3) @ dy_BGNK
 
 
 _softmax_attention.defvjp(_softmax_forward, _softmax_backward)

@@ -78,7 +78,8 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was said when this step was saved."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return dict(items["about"])
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The saved leaves of `abstract` (ShapeDtypeStructs with shardings; without, as NumPy), which may be a part.

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         platform_flags.apply()  # before any command imports JAX
-        return args.run(args)
+        status: int = args.run(args)
+        return status
     except UserError as error:
         return _fail(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
@@ -89,7 +90,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, meaning: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=meaning, description=meaning)
+        sub: argparse.ArgumentParser = commands.add_parser(name, help=meaning, description=meaning)
         sub.set_defaults(run=run)
         return sub
 

@@ -114,7 +114,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def to_tree(config: Any) -> dict[str, Any]:
     """Nested plain mapping of every field."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def to_yaml(config: Any) -> str:

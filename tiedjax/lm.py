@@ -42,7 +42,7 @@ def abstract_params(cfg: RunConfig) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _abstract_params(cfg: RunConfig) -> dict[str, Any]:
-    return nn.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0))))
+    return dict(nn.unbox(jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))))
 
 
 def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:

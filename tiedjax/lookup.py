@@ -90,7 +90,7 @@ def _table_gradient(dx_BTD: jax.Array, tokens_BT: jax.Array, E_VD: jax.Array, la
         if fsdp:
             dx_BTD = jax.lax.all_to_all(dx_BTD, fsdp, 2, 0, tiled=True)
         own_N = own_rows(_shared(tokens_BT, fsdp), rows, tensor).reshape(-1)
-        dE_VD = method(dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(E_VD.dtype), own_N, rows)
+        dE_VD: jax.Array = method(dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(E_VD.dtype), own_N, rows)
         return jax.lax.psum(dE_VD, data) if data else dE_VD
 
     return layout.per_device(local, [_STATES, _TOKENS], _TABLE)(dx_BTD, tokens_BT)

@@ -27,7 +27,8 @@ from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
-from tiedjax.data.prepare import Prepared, prepare
+from tiedjax.data.prepare import prepare
+from tiedjax.data.prepared import Prepared
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
@@ -126,7 +127,7 @@ def train(
             snapshots.save(0, state.params["tables"], about)
 
         # ---- Steps ----
-        everywhere = lambda x: jax.device_put(x, steps.replicated)
+        everywhere = partial(jax.device_put, device=steps.replicated)
         role_scale = everywhere(tying.role_scale(cfg.tying))
         decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
         evaluation = _Evaluation(cfg, mesh, steps, prepared)

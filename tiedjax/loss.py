@@ -87,7 +87,8 @@ def _summed(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_BT
             return total + _chunk_loss(chunk, U_VD, spec)[0], None
 
         chunks = _cut(h_BTD, about_BT, spec.chunks(about_BT[0].size, U_VD.shape))
-        return _over_batch(jax.lax.scan(add, jnp.zeros((), chunks[2].dtype), chunks)[0], spec)
+        total, _ = jax.lax.scan(add, jnp.zeros((), chunks[2].dtype), chunks)
+        return _across(jax.lax.psum, total, spec.layout.names("data", "fsdp"))
 
     run = spec.layout.per_device(local, [_STATES, _TABLE, _TOKENS, _TOKENS], ())
     return run(h_BTD, U_VD.astype(h_BTD.dtype), targets_BT, weights_BT)
@@ -115,14 +116,15 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
         if own_N is not None:
             own_ND = own_N[:, None] * h_BTD.reshape(-1, h_BTD.shape[-1])
             dU_VD += spec.add_rows(own_ND, own_rows(about_BT[0].reshape(-1), len(dU_VD), tensor), len(dU_VD))
-        if tensor:
+        if tensor:  # every device has the part of its own rows: added before it is rounded
             dh_BTD = jax.lax.psum(dh_BTD, tensor).astype(h_BTD.dtype)
-        # The only time that anything of the table's size crosses between devices.
+        # The only time that anything of the table's size crosses between devices: once, not for every chunk. Along
+        # fsdp first, which leaves each device its own columns: along data only 1/fsdp of the table is then added.
         if fsdp:
             dU_VD = jax.lax.psum_scatter(dU_VD, fsdp, scatter_dimension=1, tiled=True)
         if data:
             dU_VD = jax.lax.psum(dU_VD, data)
-        return _over_batch(total, spec), dh_BTD, dU_VD
+        return _across(jax.lax.psum, total, layout.names("data", "fsdp")), dh_BTD, dU_VD
 
     results: list[Axes] = [(), _STATES, ("vocab", "embed")]
     run = layout.per_device(local, [_STATES, _TABLE, _TOKENS, _TOKENS], results)
@@ -137,7 +139,8 @@ def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str) -> j
     # A CPU's product with a transposed operand takes longer than a copy and a product: the small one of the two is
     # copied, and the result turned, which the barriers keep XLA from undoing.
     h_DC = jax.lax.optimization_barrier(h_CD.T)
-    return jax.lax.optimization_barrier(jnp.matmul(h_DC, d_CV, preferred_element_type=dtype)).T
+    dU_DV: jax.Array = jax.lax.optimization_barrier(jnp.matmul(h_DC, d_CV, preferred_element_type=dtype))
+    return dU_DV.T
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:
@@ -156,9 +159,9 @@ def _cut(h_BTD: jax.Array, about_BT: tuple[jax.Array, ...], chunks: int) -> tupl
     return tuple(x.reshape(chunks, -1, *x.shape[1:]) for x in padded)
 
 
-def _over_batch(total: jax.Array, spec: _Spec) -> jax.Array:
-    names = spec.layout.names("data", "fsdp")
-    return jax.lax.psum(total, names) if names else total
+def _across(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """x, reduced over these axes of the mesh if there are any."""
+    return reduce(x, axes) if axes else x
 
 
 def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -169,17 +172,16 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
     """
     h_CD, target_C, weight_C = chunk
     tensor, cap = spec.layout.names("tensor"), spec.soft_cap
-    across = lambda reduce, x: reduce(x, tensor) if tensor else x
     logit_CV = jnp.matmul(h_CD, U_VD.T, preferred_element_type=weight_C.dtype)
     if cap is not None:
         logit_CV = cap * jnp.tanh(logit_CV / cap)
     own_C1 = own_rows(target_C, len(U_VD), tensor)[:, None]
     own_most_C, own_sum_C = (_in_one_pass if spec.layout.platform == "gpu" else _in_two_passes)(logit_CV)
-    most_C = across(jax.lax.pmax, own_most_C)
-    sum_C = across(jax.lax.psum, own_sum_C * jnp.exp(own_most_C - most_C) if tensor else own_sum_C)
+    most_C = _across(jax.lax.pmax, own_most_C, tensor)
+    sum_C = _across(jax.lax.psum, own_sum_C * jnp.exp(own_most_C - most_C) if tensor else own_sum_C, tensor)
     power_CV = jnp.exp(logit_CV - most_C[:, None])
     target_logit_C1 = jnp.take_along_axis(logit_CV, own_C1, axis=-1, mode="fill", fill_value=0)
-    target_logit_C = across(jax.lax.psum, target_logit_C1[:, 0])
+    target_logit_C = _across(jax.lax.psum, target_logit_C1[:, 0], tensor)
     log_sum_C = most_C + jnp.log(sum_C)
     loss_C = log_sum_C - target_logit_C + spec.z_loss * jnp.square(log_sum_C)
     # The target's own entry, about -1 where all others are small, is apart: most of what rounding loses is lost there.
@@ -236,13 +238,12 @@ def _from_powers(chunk: Any, *, U_VD: jax.Array, spec: _Spec, product: ExpProduc
     """
     h_CD, target_C, weight_C = chunk
     wide, tensor = weight_C.dtype, spec.layout.names("tensor")
-    across = lambda x: jax.lax.psum(x, tensor) if tensor else x
     own_C = own_rows(target_C, len(U_VD), tensor)
     row_CD = U_VD.at[own_C].get(mode="fill", fill_value=0).astype(wide)
-    target_logit_C = across(jnp.sum(h_CD.astype(wide) * row_CD, axis=-1))
+    target_logit_C = _across(jax.lax.psum, jnp.sum(h_CD.astype(wide) * row_CD, axis=-1), tensor)
     power_CV, others_C, shift_C = product(h_CD, U_VD, target_logit_C + _SHIFT, own_C, tensor)
     target_power_C = jnp.exp(target_logit_C - shift_C)
-    sum_C = across(others_C) + target_power_C
+    sum_C = _across(jax.lax.psum, others_C, tensor) + target_power_C
     log_sum_C = jnp.log(sum_C) + shift_C
     loss_C = log_sum_C - target_logit_C + spec.z_loss * jnp.square(log_sum_C)
     rate_C = weight_C * (1 + 2 * spec.z_loss * log_sum_C) / sum_C

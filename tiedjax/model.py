@@ -54,7 +54,7 @@ class Dense(nn.Module):
         init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
         kernel: Any = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # One matrix product over all positions: XLA:CPU is several times slower on the batched form's backward pass.
-        y_N = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        y_N: jax.Array = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
         return y_N.reshape(*x.shape[:-1], self.features)
 
 
@@ -156,7 +156,7 @@ class Kernel(nn.Module):
     def __call__(self) -> jax.Array:
         init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
         kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
-        return kernel.astype(self.dtype)
+        return jnp.asarray(kernel, self.dtype)
 
 
 class MLP(nn.Module):

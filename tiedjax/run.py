@@ -80,9 +80,10 @@ class Run:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
         path = self.path / "token_counts.npy"
         try:
-            return np.load(path, allow_pickle=False)
+            counts: np.ndarray = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
+        return counts
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -102,7 +103,7 @@ class Run:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
         abstract = {"params": _without_sharding(abstract_params(self.config))}
-        return checkpoints.restore(step, abstract)["params"]
+        return dict(checkpoints.restore(step, abstract)["params"])
 
     def model(self) -> Transformer:
         """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`."""

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 Axes = Sequence[str | None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Layout:
         """x, laid out by its logical axes."""
         if self.mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
+        placed: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
+        return placed
 
     def size(self, *axes: str) -> int:
         """The number of devices along these mesh axes."""
@@ -70,8 +72,8 @@ class Layout:
         return tuple(name for name in axes if self.size(name) > 1)
 
     def per_device(
-        self, f: Callable[..., Any], inputs: Sequence[Axes], outputs: Axes | list[Axes]
-    ) -> Callable[..., Any]:
+        self, f: Callable[..., Result], inputs: Sequence[Axes], outputs: Axes | list[Axes]
+    ) -> Callable[..., Result]:
         """f over every device's own part of its arguments, which have these logical axes; a list for several results.
 
         An argument is gathered over the mesh axes that its logical axes leave out; a result must be equal on them.
@@ -142,6 +144,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices need."""
+    # One slice, as `Batches` takes it: devices that differ along tensor alone need the same rows, and where a
+    # mesh puts devices of another process in between, their rows are read here as well.
     held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     spans = [index[0].indices(batch_size) for index in held if index is not None]
     return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))

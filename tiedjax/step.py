@@ -64,6 +64,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     """
     if parts == 1:
         return total
+    # Of the loss, not of the mean: the weight that divides it is known only after the last microbatch.
     gradient = jax.value_and_grad(total, argnums=(0, 1, 4), has_aux=True)
 
     def cut(x_B: jax.Array) -> jax.Array:
@@ -74,14 +75,15 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     def summed(
         tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        sums = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
-        return jax.tree.map(jnp.sum, sums)
+        losses, weights = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
+        return jnp.sum(losses), jnp.sum(weights)
 
     def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None) -> Any:
         def add(carry: Any, part: Any) -> tuple[Any, None]:
             (loss_sum, weight), grads = gradient(tables, body, *part, tap)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
 
+        # The sums start with the dtypes that `total` gives, which are wider than those of its activations.
         one = slice(tokens_BS.shape[0] // parts)
         shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
@@ -90,6 +92,8 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
 
     def backward(grads: Any, cotangents: Any) -> Any:
         *grads, square = grads
+        # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sum of squares goes
+        # by its square, and the weights' sum depends on no parameter.
         tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
         return tables, body, None, None, None if square is None else jnp.square(cotangents[0]) * square
 
@@ -120,7 +124,8 @@ def role_metrics(role_grads: Tables, decile_V: jax.Array) -> dict[str, jax.Array
 def _precision(cfg: RunConfig, layout: Layout) -> contextlib.AbstractContextManager[Any]:
     """float32 means float32: accelerators would round the operands of its products."""
     if model.compute_dtype(cfg.model, layout) == jnp.float32:
-        return jax.default_matmul_precision("highest")
+        highest: contextlib.AbstractContextManager[Any] = jax.default_matmul_precision("highest")
+        return highest
     return contextlib.nullcontext()
 
 
@@ -200,7 +205,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
         tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
-        return optax.tree.norm({"tables": tables, "body": grads["body"]})
+        return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array

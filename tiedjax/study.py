@@ -133,7 +133,9 @@ def _train_and_collect(plan: Plan, out: Path, crew: Crew | None) -> tuple[Outcom
         elif begun == len(runs) + 1:
             print("analysing ...", flush=True)
 
-    stops = lambda task, result: task in runs and (not result["finished"] or result["signal"])
+    def stops(task: Task, result: Any) -> bool:
+        return task in runs and bool(not result["finished"] or result["signal"])
+
     tasks, results = [*runs, *parts.values()], dict[int, Any]()
     if crew:
         for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):

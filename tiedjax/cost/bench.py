@@ -7,6 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Stepper:
     """
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps):
-        everywhere = lambda x: jax.device_put(x, steps.replicated)
+        everywhere = partial(jax.device_put, device=steps.replicated)
         tokens = zipf_tokens(cfg, BATCHES)
         rows = sharding.local_rows(mesh, cfg.data.batch_size)
         self._batches = [sharding.global_batch(each[rows], mesh, cfg.data.batch_size) for each in tokens]
@@ -119,8 +120,8 @@ def utilisation(cfg: RunConfig, device_kind: str, tokens_per_second: float) -> d
     if peak is None:
         reason = f"no dense bfloat16 peak is known for {device_kind!r}"
         return {"mfu_causal": None, "mfu_full": None, "mfu_unknown": reason}
-    mfu = lambda causal: tokens_per_second * flops_per_token(cfg.model, causal=causal) / peak
-    return {"mfu_causal": mfu(True), "mfu_full": mfu(False), "peak_flops": peak}
+    causal, full = (tokens_per_second * flops_per_token(cfg.model, causal=c) / peak for c in (True, False))
+    return {"mfu_causal": causal, "mfu_full": full, "peak_flops": peak}
 
 
 def bench(

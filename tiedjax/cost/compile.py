@@ -191,15 +191,14 @@ def advice(cfg: RunConfig, report: Report) -> list[str]:
 
 def lines(cfg: RunConfig, report: Report) -> list[str]:
     """The report as a person reads it."""
-    gib = lambda n: "unknown" if n is None else f"{n / GIB:.2f} GiB"
     text = [
         f"{report.topology}: {report.devices} chips, mesh {_product(report.mesh)}; {ESTIMATE}",
         "",
         "memory per chip",
-        f"  state, batch and constants  {gib(report.argument_bytes):>14}",
-        f"  temporary                   {gib(report.temp_bytes):>14}",
-        f"  needed, with the program    {gib(report.needed_bytes):>14}",
-        f"  available                   {gib(report.hbm_bytes):>14}",
+        f"  state, batch and constants  {_gib(report.argument_bytes):>14}",
+        f"  temporary                   {_gib(report.temp_bytes):>14}",
+        f"  needed, with the program    {_gib(report.needed_bytes):>14}",
+        f"  available                   {_gib(report.hbm_bytes):>14}",
     ]
     if not report.collectives:
         text += ["", f"collectives  {'unknown' if report.collectives is None else 'none'}"]
@@ -215,9 +214,13 @@ def lines(cfg: RunConfig, report: Report) -> list[str]:
             text.append(f"  counted once, as their length is unknown: loops {', '.join(report.unknown_loops)}")
     text += ["", f"traced in {report.trace_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s"]
     if report.fits and report.needed_bytes is not None:
-        return [*text, f"fits, {gib(report.hbm_bytes - report.needed_bytes)} to spare"]
-    short = "" if report.short_bytes is None else f", short by {gib(report.short_bytes)}"
+        return [*text, f"fits, {_gib(report.hbm_bytes - report.needed_bytes)} to spare"]
+    short = "" if report.short_bytes is None else f", short by {_gib(report.short_bytes)}"
     return [*text, f"does not fit{short}; try {' or '.join(advice(cfg, report))}"]
+
+
+def _gib(amount: int | None) -> str:
+    return "unknown" if amount is None else f"{amount / GIB:.2f} GiB"
 
 
 def _product(mesh: dict[str, int]) -> str:

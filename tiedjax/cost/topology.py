@@ -115,11 +115,15 @@ class Topology:
 
 def _nearest(shape: tuple[int, ...], kind: Kind) -> str:
     """Sorted sides if those are a slice, else the slices of about that size."""
-    show = lambda sides: "x".join(map(str, sides))
-    if tuple(sorted(shape)) in kind.shapes:
-        return f"its sides go upwards: {show(sorted(shape))}"
-    size = lambda sides: abs(math.prod(sides) - math.prod(shape))
-    return f"near it are {', '.join(map(show, sorted(sorted(kind.shapes, key=size)[:3])))}"
+    upwards = tuple(sorted(shape))
+    if upwards in kind.shapes:
+        return f"its sides go upwards: {_sides(upwards)}"
+    difference = lambda other: abs(math.prod(other) - math.prod(shape))
+    return f"near it are {', '.join(map(_sides, sorted(sorted(kind.shapes, key=difference)[:3])))}"
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 @contextlib.contextmanager

@@ -230,7 +230,7 @@ def _segment(tree: dict[str, Any]) -> Segment:
 
 def _read_counts(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     try:
-        counts = np.load(path, allow_pickle=False)
+        counts: np.ndarray = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, EOFError):

@@ -85,9 +85,12 @@ def has_accelerator(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether JAX will compute on a GPU or TPU: by JAX_PLATFORMS, else by its plugins and the devices they need."""
     if platforms := environment.get("JAX_PLATFORMS"):
         return platforms.split(",")[0] != "cpu"
-    present = lambda modules, *devices: any(map(importlib.util.find_spec, modules)) and any(map(glob.glob, devices))
-    gpu = present(_CUDA_PLUGINS, "/dev/nvidia[0-9]*", "/dev/dxg")
-    return gpu or present(("libtpu",), "/dev/accel*", "/dev/vfio/[0-9]*")
+    gpu = _present(_CUDA_PLUGINS, "/dev/nvidia[0-9]*", "/dev/dxg")
+    return gpu or _present(("libtpu",), "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def _present(modules: tuple[str, ...], *devices: str) -> bool:
+    return any(map(importlib.util.find_spec, modules)) and any(map(glob.glob, devices))
 
 
 def in_force(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:

@@ -98,7 +98,7 @@ def _from_main(message: dict[str, Any]) -> dict[str, Any]:
     content = np.zeros(2**15, np.uint8)  # room for the longest path
     text = json.dumps(message).encode()
     content[: len(text)] = np.frombuffer(text, np.uint8)
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(content)).rstrip(b"\0"))
+    return dict(json.loads(bytes(multihost_utils.broadcast_one_to_all(content)).rstrip(b"\0")))
 
 
 def _gathered(answer: bool) -> list[bool]:

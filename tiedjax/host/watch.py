@@ -264,5 +264,5 @@ def _address() -> str | None:
     """The address of this machine on the network of its default route; nothing is sent."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # an address that is reserved for documentation
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
     return None

@@ -18,7 +18,7 @@ def role_scale(cfg: TyingConfig) -> Tables:
 
 def zero_taps(tables: Tables) -> Tables:
     """Taps for `split_gradient`: zeros like the tables, which no forward pass reads."""
-    return jax.tree.map(jnp.zeros_like, tables)
+    return Tables(*map(jnp.zeros_like, tables))
 
 
 @jax.custom_vjp

@@ -31,7 +31,8 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     On a CPU NumPy's BLAS is a third faster than XLA's product; accelerators are slow in float64 or lack it.
     """
     if a.dtype != np.float32 or not _accelerated():
-        return a @ b
+        product: np.ndarray = a @ b
+        return product
     import jax.numpy as jnp
 
     return np.asarray(jnp.matmul(a, b, precision="highest"))

@@ -65,7 +65,8 @@ class FrozenModel:
 
     def last_states(self, tokens_WS: np.ndarray) -> np.ndarray:
         """The last state at every input position, float32 [N, D]: all that the final prediction needs."""
-        return self.states(tokens_WS, slice(-1, None))[0]
+        x_1ND = self.states(tokens_WS, slice(-1, None))
+        return np.asarray(x_1ND[0])
 
     def states(self, tokens_WS: np.ndarray, selection: slice = slice(None)) -> np.ndarray:
         """The states of the residual stream (or `selection` of them) at every input position: float32 [L + 1, N, D].
@@ -85,11 +86,13 @@ class FrozenModel:
 
     def normed(self, x_ND: Any) -> jax.Array:
         """The final norm of hidden states: what the output table is multiplied with."""
-        return final_norm(self.config, self.norm, jnp.asarray(x_ND))
+        y_ND: jax.Array = final_norm(self.config, self.norm, jnp.asarray(x_ND))
+        return y_ND
 
     def log_probabilities(self, y_CD: Any) -> jax.Array:
         """log softmax(y U^T) in nats, [C, V], of normed states."""
-        return log_probabilities(jnp.asarray(y_CD), self.U_VD)
+        log_p_CV: jax.Array = log_probabilities(jnp.asarray(y_CD), self.U_VD)
+        return log_p_CV
 
 
 def training_windows(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:
@@ -158,7 +161,7 @@ def _states(cfg: ModelConfig, body: Any, E_VD: jax.Array, tokens_BT: jax.Array) 
 def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
     """The model's last normalisation, with its scale where it has one."""
     y_ND: Any = Norm(cfg.norm, cfg.norm_eps, x_ND.dtype).apply({"params": params}, x_ND)
-    return y_ND
+    return jnp.asarray(y_ND)
 
 
 @jax.jit

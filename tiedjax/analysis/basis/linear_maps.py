@@ -27,7 +27,8 @@ def nearest_orthogonal(product_DD: np.ndarray) -> np.ndarray:
     if len(product_DD) > _DECOMPOSED_WIDTH and (polar_DD := _polar_iteration(product_DD)) is not None:
         return polar_DD
     u, _, vt = scipy.linalg.svd(product_DD)
-    return u @ vt
+    orthogonal_DD: np.ndarray = u @ vt
+    return orthogonal_DD
 
 
 def _polar_iteration(product_DD: np.ndarray) -> np.ndarray | None:
@@ -66,7 +67,7 @@ def _polar_iteration(product_DD: np.ndarray) -> np.ndarray | None:
 def _gram_plus(factor: float, x_DD: np.ndarray, diagonal: float) -> np.ndarray:
     """The lower triangle of factor x'x + diagonal I; `x_DD` in Fortran order."""
     (syrk,) = scipy.linalg.get_blas_funcs(("syrk",), (x_DD,))
-    gram_DD = syrk(factor, x_DD, trans=1, lower=1)
+    gram_DD: np.ndarray = syrk(factor, x_DD, trans=1, lower=1)
     gram_DD.flat[:: len(gram_DD) + 1] += diagonal
     return gram_DD
 

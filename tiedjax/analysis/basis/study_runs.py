@@ -55,7 +55,8 @@ class TwinTables:
     @property
     def rows(self) -> np.ndarray:
         """Boolean [V]: tokens that both runs saw in training."""
-        return self.reference.seen & self.subject.seen
+        both: np.ndarray = self.reference.seen & self.subject.seen
+        return both
 
 
 class StudyRuns:

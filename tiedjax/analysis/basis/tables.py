@@ -72,7 +72,8 @@ def content_hash(table_VD: np.ndarray) -> str:
 
 def seen_rows(counts: np.ndarray) -> np.ndarray:
     """Boolean [V] of [2, V] counts: tokens that occurred at all. Padding rows never do."""
-    return counts.sum(axis=0) > 0
+    seen: np.ndarray = counts.sum(axis=0) > 0
+    return seen
 
 
 def read_table(text: str) -> Table:
@@ -201,7 +202,8 @@ def _pick(text: str, dimensions: Mapping[str, int], pick: str | None) -> str:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        return table
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:

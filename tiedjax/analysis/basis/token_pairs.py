@@ -9,7 +9,7 @@ Axes: N tokens, B samples of them, P pairs of them, M similarities that one is c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -81,8 +81,12 @@ def _bootstrap(ranks_NN: np.ndarray, ranked: Sequence[np.ndarray], draws: int, r
     n = len(ranks_NN)
     times_BN = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     pairs_B = n**2 - np.square(times_BN).sum(axis=1)
-    mean = lambda m_NN: ((times_BN @ m_NN) * times_BN).sum(axis=1) / np.maximum(pairs_B, 1)
-    variance = lambda m_NN, mean_B: np.maximum(mean(m_NN**2) - mean_B**2, 0)
+    mean: Callable[[np.ndarray], np.ndarray] = lambda m_NN: (
+        ((times_BN @ m_NN) * times_BN).sum(axis=1) / np.maximum(pairs_B, 1)
+    )
+    variance: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda m_NN, mean_B: np.maximum(
+        mean(m_NN**2) - mean_B**2, 0
+    )
     mean_B = mean(ranks_NN)
     variance_B = variance(ranks_NN, mean_B)
     correlation_MB = np.full((len(ranked), draws), np.nan)
