@@ -192,11 +192,11 @@ def _compared(
     for subject_role, reference_role, x, y in _pairs(reference, twin):
         about = {**where, "subject_role": subject_role, "reference_role": reference_role}
         if where["final"]:
-            for record in _by_fit(compare(x, y, rows=rows, counts=counts)):
+            for record in _by_fit(compare(x, y, kept_V=rows, counts=counts)):
                 yield about | record
         else:
             fit = verdict.FIT
-            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), rows=rows, draws=1).scores[fit])
+            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), kept_V=rows, draws=1).scores[fit])
 
 
 def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -242,7 +242,7 @@ def _between_seeds(held: StudyRuns) -> Iterator[dict[str, Any]]:
             about: dict[str, Any] = {"arm": arm, "subject_role": table.role, "reference_role": target.role}
             about |= {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
             rows = table.seen & target.seen
-            pair = compare(target.values, table.values, fits=(verdict.FIT,), rows=rows, counts=target.counts)
+            pair = compare(target.values, table.values, fits=(verdict.FIT,), kept_V=rows, counts=target.counts)
             for record in _by_fit(pair):
                 yield about | record
 
