@@ -140,10 +140,10 @@ class Trail:
         shuffle = lambda row_N: row_N[np.random.default_rng(0).permutation(len(row_N))]
         within_N = index_N.copy()
         for name, mask_V in self._strata.items():
-            positions = np.flatnonzero(mask_V[index_N])
-            if len(positions):
-                self._positions[name] = positions
-                within_N[positions] = shuffle(index_N[positions])
+            position_M = np.flatnonzero(mask_V[index_N])
+            if len(position_M):
+                self._positions[name] = position_M
+                within_N[position_M] = shuffle(index_N[position_M])
         self._orders = [index_N, shuffle(index_N), within_N]
 
     def _rotation_free_score(self, table: _Directions, earlier: _Directions) -> Score:
