@@ -48,9 +48,9 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "
 # %%
 tied, untied = tables[baseline, seeds[0]], tables[reference, seeds[0]]
 pairs = {
-    "to output": align(tied.input, untied.output, rows=seen, counts=token_counts),
-    "to input": align(tied.input, untied.input, rows=seen, counts=token_counts),
-    "input to output": align(untied.input, untied.output, rows=seen, counts=token_counts),
+    "to output": align(tied.input, untied.output, kept_V=seen, counts=token_counts),
+    "to input": align(tied.input, untied.input, kept_V=seen, counts=token_counts),
+    "input to output": align(untied.input, untied.output, kept_V=seen, counts=token_counts),
 }
 print(f"{'':17}{'fit':12}{'score':>8}{'floor':>8}{'corrected':>11}{'held out':>10}")
 for name, pair in pairs.items():
@@ -97,7 +97,7 @@ plt.show()
 
 # %%
 def nearness(x_VD, y_VD, fit="orthogonal"):
-    return fits_of(x_VD, y_VD, fits=(fit,), rows=seen).scores[fit].corrected
+    return fits_of(x_VD, y_VD, fits=(fit,), kept_V=seen).scores[fit].corrected
 
 
 def dot(ax, at, values, color, **style):
@@ -168,9 +168,9 @@ plt.show()
 # %%
 k = 10
 overlap = {
-    f"{baseline} and\nits twin's output": knn(tied.input, untied.output, k=k, rows=seen, counts=token_counts),
-    f"{baseline} and\nits twin's input": knn(tied.input, untied.input, k=k, rows=seen, counts=token_counts),
-    f"{reference}: input\nand output": knn(untied.input, untied.output, k=k, rows=seen, counts=token_counts),
+    f"{baseline} and\nits twin's output": knn(tied.input, untied.output, k=k, kept_V=seen, counts=token_counts),
+    f"{baseline} and\nits twin's input": knn(tied.input, untied.input, k=k, kept_V=seen, counts=token_counts),
+    f"{reference}: input\nand output": knn(untied.input, untied.output, k=k, kept_V=seen, counts=token_counts),
 }
 
 # %%

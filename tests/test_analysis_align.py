@@ -225,7 +225,7 @@ def test_masked_rows_do_not_count_at_all():
     mask = np.arange(300) % 3 > 0
     wild = X.copy()
     wild[~mask] = 1e6
-    assert align(wild, Y, rows=mask) == align(X[mask], Y[mask])
+    assert align(wild, Y, kept_V=mask) == align(X[mask], Y[mask])
 
 
 def test_unequal_widths_are_for_the_linear_fit():
@@ -311,7 +311,7 @@ def test_what_tables_share_by_label_alone_is_chance_when_rows_move_within_labels
     assert plain.corrected > 0.7
     assert abs(alike.corrected) < 0.02
     mask = np.arange(1000) % 3 > 0
-    masked = align(X, Y, fits=["orthogonal"], rows=mask, draws=2, within=labels).scores["orthogonal"]
+    masked = align(X, Y, fits=["orthogonal"], kept_V=mask, draws=2, within=labels).scores["orthogonal"]
     assert masked == align(X[mask], Y[mask], fits=["orthogonal"], draws=2, within=labels[mask]).scores["orthogonal"]
     assert align(X, Y, draws=2, within=np.zeros(1000, int)).scores == align(X, Y, draws=2).scores
 
@@ -347,7 +347,7 @@ def test_large_float32_tables_go_through_the_same_definition(condition, monkeypa
     X = (X @ rotation(32) @ np.diag(np.logspace(0, -np.log10(condition), 32)) @ rotation(32, 2) + 2).astype(np.float32)
     Y = Y.astype(np.float32)
     mask = np.arange(900) % 7 > 0
-    found = align(X, Y, rows=mask, draws=1)
+    found = align(X, Y, kept_V=mask, draws=1)
     for fit in FITS if condition < 1e6 else ("identity", "orthogonal", "linear"):
         assert found.scores[fit].score == pytest.approx(oracle(X[mask], Y[mask], fit), abs=1e-5), fit
         assert found.scores[fit].floor == pytest.approx(oracle_floor(X[mask], Y[mask], fit, 1), abs=1e-5), fit
@@ -375,7 +375,7 @@ def test_the_raw_cosine_centres_nothing():
     assert abs(raw.score - align(X, Y, fits=["identity"], draws=0).scores["identity"].score) > 0.3
     assert raw_cosine(X.astype(np.float32), Y.astype(np.float32)).score == pytest.approx(raw.score, abs=1e-6)
     mask = np.arange(300) % 3 > 0
-    assert raw_cosine(X, Y, rows=mask) == raw_cosine(X[mask], Y[mask])
+    assert raw_cosine(X, Y, kept_V=mask) == raw_cosine(X[mask], Y[mask])
 
 
 def test_the_floor_of_the_raw_cosine_is_its_mean_over_all_permutations():

@@ -136,7 +136,7 @@ def test_masked_rows_and_rows_of_zeros_do_not_count():
     wanted = spectral(a[:240], b[:240], k=8, eigenpairs=16, draws=1)
     holed = a.copy()
     holed[240:250] = 0
-    found = spectral(holed, b, k=8, eigenpairs=16, draws=1, rows=np.arange(300) < 250)
+    found = spectral(holed, b, k=8, eigenpairs=16, draws=1, kept_V=np.arange(300) < 250)
     assert found == replace(wanted, distance=replace(wanted.distance, rows_left_out=10))
     assert spectral(holed, b, k=8, eigenpairs=16, draws=0, zero_rows=True).distance.score == pytest.approx(
         dense(holed, b, 8, 16), abs=1e-6

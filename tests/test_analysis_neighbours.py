@@ -192,8 +192,8 @@ def test_centring_is_of_the_rows_that_count():
     offset = np.where(rows[:, None], 7, -100).astype(np.float32)
     plain = [t - t[rows].mean(axis=0) for t in (a, b)]
     wanted = brute_score(plain[0][rows], plain[1][rows], 10)
-    assert knn(a + offset, b, rows=rows, centred=True).overlap.score == pytest.approx(wanted, abs=2e-3)
-    assert knn(a + offset, b, rows=rows).overlap.score < 0.9 * wanted
+    assert knn(a + offset, b, kept_V=rows, centred=True).overlap.score == pytest.approx(wanted, abs=2e-3)
+    assert knn(a + offset, b, kept_V=rows).overlap.score < 0.9 * wanted
 
 
 def test_masked_rows_and_rows_of_zeros_do_not_count():
@@ -202,7 +202,7 @@ def test_masked_rows_and_rows_of_zeros_do_not_count():
     wanted = knn(a[:490], b[:490])
     holed = a.copy()
     holed[490:500] = 0
-    found = knn(holed, b, rows=rows)
+    found = knn(holed, b, kept_V=rows)
     everything = knn(holed, b, zero_rows=True)
     assert found == replace(wanted, overlap=replace(wanted.overlap, rows_left_out=10), paper=everything.paper)
     assert (everything.overlap.rows, everything.overlap.rows_left_out) == (600, 0)

@@ -137,7 +137,7 @@ def test_comparisons_are_of_the_right_tables(found):
     seen = runs["untied", 1].token_counts.sum(axis=0) > 0
     assert 0 < seen.sum() < len(seen)
     for role in ("input", "output"):
-        whole = align(getattr(twin, role), subject.input, rows=seen, held_out=True)
+        whole = align(getattr(twin, role), subject.input, kept_V=seen, held_out=True)
         wanted, outside = whole.scores["linear"], whole.held_out["linear"]
         record = {"arm": "tied-x5", "seed": 1, "reference_role": role, "fit": "linear"}
         (c,) = [c for c in found["comparisons"] if record.items() <= c.items()]
@@ -308,8 +308,8 @@ def test_every_arm_is_compared_with_reference_runs_of_other_seeds(found):
     seen = runs["untied", 0].token_counts.sum(0) > 0
     last = {key: run.tables() for key, run in runs.items()}
     tenths = frequency_parts(runs["untied", 0].token_counts, 10)
-    corrected = lambda x, y: align(x, y, rows=seen).scores["orthogonal"].corrected
-    controlled = lambda x, y: align(x, y, rows=seen, within=tenths).scores["orthogonal"].corrected
+    corrected = lambda x, y: align(x, y, kept_V=seen).scores["orthogonal"].corrected
+    controlled = lambda x, y: align(x, y, kept_V=seen, within=tenths).scores["orthogonal"].corrected
     own = [corrected(last["untied", j].input, last["untied", i].input) for i, j in [(1, 0), (2, 0), (2, 1)]]
     ordered = [(i, j) for i in range(3) for j in range(3) if i != j]
     other = [corrected(last["untied", j].output, last["tied-x5", i].input) for i, j in ordered]

@@ -85,12 +85,12 @@ def at_least(args: argparse.Namespace, name: str, least: int = 1) -> int:
 class Inputs:
     """The tables of a command, with corresponding rows, and which of them count.
 
-    `rows` is a boolean [V] mask, None where all count; `description` is what a result says of the tables, `note` the
+    `kept_V` is a boolean mask, None where all count; `description` is what a result says of the tables, `note` the
     lines that follow the heading.
     """
 
     tables: tuple[Table, ...]
-    rows: np.ndarray | None
+    kept_V: np.ndarray | None
     description: dict[str, Any]
     note: str = ""
 
@@ -151,9 +151,9 @@ def read_tables(args: argparse.Namespace) -> Inputs:
     if len(tables) == 1:
         return Inputs((tables[0],), _counting_rows(args, tables), description)
     a, b, matching = matched(*tables)
-    rows = _counting_rows(args, [a, b])
-    note = "".join(f"\n{line}" for line in matching.lines(rows))
-    return Inputs((a, b), rows, description | {"matching": matching.describe(rows)}, note)
+    kept_V = _counting_rows(args, [a, b])
+    note = "".join(f"\n{line}" for line in matching.lines(kept_V))
+    return Inputs((a, b), kept_V, description | {"matching": matching.describe(kept_V)}, note)
 
 
 def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
@@ -198,13 +198,13 @@ def _counting_rows(args: argparse.Namespace, tables: Sequence[Table]) -> np.ndar
     seen_masks = [table.seen for table in tables if table.seen is not None]
     if not seen_masks:
         return None
-    rows_V = seen_masks[0].copy()
+    kept_V = seen_masks[0].copy()
     for seen_V in seen_masks[1:]:
-        rows_V &= seen_V
-    if not rows_V.any():
+        kept_V &= seen_V
+    if not kept_V.any():
         names = ", ".join(t.name for t in tables)
         raise UserError(f"{names}: no token was seen in training by all; --all-rows keeps every row")
-    return rows_V
+    return kept_V
 
 
 def reporter(name: str) -> Callable[[str], None]:

@@ -114,8 +114,8 @@ def floats(values: Sequence[float | None]) -> np.ndarray:
 
 def log_binned(steps: np.ndarray, values: np.ndarray, per_decade: int = 24) -> tuple[np.ndarray, np.ndarray]:
     """Means over bins even in log(step), so that the noise of single steps does not hide the course."""
-    index = np.floor(np.log10(np.maximum(steps, 1)) * per_decade).astype(int)
-    bins = [np.isfinite(values) & (index == i) for i in np.unique(index)]
+    bin_of_step = np.floor(np.log10(np.maximum(steps, 1)) * per_decade).astype(int)
+    bins = [np.isfinite(values) & (bin_of_step == i) for i in np.unique(bin_of_step)]
     bins = [b for b in bins if b.any()]
     return np.array([steps[b].mean() for b in bins]), np.array([values[b].mean() for b in bins])
 

@@ -26,8 +26,8 @@ def nearest_orthogonal(product_DD: np.ndarray) -> np.ndarray:
     """
     if len(product_DD) > _DECOMPOSED_WIDTH and (polar_DD := _polar_iteration(product_DD)) is not None:
         return polar_DD
-    u, _, vt = scipy.linalg.svd(product_DD)
-    orthogonal_DD: np.ndarray = u @ vt
+    u_DD, _, vt_DD = scipy.linalg.svd(product_DD)
+    orthogonal_DD: np.ndarray = u_DD @ vt_DD
     return orthogonal_DD
 
 

@@ -163,6 +163,6 @@ def spearman_interval(correlation: float | None, n: int, confidence: float = CON
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, float64; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
+    _, group_N, size_G = np.unique(values, return_inverse=True, return_counts=True)
+    last_rank_G = np.cumsum(size_G)
+    return (last_rank_G - (size_G - 1) / 2)[group_N]

@@ -16,10 +16,10 @@ def frequency_parts(counts: np.ndarray, parts: int) -> np.ndarray:
     `counts` is [V] or [2, V] (both roles are added); equal counts are in order of their ids.
     """
     total_V = np.asarray(counts).sum(axis=0) if np.ndim(counts) == 2 else np.asarray(counts)
-    seen = np.flatnonzero(total_V)
-    order = seen[np.argsort(total_V[seen], kind="stable")]
+    seen_N = np.flatnonzero(total_V)
+    order_N = seen_N[np.argsort(total_V[seen_N], kind="stable")]
     part_V = np.zeros(len(total_V), np.int64)
-    part_V[order] = 1 + np.arange(len(order)) * parts // max(len(order), 1)
+    part_V[order_N] = 1 + np.arange(len(order_N)) * parts // max(len(order_N), 1)
     return part_V
 
 

@@ -41,7 +41,7 @@ class LastTable:
 
 @dataclass(frozen=True)
 class TwinTables:
-    """A table of the reference arm and a table of its twin: the same seed. `rows`: seen by both, boolean [V]."""
+    """A table of the reference arm and a table of its twin: the same seed. `kept_V`: seen by both, boolean [V]."""
 
     reference: LastTable
     subject: LastTable
@@ -53,7 +53,7 @@ class TwinTables:
         return subject | {"reference_role": self.reference.role}
 
     @property
-    def rows(self) -> np.ndarray:
+    def kept_V(self) -> np.ndarray:
         """Boolean [V]: tokens that both runs saw in training."""
         both: np.ndarray = self.reference.seen & self.subject.seen
         return both

@@ -74,30 +74,30 @@ class _Walk:
                 for arm, both in tables.items():
                     common = set(runs[study.reference].snapshot_steps) & set(runs[arm].snapshot_steps)
                     twin = None if arm == study.reference else both
-                    rows, counts = seen[study.reference] & seen[arm], runs[study.reference].token_counts
+                    kept_V, counts = seen[study.reference] & seen[arm], runs[study.reference].token_counts
                     where = {
                         **arm_and_seed((arm, seed)),
                         "reference_seed": seed,
                         "step": step,
                         "final": step == max(common),
                     }
-                    self.comparisons += _compared(tables[study.reference], twin, rows, counts, where)
+                    self.comparisons += _compared(tables[study.reference], twin, kept_V, counts, where)
         for (arm, role), trail in trails.items():
             self.evolution.append(arm_and_seed((arm, seed)) | {"role": role} | to_plain(trail.result()))
 
 
 def _compared(
-    reference: Any, twin: Any | None, rows: np.ndarray, counts: np.ndarray, where: Mapping[str, Any]
+    reference: Any, twin: Any | None, kept_V: np.ndarray, counts: np.ndarray, where: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
     for subject_role, reference_role, x, y in _pairs(reference, twin):
         about = {**where, "subject_role": subject_role, "reference_role": reference_role}
         if where["final"]:
-            for record in _by_fit(compare(x, y, rows=rows, counts=counts)):
+            for record in _by_fit(compare(x, y, kept_V=kept_V, counts=counts)):
                 yield about | record
         else:
             fit = verdicts.FIT
-            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), rows=rows, draws=1).scores[fit])
+            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), kept_V=kept_V, draws=1).scores[fit])
 
 
 def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -146,8 +146,9 @@ def _between_seeds(held: StudyRuns) -> Iterator[dict[str, Any]]:
                 continue
             about: dict[str, Any] = {"arm": arm, "subject_role": table.role, "reference_role": target.role}
             about |= {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
-            rows = table.seen & target.seen
-            pair = compare(target.values, table.values, fits=(verdicts.FIT,), rows=rows, counts=target.counts)
+            pair = compare(
+                target.values, table.values, fits=(verdicts.FIT,), kept_V=table.seen & target.seen, counts=target.counts
+            )
             for record in _by_fit(pair):
                 yield about | record
 

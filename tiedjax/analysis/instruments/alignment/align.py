@@ -94,14 +94,14 @@ def measure(
     y_VE: np.ndarray,
     *,
     fits: Sequence[str] | None = None,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     counts: np.ndarray | None = None,
     draws: int = DRAWS,
     report: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """X mapped onto Y under each of `fits` (default: all that the widths allow).
 
-    `rows` is a boolean [V] mask of the rows that count, `counts` int [2, V] how often training showed their tokens.
+    `kept_V` is a boolean [V] mask of the rows that count, `counts` int [2, V] how often training showed their tokens.
     UserError as of `align`.
 
     >>> table = np.random.default_rng(0).normal(size=(200, 4))
@@ -110,14 +110,14 @@ def measure(
     1.0
     """
     fits = list(fits or [fit for fit in FITS if x_VD.shape[1] == y_VE.shape[1] or fit not in SQUARE])
-    align_rows = partial(align, x_VD, y_VE, fits=fits, rows=rows, draws=draws, report=report)
+    align_rows = partial(align, x_VD, y_VE, fits=fits, kept_V=kept_V, draws=draws, report=report)
     alignment = align_rows(held_out=True)
-    all_rows = alignment if rows is None else align(x_VD, y_VE, fits=fits, draws=0)
+    all_rows = alignment if kept_V is None else align(x_VD, y_VE, fits=fits, draws=0)
     beyond_frequency, by_strata = {}, {}
     if counts is not None:
         within_parts = align_rows(within=frequency_parts(counts, FREQUENCY_PARTS))
-        kept_V = slice(None) if rows is None else rows
-        masks = {name: mask[kept_V] for name, mask in strata(counts).items() if mask[kept_V].any()}
+        strata_rows = slice(None) if kept_V is None else kept_V
+        masks = {name: mask[strata_rows] for name, mask in strata(counts).items() if mask[strata_rows].any()}
         beyond_frequency = within_parts.scores
         by_strata = {fit: by_stratum(alignment.cosines[fit], within_parts.chance[fit], masks) for fit in fits}
     return Comparison(alignment, {fit: uncorrected(all_rows.cosines[fit]) for fit in fits}, beyond_frequency, by_strata)
@@ -128,7 +128,7 @@ def align(
     y_VE: np.ndarray,
     *,
     fits: Sequence[str] = FITS,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     draws: int = DRAWS,
     held_out: bool = False,
     within: np.ndarray | None = None,
@@ -136,14 +136,14 @@ def align(
 ) -> Alignment:
     """Scores of X mapped onto Y under each of `fits`, with floors.
 
-    `rows` is a boolean [V] mask of the rows that count, for centring too; `report` is told of the progress. With
+    `kept_V` is a boolean [V] mask of the rows that count, for centring too; `report` is told of the progress. With
     labels `within`, int [V], floors permute rows among those of their own label only: what tables share by label alone
     (frequency, say) then counts as chance. Rows
     without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
     or unequal widths with a fit that needs equal ones.
     """
-    fitter = Fitter(x_VD, y_VE, fits, rows, held_out)
-    label_N = None if within is None else within if rows is None else within[rows]
+    fitter = Fitter(x_VD, y_VE, fits, kept_V, held_out)
+    label_N = None if within is None else within if kept_V is None else within[kept_V]
     rng = np.random.default_rng(0)
     row_cosines = [fitter.measure()]
     for draw in range(draws):
@@ -165,20 +165,22 @@ def align(
     )
 
 
-def raw_cosine(x_VD: np.ndarray, y_VD: np.ndarray, *, rows: np.ndarray | None = None, zero_rows: bool = False) -> Score:
+def raw_cosine(
+    x_VD: np.ndarray, y_VD: np.ndarray, *, kept_V: np.ndarray | None = None, zero_rows: bool = False
+) -> Score:
     """The mean over rows of cosine(row of X, row of Y), nothing centred, with its floor; None where no row counts.
 
     The floor is its mean over all permutations of Y's rows, exactly: the product of the two mean directions. So tables
-    with a common mean row have a high one. `rows` is a boolean [V] mask of the rows that count. Rows that are all zero
-    in either table are left out and counted, unless `zero_rows`: then their cosine is 0. UserError: tables of different
-    shapes.
+    with a common mean row have a high one. `kept_V` is a boolean [V] mask of the rows that count. Rows that are all
+    zero in either table are left out and counted, unless `zero_rows`: then their cosine is 0. UserError: tables of
+    different shapes.
 
     >>> raw_cosine(np.array([[3.0, 0.0], [1.0, 1.0]]), np.array([[5.0, 0.0], [0.0, 2.0]])).score
     0.8535533905932737
     """
     if x_VD.shape != y_VD.shape:
         raise UserError(f"align: the raw cosine needs equal shapes, got {list(x_VD.shape)} and {list(y_VD.shape)}")
-    row_N = np.arange(len(x_VD)) if rows is None else np.flatnonzero(rows)
+    row_N = np.arange(len(x_VD)) if kept_V is None else np.flatnonzero(kept_V)
     total, directed, x_sum_D, y_sum_D = 0.0, 0, np.zeros(x_VD.shape[1]), np.zeros(x_VD.shape[1])
     for block in row_blocks(len(row_N), x_VD.shape[1], itemsize=8):
         x_BD, y_BD = unit_rows(x_VD[row_N[block]]), unit_rows(y_VD[row_N[block]])

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     draws = arguments.at_least(args, "draws")
     inputs = arguments.read_tables(args)
-    (a, b), rows = inputs.values, inputs.rows
+    (a, b), kept_V = inputs.values, inputs.kept_V
     square = a.shape[1] == b.shape[1]
     fits = args.fit or [fit for fit in FITS if (square or fit not in SQUARE) and not (args.paper and fit == "ridge")]
     report = arguments.reporter("align")
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         alignment = align(a, b, fits=fits, draws=draws, report=report)
     else:
-        comparison = measure(a, b, fits=fits, rows=rows, counts=counts, draws=draws, report=report)
+        comparison = measure(a, b, fits=fits, kept_V=kept_V, counts=counts, draws=draws, report=report)
         alignment = comparison.alignment
     result = inputs.result(args, alignment.rows) | {"target_width": alignment.target_width, "centred": True}
     if square:
-        raw = to_plain(raw_cosine(a, b, rows=rows, zero_rows=args.paper))
+        raw = to_plain(raw_cosine(a, b, kept_V=kept_V, zero_rows=args.paper))
         if args.paper:
             del raw["corrected"]
         result["raw_cosine"] = raw
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text = f"{head}; paper's form: both tables centred{inputs.note}\n{_paper_table(alignment)}{_raw_line(result)}"
         return result | {"fits": _paper(alignment)}, text
     rectangular_fits = [fit for fit in fits if fit not in SQUARE]
-    back = align(b, a, fits=rectangular_fits, rows=rows, draws=draws, report=report) if rectangular_fits else alignment
+    back = (
+        align(b, a, fits=rectangular_fits, kept_V=kept_V, draws=draws, report=report) if rectangular_fits else alignment
+    )
     records = {fit: _record(fit, comparison, back) for fit in fits}
     text = f"{head}{inputs.note}\n{_table(records)}{_raw_line(result)}\n{_NOTE}\n\n{_rows_table(records)}"
     return result | {"fits": records}, text + _strata_table(records)

@@ -41,8 +41,8 @@ class RowCosines:
 class _Rows:
     """Rows of a table, scaled and centred as they are read; `least` is the norm below which a row is rounding."""
 
-    def __init__(self, table_VD: np.ndarray, rows: np.ndarray | None, dtype: np.dtype):
-        self._table, self._index = table_VD, None if rows is None else np.flatnonzero(rows)
+    def __init__(self, table_VD: np.ndarray, kept_V: np.ndarray | None, dtype: np.dtype):
+        self._table, self._index = table_VD, None if kept_V is None else np.flatnonzero(kept_V)
         self.shape = (len(table_VD) if self._index is None else len(self._index), table_VD.shape[1])
         peak_D, total_D = np.zeros(self.shape[1]), np.zeros(self.shape[1])
         for block in row_blocks(*self.shape):
@@ -113,12 +113,16 @@ class Fitter:
     do not fit, or unequal widths with a fit that needs equal ones.
     """
 
-    def __init__(self, x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str], rows: np.ndarray | None, halves: bool):
+    def __init__(
+        self, x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str], kept_V: np.ndarray | None, halves: bool
+    ):
         _check(x_VD, y_VE, fits)
         small = max(x_VD.size, y_VE.size) <= SMALL  # then float64 costs nothing
         self._dtype = np.dtype(np.float64 if small else np.result_type(x_VD, y_VE, np.float32))
         self._run_two = in_turn if small else at_once
-        self._x, self._y = self._run_two(lambda: _Rows(x_VD, rows, self._dtype), lambda: _Rows(y_VE, rows, self._dtype))
+        self._x, self._y = self._run_two(
+            lambda: _Rows(x_VD, kept_V, self._dtype), lambda: _Rows(y_VE, kept_V, self._dtype)
+        )
         self.rows, self.fits = self._x.shape[0], fits
         self._parts: list[np.ndarray | None] = [None]
         if halves:

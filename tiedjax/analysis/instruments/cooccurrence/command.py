@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     seq_len = run.config.model.seq_len
     text = contexts_of(prepared, seq_len, V, sample=sample, least_count=least, report=report)
     seen_V = seen_rows(run.token_counts)
-    by_role = {role: measure(values, text, rows=seen_V, draws=draws) for role, values in tables.items()}
+    by_role = {role: measure(values, text, kept_V=seen_V, draws=draws) for role, values in tables.items()}
     description = arguments.described_roles(args.a, tables)
     result = arguments.run_result(args, description, len(text.tokens), width, V - text.eligible)
     result |= {"text": text.facts, "roles": to_plain(by_role)}

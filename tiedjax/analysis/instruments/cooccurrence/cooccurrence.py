@@ -195,13 +195,13 @@ def measure(
     table_VD: np.ndarray,
     text: Contexts,
     *,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     draws: int = DRAWS,
     bootstrap: int = BOOTSTRAP_DRAWS,
 ) -> Cooccurrence:
     """How the cosines of the table's rows agree with the text.
 
-    The table is centred by the mean of `rows`, boolean [V], by default of all. UserError: a table that is not [V, D]
+    The table is centred by the mean of `kept_V`, boolean [V], by default of all. UserError: a table that is not [V, D]
     with D of at least 2, of fewer rows than the text has tokens, or with fewer than 4 sampled rows that have a
     direction.
 
@@ -214,7 +214,7 @@ def measure(
         raise UserError(f"cooccurrence: a table must be [V, D] with D of at least 2, got {list(table_VD.shape)}")
     if text.tokens[-1] >= len(table_VD):
         raise UserError(f"cooccurrence: the text has a token {text.tokens[-1]}, the table only {len(table_VD)} rows")
-    mean_D, least = centre(table_VD if rows is None else table_VD[rows])
+    mean_D, least = centre(table_VD if kept_V is None else table_VD[kept_V])
     x_ND = np.asarray(table_VD[text.tokens], np.float64) - mean_D
     norm_N = np.linalg.norm(x_ND, axis=1)
     index_N = np.flatnonzero(norm_N > least)

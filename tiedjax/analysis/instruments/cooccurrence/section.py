@@ -26,7 +26,7 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
     for table in study.tables:
         try:
             text = _text(study, table.run, texts)
-            agreement = measure(table.values, text, rows=table.seen)
+            agreement = measure(table.values, text, kept_V=table.seen)
         except UserError as error:
             tables.append(table.key | {"not_measured": str(error)})
             continue

@@ -73,14 +73,14 @@ class Evolution(Movement):
 class Trail:
     """Follows one role's table from snapshot to snapshot, holding only the first and the previous one.
 
-    `rows` is a boolean [V] mask; `strata` are disjoint masks of which only the rows in `rows` count, empty ones left
-    out. `draws` row permutations make the floor of the rotation-free form; with 0 that form is not measured.
+    `kept_V` is a boolean [V] mask; `strata` are disjoint masks of which only the rows in `kept_V` count, empty ones
+    left out. `draws` row permutations make the floor of the rotation-free form; with 0 that form is not measured.
     """
 
     def __init__(
-        self, rows: np.ndarray | None = None, *, strata: Mapping[str, np.ndarray] | None = None, draws: int = DRAWS
+        self, kept_V: np.ndarray | None = None, *, strata: Mapping[str, np.ndarray] | None = None, draws: int = DRAWS
     ):
-        self._rows, self._strata, self._draws = rows, dict(strata or {}), draws
+        self._kept_V, self._strata, self._draws = kept_V, dict(strata or {}), draws
         self._start = self._previous = _Directions(np.empty((0, 0), np.float32))
         self._orders: list[np.ndarray] = []  # the rows that count: as they are, shuffled, shuffled within strata
         self._positions: dict[str, np.ndarray] = {}  # their positions by stratum
@@ -132,7 +132,7 @@ class Trail:
     def _begin(self, table: _Directions) -> None:
         self._start = self._previous = table
         V = len(table.values_VD)
-        counting_V = np.ones(V, bool) if self._rows is None else self._rows
+        counting_V = np.ones(V, bool) if self._kept_V is None else self._kept_V
         for name, mask_V in {"rows": counting_V, **self._strata}.items():
             if len(mask_V) != V:
                 raise UserError(f"evolution: the mask {name!r} is of {len(mask_V)} rows, the table has {V}")
@@ -140,14 +140,16 @@ class Trail:
         shuffle = lambda row_N: row_N[np.random.default_rng(0).permutation(len(row_N))]
         within_N = index_N.copy()
         for name, mask_V in self._strata.items():
-            positions = np.flatnonzero(mask_V[index_N])
-            if len(positions):
-                self._positions[name] = positions
-                within_N[positions] = shuffle(index_N[positions])
+            position_M = np.flatnonzero(mask_V[index_N])
+            if len(position_M):
+                self._positions[name] = position_M
+                within_N[position_M] = shuffle(index_N[position_M])
         self._orders = [index_N, shuffle(index_N), within_N]
 
     def _rotation_free_score(self, table: _Directions, earlier: _Directions) -> Score:
-        return align(table.values_VD, earlier.values_VD, fits=(FIT,), rows=self._rows, draws=self._draws).scores[FIT]
+        return align(table.values_VD, earlier.values_VD, fits=(FIT,), kept_V=self._kept_V, draws=self._draws).scores[
+            FIT
+        ]
 
     def _rotation_free(self) -> RotationFree:
         column = lambda i, field: [getattr(pair[i], field) for pair in self._rotation_free_scores]
@@ -167,7 +169,7 @@ class Trail:
 
 def measure(
     snapshots: Iterable[tuple[int, np.ndarray]],
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     *,
     strata: Mapping[str, np.ndarray] | None = None,
     draws: int = DRAWS,
@@ -178,7 +180,7 @@ def measure(
     >>> measure([(0, start), (10, start + np.eye(4)[[1, 0, 3, 2]])]).to_start
     [1.0, 0.7071067811865475]
     """
-    trail = Trail(rows, strata=strata, draws=draws)
+    trail = Trail(kept_V, strata=strata, draws=draws)
     for step, table in snapshots:
         trail.add(step, table)
     return trail.result()

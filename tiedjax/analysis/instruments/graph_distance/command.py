@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         spectral = measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=draws)
     else:
-        spectral = measure_tables(eigenpairs=eigenpairs, rows=inputs.rows, draws=draws)
+        spectral = measure_tables(eigenpairs=eigenpairs, kept_V=inputs.kept_V, draws=draws)
     distance = spectral.distance
     result = inputs.result(args, distance.rows, distance.rows_left_out)
     result |= {"k": k, "other_width": inputs.values[1].shape[1], "rows_left_out": distance.rows_left_out}

@@ -55,7 +55,7 @@ def measure(
     *,
     k: int = K,
     eigenpairs: int = EIGENPAIRS,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     zero_rows: bool = False,
     draws: int = DRAWS,
     searches: Searches | None = None,
@@ -63,15 +63,17 @@ def measure(
 ) -> GraphDistance:
     """The spectral distance of two tables of the same rows and any widths.
 
-    `rows` is a boolean [V] mask of the rows that count. Rows of zeros are left out too and counted, unless `zero_rows`:
-    then their cosine to everything is 0. `searches` remembers neighbours from one call to the next. UserError: shapes
-    that do not fit, k or fewer rows, or fewer rows than eigenpairs.
+    `kept_V` is a boolean [V] mask of the rows that count. Rows of zeros are left out too and counted, unless
+    `zero_rows`: then their cosine to everything is 0. `searches` remembers neighbours from one call to the next.
+    UserError: shapes that do not fit, k or fewer rows, or fewer rows than eigenpairs.
 
     >>> table = np.random.default_rng(0).normal(size=(80, 4))
     >>> round(measure(table, table[:, ::-1], k=8, eigenpairs=8).distance.score, 6)
     0.0
     """
-    neighbour_pair = paired_neighbours(x_VD, y_VE, k, rows=rows, zero_rows=zero_rows, searches=searches, report=report)
+    neighbour_pair = paired_neighbours(
+        x_VD, y_VE, k, kept_V=kept_V, zero_rows=zero_rows, searches=searches, report=report
+    )
     first, second = (graph(indices) for indices in neighbour_pair.indices)
     graph_distance = compare(first, second, eigenpairs, draws, report)
     return replace(

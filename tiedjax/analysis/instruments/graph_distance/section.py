@@ -24,7 +24,7 @@ def collect(study: StudyRuns) -> dict[str, Any]:
 
 def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
     try:
-        spectral = measure(pair.subject.values, pair.reference.values, rows=pair.rows, searches=searches)
+        spectral = measure(pair.subject.values, pair.reference.values, kept_V=pair.kept_V, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
     return dict(to_plain(spectral))

@@ -167,10 +167,10 @@ def _inverse_hessian(
     return q
 
 
-def _inverse(symmetric: np.ndarray) -> np.ndarray:
-    n = len(symmetric)
-    damping = _DAMPING * np.trace(symmetric) / n + np.finfo(np.float64).tiny
-    return np.linalg.inv(symmetric + damping * np.eye(n))
+def _inverse(symmetric_EE: np.ndarray) -> np.ndarray:
+    n = len(symmetric_EE)
+    damping = _DAMPING * np.trace(symmetric_EE) / n + np.finfo(np.float64).tiny
+    return np.linalg.inv(symmetric_EE + damping * np.eye(n))
 
 
 @functools.partial(jax.jit, static_argnums=0)

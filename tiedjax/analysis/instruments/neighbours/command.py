@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     knn = measure(
         *inputs.values,
         k=k,
-        rows=inputs.rows,
+        kept_V=inputs.kept_V,
         centred=args.centre,
         zero_rows=args.paper,
         draws=draws,

@@ -63,7 +63,7 @@ def measure(
     y_VE: np.ndarray,
     *,
     k: int = K,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     centred: bool = False,
     zero_rows: bool = False,
     draws: int = DRAWS,
@@ -73,8 +73,8 @@ def measure(
 ) -> NeighbourOverlap:
     """The overlap of the k nearest neighbours in two tables of the same rows and any widths.
 
-    `rows` is a boolean [V] mask of the rows that count, as queries and as candidates. Rows without a direction are left
-    out too and counted, unless `zero_rows`: then the cosine of a row of zeros to everything is 0. `counts` [V] or
+    `kept_V` is a boolean [V] mask of the rows that count, as queries and as candidates. Rows without a direction are
+    left out too and counted, unless `zero_rows`: then the cosine of a row of zeros to everything is 0. `counts` [V] or
     [2, V] makes strata by how often training showed a token. `searches` remembers neighbours from one call to the next.
     UserError: shapes that do not fit, k or fewer rows left.
 
@@ -85,7 +85,7 @@ def measure(
     """
     searches = searches or Searches()
     counting_pair = paired_neighbours(
-        x_VD, y_VE, k, rows=rows, centred=centred, zero_rows=zero_rows, searches=searches, report=report
+        x_VD, y_VE, k, kept_V=kept_V, centred=centred, zero_rows=zero_rows, searches=searches, report=report
     )
     all_rows_pair = counting_pair
     if not counting_pair.kept_V.all() or centred:
@@ -137,7 +137,7 @@ def paired_neighbours(
     y_VE: np.ndarray,
     k: int,
     *,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     centred: bool = False,
     zero_rows: bool = False,
     searches: Searches | None = None,
@@ -154,23 +154,24 @@ def paired_neighbours(
         raise UserError(f"knn: the tables must have the same rows, got {len(x_VD)} and {len(y_VE)}")
     if k < 1:
         raise UserError(f"knn: k must be at least 1, got {k}")
-    counting_V = np.ones(len(x_VD), bool) if rows is None else rows
+    counting_V = np.ones(len(x_VD), bool) if kept_V is None else kept_V
     means: list[np.ndarray | None] = [None, None]
-    kept_V = counting_V.copy()
+    neighbour_rows_V = counting_V.copy()
     for i, table_VD in enumerate((x_VD, y_VE)):
         least = 0.0
         if centred:
-            means[i], least = centre(table_VD if rows is None else table_VD[rows])
+            means[i], least = centre(table_VD if kept_V is None else table_VD[kept_V])
         if not zero_rows:
-            kept_V &= with_direction(table_VD, means[i], least)
-    left_out = int(counting_V.sum() - kept_V.sum())
-    if kept_V.sum() <= k:
+            neighbour_rows_V &= with_direction(table_VD, means[i], least)
+    left_out = int(counting_V.sum() - neighbour_rows_V.sum())
+    if neighbour_rows_V.sum() <= k:
         without = f" ({left_out} more have no direction)" if left_out else ""
-        raise UserError(f"knn: {kept_V.sum()} rows{without}, but {k} neighbours need at least {k + 1}")
+        raise UserError(f"knn: {neighbour_rows_V.sum()} rows{without}, but {k} neighbours need at least {k + 1}")
     first, second = (
-        searches.indices(table_VD, kept_V, k, mean, report) for table_VD, mean in zip((x_VD, y_VE), means, strict=True)
+        searches.indices(table_VD, neighbour_rows_V, k, mean, report)
+        for table_VD, mean in zip((x_VD, y_VE), means, strict=True)
     )
-    return PairedNeighbours(kept_V, left_out, (first, second))
+    return PairedNeighbours(neighbour_rows_V, left_out, (first, second))
 
 
 def shared(first_VK: np.ndarray, second_VK: np.ndarray) -> np.ndarray:

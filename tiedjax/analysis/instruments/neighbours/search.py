@@ -8,7 +8,8 @@ On a CPU each product of two blocks serves both of its sides, and only the large
 is kept: the k nearest lie in the k groups with the largest maxima. On another device `jax.lax.top_k` reads each block.
 
 Axes: V rows, D width, R rows of a block, N candidates of a row, G groups of columns, W = the groups that a row reads,
-A = R W requests for a group, C rows of a block whose order is not sure, P a part of them, K nearest.
+A = R W requests for a group, C columns of a group or of all that a row reads, U rows of a block whose order is not
+sure, P a part of them, K nearest, B rows of a block.
 """
 
 from __future__ import annotations
@@ -104,19 +105,19 @@ class _Search:
         self.cosines = np.empty((self.V, k), np.float32)
         self.peak, self.length = np.empty(self.V), np.empty(self.V)
         for start, stop in _blocks(self.V, _BYTES // (16 * D)):
-            block = np.asarray(table_VD[start:stop], np.float64)
-            peak = np.abs(block).max(axis=1)
-            peak[peak == 0] = 1
-            block = block / peak[:, None]
-            length = np.sqrt(np.einsum("vd,vd->v", block, block))
-            length[length == 0] = 1
-            self.peak[start:stop], self.length[start:stop] = peak, length
+            block_BD = np.asarray(table_VD[start:stop], np.float64)
+            peak_B = np.abs(block_BD).max(axis=1)
+            peak_B[peak_B == 0] = 1
+            block_BD = block_BD / peak_B[:, None]
+            length_B = np.sqrt(np.einsum("vd,vd->v", block_BD, block_BD))
+            length_B[length_B == 0] = 1
+            self.peak[start:stop], self.length[start:stop] = peak_B, length_B
         self._start_time = self._report_time = time.monotonic()
 
-    def unit(self, rows: Any) -> np.ndarray:
+    def unit(self, index: Any) -> np.ndarray:
         """The rows of those indices with length 1, float64."""
         # By the largest entry first: its square always is a float.
-        return np.asarray(self.table[rows], np.float64) / self.peak[rows][..., None] / self.length[rows][..., None]
+        return np.asarray(self.table[index], np.float64) / self.peak[index][..., None] / self.length[index][..., None]
 
     def units(self, padded: int) -> np.ndarray:
         """All rows with length 1, float32, and rows of zeros up to `padded`."""
@@ -172,21 +173,21 @@ class _Search:
         best_RW = np.argpartition(maxima_RG, groups - wide, axis=1)[:, groups - wide :]
         # Rows that ask for the same group are multiplied with it together.
         order_A = np.argsort(best_RW, axis=None, kind="stable")
-        ends = np.cumsum(np.bincount(best_RW.ravel(), minlength=groups))
-        cosines = np.empty((rows * wide, group), np.float32)
-        for g, end in enumerate(ends):
-            askers = order_A[(ends[g - 1] if g else 0) : end]
-            cosines[askers] = unit_VD[start + askers // wide] @ unit_VD[g * group : (g + 1) * group].T
+        end_G = np.cumsum(np.bincount(best_RW.ravel(), minlength=groups))
+        cosine_AC = np.empty((rows * wide, group), np.float32)
+        for g, end in enumerate(end_G):
+            askers = order_A[(end_G[g - 1] if g else 0) : end]
+            cosine_AC[askers] = unit_VD[start + askers // wide] @ unit_VD[g * group : (g + 1) * group].T
         group_A = best_RW.ravel()
         itself_A = np.flatnonzero(group_A == np.repeat(np.arange(start, start + rows) // group, wide))
-        cosines[itself_A, (start + itself_A // wide) % group] = _NONE
-        cosines[np.flatnonzero(group_A == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
-        cosines = cosines.reshape(rows, wide * group)
-        near = np.empty((rows, self.near), np.int64)
+        cosine_AC[itself_A, (start + itself_A // wide) % group] = _NONE
+        cosine_AC[np.flatnonzero(group_A == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
+        cosine_RC = cosine_AC.reshape(rows, wide * group)
+        near_RN = np.empty((rows, self.near), np.int64)
         for top, bottom in _blocks(rows, 1024):  # the partition of all rows at once is twice as large as the cosines
-            near[top:bottom] = np.argpartition(cosines[top:bottom], -self.near, axis=1)[:, -self.near :]
-        indices = np.take_along_axis(best_RW, near // group, axis=1) * group + near % group
-        return np.take_along_axis(cosines, near, axis=1), indices
+            near_RN[top:bottom] = np.argpartition(cosine_RC[top:bottom], -self.near, axis=1)[:, -self.near :]
+        index_RN = np.take_along_axis(best_RW, near_RN // group, axis=1) * group + near_RN % group
+        return np.take_along_axis(cosine_RC, near_RN, axis=1), index_RN
 
     def on_device(self) -> None:
         """Finds every row's nearest by JAX."""
@@ -212,34 +213,34 @@ class _Search:
     def _settle(self, start: int, cosines_RN: np.ndarray, indices_RN: np.ndarray) -> None:
         """Writes the k nearest of what float32 found for the rows from `start` on."""
         cosines_RN, indices_RN = _sorted(cosines_RN, indices_RN)
-        rows = np.arange(start, start + len(cosines_RN))
-        self.indices[rows], self.cosines[rows] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
-        gaps = cosines_RN[:, : self.k] - cosines_RN[:, 1 : self.k + 1] if self.near > self.k else -np.diff(cosines_RN)
-        unsure_C = np.flatnonzero((gaps < self.unsure).any(axis=1))
+        row_R = np.arange(start, start + len(cosines_RN))
+        self.indices[row_R], self.cosines[row_R] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
+        gap_RK = cosines_RN[:, : self.k] - cosines_RN[:, 1 : self.k + 1] if self.near > self.k else -np.diff(cosines_RN)
+        unsure_U = np.flatnonzero((gap_RK < self.unsure).any(axis=1))
         crowded_rows = []
-        for first, last in _blocks(len(unsure_C), _BYTES // (32 * self.near * self.table.shape[1])):
-            part_P = unsure_C[first:last]
-            exact_PN = np.einsum("rd,rnd->rn", self.unit(rows[part_P]), self.unit(indices_RN[part_P]))
+        for first, last in _blocks(len(unsure_U), _BYTES // (32 * self.near * self.table.shape[1])):
+            part_P = unsure_U[first:last]
+            exact_PN = np.einsum("rd,rnd->rn", self.unit(row_R[part_P]), self.unit(indices_RN[part_P]))
             exact_PN, indices_PN = _sorted(exact_PN.round(_DIGITS), indices_RN[part_P])
-            self.indices[rows[part_P]], self.cosines[rows[part_P]] = indices_PN[:, : self.k], exact_PN[:, : self.k]
+            self.indices[row_R[part_P]], self.cosines[row_R[part_P]] = indices_PN[:, : self.k], exact_PN[:, : self.k]
             if self.near < self.V - 1:  # else there is none that float32 did not find
                 crowded_rows.append(part_P[exact_PN[:, self.k - 1] - cosines_RN[part_P, -1] < self.unsure])
         if crowded_rows:
-            self._whole_rows(rows[np.concatenate(crowded_rows)])
+            self._whole_rows(row_R[np.concatenate(crowded_rows)])
 
-    def _whole_rows(self, rows: np.ndarray) -> None:
+    def _whole_rows(self, row_U: np.ndarray) -> None:
         """Writes the answer for rows with more near equals than float32 found: every cosine in float64."""
-        for start, stop in _blocks(len(rows), min(_BYTES // (8 * self.V), 512)):
-            part_P = rows[start:stop]
+        for start, stop in _blocks(len(row_U), min(_BYTES // (8 * self.V), 512)):
+            part_P = row_U[start:stop]
             unit_PD, cosine_PV = self.unit(part_P), np.empty((len(part_P), self.V))
             for left, right in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
                 cosine_PV[:, left:right] = unit_PD @ self.unit(slice(left, right)).T
             np.round(cosine_PV, _DIGITS, out=cosine_PV)
             cosine_PV[np.arange(len(part_P)), part_P] = _NONE
             for row, cosine_V in zip(part_P, cosine_PV, strict=True):
-                near = np.flatnonzero(cosine_V >= np.partition(cosine_V, -self.k)[-self.k])
-                near = near[np.argsort(-cosine_V[near], kind="stable")[: self.k]]
-                self.indices[row], self.cosines[row] = near, cosine_V[near]
+                near_K = np.flatnonzero(cosine_V >= np.partition(cosine_V, -self.k)[-self.k])
+                near_K = near_K[np.argsort(-cosine_V[near_K], kind="stable")[: self.k]]
+                self.indices[row], self.cosines[row] = near_K, cosine_V[near_K]
 
     def _report_progress(self, share: float) -> None:
         time_now = time.monotonic()
@@ -250,8 +251,8 @@ class _Search:
 
 def _sorted(cosines_RN: np.ndarray, indices_RN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each row by falling cosine, equals by index."""
-    order = np.lexsort((indices_RN, -cosines_RN), axis=1)
-    return np.take_along_axis(cosines_RN, order, axis=1), np.take_along_axis(indices_RN, order, axis=1)
+    order_RN = np.lexsort((indices_RN, -cosines_RN), axis=1)
+    return np.take_along_axis(cosines_RN, order_RN, axis=1), np.take_along_axis(indices_RN, order_RN, axis=1)
 
 
 def _blocks(n: int, size: int, start: int = 0) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ def collect(study: StudyRuns) -> dict[str, Any]:
 def _record(searches: Searches, pair: TwinTables) -> dict[str, Any]:
     subject, reference = pair.subject, pair.reference
     try:
-        knn = measure(subject.values, reference.values, rows=pair.rows, counts=subject.counts, searches=searches)
+        knn = measure(subject.values, reference.values, kept_V=pair.kept_V, counts=subject.counts, searches=searches)
     except UserError as error:
         return {"not_measured": str(error)}
     return dict(to_plain(knn))

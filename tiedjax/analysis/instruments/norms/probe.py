@@ -56,12 +56,12 @@ def frequency_probe(table_VD: np.ndarray, count_V: np.ndarray, *, draws: int = D
     None with fewer than 2 * FOLDS rows, or where counts or rows do not vary.
     """
     y_V = np.log10(np.asarray(count_V, np.float64) + 1)
-    scores = np.full(1 + draws, np.nan)
+    score_N = np.full(1 + draws, np.nan)
     if len(y_V) >= 2 * FOLDS and np.ptp(y_V) > 0:
         rng = np.random.default_rng(0)
         fold_V = rng.permutation(len(y_V)) % FOLDS
-        scores = _cross_validated(table_VD, np.stack([y_V, *(rng.permutation(y_V) for _ in range(draws))], 1), fold_V)
-    score, *chance_scores = (float(s) if np.isfinite(s) else None for s in scores)
+        score_N = _cross_validated(table_VD, np.stack([y_V, *(rng.permutation(y_V) for _ in range(draws))], 1), fold_V)
+    score, *chance_scores = (float(s) if np.isfinite(s) else None for s in score_N)
     return beside(score, drawn_floor(chance_scores), rows=len(y_V))
 
 

@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     k = arguments.at_least(args, "neighbours")
     inputs = arguments.read_tables(args)
-    tables, kept_V = inputs.tables, inputs.rows
+    tables, kept_V = inputs.tables, inputs.kept_V
     row_N = np.arange(len(tables[0].values)) if kept_V is None else np.flatnonzero(kept_V)
     token_rows, texts_of = _token_rows(args, tables, row_N)
     report = arguments.reporter("map")
     pictures = [
-        measure(values, token_rows, rows=kept_V, neighbours=k, method=args.method, report=report)
+        measure(values, token_rows, kept_V=kept_V, neighbours=k, method=args.method, report=report)
         for values in inputs.values
     ]
     maps = [picture.projection for picture in pictures]

@@ -66,7 +66,7 @@ def measure(
     table_VD: np.ndarray,
     tokens: Sequence[int] = (),
     *,
-    rows: np.ndarray | None = None,
+    kept_V: np.ndarray | None = None,
     neighbours: int = NEIGHBOURS,
     method: str = "pca",
     report: Callable[[str], None] = lambda line: None,
@@ -79,8 +79,8 @@ def measure(
     >>> measure(table, [0], neighbours=1).nearest[0].neighbours
     [1]
     """
-    table_ND = table_VD if rows is None else table_VD[rows]
-    return Picture(project(table_ND, method, report=report), nearest(table_VD, list(tokens), neighbours, rows))
+    table_ND = table_VD if kept_V is None else table_VD[kept_V]
+    return Picture(project(table_ND, method, report=report), nearest(table_VD, list(tokens), neighbours, kept_V))
 
 
 def project(
@@ -170,8 +170,8 @@ def trustworthiness(table_VD: np.ndarray, points_V2: np.ndarray, *, k: int = NEA
     return beside(score, exact_floor(floor, deviation), rows=len(queries))
 
 
-def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | None = None) -> list[Nearest]:
-    """The k nearest other rows of single tokens by cosine, among `rows` (boolean [V]; default all).
+def nearest(table_VD: np.ndarray, tokens: list[int], k: int, kept_V: np.ndarray | None = None) -> list[Nearest]:
+    """The k nearest other rows of single tokens by cosine, among `kept_V` (boolean [V]; default all).
 
     Rows of zeros are nobody's neighbours; a token whose own row is zero has none. Equal cosines come in order of ids.
     UserError for a token outside the table.
@@ -184,8 +184,8 @@ def nearest(table_VD: np.ndarray, tokens: list[int], k: int, rows: np.ndarray | 
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
         cosines_NV[:, block] = unit_ND @ _unit(table_VD[block]).T
     cosines_NV[np.arange(len(tokens)), tokens] = np.nan
-    if rows is not None:
-        cosines_NV[:, ~rows] = np.nan
+    if kept_V is not None:
+        cosines_NV[:, ~kept_V] = np.nan
     nearest_rows = []
     for token, cosine_V in zip(tokens, cosines_NV, strict=True):
         order_K = np.argsort(-cosine_V, kind="stable")[:k]  # NaN last

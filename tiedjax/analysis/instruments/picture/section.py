@@ -67,7 +67,7 @@ class DrawnTable:
 def _record(table: LastTable, tokens: list[int]) -> dict[str, Any]:
     row_N = np.flatnonzero(table.seen)
     try:
-        picture = measure(table.values, tokens, rows=table.seen)
+        picture = measure(table.values, tokens, kept_V=table.seen)
     except UserError as error:
         return {"not_measured": str(error)}
     order_N = np.argsort(table.counts.sum(axis=0)[row_N], kind="stable")

@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     draws = arguments.at_least(args, "draws")
     inputs = arguments.read_tables(args)
-    tables, rows = inputs.tables, inputs.rows
-    values = [t.values if rows is None else t.values[rows] for t in tables]
+    tables, kept_V = inputs.tables, inputs.kept_V
+    values = [t.values if kept_V is None else t.values[kept_V] for t in tables]
     shapes = [
         table_shape.measure(v, draws=draws, report=_reporter(table, v.size * v.shape[1]))
         for table, v in zip(tables, values, strict=True)

@@ -35,7 +35,9 @@ def collect(study: StudyRuns) -> dict[str, Any]:
     pairs = []
     for twins in study.twins:
         try:
-            comparison = space_similarity.measure(twins.reference.values[twins.rows], twins.subject.values[twins.rows])
+            comparison = space_similarity.measure(
+                twins.reference.values[twins.kept_V], twins.subject.values[twins.kept_V]
+            )
             pairs.append(twins.key | to_plain(comparison))
         except UserError as error:
             pairs.append(twins.key | {"not_measured": str(error)})

@@ -204,11 +204,11 @@ class _LogSums:
         self._peak, self._sum = np.full((2, columns), -np.inf), np.zeros((2, columns))
 
     def add(self, x_BD: np.ndarray) -> None:
-        for i, (sign, most) in enumerate([(1, x_BD.max(axis=0)), (-1, -x_BD.min(axis=0))]):
-            peak = np.maximum(self._peak[i], most)
-            part = np.exp(sign * x_BD - peak.astype(x_BD.dtype)).sum(axis=0, dtype=np.float64)
-            self._sum[i] = self._sum[i] * np.exp(self._peak[i] - peak) + part
-            self._peak[i] = peak
+        for i, (sign, most_D) in enumerate([(1, x_BD.max(axis=0)), (-1, -x_BD.min(axis=0))]):
+            peak_D = np.maximum(self._peak[i], most_D)
+            part_D = np.exp(sign * x_BD - peak_D.astype(x_BD.dtype)).sum(axis=0, dtype=np.float64)
+            self._sum[i] = self._sum[i] * np.exp(self._peak[i] - peak_D) + part_D
+            self._peak[i] = peak_D
 
     def result(self) -> np.ndarray:
         return self._peak + np.log(self._sum)
