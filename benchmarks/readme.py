@@ -68,8 +68,8 @@ def costs() -> str:
     steps, loss, data, compiled = (read(name) for name in ("step_cpu", "loss_cpu", "data", "compile"))
     span = lambda q, digits=2: f"{q['median']:.{digits}f} ({q['p10']:.{digits}f} to {q['p90']:.{digits}f})"
     lines = []
-    for name, found in steps.items():
-        sides = found["sides"]
+    for name, step in steps.items():
+        sides = step["sides"]
         own = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
         others = ", ".join(
             f"{span(sides[side]['over_tiedjax'])} times that {words}"
@@ -83,21 +83,21 @@ def costs() -> str:
         f"* The loss with its gradients at {memory['tokens']:,} tokens, V = {memory['rows']:,}, D = {memory['width']}: "
         f"{memory['ratio']:.1%} of the plain one's temporary memory."
     )
-    for found in loss["time"]:
-        shape = f"{found['tokens']:,} tokens, V = {found['rows']:,}, D = {found['width']}"
-        lines.append(f"  At {shape} it takes {span(found['ratio'])} of its time.")
-    rate = lambda found: f"{found['tokens_per_second'] / 1e6:.2f}"
+    for timing in loss["time"]:
+        shape = f"{timing['tokens']:,} tokens, V = {timing['rows']:,}, D = {timing['width']}"
+        lines.append(f"  At {shape} it takes {span(timing['ratio'])} of its time.")
+    rate = lambda rates: f"{rates['tokens_per_second'] / 1e6:.2f}"
     prepared = ", ".join(f"{rate(each)} ({each['source']}, V = {each['vocab_size']:,})" for each in data["preparation"])
     batches = ", ".join(f"{rate(each)} (T = {each['seq_len']:,})" for each in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
-    for name, found in compiled.items():
+    for name, cost in compiled.items():
         gib = lambda count: f"{count / 2**30:.1f} GiB"
-        mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+        mesh = " x ".join(f"{axis} {size}" for axis, size in cost["mesh"].items() if size > 1)
         lines.append(
-            f"* Compiled for {name} ({found['topology']}, {mesh}; static estimates, nothing was run): "
-            f"{gib(found['temp_bytes'])} temporary, {gib(found['needed_bytes'])} in all of {gib(found['hbm_bytes'])} "
-            f"per chip; {found['sent_over_count_by_hand']:.2f} of the bytes that a count by hand asks to be sent."
+            f"* Compiled for {name} ({cost['topology']}, {mesh}; static estimates, nothing was run): "
+            f"{gib(cost['temp_bytes'])} temporary, {gib(cost['needed_bytes'])} in all of {gib(cost['hbm_bytes'])} "
+            f"per chip; {cost['sent_over_count_by_hand']:.2f} of the bytes that a count by hand asks to be sent."
         )
     return "\n".join(lines) + "\n"
 
