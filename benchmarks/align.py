@@ -104,15 +104,15 @@ align(x, y, draws=1, held_out=True)
 print(json.dumps(dict(before=before, peak=peak(), seconds=time.perf_counter() - began)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    usage = json.loads(done.stdout)
     return {
         "rows": rows,
         "width": width,
         "inputs_bytes": 2 * rows * width * 4,
-        "with_inputs_bytes": found["before"],
-        "peak_bytes": found["peak"],
-        "above_inputs_bytes": found["peak"] - found["before"],
-        "seconds_with_floor_and_held_out": found["seconds"],
+        "with_inputs_bytes": usage["before"],
+        "peak_bytes": usage["peak"],
+        "above_inputs_bytes": usage["peak"] - usage["before"],
+        "seconds_with_floor_and_held_out": usage["seconds"],
     }
 
 

@@ -93,8 +93,8 @@ def measure(folder: Path, repeats: int, times: int, workers: int) -> dict[str, A
         path = folder / f"tokenizer-{vocab_size}.json"
         path.write_text(tokenizer.to_str(), encoding="utf-8")
         for number, (name, source) in enumerate(sources.items()):
-            found = preparation(source, vocab_size, path, folder / str(number), repeats)
-            prepared.append({"source": name, **found})
+            measured = preparation(source, vocab_size, path, folder / str(number), repeats)
+            prepared.append({"source": name, **measured})
             print(json.dumps(prepared[-1]), flush=True)
     tokens = DataConfig(source=f"prepared:{folder / '1' / f'{VOCABULARIES[0]}-0'}")
     shards = prepare(tokens, VOCABULARIES[0], report=lambda line: None)
@@ -114,12 +114,12 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path, default=SAVED, help="where the results go")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(Path(scratch), args.repeats, args.times, os.cpu_count() or 1)
+        measured = measure(Path(scratch), args.repeats, args.times, os.cpu_count() or 1)
     results = {
         "machine": args.machine,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("tokenizers", "grain", "numpy")},
-        **found,
+        **measured,
     }
     args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -84,10 +84,10 @@ def correctness(smoke: bool, _: Any) -> dict[str, Any]:
     expected = losses("float32", jax.devices("cpu")[0])
     result: dict[str, Any] = {"steps": steps, "cpu_float32": expected}
     for dtype, limit in LOSS_LIMITS.items():
-        found = losses(dtype, jax.devices()[0])
-        difference = float(np.abs(np.subtract(found, expected)).max())
+        ours = losses(dtype, jax.devices()[0])
+        difference = float(np.abs(np.subtract(ours, expected)).max())
         result[dtype] = {
-            "losses": found,
+            "losses": ours,
             "largest_difference": difference,
             "limit": limit,
             "holds": difference <= limit,

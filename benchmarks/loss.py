@@ -59,10 +59,10 @@ def compiled(name: str, shapes: tuple[int, int, int], dtype: Any) -> Any:
 
 def memory(shapes: tuple[int, int, int], dtype: Any) -> dict[str, Any]:
     """Temporary bytes of both programs, beside what both return."""
-    found = {name: compiled(name, shapes, dtype).memory_analysis().temp_size_in_bytes for name in LOSSES}
+    temp_bytes = {name: compiled(name, shapes, dtype).memory_analysis().temp_size_in_bytes for name in LOSSES}
     tokens, rows, width = shapes
     shape = {"tokens": tokens, "rows": rows, "width": width, "dtype": jnp.dtype(dtype).name}
-    return {**shape, "temp_bytes": found, "ratio": found["fused"] / found["plain"]}
+    return {**shape, "temp_bytes": temp_bytes, "ratio": temp_bytes["fused"] / temp_bytes["plain"]}
 
 
 def seconds(shapes: tuple[int, int, int], dtype: Any) -> dict[str, Any]:

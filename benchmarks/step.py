@@ -180,7 +180,7 @@ def serve(there: Any, name: str, cfg: RunConfig) -> None:
             there.send((side.run(there.recv()), side.losses))
     except EOFError:
         return
-    except Exception as error:  # told to whoever asked
+    except Exception as error:  # the process that waits for an answer must get one, whatever JAX or PyTorch raised
         there.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 

@@ -159,11 +159,11 @@ class TorchStepper:
 
     def _gradients(self, tokens_BS: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        parts, found = self._cfg.data.microbatches, {}
+        parts, norms = self._cfg.data.microbatches, {}
 
         def observe(role: str) -> Callable[[torch.Tensor], None]:
             def hook(gradient: torch.Tensor) -> None:
-                found[role] = gradient.float().norm()
+                norms[role] = gradient.float().norm()
 
             return hook
 
@@ -177,7 +177,7 @@ class TorchStepper:
             h_BTD = self._body(inputs_embeds=x_BTD).last_hidden_state
             loss = self._loss(h_BTD, U_VD, targets_BT, self._cfg.train.z_loss) / parts
         loss.backward()
-        return loss.detach(), found
+        return loss.detach(), norms
 
     def _step(self, tokens_BS: torch.Tensor, rate: float) -> None:
         parts = [self._gradients(part) for part in tokens_BS.chunk(self._cfg.data.microbatches)]

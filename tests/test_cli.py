@@ -151,6 +151,10 @@ MISUSES = {
     "train a --profile_steps 2": "unknown option '--profile_steps'; did you mean '--profile-steps'?",
     "train a --model.dropout 0": "unknown option '--model.dropout'; tiedjax train --help lists all",
     "study --lr 3": "unknown option '--lr'; did you mean '--optimizer.learning_rate'?",
+    "train a --processes two": "argument --processes: invalid int value: 'two'; usage: tiedjax train CONFIG [options] "
+    "(see tiedjax train --help)",
+    "study --process-id x": "argument --process-id: invalid int value: 'x'; usage: tiedjax study [STUDY] [options] "
+    "(see tiedjax study --help)",
     "bench a --steps x": "argument --steps: invalid int value: 'x'; usage: tiedjax bench CONFIG [options] (see "
     "tiedjax bench --help)",
     "compile a": "the following arguments are required: --topology; usage: tiedjax compile CONFIG --topology "

@@ -243,6 +243,9 @@ def test_processes_with_different_data_are_refused(text: Path, tmp_path: Path) -
     finally:
         for process in both:
             process.kill()
-    assert "the processes have prepared different data" in "".join(errors)
+    assert (
+        f"tiedjax: data.source: text:{text}: the processes have prepared different data (other files, another "
+        "Python?); prepare it once and give all of them prepared:DIR\n"
+    ) in "".join(errors)
     assert all(process.returncode for process in both)
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 from conftest import small_config
+from jax.experimental import topologies
 from programs import REPOSITORY, TESTS, finish, start, tiedjax
 
 from tiedjax import cli, sharding, step
@@ -46,29 +47,42 @@ def test_a_slice_is_known_by_name(name: str, chips: int, wrap: tuple[bool, ...])
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("v5p", "must be KIND:SHAPE such as v5e:4x4"),
-        ("v5p:", "got 'v5p:'"),
-        ("v5p:4x4x", "got 'v5p:4x4x'"),
-        ("v5p:4,4,4", "got 'v5p:4,4,4'"),
-        ("h100:4x4", "one of v5e, v5p, v6e, got 'h100'"),
-        ("v5p:4x4", "v5p has 3 sides, got '4x4'"),
-        ("v6e:4x4x4", "v6e has 2 sides, got '4x4x4'"),
+        ("v5p", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p'"),
+        ("v5p:", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:'"),
+        ("v5p:4x4x", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:4x4x'"),
+        ("v5p:4,4,4", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:4,4,4'"),
+        ("h100:4x4", "the kind must be one of v5e, v5p, v6e, got 'h100'"),
+        ("v5p:4x4", "a shape of v5p has 3 sides, got '4x4'"),
+        ("v6e:4x4x4", "a shape of v6e has 2 sides, got '4x4x4'"),
         ("v5e:3x3", "v5e has no slice '3x3'; near it are 2x2, 2x4, 4x4"),
         ("v5e:8x4", "v5e has no slice '8x4'; its sides go upwards: 4x8"),
-        ("v5p:16x24x24", "v5p has no slice"),
+        ("v5p:16x24x24", "v5p has no slice '16x24x24'; near it are 12x20x24, 16x16x20, 16x16x24"),
     ],
 )
-def test_a_slice_that_there_is_not_is_refused(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_a_slice_that_there_is_not_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
         Topology.parse(name)
+    assert str(caught.value) == f"--topology: {message}"
 
 
 def test_without_libtpu_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=re.escape('pip install ".[tpu]"')):
+    with pytest.raises(UserError) as caught:
         Topology.parse("v5e:2x2").devices()
+    assert str(caught.value) == 'compiling for TPUs needs libtpu, which is not installed: pip install ".[tpu]"'
+
+
+def test_what_libtpu_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("INVALID_ARGUMENT: no such topology\nand a long explanation")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topologies, "get_topology_desc", refuses)
+    with pytest.raises(UserError) as caught:
+        Topology.parse("v5e:2x4").devices()
+    assert str(caught.value) == "--topology v5e:2x4: libtpu refuses: INVALID_ARGUMENT: no such topology"
 
 
 def test_what_libtpu_is_told_does_not_stay_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +277,26 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_try() -> None:
     ]
 
 
+def test_what_to_try_goes_by_what_needs_the_memory() -> None:
+    one_row = small_config(remat="full", data=DataConfig(batch_size=8, microbatches=2))
+    assert compiling.advice(one_row, report()) == [
+        "--mesh.tensor 2 (cuts activations too)",
+        "a larger slice",
+    ]
+    two_rows = small_config(data=DataConfig(batch_size=8, microbatches=1))
+    assert compiling.advice(two_rows, report()) == [
+        "--data.microbatches 2 (half as many sequences at a time)",
+        "--model.remat full",
+        "a larger slice",
+    ]
+    whole_slice = report(mesh={"data": 1, "fsdp": 4, "tensor": 1}, argument_bytes=2**32)
+    assert compiling.advice(one_row, whole_slice) == [
+        "--optimizer.moments_dtype bfloat16",
+        "--mesh.tensor 2 (cuts activations too)",
+        "a larger slice",
+    ]
+
+
 @pytest.mark.parametrize(
     ("message", "gib"),
     [
@@ -320,34 +354,72 @@ def test_the_command_reports_what_a_slice_would_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ([], "--topology"),
-        (["--topology", "v5p:2x2"], "v5p has 3 sides"),
-        (["--topology", "v5p:2x2x1", "--json", "no/such/folder/x.json"], "no/such/folder/x.json"),
-        (["--topology", "v5p:2x2x1", "--mesh.tensor", "3"], "mesh.tensor: 3 does not divide"),
+        (
+            [],
+            "the following arguments are required: --topology; usage: tiedjax compile CONFIG --topology KIND:SHAPE "
+            "[options] (see tiedjax compile --help)",
+        ),
+        (["--topology", "v5p:2x2"], "--topology: a shape of v5p has 3 sides, got '2x2'"),
+        (
+            ["--topology", "v5p:2x2x1", "--json", "no/such/folder/x.json"],
+            "--json: must be a file in a folder that exists, got no/such/folder/x.json",
+        ),
+        (
+            ["--topology", "v5p:2x2x1", "--mesh.tensor", "3"],
+            "overrides: mesh.tensor: 3 does not divide model.heads = 2",
+        ),
     ],
 )
 def test_what_is_refused_before_libtpu_is_loaded(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*TINY, *arguments]) == 2
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.count("\n") == 1
+    assert capsys.readouterr().err == f"tiedjax: {message}\n"
 
 
-@needs_libtpu
-def test_a_mesh_must_be_all_of_the_slice() -> None:
-    cases = {
-        "does not fit 4 devices": ["--mesh.fsdp", "8"],
-        "data 2 x fsdp 1 x tensor 1 = 2 is not the 4 chips of v5p:2x2x1": ["--mesh.data", "2"],
-    }
-    started = {said: start(["-m", "tiedjax", *TINY, "--topology", "v5p:2x2x1", *mesh]) for said, mesh in cases.items()}
-    for said, process in started.items():
-        out, err = finish(process, status=2)
-        assert (out, err.count("\n")) == ("", 1), err
-        assert said in err
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            ["--mesh.fsdp", "8"],
+            "mesh: data -1 x fsdp 8 x tensor 1 does not fit 4 devices; the product must be their number",
+        ),
+        (
+            ["--mesh.data", "2"],
+            "mesh: data 2 x fsdp 1 x tensor 1 = 2 is not the 4 chips of v5p:2x2x1; mesh.data -1 takes what fsdp and "
+            "tensor leave",
+        ),
+    ],
+)
+def test_a_mesh_must_be_all_of_the_slice(
+    mesh: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Topology, "devices", lambda slice_: jax.devices()[:1] * slice_.chips)
+    assert cli.main([*TINY, "--topology", "v5p:2x2x1", *mesh]) == 2
+    assert capsys.readouterr() == ("", f"tiedjax: {message}\n")
+
+
+@pytest.mark.parametrize(
+    ("needed", "status", "last_line"),
+    [
+        (2**32, 0, "fits, 0.00 GiB to spare"),
+        (
+            5 * 2**30,
+            1,
+            "does not fit, short by 1.00 GiB; try --data.microbatches 2 (half as many sequences at a time) or "
+            "--model.remat full or a larger slice",
+        ),
+    ],
+)
+def test_the_exit_status_says_whether_a_step_fits(
+    needed: int, status: int, last_line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step_report = report(needed_bytes=needed, fits=status == 0)
+    monkeypatch.setattr(compiling, "compile_step", lambda cfg, topology: step_report)
+    assert cli.main([*TINY, "--topology", "v5e:2x2"]) == status
+    assert capsys.readouterr().out.splitlines()[-1] == last_line
 
 
 @needs_libtpu

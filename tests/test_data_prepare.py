@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from tiedjax.config import DataConfig
 from tiedjax.data import command, shards
@@ -128,8 +129,11 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     corpus(tmp_path / "a.jsonl")
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("{\n")
-    with pytest.raises(UserError, match="line 123: not JSON"):
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path), V, report=quiet, out=tmp_path / "out")
+    assert str(caught.value) == (
+        f"{tmp_path}/a.jsonl: line 123: not JSON: Expecting property name enclosed in double quotes at column 1"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
@@ -186,8 +190,9 @@ def test_text_that_changes_while_it_is_read_is_noticed(tmp_path: Path, before: s
             path = tmp_path / "a.jsonl"
             path.write_text(path.read_text().replace(before, after))
 
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(UserError) as caught:
         prepare(config(tmp_path), V, report=change)
+    assert str(caught.value) == f"data.source: text:{tmp_path}/a.jsonl changed while it was read; run it again"
 
 
 def test_a_prepared_folder_is_a_source(tmp_path: Path) -> None:
@@ -199,8 +204,11 @@ def test_a_prepared_folder_is_a_source(tmp_path: Path) -> None:
     assert np.array_equal(found.arrays("train")[0], np.load(moved / "train-00000.npy"))
     other = train_bpe(["other"], 300)
     (tmp_path / "other.json").write_text(other.to_str())
-    with pytest.raises(UserError, match=r"data.tokenizer: .*other.json is not the tokenizer"):
+    with pytest.raises(UserError) as caught:
         prepare(DataConfig(source=f"prepared:{moved}", tokenizer=str(tmp_path / "other.json")), V, report=quiet)
+    assert str(caught.value) == (
+        f"data.tokenizer: {tmp_path}/other.json is not the tokenizer that {moved} was made with"
+    )
 
 
 def test_shards_and_tokenizers_that_changed_are_refused(tmp_path: Path) -> None:
@@ -209,13 +217,28 @@ def test_shards_and_tokenizers_that_changed_are_refused(tmp_path: Path) -> None:
     tokenizer = tmp_path / "out" / "tokenizer.json"
     text = tokenizer.read_text()
     tokenizer.write_text(text + " ")
-    with pytest.raises(UserError, match="is not the tokenizer"):
+    with pytest.raises(UserError) as caught:
         load_prepared(tmp_path / "out")
+    assert str(caught.value) == f"{tokenizer}: is not the tokenizer that the tokens beside it were made with"
     tokenizer.write_text(text)
-    with (tmp_path / "out" / "train-00000.npy").open("ab") as file:
+    shard = tmp_path / "out" / "train-00000.npy"
+    size = shard.stat().st_size
+    with shard.open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"train-00000.npy: has .* bytes"):
+    with pytest.raises(UserError) as caught:
         load_prepared(tmp_path / "out")
+    assert str(caught.value) == f"{shard}: has {size + 1:,} bytes, {size:,} when it was prepared; prepare it again"
+    shard.unlink()
+    with pytest.raises(UserError) as caught:
+        load_prepared(tmp_path / "out")
+    assert str(caught.value) == (
+        f"{shard}: prepared tokens cannot be read: No such file or directory; prepare them again"
+    )
+    meta = tmp_path / "out" / "meta.json"
+    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(UserError) as caught:
+        load_prepared(tmp_path / "out")
+    assert str(caught.value) == f"{tmp_path}/out: was prepared by another version of tiedjax; prepare it again"
 
 
 NOT_THERE = object()
@@ -288,6 +311,28 @@ def test_damaged_counts_are_one_line_and_made_again_once_removed(tmp_path: Path)
             "{tmp}/config.json: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)",
         ),
         (
+            {"tokenizer": "{tmp}/model.json"},
+            V,
+            "{tmp}/model.json: not a tokenizer.json: invalid type: integer `3`, expected a map at line 1 column 56",
+        ),
+        (
+            {"tokenizer": "{tmp}/list.json"},
+            V,
+            "{tmp}/list.json: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)",
+        ),
+        (
+            {"tokenizer": "{tmp}/endless.json"},
+            V,
+            "{tmp}/endless.json: the tokenizer has no end marker; it needs one of <|endoftext|>, <|end_of_text|>, "
+            "</s>, <eos>, [SEP]",
+        ),
+        (
+            {"tokenizer": "gs://bucket/tokenizer.json"},
+            V,
+            "data.tokenizer: must be a path on a disk, got the gs:// address 'gs://bucket/tokenizer.json'; mount it "
+            "and name the folder",
+        ),
+        (
             {"tokenizer": "{tmp}/large.json"},
             280,
             "model.vocab_size: 280 is less than the 300 token ids of {tmp}/large.json",
@@ -315,6 +360,9 @@ def test_bad_input_is_one_line(tmp_path: Path, options: dict[str, str], vocab_si
     (tmp_path / "one.txt").write_text("a single document")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "two.json").write_text("{}\n{}")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "model.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": 3}}')
+    (tmp_path / "endless.json").write_text(Tokenizer(models.BPE({"a": 0}, [])).to_str())
     (tmp_path / "large.json").write_text(train_bpe(["many words " * 9] + [f"w{i}" for i in range(200)], 300).to_str())
     options = {key: value.format(tmp=tmp_path) for key, value in options.items()}
     with pytest.raises(UserError) as caught:

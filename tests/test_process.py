@@ -77,19 +77,22 @@ def test_a_tpu_vm_is_recognised_by_its_devices(
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
-        (("host:1", None, None), "belong together"),
-        ((None, 2, 0), "belong together"),
-        (("host:1", 2, None), "belong together"),
-        (("host:1", 2, 2), "--process-id: must be from 0 to 1"),
-        (("host:1", 2, -1), "--process-id: must be from 0 to 1"),
+        *(
+            (flags, "--coordinator HOST:PORT, --processes N and --process-id I belong together; give all three or none")
+            for flags in (("host:1", None, None), (None, 2, 0), ("host:1", 2, None), ("host:1", None, 0))
+        ),
+        (("host:1", 0, 0), "--processes: must be at least 1, got 0"),
+        (("host:1", 3, 3), "--process-id: must be from 0 to 2 (--processes 3), got 3"),
+        (("host:1", 3, -1), "--process-id: must be from 0 to 2 (--processes 3), got -1"),
         (("host", 2, 0), "--coordinator: must be HOST:PORT, got 'host'"),
     ],
 )
-def test_flags_that_cannot_work_are_refused(joined: Joined, flags: tuple[Any, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_flags_that_cannot_work_are_refused(joined: Joined, flags: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError) as caught:
         process.join_cluster(*flags)
+    assert str(caught.value) == message
     assert joined == []
 
 
@@ -268,4 +271,6 @@ with StopRequest() as stop:
     threading.Thread(target=lambda: threading.Event().wait()).start()
     os.kill(os.getpid(), {int(number)})
 """
-    finish(start(["-c", program]), seconds=60, status=-number)
+    child = start(["-c", program])
+    finish(child, seconds=60, status=-number)
+    assert child.returncode == -number

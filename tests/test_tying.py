@@ -171,8 +171,8 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
 def test_a_start_that_compiles_quickly_is_bit_identical_to_any_other(scheme: str) -> None:
     cfg, key = small_config(scheme), jax.random.key(2)
     steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
-    wanted = jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)))(key)
-    jax.tree.map(np.testing.assert_array_equal, steps.init(key).params, wanted)
+    quick, any_other = steps.init(key).params, jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)))(key)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), quick, any_other))
 
 
 def test_what_a_run_holds_is_traced_once_for_all_that_differ_in_neither_model_nor_scheme() -> None:

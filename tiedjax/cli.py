@@ -251,7 +251,7 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
         if outcome and outcome.signal:
             print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
         process.part_from_cluster_if_any()
-    except BaseException as error:
+    except BaseException as error:  # whatever ends this process, Ctrl-C too, the others wait for it until they are told
         why = process.cause(error)
         if not why.enough and jax.process_count() > 1:
             traceback.print_exc()

@@ -251,11 +251,11 @@ class RunConfig(_Checked):
                 raise UserError(f"mesh.tensor: {tensor} does not divide model.{name} = {size}")
         if model.d_model % mesh.fsdp:
             raise UserError(f"mesh.fsdp: {mesh.fsdp} does not divide model.d_model = {model.d_model}")
-        known = max(mesh.data, 1) * mesh.fsdp
+        devices = max(mesh.data, 1) * mesh.fsdp  # at least: data -1 is decided on the machine
         rows = self.data.batch_size // self.data.microbatches
-        if rows % known:
+        if rows % devices:
             raise UserError(
-                f"mesh: data x fsdp = {known} does not divide the {rows} sequences of a microbatch "
+                f"mesh: data x fsdp = {devices} does not divide the {rows} sequences of a microbatch "
                 f"(data.batch_size {self.data.batch_size} / data.microbatches {self.data.microbatches})"
             )
 

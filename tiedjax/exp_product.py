@@ -84,7 +84,7 @@ def exp_product(
 
 
 class _Operands(NamedTuple):
-    """In the GPU's memory: h [C, D], U [V, D], shift [C] in powers of 2, ids [C], and [1]: whether there is work."""
+    """In the GPU's memory: h [C, D], U [V, D], shift [C] as exponents of 2, ids [C], and [1]: is there work?"""
 
     h: Any
     U: Any

@@ -48,14 +48,14 @@ def _abstract_params(cfg: RunConfig) -> dict[str, Any]:
 def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:
     """The loss of the whole model on the tables that a scheme provides."""
     transformer, dtype = model.Transformer(cfg.model, layout), model.compute_dtype(cfg.model, layout)
-    both: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
+    options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
 
     def total(
         tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, tap, **both))
+        h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, tap, **options))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
-        return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss, **both)
+        return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss, **options)
 
     return total

@@ -70,8 +70,8 @@ def _rows(E_VD: jax.Array, tokens_BT: jax.Array, dtype: Any, layout: Layout) -> 
     fsdp, tensor, V = layout.names("fsdp"), layout.names("tensor"), len(E_VD)
 
     def local(E_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        own_BT = own_rows(_shared(tokens_BT, fsdp), len(E_VD), tensor)
-        x_BTD = jnp.take(E_VD, own_BT, axis=0, mode="fill", fill_value=0).astype(dtype)
+        row_BT = own_rows(_shared(tokens_BT, fsdp), len(E_VD), tensor)
+        x_BTD = jnp.take(E_VD, row_BT, axis=0, mode="fill", fill_value=0).astype(dtype)
         if tensor:  # a row is on one of these devices: the others add zeros
             x_BTD = jax.lax.psum(x_BTD, tensor)
         if fsdp:
@@ -89,8 +89,8 @@ def _table_gradient(dx_BTD: jax.Array, tokens_BT: jax.Array, E_VD: jax.Array, la
     def local(dx_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         if fsdp:
             dx_BTD = jax.lax.all_to_all(dx_BTD, fsdp, 2, 0, tiled=True)
-        own_N = own_rows(_shared(tokens_BT, fsdp), rows, tensor).reshape(-1)
-        dE_VD: jax.Array = method(dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(E_VD.dtype), own_N, rows)
+        row_N = own_rows(_shared(tokens_BT, fsdp), rows, tensor).reshape(-1)
+        dE_VD: jax.Array = method(dx_BTD.reshape(-1, dx_BTD.shape[-1]).astype(E_VD.dtype), row_N, rows)
         return jax.lax.psum(dE_VD, data) if data else dE_VD
 
     return layout.per_device(local, [_STATES, _TOKENS], _TABLE)(dx_BTD, tokens_BT)
@@ -103,8 +103,8 @@ def _shared(tokens_BT: jax.Array, fsdp: tuple[str, ...]) -> jax.Array:
 
 def own_rows(ids: jax.Array, rows: int, tensor: tuple[str, ...]) -> jax.Array:
     """Ids of the table as those of this device's `rows` of it (it is cut over `tensor`); `rows` if elsewhere."""
-    own = ids - rows * jax.lax.axis_index(tensor) if tensor else ids
-    return jnp.where((own >= 0) & (own < rows), own, rows)
+    index = ids - rows * jax.lax.axis_index(tensor) if tensor else ids
+    return jnp.where((index >= 0) & (index < rows), index, rows)
 
 
 def _scattered(dx_ND: jax.Array, ids_N: jax.Array, rows: int) -> jax.Array:

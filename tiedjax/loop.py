@@ -88,19 +88,7 @@ def train(
 
         # ---- Data ----
         prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
-        batches = Batches(
-            prepared,
-            seq_len=cfg.model.seq_len,
-            batch_size=cfg.data.batch_size,
-            seed=cfg.train.seed,
-            rows=sharding.local_rows(mesh, cfg.data.batch_size),
-            workers=cfg.data.workers,
-        )
-        if not process.same_everywhere(json.dumps(batches.fingerprint)):
-            raise UserError(
-                f"data.source: {cfg.data.source}: the processes have prepared different data (other files, another "
-                "Python?); prepare it once and give all of them prepared:DIR"
-            )
+        batches = _local_batches(cfg, mesh, prepared)
         counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
 
         # ---- State: new or restored ----
@@ -167,6 +155,24 @@ def train(
     return Outcome(step, step >= cfg.train.steps, stop.signal)
 
 
+def _local_batches(cfg: RunConfig, mesh: Mesh, prepared: Prepared) -> Batches:
+    """What this process reads of the batches; UserError unless all processes have prepared the same."""
+    batches = Batches(
+        prepared,
+        seq_len=cfg.model.seq_len,
+        batch_size=cfg.data.batch_size,
+        seed=cfg.train.seed,
+        rows=sharding.local_rows(mesh, cfg.data.batch_size),
+        workers=cfg.data.workers,
+    )
+    if not process.same_everywhere(json.dumps(batches.fingerprint)):
+        raise UserError(
+            f"data.source: {cfg.data.source}: the processes have prepared different data (other files, another "
+            "Python?); prepare it once and give all of them prepared:DIR"
+        )
+    return batches
+
+
 def _one_ahead(batches: Iterator[jax.Array]) -> Iterator[jax.Array]:
     """The same batches, without end: each is on its way to the devices while they train on the one before it."""
     upcoming = next(batches)
@@ -208,7 +214,7 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
     if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
         return
-    old, new = (dict(flatten(to_tree(each))) for each in (load_run_config(path), cfg))
+    old, new = (dict(flatten(to_tree(config))) for config in (load_run_config(path), cfg))
     for key in sorted(old.keys() - MAY_CHANGE):
         if old[key] != new[key]:
             raise UserError(
@@ -246,9 +252,9 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
     saved = checkpoints.steps()
     if not saved:
         return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
-    then = checkpoints.about(saved[-1])
+    record = checkpoints.about(saved[-1])
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
-        if then[part] != about[part]:
+        if record[part] != about[part]:
             place = checkpoints.directory / str(saved[-1])
             raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]

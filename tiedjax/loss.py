@@ -107,15 +107,15 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
             part = gradients(chunk)
             dU_VD += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform)
             dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
-            return (total + part.loss, dU_VD), (dh_CD, part.own_C)
+            return (total + part.loss, dU_VD), (dh_CD, part.d_target_C)
 
         start = (jnp.zeros((), wide), jnp.zeros(U_VD.shape, wide))
         (total, dU_VD), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
-        dh_ND, own_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
+        dh_ND, d_target_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
         dh_BTD = dh_ND.reshape(h_BTD.shape)
-        if own_N is not None:
-            own_ND = own_N[:, None] * h_BTD.reshape(-1, h_BTD.shape[-1])
-            dU_VD += spec.add_rows(own_ND, own_rows(about_BT[0].reshape(-1), len(dU_VD), tensor), len(dU_VD))
+        if d_target_N is not None:
+            target_ND = d_target_N[:, None] * h_BTD.reshape(-1, h_BTD.shape[-1])
+            dU_VD += spec.add_rows(target_ND, own_rows(about_BT[0].reshape(-1), len(dU_VD), tensor), len(dU_VD))
         if tensor:  # every device has the part of its own rows: added before it is rounded
             dh_BTD = jax.lax.psum(dh_BTD, tensor).astype(h_BTD.dtype)
         # The only time that anything of the table's size crosses between devices: once, not for every chunk. Along
@@ -175,12 +175,12 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
     logit_CV = jnp.matmul(h_CD, U_VD.T, preferred_element_type=weight_C.dtype)
     if cap is not None:
         logit_CV = cap * jnp.tanh(logit_CV / cap)
-    own_C1 = own_rows(target_C, len(U_VD), tensor)[:, None]
-    own_most_C, own_sum_C = (_in_one_pass if spec.layout.platform == "gpu" else _in_two_passes)(logit_CV)
-    most_C = _across(jax.lax.pmax, own_most_C, tensor)
-    sum_C = _across(jax.lax.psum, own_sum_C * jnp.exp(own_most_C - most_C) if tensor else own_sum_C, tensor)
+    row_C1 = own_rows(target_C, len(U_VD), tensor)[:, None]
+    local_most_C, local_sum_C = (_in_one_pass if spec.layout.platform == "gpu" else _in_two_passes)(logit_CV)
+    most_C = _across(jax.lax.pmax, local_most_C, tensor)
+    sum_C = _across(jax.lax.psum, local_sum_C * jnp.exp(local_most_C - most_C) if tensor else local_sum_C, tensor)
     power_CV = jnp.exp(logit_CV - most_C[:, None])
-    target_logit_C1 = jnp.take_along_axis(logit_CV, own_C1, axis=-1, mode="fill", fill_value=0)
+    target_logit_C1 = jnp.take_along_axis(logit_CV, row_C1, axis=-1, mode="fill", fill_value=0)
     target_logit_C = _across(jax.lax.psum, target_logit_C1[:, 0], tensor)
     log_sum_C = most_C + jnp.log(sum_C)
     loss_C = log_sum_C - target_logit_C + spec.z_loss * jnp.square(log_sum_C)
@@ -192,7 +192,7 @@ def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, ja
         d_CV *= 1 - jnp.square(logit_CV / cap)
         d_target_C *= 1 - jnp.square(target_logit_C / cap)
     narrow_C = d_target_C.astype(h_CD.dtype)
-    d_CV = jnp.where(own_C1 == jnp.arange(len(U_VD))[None], narrow_C[:, None], d_CV.astype(h_CD.dtype))
+    d_CV = jnp.where(row_C1 == jnp.arange(len(U_VD))[None], narrow_C[:, None], d_CV.astype(h_CD.dtype))
     return jnp.sum(weight_C * loss_C), d_CV, d_target_C - narrow_C
 
 
@@ -200,7 +200,7 @@ class _Gradients(NamedTuple):
     """The summed loss of a chunk and its gradients, the table's as factors.
 
     Attributes:
-      d_CV, h_CD: the table's gradient is d^T h and, where `own_C` is not None, that many times each token's state in
+      d_CV, h_CD: the table's gradient is d^T h and, unless `d_target_C` is None, that many times each token's state in
         its target's row.
       dh_CD: with respect to the states, in float32.
     """
@@ -209,7 +209,7 @@ class _Gradients(NamedTuple):
     d_CV: jax.Array
     h_CD: jax.Array
     dh_CD: jax.Array
-    own_C: jax.Array | None
+    d_target_C: jax.Array | None
 
 
 def _way(tokens: int, dtype: Any, U_VD: jax.Array, spec: _Spec) -> tuple[int, Callable[[Any], _Gradients]]:
@@ -238,10 +238,10 @@ def _from_powers(chunk: Any, *, U_VD: jax.Array, spec: _Spec, product: ExpProduc
     """
     h_CD, target_C, weight_C = chunk
     wide, tensor = weight_C.dtype, spec.layout.names("tensor")
-    own_C = own_rows(target_C, len(U_VD), tensor)
-    row_CD = U_VD.at[own_C].get(mode="fill", fill_value=0).astype(wide)
+    row_C = own_rows(target_C, len(U_VD), tensor)
+    row_CD = U_VD.at[row_C].get(mode="fill", fill_value=0).astype(wide)
     target_logit_C = _across(jax.lax.psum, jnp.sum(h_CD.astype(wide) * row_CD, axis=-1), tensor)
-    power_CV, others_C, shift_C = product(h_CD, U_VD, target_logit_C + _SHIFT, own_C, tensor)
+    power_CV, others_C, shift_C = product(h_CD, U_VD, target_logit_C + _SHIFT, row_C, tensor)
     target_power_C = jnp.exp(target_logit_C - shift_C)
     sum_C = _across(jax.lax.psum, others_C, tensor) + target_power_C
     log_sum_C = jnp.log(sum_C) + shift_C

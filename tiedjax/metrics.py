@@ -24,8 +24,8 @@ FLUSH_SECONDS = 30  # what TensorBoard shows may be this late
 
 def frequency_deciles(counts_V: np.ndarray, bins: int = 10) -> np.ndarray:
     """int32 [V]: 0 (rarest tenth of the tokens that occur) to 9 (most frequent); -1 for tokens that never occur."""
-    seen = np.flatnonzero(counts_V)
-    order = seen[np.argsort(counts_V[seen], kind="stable")]
+    occurring = np.flatnonzero(counts_V)
+    order = occurring[np.argsort(counts_V[occurring], kind="stable")]
     deciles = np.full(len(counts_V), NO_DECILE, np.int32)
     deciles[order] = np.arange(len(order)) * bins // max(len(order), 1)
     return deciles

@@ -237,17 +237,17 @@ class Transformer(nn.Module):
                 length=cfg.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BTD, each_LBTD = scanned(cfg, 0, dtype, self.layout, name="layers")(x_BTD, None)
+            x_BTD, outputs_LBTD = scanned(cfg, 0, dtype, self.layout, name="layers")(x_BTD, None)
         else:
-            each = []
+            outputs = []
             for i in range(cfg.layers):
                 x_BTD, _ = block(cfg, i, dtype, self.layout, name=f"layer_{i}")(x_BTD, None)
-                each.append(x_BTD)
+                outputs.append(x_BTD)
         h_BTD = Norm(cfg.norm, cfg.norm_eps, dtype, name="final_norm")(x_BTD)
         if not hidden_states:
             return h_BTD
-        each_LBTD = each_LBTD if cfg.scan_layers else jnp.stack(each)
-        return h_BTD, jnp.concatenate([first_BTD[None], each_LBTD])
+        outputs_LBTD = outputs_LBTD if cfg.scan_layers else jnp.stack(outputs)
+        return h_BTD, jnp.concatenate([first_BTD[None], outputs_LBTD])
 
 
 def init_body(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -94,11 +94,13 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     fixed = cfg.fsdp * cfg.tensor
     data = len(devices) // fixed if cfg.data == -1 else cfg.data
     size = data * fixed
-    asked = f"data {cfg.data} x fsdp {cfg.fsdp} x tensor {cfg.tensor}"
+    product = f"data {cfg.data} x fsdp {cfg.fsdp} x tensor {cfg.tensor}"
     if not 0 < size <= len(devices) or (cfg.data == -1 and size != len(devices)):
-        raise UserError(f"mesh: {asked} does not fit {len(devices)} devices; the product must be their number")
+        raise UserError(f"mesh: {product} does not fit {len(devices)} devices; the product must be their number")
     if size < len(devices) and jax.process_count() > 1:
-        raise UserError(f"mesh: {asked} uses {size} of {len(devices)} devices; several processes must use all of them")
+        raise UserError(
+            f"mesh: {product} uses {size} of {len(devices)} devices; several processes must use all of them"
+        )
     shape = (data, cfg.fsdp, cfg.tensor)
     # The devices of a whole slice are ordered by their links, an axis of the mesh over part of one of the slice's if
     # need be; a part of a slice has no such order.
@@ -146,8 +148,8 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices need."""
     # One slice, as `Batches` takes it: devices that differ along tensor alone need the same rows, and where a
     # mesh puts devices of another process in between, their rows are read here as well.
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    spans = [index[0].indices(batch_size) for index in held if index is not None]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    spans = [index[0].indices(batch_size) for index in indices if index is not None]
     return slice(min(start for start, _, _ in spans), max(stop for _, stop, _ in spans))
 
 

@@ -41,8 +41,8 @@ def zipf_tokens(cfg: RunConfig, count: int) -> np.ndarray:
     chance_V = 1 / (np.arange(cfg.model.vocab_size) + 2.7)
     up_to_V = np.cumsum(chance_V / chance_V.sum())
     shape = (count, cfg.data.batch_size, cfg.model.seq_len + 1)
-    drawn = np.searchsorted(up_to_V, np.random.default_rng(cfg.train.seed).random(shape))
-    return np.minimum(drawn, cfg.model.vocab_size - 1).astype(np.int32)
+    ranks = np.searchsorted(up_to_V, np.random.default_rng(cfg.train.seed).random(shape))
+    return np.minimum(ranks, cfg.model.vocab_size - 1).astype(np.int32)
 
 
 class Stepper:
@@ -57,7 +57,7 @@ class Stepper:
         everywhere = partial(jax.device_put, device=steps.replicated)
         tokens = zipf_tokens(cfg, BATCHES)
         rows = sharding.local_rows(mesh, cfg.data.batch_size)
-        self._batches = [sharding.global_batch(each[rows], mesh, cfg.data.batch_size) for each in tokens]
+        self._batches = [sharding.global_batch(batch[rows], mesh, cfg.data.batch_size) for batch in tokens]
         deciles = frequency_deciles(np.bincount(tokens.ravel(), minlength=cfg.model.table_rows))
         self._constants = everywhere(tying.role_scale(cfg.tying)), everywhere(deciles)
         self._state = steps.init(key_for(jax.random.key(cfg.train.seed), "params"))

@@ -78,36 +78,36 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Report:
         )
     cfg = decided(cfg, mesh)
     steps = make_steps(cfg, mesh)
-    given = arguments(cfg, steps)
+    inputs = arguments(cfg, steps)
     began = time.perf_counter()
-    lowered = steps.train.lower(*given)
+    lowered = steps.train.lower(*inputs)
     traced = time.perf_counter()
     report = Report(
         config=to_tree(cfg),
         topology=topology.name,
         devices=topology.chips,
         mesh=dict(mesh.shape),
-        argument_bytes=_held_bytes(given),
+        argument_bytes=_held_bytes(inputs),
         hbm_bytes=topology.kind.hbm_bytes,
         fsdp_bytes=fsdp_traffic(cfg, steps, mesh),
         trace_seconds=traced - began,
     )
     try:
         compiled = lowered.compile()
-        found = _found(compiled, topology.kind.hbm_bytes)
+        outcome = _compiled_fields(compiled, topology.kind.hbm_bytes)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = {"needed_bytes": needed_bytes(str(error))}
-    return dataclasses.replace(report, **found, compile_seconds=time.perf_counter() - traced)
+        outcome = {"needed_bytes": needed_bytes(str(error))}
+    return dataclasses.replace(report, **outcome, compile_seconds=time.perf_counter() - traced)
 
 
-def _found(compiled: jax.stages.Compiled, hbm_bytes: int) -> dict[str, Any]:
-    """What a compiled step adds to a report."""
+def _compiled_fields(compiled: jax.stages.Compiled, hbm_bytes: int) -> dict[str, Any]:
+    """The fields of a report that only a compiled step has."""
     memory: Any = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = {
+    fields = {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -115,10 +115,10 @@ def _found(compiled: jax.stages.Compiled, hbm_bytes: int) -> dict[str, Any]:
         "fits": needed <= hbm_bytes,
     }
     try:
-        read = hlo.collectives(compiled.as_text() or "")
+        traffic = hlo.collectives(compiled.as_text() or "")
     except (jax.errors.JaxRuntimeError, ValueError):  # XLA cannot print every program
-        return found
-    return {**found, "collectives": read.kinds, "unknown_loops": read.unknown_loops}
+        return fields
+    return {**fields, "collectives": traffic.kinds, "unknown_loops": traffic.unknown_loops}
 
 
 def arguments(cfg: RunConfig, steps: Steps) -> tuple[Any, ...]:
@@ -133,15 +133,15 @@ def arguments(cfg: RunConfig, steps: Steps) -> tuple[Any, ...]:
 
 
 def _held_bytes(tree: Any) -> int:
-    held = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(map(held, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def needed_bytes(message: str) -> int | None:
     """The bytes that XLA says a program needs when it refuses it."""
     amount = r"([\d.]+)([KMGT]?)B?"
-    found = re.search(rf"Used {amount} of ", message) or re.search(rf"\({amount}\) exceeds available HBM", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    match = re.search(rf"Used {amount} of ", message) or re.search(rf"\({amount}\) exceeds available HBM", message)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def fsdp_traffic(cfg: RunConfig, steps: Steps, mesh: Mesh) -> dict[str, int] | None:
@@ -175,18 +175,18 @@ def fsdp_traffic(cfg: RunConfig, steps: Steps, mesh: Mesh) -> dict[str, int] | N
 def advice(cfg: RunConfig, report: Report) -> list[str]:
     """What makes a step need less memory, what helps most first."""
     rows = cfg.data.batch_size // cfg.data.microbatches // (report.mesh["data"] * report.mesh["fsdp"])
-    tried = []
+    options = []
     if report.argument_bytes > report.hbm_bytes / 2 and report.mesh["data"] > 1:
-        tried.append(f"--mesh.fsdp {report.mesh['fsdp'] * report.mesh['data']} (cuts the state further)")
+        options.append(f"--mesh.fsdp {report.mesh['fsdp'] * report.mesh['data']} (cuts the state further)")
     if rows > 1:
-        tried.append(f"--data.microbatches {2 * cfg.data.microbatches} (half as many sequences at a time)")
+        options.append(f"--data.microbatches {2 * cfg.data.microbatches} (half as many sequences at a time)")
     if cfg.model.remat != "full":
-        tried.append("--model.remat full")
+        options.append("--model.remat full")
     if report.argument_bytes > report.hbm_bytes / 2 and cfg.optimizer.moments_dtype == "float32":
-        tried.append("--optimizer.moments_dtype bfloat16")
+        options.append("--optimizer.moments_dtype bfloat16")
     if rows <= 1:
-        tried.append(f"--mesh.tensor {2 * report.mesh['tensor']} (cuts activations too)")
-    return [*tried, "a larger slice"]
+        options.append(f"--mesh.tensor {2 * report.mesh['tensor']} (cuts activations too)")
+    return [*options, "a larger slice"]
 
 
 def lines(cfg: RunConfig, report: Report) -> list[str]:

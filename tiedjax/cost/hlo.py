@@ -72,8 +72,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if header := _HEADER.match(line):
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            instruction = _instruction(found[2], found[3], bool(found[1]))
+        elif match := _INSTRUCTION.match(line):
+            instruction = _instruction(match[2], match[3], bool(match[1]))
             current[instruction.name] = instruction
     if entry is None:
         raise ValueError("the HLO text has no ENTRY computation")
@@ -108,37 +108,34 @@ def collectives(text: str) -> Collectives:
     (n - 1)/n of it. A TPU's reduce-scatter is an all-reduce fused with the slice that keeps a device's own part.
     """
     computations, entry = parse(text)
-    found = Collectives()
+    total = Collectives()
 
     def visit(name: str, times: int) -> None:
         computation = computations[name]
-        for each in computation.values():
-            kind = _kind(each, computation)
+        for instruction in computation.values():
+            kind = _kind(instruction, computation)
             if kind is not None:
-                traffic = found.kinds.setdefault(kind, Traffic())
+                traffic = total.kinds.setdefault(kind, Traffic())
                 traffic.count += times
-                traffic.bytes += times * _moved(kind, each, computation)
+                traffic.bytes += times * _moved(kind, instruction, computation)
                 continue
-            rounds = 1
-            if each.opcode == "while":
-                known = trip_count(each, computation, computations)
-                if known is None and _communicates(each, computations):
-                    found.unknown_loops.append(each.name)
-                rounds = 1 if known is None else known
-            for called in _called(each):
-                visit(called, times * rounds)
+            rounds = trip_count(instruction, computation, computations) if instruction.opcode == "while" else 1
+            if rounds is None and _communicates(instruction, computations):
+                total.unknown_loops.append(instruction.name)
+            for called in _called(instruction):
+                visit(called, times * (1 if rounds is None else rounds))
 
     visit(entry, 1)
-    return found
+    return total
 
 
-def _called(each: Instruction) -> Iterator[str]:
-    if not each.opcode.endswith(("-done", "-update")):  # they name again what their start runs
-        for _, names in _CALLED.findall(each.attributes):
+def _called(instruction: Instruction) -> Iterator[str]:
+    if not instruction.opcode.endswith(("-done", "-update")):  # they name again what their start runs
+        for _, names in _CALLED.findall(instruction.attributes):
             yield from _NAME.findall(names)
 
 
-def _communicates(each: Instruction, computations: dict[str, Computation]) -> bool:
+def _communicates(instruction: Instruction, computations: dict[str, Computation]) -> bool:
     def any_in(name: str) -> bool:
         computation = computations[name]
         return any(
@@ -146,26 +143,26 @@ def _communicates(each: Instruction, computations: dict[str, Computation]) -> bo
             for inner in computation.values()
         )
 
-    return any(any_in(name) for name in _called(each))
+    return any(any_in(name) for name in _called(instruction))
 
 
-def _kind(each: Instruction, computation: Computation) -> str | None:
-    kind = each.opcode.removesuffix("-start").removeprefix("ragged-")
+def _kind(instruction: Instruction, computation: Computation) -> str | None:
+    kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind not in KINDS:
         return None
     if kind == "all-reduce":
         root = next(instruction for instruction in computation.values() if instruction.root)
-        if root.opcode == "dynamic-slice" and each.name in root.operands:
+        if root.opcode == "dynamic-slice" and instruction.name in root.operands:
             return "reduce-scatter"
     return kind
 
 
-def _moved(kind: str, each: Instruction, computation: Computation) -> int:
-    operands = sum(array_bytes(computation[name].shape) for name in each.operands)
+def _moved(kind: str, instruction: Instruction, computation: Computation) -> int:
+    operands = sum(array_bytes(computation[name].shape) for name in instruction.operands)
     if kind != "all-gather":
         return 2 * operands if kind == "all-reduce" else operands
     # A start has the shape (operands, results, more).
-    return array_bytes(_elements(each.shape)[1] if each.opcode.endswith("-start") else each.shape)
+    return array_bytes(_elements(instruction.shape)[1] if instruction.opcode.endswith("-start") else instruction.shape)
 
 
 def _elements(shape: str) -> list[str]:
@@ -205,33 +202,33 @@ def trip_count(loop: Instruction, around: Computation, computations: dict[str, C
 
 
 def _root(computation: Computation) -> Instruction:
-    return next(each for each in computation.values() if each.root)
+    return next(instruction for instruction in computation.values() if instruction.root)
 
 
 def _origin(name: str, computation: Computation) -> Instruction:
     """The instruction behind copies and conversions."""
-    each = computation[name]
-    while each.opcode in _UNCHANGED:
-        each = computation[each.operands[0]]
-    return each
+    instruction = computation[name]
+    while instruction.opcode in _UNCHANGED:
+        instruction = computation[instruction.operands[0]]
+    return instruction
 
 
 def _constant(name: str, computation: Computation) -> int | None:
-    each = _origin(name, computation)
-    return int(each.text) if each.opcode == "constant" and re.fullmatch(r"-?\d+", each.text) else None
+    origin = _origin(name, computation)
+    return int(origin.text) if origin.opcode == "constant" and re.fullmatch(r"-?\d+", origin.text) else None
 
 
-def _tuple_index(each: Instruction) -> int | None:
-    index = re.search(r"\bindex=(\d+)", each.attributes)
-    return int(index[1]) if each.opcode == "get-tuple-element" and index else None
+def _tuple_index(instruction: Instruction) -> int | None:
+    index = re.search(r"\bindex=(\d+)", instruction.attributes)
+    return int(index[1]) if instruction.opcode == "get-tuple-element" and index else None
 
 
 def _increment(name: str, index: int, body: Computation) -> int | None:
     """The constant that the body adds to element `index` of its tuple."""
-    each = _origin(name, body)
-    if each.opcode != "add" or len(each.operands) != 2:
+    addition = _origin(name, body)
+    if addition.opcode != "add" or len(addition.operands) != 2:
         return None
-    first, second = each.operands
+    first, second = addition.operands
     for counter, by in ((first, second), (second, first)):
         if _tuple_index(_origin(counter, body)) == index:
             return _constant(by, body)

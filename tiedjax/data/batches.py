@@ -89,11 +89,11 @@ class _Order:
 
     def windows(self, places: Iterable[int]) -> list[int]:
         """The windows at these places of the endless sequence."""
-        found = []
+        windows = []
         for place in places:
             epoch, index = divmod(place, self._count)
-            found.append(self._permuted(index, seed=(self._seed + epoch) % 2**32))
-        return found
+            windows.append(self._permuted(index, seed=(self._seed + epoch) % 2**32))
+        return windows
 
 
 def eval_batches(

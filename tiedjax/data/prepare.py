@@ -152,8 +152,8 @@ def _write_references(
     end = (
         None if given is None else tokenizers.end_id(tokenizers.parse_tokenizer(given, data.tokenizer), data.tokenizer)
     )
-    found = token_files.scan(files, vocab_size, end, data.holdout, workers, report)
-    for split, segments in found.segments.items():
+    scan = token_files.scan(files, vocab_size, end, data.holdout, workers, report)
+    for split, segments in scan.segments.items():
         if not segments:
             raise UserError(f"data.source: {data.source}: too little text: no document is left for the {split} split")
     save_meta(
@@ -163,8 +163,8 @@ def _write_references(
         vocab_size=vocab_size,
         end_id=end,
         tokenizer=given,
-        documents=found.documents,
-        segments=found.segments,
+        documents=scan.documents,
+        segments=scan.segments,
     )
 
 
@@ -183,7 +183,7 @@ def _hash(text: str) -> int:
 
 
 def _same_again(documents: Iterable[str], hashes: npt.NDArray[np.uint64], source: str) -> Iterator[str]:
-    """The documents once more; UserError where they are not those that were scanned."""
+    """The documents once more; UserError where they are not those that were scan."""
     for text, expected in itertools.zip_longest(documents, hashes):
         if text is None or expected is None or _hash(text) != expected:
             raise UserError(f"data.source: {source} changed while it was read; run it again")

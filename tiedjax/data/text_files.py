@@ -61,21 +61,21 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _plain_documents(lines: Iterable[str]) -> Iterator[str]:
-    held: list[str] = []
+    pieces: list[str] = []
     size = 0
     for line in lines:
         for index, part in enumerate(line.split(END_MARKER)):
             if index:  # a marker stood before this part, and the line break after a marker belongs to it
-                yield "".join(held)
-                held, size = [], 0
+                yield "".join(pieces)
+                pieces, size = [], 0
                 part = part.removeprefix("\r").removeprefix("\n")
             for piece in _short_pieces(part):
                 if size + len(piece) > LONGEST:
-                    yield "".join(held)
-                    held, size = [], 0
-                held.append(piece)
+                    yield "".join(pieces)
+                    pieces, size = [], 0
+                pieces.append(piece)
                 size += len(piece)
-    yield "".join(held)
+    yield "".join(pieces)
 
 
 def _short_pieces(text: str) -> Iterator[str]:
@@ -124,9 +124,14 @@ class _ZstdFile(io.RawIOBase):
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
+        """True, as `io.BufferedReader` wants to hear."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fills `buffer` as far as one decompressed piece reaches; returns the bytes written, 0 at the end.
+
+        OSError where the file is cut short or is no zstd.
+        """
         while not self._ready:
             chunk = self._frame.unused_data if self._frame.eof else b""
             chunk = chunk or self._file.read(2**17)
@@ -146,6 +151,7 @@ class _ZstdFile(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Closes the compressed file too."""
         self._file.close()
         super().close()
 

@@ -115,14 +115,14 @@ def _cut(tokens: npt.NDArray[Any], holdout: float, end_id: int | None) -> int:
     if end_id is None:
         return cut
     for start in range(cut - 1, len(tokens) - 1, _CHUNK):  # the next document after the cut, or the one around it
-        found = np.flatnonzero(tokens[start : min(start + _CHUNK, len(tokens) - 1)] == end_id)
-        if len(found):
-            return start + int(found[0]) + 1
+        ends = np.flatnonzero(tokens[start : min(start + _CHUNK, len(tokens) - 1)] == end_id)
+        if len(ends):
+            return start + int(ends[0]) + 1
     for stop in range(cut, 0, -_CHUNK):
         start = max(stop - _CHUNK, 0)
-        found = np.flatnonzero(tokens[start:stop] == end_id)
-        if len(found) and start + found[-1] + 1 < len(tokens):
-            return start + int(found[-1]) + 1
+        ends = np.flatnonzero(tokens[start:stop] == end_id)
+        if len(ends) and start + ends[-1] + 1 < len(tokens):
+            return start + int(ends[-1]) + 1
     return len(tokens)
 
 

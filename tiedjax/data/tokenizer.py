@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_MARKER = "<|endoftext|>"
-_OTHER_END_MARKERS = ("<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+_END_MARKERS = (END_MARKER, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _SMALLEST = 257  # 256 bytes and the end marker
 _CHUNK_CHARACTERS = 2**18  # text that a worker tokenizes at a time
 _REMEMBERED_CHARACTERS = 2**21  # of distinct pieces of text; bounds memory
@@ -90,11 +90,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def end_id(tokenizer: Tokenizer, where: str) -> int:
     """The id that ends a document; UserError where the tokenizer has none that is known."""
-    for marker in (END_MARKER, *_OTHER_END_MARKERS):
-        found = tokenizer.token_to_id(marker)
-        if found is not None:
-            return found
-    raise UserError(f"{where}: the tokenizer has no end marker; it needs one of {END_MARKER}, {_OTHER_END_MARKERS}")
+    for marker in _END_MARKERS:
+        marker_id = tokenizer.token_to_id(marker)
+        if marker_id is not None:
+            return marker_id
+    raise UserError(f"{where}: the tokenizer has no end marker; it needs one of {', '.join(_END_MARKERS)}")
 
 
 def id_bound(tokenizer: Tokenizer) -> int:
@@ -142,18 +142,18 @@ class _PieceEncoder(_Encoder):
 
     def __init__(self, tokenizer: Tokenizer, end: int, dtype: np.dtype):
         super().__init__(tokenizer, end, dtype)
-        self._known: dict[str, bytes] = {}
+        self._ids: dict[str, bytes] = {}  # of every piece that was tokenized
         self._characters = 0
 
     def _encode(self, texts: list[str]) -> list[bytes]:
         cut = [pieces(text) for text in texts]
-        known = self._known  # stays whole for this call when another thread begins a new one
-        new = list(set(itertools.chain.from_iterable(cut)).difference(known))
-        known.update(zip(new, super()._encode(new), strict=True))
+        ids = self._ids  # stays whole for this call when another thread begins a new one
+        new = list(set(itertools.chain.from_iterable(cut)).difference(ids))
+        ids.update(zip(new, super()._encode(new), strict=True))
         self._characters += sum(map(len, new))
         if self._characters > _REMEMBERED_CHARACTERS:
-            self._known, self._characters = {}, 0
-        return [b"".join(map(known.__getitem__, each)) for each in cut]
+            self._ids, self._characters = {}, 0
+        return [b"".join(map(ids.__getitem__, parts)) for parts in cut]
 
 
 def _cuts_like_gpt2(tokenizer: Tokenizer) -> bool:

@@ -103,7 +103,7 @@ def _from_main(message: dict[str, Any]) -> dict[str, Any]:
 
 def _gathered(answer: bool) -> list[bool]:
     """Every process's answer, by process, on every process."""
-    return [bool(each) for each in np.asarray(multihost_utils.process_allgather(np.array(answer))).ravel()]
+    return np.asarray(multihost_utils.process_allgather(np.array(answer))).ravel().astype(bool).tolist()
 
 
 def launched_as_one_of_many() -> bool:
@@ -116,8 +116,8 @@ def launched_as_one_of_many() -> bool:
 
 
 def _on_tpu_vm() -> bool:
-    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu") is not None
-    return wanted and any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
+    usable = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu") is not None
+    return usable and any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
 
 
 def same_everywhere(text: str) -> bool:
@@ -218,7 +218,7 @@ def closing(saves: _Saves) -> Iterator[_Saves]:
     """
     try:
         yield saves
-    except BaseException as error:
+    except BaseException as error:  # an interrupt too: the others wait for this process, whatever ends it
         end_cluster_soon_if_any(error)
         raise
     finally:
@@ -287,8 +287,8 @@ class StopRequest:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
-        for each in self._previous:
-            signal.signal(each, signal.SIG_DFL)  # which ends a process even while it waits in a library
+        for handled in self._previous:
+            signal.signal(handled, signal.SIG_DFL)  # which ends a process even while it waits in a library
 
     def requested_at(self, step: int) -> bool:
         """Whether to stop after this step. All processes ask at every step."""

@@ -25,10 +25,10 @@ class StepRange:
     @classmethod
     def parse(cls, text: str) -> StepRange:
         """Reads 'A:B'. UserError unless 1 <= A <= B."""
-        found = re.fullmatch(r"(\d+):(\d+)", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise UserError(f"--profile-steps: must be A:B with 1 <= A <= B, the first and the last step, got {text!r}")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
 
 class Trace:

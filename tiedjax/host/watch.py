@@ -74,11 +74,11 @@ class Watch:
         why = ("interrupted", 128 + signal.SIGINT)
 
         def listen() -> None:
-            heard = 0
+            interrupts = 0
             while number := os.read(reading, 1):
                 if number[0] == signal.SIGINT:
-                    heard += 1
-                    self.expect(*why) if heard == 1 else self._say(*why)
+                    interrupts += 1
+                    self.expect(*why) if interrupts == 1 else self._say(*why)
 
         threading.Thread(target=listen, daemon=True).start()
 

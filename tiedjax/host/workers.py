@@ -246,9 +246,9 @@ def serve() -> None:
     calls: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_receive_calls, args=(calls,), daemon=True).start()
     while True:
-        wanted = json.loads(calls.get())
+        request = json.loads(calls.get())
         try:
-            result = _call(wanted["function"], wanted["arguments"])
+            result = _call(request["function"], request["arguments"])
         except (UserError, TrainingError) as error:
             send({"failed": type(error).__name__, "message": str(error)})
         else:

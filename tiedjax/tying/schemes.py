@@ -53,7 +53,7 @@ class Scheme:
     @property
     def shares_one_table(self) -> bool:
         """Whether both roles are one and the same array."""
-        tables = self.tables({each.name: jnp.zeros(each.shape(1, 1)) for each in self.parameters})
+        tables = self.tables({parameter.name: jnp.zeros(parameter.shape(1, 1)) for parameter in self.parameters})
         return tables.input is tables.output
 
 
@@ -89,8 +89,9 @@ def init_tables(scheme: Scheme, root: jax.Array, shape: tuple[int, int], law: La
     Each has the key named "tables/NAME" under `root`.
     """
     return {
-        each.name: nn.LogicallyPartitioned(
-            (each.law or law)(key_for(root, f"tables/{each.name}"), each.shape(*shape)), names=each.axes
+        parameter.name: nn.LogicallyPartitioned(
+            (parameter.law or law)(key_for(root, f"tables/{parameter.name}"), parameter.shape(*shape)),
+            names=parameter.axes,
         )
-        for each in scheme.parameters
+        for parameter in scheme.parameters
     }

@@ -57,7 +57,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def _sources() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))  # of the base installation, also inside a virtual environment
-    found = []
+    sources = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         for file in files:
@@ -65,5 +65,5 @@ def _sources() -> list[tuple[str, Path]]:
             name = path.relative_to(root).as_posix()
             # _sysconfigdata_* holds the paths and flags of whoever built this Python
             if file.endswith(".py") and not file.startswith("_sysconfigdata") and name != _TOPICS and path.is_file():
-                found.append((name, path))
-    return sorted(found)
+                sources.append((name, path))
+    return sorted(sources)
