@@ -207,7 +207,7 @@ def test_nothing_is_said_of_norms_that_nobody_measured() -> None:
     [
         (few(0.5, 0.2), f"is higher than untied’s by 0.500{N}±{N}0.200 bits"),
         (few(-0.5, 0.2), f"is lower than untied’s by 0.500{N}±{N}0.200 bits"),
-        (few(-0.1, 0.2), f"does not measurably differ from untied’s (−0.100{N}±{N}0.200 bits)"),
+        (few(-0.1, 0.2), f"differs from untied’s by −0.100{N}±{N}0.200 bits, undecided"),
         (few(-0.1, None), "differs from untied’s by −0.100 bits (one seed)"),
     ],
 )
@@ -257,7 +257,7 @@ TWIN = "than its untied twin"
         (few(-0.5, 0.2), f"the tied model is less confident {TWIN}", f"−0.500{N}±{N}0.200"),
         (few(0.1, None), f"the tied model is more confident {TWIN}, by one seed,", "0.100"),
         (few(-0.1, None), f"the tied model is less confident {TWIN}, by one seed,", "−0.100"),
-        (few(0.1, 0.2), "the tied model does not measurably differ from its untied twin", f"0.100{N}±{N}0.200"),
+        (few(0.1, 0.2), "the tied model’s difference to its untied twin is undecided", f"0.100{N}±{N}0.200"),
         (few(None, None), "there is nothing to compare between the tied model and its untied twin", "–"),
     ],
 )

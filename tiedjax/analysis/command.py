@@ -59,19 +59,23 @@ def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UserError(f"--json: {args.json}: cannot be written")  # now rather than after all the work
     runs = {place: open_run(place) for place in (args.a, args.against) if place}
     names = {place: _tables(place, run) for place, run in runs.items()}
-    found: dict[str, list[Any]] = {}
+    by_instrument: dict[str, list[Any]] = {}
     began = time.monotonic()
     with few_threads(runs[args.a].tables().input.size):
         for name, module in INSTRUMENTS.items():
-            found[name] = []
+            by_instrument[name] = []
             for words in _calls(module.SUBJECT, args.a, names[args.a], names.get(args.against, [])):
                 result, text = _called(name, module, words)
-                found[name].append(result)
+                by_instrument[name].append(result)
                 print(f"{text}\n", flush=True)
-            if not found[name]:
+            if not by_instrument[name]:
                 print(f"{name}: needs two tables; this run has one: give another with --against RUN\n", flush=True)
     seconds = time.monotonic() - began
-    return {"inputs": [{"name": place} for place in runs], "instruments": found, "seconds": seconds}, f"{seconds:.0f} s"
+    return {
+        "inputs": [{"name": place} for place in runs],
+        "instruments": by_instrument,
+        "seconds": seconds,
+    }, f"{seconds:.0f} s"
 
 
 def _called(name: str, module: Any, words: list[str]) -> tuple[dict[str, Any], str]:

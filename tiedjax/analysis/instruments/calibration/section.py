@@ -108,7 +108,7 @@ def _changed(span: Mapping[str, Any], head: Mapping[str, Any], up: str, down: st
         return f"the {head['arm']} model {up} {than}"
     if span["high"] < 0:
         return f"the {head['arm']} model {down} {than}"
-    return f"the {head['arm']} model does not measurably differ from its {head['reference']} twin"
+    return f"the {head['arm']} model’s difference to its {head['reference']} twin is undecided"
 
 
 def rows(results: drawing.Results) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def _difference_in_words(span: Mapping[str, Any], reference: str) -> str:
         return f"is higher than {reference}’s by {size} bits"
     if span["high"] < 0:
         return f"is lower than {reference}’s by {size.removeprefix('−')} bits"
-    return f"does not measurably differ from {reference}’s ({size} bits)"
+    return f"differs from {reference}’s by {size} bits, undecided"
 
 
 def verdict(results: drawing.Results) -> list[str]:
