@@ -156,7 +156,8 @@ def test_the_command_says_when_the_paper_form_was_not_logged(runs, capsys):
 
 def page_of(flows):
     """The section as the report draws it, for runs of the baseline arm with these flows."""
-    results = {"headline": {"arm": "tied"}, "gradients": [{"arm": "tied", **to_plain(flow)} for flow in flows]}
+    records = [{"arm": "tied", "seed": seed, **to_plain(flow)} for seed, flow in enumerate(flows)]
+    results = {"headline": {"arm": "tied"}, "gradients": records}
     templates = jinja2.Environment(loader=jinja2.PackageLoader("tiedjax.analysis", ""), autoescape=True)
     template = templates.get_template("instruments/gradients/section.html.j2")
     words = SimpleNamespace(gradient_share=lambda results: "The share.")
