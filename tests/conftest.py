@@ -9,20 +9,23 @@ os.environ["NPROC"] = "2"  # threads of XLA: those that train.threads names by d
 
 import atexit
 import dataclasses
+import fcntl
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from programs import TESTS
+from programs import TESTS, environment
 from runs import arguments, write_text
 
 from tiedjax import cli, model
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
 
+os.environ.setdefault("XLA_FLAGS", environment()["XLA_FLAGS"])  # a program with devices of its own has set it
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -91,18 +94,44 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+Once = Callable[[str, Callable[[Path], Any]], Path]
+
+
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a new folder of that name after `make(folder)`, which one process does for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # below it every process of pytest-xdist has a folder of its own
+
+    def folder_of(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a process left that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def text(once: Once) -> Iterator[Path]:
     """A small .jsonl of documents; for the whole session prepared data is cached in a folder of its own."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = once("text", lambda folder: write_text(folder / "text.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIEDJAX_CACHE", str(folder / "cache"))
-        yield write_text(folder / "text.jsonl")
+        yield folder / "text.jsonl"
 
 
 @pytest.fixture(scope="session")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(text: Path, once: Once) -> Path:
     """The run directory of an uninterrupted run of one device, to be read and copied, never written."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert cli.main(arguments(out, text)) == 0
-    return out
+
+    def train(folder: Path) -> None:
+        assert cli.main(arguments(folder / "run", text)) == 0
+
+    return once("finished", train) / "run"

@@ -10,13 +10,13 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from programs import REPOSITORY, environment, tiedjax
+from programs import REPOSITORY, tiedjax
 from runs import SHRUNK
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
 SECONDS = 120  # of one cell
-# On arrays as small as these, what compiling well and threads cost is never won back.
-QUICK = {"XLA_FLAGS": environment(plain=True)["XLA_FLAGS"], "OPENBLAS_NUM_THREADS": "1"}
+# On arrays as small as these, what threads cost is never won back.
+QUICK = {"OPENBLAS_NUM_THREADS": "1"}
 
 STUDY = """
 base: {base}

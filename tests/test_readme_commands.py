@@ -116,9 +116,7 @@ def shell(line: str, folder: Path) -> str:
     devices = 8 if "--mesh.fsdp 8" in line else 1
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        ["bash", "-c", line], cwd=folder, env=environment(devices, plain=True, PATH=path), **pipes
-    )
+    process = subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment(devices, PATH=path), **pipes)
     out, err = finish(process, seconds=280)
     assert "Traceback" not in out + err
     return out
