@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NPROC"] = "2"  # threads of XLA: those that train.threads names by default
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on arrays this small, more wait for each other
 
 import atexit
 import dataclasses

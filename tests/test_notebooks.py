@@ -15,8 +15,6 @@ from runs import SHRUNK
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
 SECONDS = 120  # of one cell
-# On arrays as small as these, what threads cost is never won back.
-QUICK = {"OPENBLAS_NUM_THREADS": "1"}
 
 STUDY = """
 base: {base}
@@ -36,7 +34,7 @@ def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     (folder / "small.yaml").write_text(STUDY.format(base=REPOSITORY / "configs" / "tiny.yaml", text=text))
     options = [part for key, value in SHRUNK.items() for part in (f"--{key}", str(value))]
-    tiedjax("study", folder / "small.yaml", "--out", folder / "out", *options, **QUICK)
+    tiedjax("study", folder / "small.yaml", "--out", folder / "out", *options)
     return folder / "out"
 
 
@@ -57,8 +55,7 @@ def test_runs_without_a_warning_and_draws_every_figure(
     path: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses the one that draws into the notebook
-    for name, value in {"TIEDJAX_STUDY": str(study), **QUICK}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TIEDJAX_STUDY", str(study))
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):  # not the person's own kernels and start-up
         monkeypatch.setenv(name, str(tmp_path / name))
     notebook = read(path)
