@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from programs import TESTS, environment
-from runs import arguments, write_text
+from programs import TESTS, environment, shell
+from runs import arguments, write_config, write_text
 
 from tiedjax import cli, model
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
@@ -136,3 +136,28 @@ def finished(text: Path, once: Once) -> Path:
         assert cli.main(arguments(folder / "run", text)) == 0
 
     return once("finished", train) / "run"
+
+
+STUDY = """
+base: CONFIG.yaml
+arms:
+  two: {tying: {scheme: untied}}
+  one: {tying: {scheme: tied}}
+reference: two
+baseline: one
+seeds: [3, 5]
+"""
+
+
+@pytest.fixture(scope="session")
+def study_folder(text: Path, once: Once) -> Path:
+    """A folder with a small CONFIG.yaml, a STUDY.yaml of two arms whose names say nothing and two seeds that are not
+    counted from 0, and the directory `study` that README's command made of them; to be read and copied, never written.
+    """
+
+    def make(folder: Path) -> None:
+        write_config(folder / "CONFIG.yaml", text)
+        (folder / "STUDY.yaml").write_text(STUDY)
+        shell("tiedjax study STUDY.yaml --out study", folder)
+
+    return once("study", make)

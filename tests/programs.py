@@ -47,6 +47,16 @@ def finish(process: subprocess.Popen[str], *, seconds: float = 240, status: int 
     return out, err
 
 
+def shell(line: str, folder: Path) -> str:
+    """Standard output of a command line, run by a shell in `folder` with this Python's programs found first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    child = environment(8 if "--mesh.fsdp 8" in line else 1, PATH=path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    out, err = finish(subprocess.Popen(["bash", "-c", line], cwd=folder, env=child, text=True, **pipes), seconds=280)
+    assert "Traceback" not in out + err
+    return out
+
+
 def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     """Waits until `holds()`, while the process lives."""
     end = time.monotonic() + seconds
