@@ -6,23 +6,27 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["NPROC"] = "2"  # threads of XLA: those that train.threads names by default
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on arrays this small, more wait for each other
 
 import atexit
 import dataclasses
+import fcntl
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from programs import TESTS
-from runs import arguments, write_text
+from programs import TESTS, environment, shell
+from runs import arguments, write_config, write_text
 
 from tiedjax import cli, model
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
 
+os.environ.setdefault("XLA_FLAGS", environment()["XLA_FLAGS"])  # a program with devices of its own has set it
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -91,18 +95,69 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+Once = Callable[[str, Callable[[Path], Any]], Path]
+
+
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: a new folder of that name after `make(folder)`, which one process does for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # below it every process of pytest-xdist has a folder of its own
+
+    def folder_of(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a process left that failed
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def text(once: Once) -> Iterator[Path]:
     """A small .jsonl of documents; for the whole session prepared data is cached in a folder of its own."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = once("text", lambda folder: write_text(folder / "text.jsonl"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIEDJAX_CACHE", str(folder / "cache"))
-        yield write_text(folder / "text.jsonl")
+        yield folder / "text.jsonl"
 
 
 @pytest.fixture(scope="session")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(text: Path, once: Once) -> Path:
     """The run directory of an uninterrupted run of one device, to be read and copied, never written."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert cli.main(arguments(out, text)) == 0
-    return out
+
+    def train(folder: Path) -> None:
+        assert cli.main(arguments(folder / "run", text)) == 0
+
+    return once("finished", train) / "run"
+
+
+STUDY = """
+base: CONFIG.yaml
+arms:
+  two: {tying: {scheme: untied}}
+  one: {tying: {scheme: tied}}
+reference: two
+baseline: one
+seeds: [3, 5]
+"""
+
+
+@pytest.fixture(scope="session")
+def study_folder(text: Path, once: Once) -> Path:
+    """A folder with a small CONFIG.yaml, a STUDY.yaml of two arms whose names say nothing and two seeds that are not
+    counted from 0, and the directory `study` that README's command made of them; to be read and copied, never written.
+    """
+
+    def make(folder: Path) -> None:
+        write_config(folder / "CONFIG.yaml", text)
+        (folder / "STUDY.yaml").write_text(STUDY)
+        shell("tiedjax study STUDY.yaml --out study", folder)
+
+    return once("study", make)

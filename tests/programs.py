@@ -7,29 +7,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
-# XLA's option that leaves out what LLVM can do: twice as fast to compile, slower to run, and other last bits. For
-# programs that are only read, and for children that nobody compares bit by bit with processes that compile as users do.
-PLAIN = {"xla_backend_optimization_level": 0}
+# How every process of the tests compiles: up to fifteen times as fast as users' programs are compiled, to programs that
+# run slower and differ from them in the last bits. XLA ends a process that it gives an option which it does not know, as
+# it no longer knows this one from jax 0.11 on.
+_KNOWN = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
+_EMITTERS = {"xla_cpu_use_fusion_emitters": False} if _KNOWN else {}
+PLAIN = {"xla_backend_optimization_level": 0, **_EMITTERS}
+# XLA's own choice, which users have: for what must be so bit by bit in two programs that are not the same.
+OPTIMIZED = {"xla_backend_optimization_level": 3, **dict.fromkeys(_EMITTERS, True)}
 
 
-def environment(devices: int = 1, *, plain: bool = False, **more: str) -> dict[str, str]:
+def environment(devices: int = 1, *, optimized: bool = False, **more: str) -> dict[str, str]:
     """The environment of a child with this many fake CPU devices, which compiles as `PLAIN` says or as users do."""
-    flags = {"xla_force_host_platform_device_count": devices, **(PLAIN if plain else {})}
-    text = " ".join(f"--{name}={value}" for name, value in flags.items())
+    flags = {"xla_force_host_platform_device_count": devices, **({} if optimized else PLAIN)}
+    text = " ".join(f"--{name}={str(value).lower()}" for name, value in flags.items())
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": text, **more}
 
 
 def start(
-    args: Sequence[str | Path], *, devices: int = 1, cwd: Path = REPOSITORY, plain: bool = False, **more: str
+    args: Sequence[str | Path], *, devices: int = 1, cwd: Path = REPOSITORY, optimized: bool = False, **more: str
 ) -> subprocess.Popen[str]:
     """Starts `python ARGS` in that environment with its output piped."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = environment(devices, plain=plain, **more)
+    child = environment(devices, optimized=optimized, **more)
     return subprocess.Popen([sys.executable, *map(str, args)], cwd=cwd, env=child, text=True, **pipes)
 
 
@@ -45,6 +51,16 @@ def finish(process: subprocess.Popen[str], *, seconds: float = 240, status: int 
     return out, err
 
 
+def shell(line: str, folder: Path) -> str:
+    """Standard output of a command line, run by a shell in `folder` with this Python's programs found first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    child = environment(8 if "--mesh.fsdp 8" in line else 1, PATH=path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    out, err = finish(subprocess.Popen(["bash", "-c", line], cwd=folder, env=child, text=True, **pipes), seconds=280)
+    assert "Traceback" not in out + err
+    return out
+
+
 def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     """Waits until `holds()`, while the process lives."""
     end = time.monotonic() + seconds
@@ -57,7 +73,7 @@ def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: fl
 
 
 def tiedjax(
-    *args: str | Path, status: int = 0, devices: int = 1, cwd: Path = REPOSITORY, plain: bool = False, **more: str
+    *args: str | Path, status: int = 0, devices: int = 1, cwd: Path = REPOSITORY, optimized: bool = False, **more: str
 ) -> tuple[str, str]:
     """Runs the command line and returns (standard output, standard error)."""
-    return finish(start(["-m", "tiedjax", *args], devices=devices, cwd=cwd, plain=plain, **more), status=status)
+    return finish(start(["-m", "tiedjax", *args], devices=devices, cwd=cwd, optimized=optimized, **more), status=status)

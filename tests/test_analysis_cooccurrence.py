@@ -204,9 +204,9 @@ def test_bad_input_is_one_clear_line(counts, told):
         contexts(counts, least_count=10**6)
 
 
-def test_the_command_measures_a_run_against_its_text(finished, capsys):
+def test_the_command_measures_a_run_against_its_text(finished, tmp_path, capsys):
     argv = ["analyze", "cooccurrence", str(finished), "--least-count", "2", "--sample", "50"]
-    out = finished.parent / "cooccurrence.json"
+    out = tmp_path / "cooccurrence.json"
     assert cli.main([*argv, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     run = load_run(finished)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import random_tokens, small_config
 from jax.test_util import check_grads
-from programs import PLAIN
 
 from tiedjax import sharding, step, tying
 from tiedjax.attention import causal_attention, chosen
@@ -135,7 +134,7 @@ def test_the_result_of_attention_is_kept_or_computed_again_as_the_policy_says() 
             tying.role_scale(cfg.tying),
             jnp.zeros(cfg.model.table_rows, jnp.int32),
         )
-        text = steps.train.lower(*shapes).compile(PLAIN).as_text()
+        text = steps.train.lower(*shapes).compile().as_text()
         result = f"f32[{cfg.data.batch_size},{2 * 128},{cfg.model.head_width}]"
         return sum(" dot(" in line and result in line.split(" dot(")[0] for line in text.splitlines())
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import small_config
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from programs import PLAIN, REPOSITORY, environment, tiedjax
+from programs import REPOSITORY, environment, tiedjax
 
 from tiedjax import cli, lm, sharding, step, tying
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -233,9 +233,7 @@ def test_the_command_reports_every_key_on_one_device_and_on_two(tmp_path: Path) 
     found = {}
     for devices in (1, 2):
         path = tmp_path / f"{devices}.json"
-        out, err = tiedjax(
-            "bench", TINY, "--steps", "7", "--json", path, "--data.batch_size", "4", devices=devices, plain=True
-        )
+        out, err = tiedjax("bench", TINY, "--steps", "7", "--json", path, "--data.batch_size", "4", devices=devices)
         assert err == ""
         result = found[devices] = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"bare {name}"))
         assert set(result) == KEYS
@@ -307,7 +305,7 @@ def test_the_split_costs_no_matrix_product_and_at_most_one_more_table(
     )
     products, temporary = {}, {}
     for name, each in [("with", steps), ("without", step_benchmark.without_roles(cfg, mesh, steps))]:
-        compiled = each.train.lower(*arguments).compile(PLAIN)
+        compiled = each.train.lower(*arguments).compile()
         products[name] = len(re.findall(r"= \S+ (?:dot|convolution|custom-call)\(", compiled.as_text()))
         temporary[name] = compiled.memory_analysis().temp_size_in_bytes
     assert products["with"] == products["without"]
@@ -387,7 +385,7 @@ def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     program = [REPOSITORY / "benchmarks" / "gpu.py", "--smoke", "--machine", "any", "--out", path, "--parts", *parts]
     done = subprocess.run(
         [sys.executable, *map(str, program)],
-        env=environment(plain=True),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=280,

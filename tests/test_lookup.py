@@ -72,7 +72,7 @@ def test_an_id_outside_the_table_cannot_pass_unseen() -> None:
 
 
 def test_on_every_mesh_it_is_the_lookup_of_one_device() -> None:
-    out, _ = finish(start([TESTS / "layout_program.py"], devices=8, plain=True), seconds=280)
+    out, _ = finish(start([TESTS / "layout_program.py"], devices=8), seconds=280)
     found = json.loads(out)
     assert len(found["lookup"]) == len(METHODS) * len(MESHES)
     assert max(found["lookup"].values()) < 1e-5

@@ -177,7 +177,7 @@ def test_logits_exist_for_a_chunk_at_a_time_and_three_products_are_all() -> None
 
 @pytest.fixture(scope="module")
 def on_meshes() -> dict[str, Any]:
-    out, _ = finish(start([TESTS / "loss_program.py"], devices=8, plain=True), seconds=280)
+    out, _ = finish(start([TESTS / "loss_program.py"], devices=8), seconds=280)
     return json.loads(out)
 
 

@@ -10,34 +10,10 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from programs import REPOSITORY, environment, tiedjax
-from runs import SHRUNK
+from programs import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
 SECONDS = 120  # of one cell
-# On arrays as small as these, what compiling well and threads cost is never won back.
-QUICK = {"XLA_FLAGS": environment(plain=True)["XLA_FLAGS"], "OPENBLAS_NUM_THREADS": "1"}
-
-STUDY = """
-base: {base}
-overrides: {{data: {{source: "text:{text}"}}}}
-arms:
-  two: {{tying: {{scheme: untied}}}}
-  one: {{tying: {{scheme: tied}}}}
-reference: two
-baseline: one
-seeds: [3, 5]
-"""
-
-
-@pytest.fixture(scope="module")
-def study(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study of two arms whose names say nothing and two seeds that are not counted from 0."""
-    folder = tmp_path_factory.mktemp("study")
-    (folder / "small.yaml").write_text(STUDY.format(base=REPOSITORY / "configs" / "tiny.yaml", text=text))
-    options = [part for key, value in SHRUNK.items() for part in (f"--{key}", str(value))]
-    tiedjax("study", folder / "small.yaml", "--out", folder / "out", *options, **QUICK)
-    return folder / "out"
 
 
 def read(path: Path) -> Any:
@@ -54,11 +30,10 @@ def test_there_are_notebooks() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_without_a_warning_and_draws_every_figure(
-    path: Path, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses the one that draws into the notebook
-    for name, value in {"TIEDJAX_STUDY": str(study), **QUICK}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TIEDJAX_STUDY", str(study_folder / "study"))
     for name in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):  # not the person's own kernels and start-up
         monkeypatch.setenv(name, str(tmp_path / name))
     notebook = read(path)

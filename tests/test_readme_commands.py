@@ -5,25 +5,22 @@ Placeholders stand for small things and training is short; the two set-up comman
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
-from programs import REPOSITORY, environment, finish
-from runs import write_config
+from programs import REPOSITORY, shell
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHORT = "--train.steps 6 --train.eval_batches 1"
 STUDY = "tiedjax study STUDY.yaml --out study"
-PAIR = "study/runs/tied-0 study/runs/untied-0#output"
+PAIR = "study/runs/one-3 study/runs/two-3#output"
 MADE = {
     "tiedjax study [STUDY] [--out DIR]": [
         "study/report.html",
         "study/results.json",
-        "study/runs/tied-1/metrics.jsonl",
+        "study/runs/one-5/metrics.jsonl",
     ],
     "tiedjax train CONFIG [--out DIR]": ["run/config.yaml", "run/metrics.jsonl", "run/checkpoints/6"],
     "tiedjax bench CONFIG [--steps N] [--json FILE]": ["bench.json"],
@@ -42,8 +39,8 @@ RUN_HERE = {
     "tiedjax data prepare SOURCE --out DIR": (
         "tiedjax data prepare 'text:*.jsonl' --out prepared --vocab-size 300 --holdout 0.1"
     ),
-    "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/tied-0 --json norms.json",
-    "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/tied-0 --against study/runs/untied-0",
+    "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/one-3 --json norms.json",
+    "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/one-3 --against study/runs/two-3",
     "tiedjax report DIR": "tiedjax report study",
     "tiedjax train --help": "tiedjax train --help",
     "tiedjax train tiny --out runs/mine": (
@@ -58,13 +55,13 @@ RUN_HERE = {
     "tiedjax analyze knn A B": f"tiedjax analyze knn {PAIR}",
     "tiedjax analyze spectral A B": f"tiedjax analyze spectral {PAIR} --k 8 --eigenpairs 16",
     "tiedjax analyze spectrum A [B]": f"tiedjax analyze spectrum {PAIR}",
-    "tiedjax analyze norms TABLE": "tiedjax analyze norms study/runs/tied-0@4",
+    "tiedjax analyze norms TABLE": "tiedjax analyze norms study/runs/one-3@4",
     "tiedjax analyze map A [B]": f"tiedjax analyze map {PAIR}",
-    "tiedjax analyze evolution RUN": "tiedjax analyze evolution study/runs/tied-0",
-    "tiedjax analyze gradients RUN": "tiedjax analyze gradients study/runs/tied-0",
-    "tiedjax analyze lens RUN": "tiedjax analyze lens study/runs/tied-0",
-    "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/tied-0",
-    "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/tied-0",
+    "tiedjax analyze evolution RUN": "tiedjax analyze evolution study/runs/one-3",
+    "tiedjax analyze gradients RUN": "tiedjax analyze gradients study/runs/one-3",
+    "tiedjax analyze lens RUN": "tiedjax analyze lens study/runs/one-3",
+    "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/one-3",
+    "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/one-3",
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": (
         f"launch/local.sh 2 configs/tiny.yaml --out runs/two {SHORT} --data.source 'text:*.jsonl' "
         "--data.holdout 0.1 --model.vocab_size 320"
@@ -99,34 +96,18 @@ def test_every_command_is_run_here_or_elsewhere() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(study_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with launchers, configs, text, a small CONFIG.yaml and STUDY.yaml, and that study's directory."""
     folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(study_folder, folder, dirs_exist_ok=True)
     for name, target in {"launch": REPOSITORY / "launch", "configs": REPOSITORY / "configs", text.name: text}.items():
         (folder / name).symlink_to(target)
-    write_config(folder / "CONFIG.yaml", text)
-    arms = "arms: {untied: {tying: {scheme: untied}}, tied: {tying: {scheme: tied}}}\nseeds: [0, 1]\n"
-    (folder / "STUDY.yaml").write_text(f"base: CONFIG.yaml\n{arms}")
-    shell(STUDY, folder)
     return folder
-
-
-def shell(line: str, folder: Path) -> str:
-    """Standard output of a command line, run by a shell in `folder` with this Python's programs found first."""
-    devices = 8 if "--mesh.fsdp 8" in line else 1
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        ["bash", "-c", line], cwd=folder, env=environment(devices, plain=True, PATH=path), **pipes
-    )
-    out, err = finish(process, seconds=280)
-    assert "Traceback" not in out + err
-    return out
 
 
 @pytest.mark.parametrize("command", RUN_HERE)
 def test_a_command_of_readme_does_what_it_says(command: str, place: Path) -> None:
-    if RUN_HERE[command] != STUDY:  # which made the place
+    if RUN_HERE[command] != STUDY:  # which has made the study
         assert shell(RUN_HERE[command], place)
     for name in MADE.get(command, []):
         assert (place / name).exists()
@@ -135,8 +116,8 @@ def test_a_command_of_readme_does_what_it_says(command: str, place: Path) -> Non
 def test_the_python_of_readme_runs(place: Path, tmp_path: Path) -> None:
     """On a study directory of the name that the snippet reads."""
     (block,) = re.findall(r"```python\n(import tiedjax\n.*?)```", README, flags=re.S)
-    (tmp_path / "studies").mkdir()
-    (tmp_path / "studies" / "quick").symlink_to(place / "study")
+    (tmp_path / "studies" / "quick" / "runs").mkdir(parents=True)
+    (tmp_path / "studies" / "quick" / "runs" / "tied-0").symlink_to(place / "study" / "runs" / "one-3")
     tokens = "import numpy\ntokens_BT = numpy.array([[1, 2, 3]])\n"
     program = f"{tokens}{block.replace('step=50', 'step=4')}print(h_BTD.shape)\n"
     (tmp_path / "snippet.py").write_text(program)

@@ -16,7 +16,7 @@ from tiedjax.errors import UserError
 
 @pytest.mark.parametrize("scheme", tying.SCHEMES)
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(scheme: str) -> None:
-    out, _ = finish(start([TESTS / "mesh_program.py", scheme], devices=8, plain=True))
+    out, _ = finish(start([TESTS / "mesh_program.py", scheme], devices=8))
     differences = json.loads(out.splitlines()[-1])
     assert len(differences) == 5
     for case, difference in differences.items():

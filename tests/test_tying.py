@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import typing
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_tokens, small_config
+from programs import OPTIMIZED
 
 from tiedjax import lm, model, step, tying
 from tiedjax.config import DataConfig, RunConfig, TyingConfig
@@ -23,20 +25,31 @@ def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def split_gradients(cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1) -> Any:
-    """((params gradient, role gradients, what the lookup's tap observes), mean loss) of one batch, as the train step
-    computes them; without taps the latter two are None."""
+@functools.cache
+def compiled_gradients(cfg: RunConfig, parts: int, optimized: bool) -> Any:
+    """(params, taps of the tables, tap of the lookup, scale) -> (mean loss of one batch, gradients of the first three),
+    compiled once for all tests that ask for it, as tests compile or as users do."""
     scheme = tying.scheme_of(cfg.tying)
     total = step.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
-    tokens_BS, weights_B = random_tokens(cfg), jnp.ones(cfg.data.batch_size)
+    tokens_BS = random_tokens(cfg)
 
-    def mean_loss(params: Any, zeros: Any, zero: Any) -> jax.Array:
+    def mean_loss(params: Any, zeros: Any, zero: Any, scale: Tables | None) -> jax.Array:
         tables = tying.split_gradient(scheme.tables(params["tables"]), zeros, scale)
-        loss, weight = total(tables, params["body"], tokens_BS, weights_B, zero)
+        loss, weight = total(tables, params["body"], tokens_BS, jnp.ones(cfg.data.batch_size), zero)
         return loss / weight
 
-    zeros = (tying.zero_taps(scheme.tables(params["tables"])), jnp.zeros(())) if taps else (None, None)
-    value, grads = jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1, 2)))(params, *zeros)
+    options = OPTIMIZED if optimized else None
+    return jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1, 2)), compiler_options=options)
+
+
+def split_gradients(
+    cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1, optimized: bool = False
+) -> Any:
+    """((params gradient, role gradients, what the lookup's tap observes), mean loss) of one batch, as the train step
+    computes them; without taps the latter two are None."""
+    tables = tying.scheme_of(cfg.tying).tables(params["tables"])
+    zeros = (tying.zero_taps(tables), jnp.zeros(())) if taps else (None, None)
+    value, grads = compiled_gradients(cfg, parts, optimized)(params, *zeros, scale)
     return grads, value
 
 
@@ -130,8 +143,8 @@ def test_microbatches_change_nothing(scheme: str) -> None:
 def test_observing_with_scales_of_one_is_bit_identical_to_no_split(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg, jnp.float32)
-    (observed, *_), loss = split_gradients(cfg, params, ones())
-    (plain, *nothing), plain_loss = split_gradients(cfg, params, None, taps=False)
+    (observed, *_), loss = split_gradients(cfg, params, ones(), optimized=True)
+    (plain, *nothing), plain_loss = split_gradients(cfg, params, None, taps=False, optimized=True)
     assert nothing == [None, None]
     assert loss == plain_loss
     jax.tree.map(np.testing.assert_array_equal, observed, plain)
@@ -141,10 +154,10 @@ def test_observing_with_scales_of_one_is_bit_identical_to_no_split(scheme: str) 
 def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg, jnp.float32)
-    (plain, roles, square), _ = split_gradients(cfg, params, ones())
+    (plain, roles, square), _ = split_gradients(cfg, params, ones(), optimized=True)
     scale = Tables(jnp.float32(4), jnp.float32(0.5))  # powers of two: products are exact
-    (scaled, raw, same), _ = split_gradients(cfg, params, scale)
-    (unobserved, *_), _ = split_gradients(cfg, params, scale, taps=False)
+    (scaled, raw, same), _ = split_gradients(cfg, params, scale, optimized=True)
+    (unobserved, *_), _ = split_gradients(cfg, params, scale, taps=False, optimized=True)
     jax.tree.map(np.testing.assert_array_equal, scaled["body"], plain["body"])
     jax.tree.map(np.testing.assert_array_equal, raw, roles)
     assert same == square
@@ -171,7 +184,9 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
 def test_a_start_that_compiles_quickly_is_bit_identical_to_any_other(scheme: str) -> None:
     cfg, key = small_config(scheme), jax.random.key(2)
     steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
-    quick, any_other = steps.init(key).params, jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)))(key)
+    any_other = jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)), compiler_options=OPTIMIZED)(key)
+    as_users = {name: value for name, value in OPTIMIZED.items() if "level" not in name}  # the step has its own level
+    quick = steps.init.lower(key).compile(as_users)(key).params
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), quick, any_other))
 
 

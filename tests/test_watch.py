@@ -239,7 +239,7 @@ def cluster(
         program = (
             f"{PRELUDE.format(mark=str(tmp_path / 'mark'))}\n{hooks.get(number, '')}\nsys.exit(main(sys.argv[1:]))"
         )
-        processes.append(start(["-c", program, *argv], plain=True))
+        processes.append(start(["-c", program, *argv]))
     return processes
 
 
@@ -328,7 +328,7 @@ def test_the_launcher_ends_with_the_cause(text: Path, tmp_path: Path) -> None:
     launcher = subprocess.Popen(
         ["bash", *argv],
         cwd=REPOSITORY,
-        env=environment(plain=True, PATH=path),
+        env=environment(PATH=path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
