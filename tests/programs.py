@@ -13,9 +13,9 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
-# How every process of the tests compiles: up to fifteen times as fast as users' programs are compiled, to programs that
-# run slower and differ from them in the last bits. XLA ends a process that it gives an option which it does not know, as
-# it no longer knows this one from jax 0.11 on.
+# How every process of the tests compiles: up to fifteen times as fast as users' programs are compiled, to programs
+# that run slower and differ from them in the last bits. XLA ends a process that it gives an option which it does not
+# know, as it no longer knows that of the emitters from jax 0.11 on.
 _KNOWN = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 _EMITTERS = {"xla_cpu_use_fusion_emitters": False} if _KNOWN else {}
 PLAIN = {"xla_backend_optimization_level": 0, **_EMITTERS}
