@@ -76,7 +76,6 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
-    "pytest -m slow",  # the same
 }
 
 
