@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from tiedjax.analysis.study import sentences
 ROOT = Path(__file__).parent.parent
 SAVED = ROOT / "benchmarks" / "results" / "quick_study.json"
 PICTURE = ROOT / "docs" / "quick_study.png"
+PEERS = {
+    "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
+    "without_roles": "without the role split and its metrics",
+}
+# What the sentences read of results.json: they are made anew whenever README is written.
+KEPT = ("statements", "headline", "arms", "changes", "between_seeds", "reproducible_share", "runs", "environment")
 
 
 def save(study: Path, machine: str) -> None:
     """Keeps of a study what README shows, and the picture."""
     results = json.loads((study / "results.json").read_text(encoding="utf-8"))
-    kept = {name: results[name] for name in ("statements", "headline", "runs", "environment")}
-    kept |= {
-        "answer": sentences.answer(results),
-        "columns": sentences.arm_columns(results),
-        "arms": sentences.arm_rows(results),
-    }
+    kept = {name: results[name] for name in KEPT}
     kept["environment"]["machine"] = machine
     SAVED.parent.mkdir(parents=True, exist_ok=True)
     SAVED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
@@ -38,7 +40,7 @@ def save(study: Path, machine: str) -> None:
 def answer(results: dict[str, Any]) -> str:
     """The verdict in one sentence, and the picture."""
     caption = "Nearness of the shared tables to the input and the output table of their untied twins"
-    return f"**{results['answer'][0]}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n"
+    return f"**{sentences.verdict(results)}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n"
 
 
 def findings(results: dict[str, Any]) -> str:
@@ -50,13 +52,10 @@ def findings(results: dict[str, Any]) -> str:
         f"{environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
         f"flax {packages['flax']})"
     )
-    row = lambda cells: f"| {' | '.join(cells)} |"
     lines = [
-        row(results["columns"].values()),
-        row("---" for _ in results["columns"]),
-        *(row(cells.values()) for cells in results["arms"]),
+        *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
-        *(f"* {finding}" for finding in results["answer"][1:]),
+        *(f"* {finding}" for finding in sentences.answer(results)[1:]),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
@@ -66,38 +65,45 @@ def findings(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def span(quantiles: dict[str, float], digits: int = 2) -> str:
+    """A median with its 10 % and 90 % quantiles."""
+    median, low, high = (f"{quantiles[q]:.{digits}f}" for q in ("median", "p10", "p90"))
+    return f"{median} ({low} to {high})"
+
+
 def cost_rows() -> str:
     """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
-    lines = [
-        "| config | on | step, ms | MFU | compiled PyTorch’s time over ours | time without the role split over ours |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    ratio = lambda sides, side: f"{sides[side]['over_tiedjax']['median']:.2f}" if side in sides else "–"
+    heads = ["config", "on", "step, ms", "MFU", "compiled PyTorch, times ours", "without the role split, times ours"]
+    rows = []
 
-    def row(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
-        ratios = f"{ratio(sides, 'torch_compiled')} | {ratio(sides, 'without_roles')}"
-        lines.append(f"| `{config}` | {machine} | {1e3 * seconds:.1f} | {mfu} | {ratios} |")
+    def add(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
+        ratios = (sides[side]["over_tiedjax"]["median"] if side in sides else None for side in PEERS)
+        cells = ("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        rows.append([f"`{config}`", machine, f"{1e3 * seconds:.1f}", mfu, *cells])
 
     for name, measured in json.loads((SAVED.parent / "step_cpu.json").read_text(encoding="utf-8")).items():
-        machine, sides = measured["environment"]["machine"], measured["sides"]
-        row(name, machine, sides["tiedjax"]["step_seconds"]["median"], "–", sides)
+        sides = measured["sides"]
+        machine = measured["environment"]["machine"]
+        add(name, machine, sides["tiedjax"]["step_seconds"]["median"], "–", sides)
     for path in sorted(SAVED.parent.glob("gpu_*.json")):
         parts = json.loads(path.read_text(encoding="utf-8"))
         for part, measured in parts.items():
             kind, _, name = part.partition(":")
             if kind == "step":
-                peers = (parts.get(f"{side}:{name}", {"sides": {}})["sides"] for side in ("torch", "roles"))
-                sides = {side: timed for sides in peers for side, timed in sides.items()}
+                sides = {
+                    side: timed
+                    for peers in ("torch", "roles")
+                    for side, timed in parts.get(f"{peers}:{name}", {"sides": {}})["sides"].items()
+                }
                 card = measured["environment"]["device"]["kind"]
-                row(name, card, measured["step_seconds"]["median"], f"{measured['mfu_causal']:.1%}", sides)
-    return "\n".join(lines) + "\n"
+                add(name, card, measured["step_seconds"]["median"], f"{measured['mfu_causal']:.1%}", sides)
+    return "\n".join(table(heads, rows)) + "\n"
 
 
 def costs() -> str:
     """What the benchmarks on a CPU measured and what was compiled for TPUs, a line each."""
     read = lambda name: json.loads((SAVED.parent / f"{name}.json").read_text(encoding="utf-8"))
     steps, loss, data, compiled = (read(name) for name in ("step_cpu", "loss_cpu", "data", "compile"))
-    span = lambda q, digits=2: f"{q['median']:.{digits}f} ({q['p10']:.{digits}f} to {q['p90']:.{digits}f})"
     lines = []
     for name, measured in steps.items():
         sides = measured["sides"]
@@ -124,85 +130,104 @@ def costs() -> str:
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
-    for name, program in compiled.items():
-        gib = lambda count: f"{count / 2**30:.1f} GiB"
-        mesh = " x ".join(f"{axis} {size}" for axis, size in program["mesh"].items() if size > 1)
-        lines.append(
-            f"* Compiled for {name} ({program['topology']}, {mesh}; static estimates, nothing was run): "
-            f"{gib(program['temp_bytes'])} temporary, {gib(program['needed_bytes'])} in all of "
-            f"{gib(program['hbm_bytes'])} per chip; {program['sent_over_count_by_hand']:.2f} of the bytes that a count "
-            "by hand asks to be sent."
-        )
-    return "\n".join(lines) + "\n"
+    gib = lambda count: f"{count / 2**30:.1f}"
+    rows = [
+        [
+            f"`{name.split(',')[0]}`",
+            f"{program['topology']}, {' x '.join(f'{axis} {n}' for axis, n in program['mesh'].items() if n > 1)}",
+            gib(program["temp_bytes"]),
+            gib(program["needed_bytes"]),
+            f"{program['sent_over_count_by_hand']:.2f}",
+        ]
+        for name, program in compiled.items()
+    ]
+    hbm = {gib(program["hbm_bytes"]) for program in compiled.values()}
+    lines.append(f"\nCompiled for TPUs (static estimates, nothing was run), of {', '.join(hbm)} GiB per chip:\n")
+    heads = ["config", "for", "temporary, GiB", "in all, GiB", "bytes sent, times a count by hand"]
+    return "\n".join(lines + table(heads, rows)) + "\n"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 def gpu_costs() -> str:
-    """What `gpu.py` found on each card, a line each; a part that was not run has none."""
-    span = lambda q, digits: f"{q['median']:.{digits}f} ({q['p10']:.{digits}f} to {q['p90']:.{digits}f})"
+    """What `gpu.py` found on each card; a part that was not run has no row."""
     lines = []
     for path in sorted(SAVED.parent.glob("gpu_*.json")):
         parts = json.loads(path.read_text(encoding="utf-8"))
         environment = next(iter(parts.values()))["environment"]
         versions, card = environment["versions"], environment["device"]["kind"]
         made = f"{environment['date']}, Python {versions['python']}, jax {versions['jax']}, flax {versions['flax']}"
-        lines.append(f"On one {card} ({made}):\n")
-        right, roles, resumed = (parts.get(name) for name in ("correctness", "gradients", "resume"))
-        if right:
-            apart = " and ".join(
-                f"{right[dtype]['largest_difference']:.1e} in {dtype}" for dtype in ("float32", "bfloat16")
-            )
-            lines.append(
-                f"* {right['steps']} losses of `tiny.yaml` differ from the CPU's float32 by at most {apart}, in nats."
-            )
-        if roles:
-            apart = " and ".join(
-                f"{max(roles[dtype]['input'], roles[dtype]['output']):.1e} in {dtype}"
-                for dtype in ("float32", "bfloat16")
-            )
-            lines.append(f"* Both role gradients of one batch differ from float64's by at most {apart} of their norms.")
-        if resumed:
-            lines.append(
-                f"* A run of {resumed['steps']} steps, interrupted and continued with `--model.table_gradient "
-                "deterministic`: "
-                + ", ".join(
-                    f"{resumed[dtype]['equal_steps']} of {resumed[dtype]['steps']} steps equal bit for bit in {dtype}"
-                    for dtype in ("float32", "bfloat16")
-                )
-                + "."
-            )
-        for name, part in parts.items():
-            kind, _, model = name.partition(":")
-            model, _, label = model.partition(", ")
-            model = f"`{model}.yaml`" + (f" ({label})" if label else "")
-            if kind == "step":
-                config, milliseconds = part["config"], {q: 1e3 * value for q, value in part["step_seconds"].items()}
-                lines.append(
-                    f"* A step of {model}, T = {config['model']['seq_len']:,}, batch {config['data']['batch_size']}: "
-                    f"{span(milliseconds, 1)} ms, {part['tokens_per_second']:,.0f} tokens per second, MFU "
-                    f"{part['mfu_causal']:.1%} ({part['mfu_full']:.1%} if all of attention is counted), "
-                    f"{part['peak_memory_bytes'] / 1e9:.1f} GB; compiled in {part['compile_seconds']:.0f} s. "
-                    + kernel_times(part["kernels"])
-                )
-            elif kind in ("torch", "roles"):
-                for side, whose in (
-                    (
-                        "torch_compiled",
-                        "In PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks,",
-                    ),
-                    ("without_roles", "Without the role split and its metrics"),
-                ):
-                    if side in part["sides"]:
-                        ratio, batch = part["sides"][side]["over_tiedjax"], part["config"]["data"]["batch_size"]
-                        about = {"torch": part["environment"].get("pytorch", {}).get("torch")}
-                        whose = whose.format(**about, loss=part["sides"][side].get("loss"))
-                        lines.append(f"* {whose} a step of {model}, batch {batch}, takes {span(ratio, 2)} times ours.")
+        lines += [f"On one {card} ({made}):\n", *_correctness(parts), "", *_gpu_steps(parts), "", *_peers(parts)]
     return "\n".join(lines) + "\n"
 
 
-def kernel_times(kernels: dict[str, Any]) -> str:
-    """Where the time of a step goes, by kernels."""
-    parts = ", ".join(f"{part} {value:.1f}" for part, value in kernels["by_part"].items() if value >= 0.05)
-    return f"Of {kernels['step_milliseconds']:.1f} ms on the card: {parts}, no kernel {kernels['between_kernels']:.1f}."
+def _correctness(parts: dict[str, Any]) -> list[str]:
+    """How far losses, role gradients and a continued run are from what they should be."""
+    lines, dtypes = [], ("float32", "bfloat16")
+    if right := parts.get("correctness"):
+        apart = " and ".join(f"{right[dtype]['largest_difference']:.1e} in {dtype}" for dtype in dtypes)
+        lines.append(f"* {right['steps']} losses of `tiny` differ from the CPU's float32 by at most {apart}, in nats.")
+    if roles := parts.get("gradients"):
+        apart = " and ".join(f"{max(roles[d]['input'], roles[d]['output']):.1e} in {d}" for d in dtypes)
+        lines.append(f"* Both role gradients of one batch differ from float64's by at most {apart} of their norms.")
+    if resumed := parts.get("resume"):
+        equal = " and ".join(f"{resumed[dtype]['equal_steps']} in {dtype}" for dtype in dtypes)
+        lines.append(
+            f"* Of a run of {resumed['steps']} steps, interrupted and continued with `--model.table_gradient "
+            f"deterministic`, so many are equal bit for bit: {equal}."
+        )
+    return lines
+
+
+def _gpu_steps(parts: dict[str, Any]) -> list[str]:
+    """A table of steps, and one of where the time of each goes."""
+    heads = ["config", "T", "batch", "step, ms", "tokens/s", "MFU", "with all of attention", "GB", "compiled in, s"]
+    steps = {name.partition(":")[2]: part for name, part in parts.items() if name.startswith("step:")}
+    rows = [
+        [
+            f"`{name}`",
+            f"{part['config']['model']['seq_len']:,}",
+            str(part["config"]["data"]["batch_size"]),
+            span({q: 1e3 * value for q, value in part["step_seconds"].items()}, 1),
+            f"{part['tokens_per_second']:,.0f}",
+            f"{part['mfu_causal']:.1%}",
+            f"{part['mfu_full']:.1%}",
+            f"{part['peak_memory_bytes'] / 1e9:.1f}",
+            f"{part['compile_seconds']:.0f}",
+        ]
+        for name, part in steps.items()
+    ]
+    kinds = list(dict.fromkeys(kind for part in steps.values() for kind in part["kernels"]["by_part"]))
+    times = [
+        [f"`{name}`", f"{of['step_milliseconds']:.1f}"]
+        + [f"{of['by_part'].get(kind, 0.0):.1f}" for kind in kinds]
+        + [f"{of['between_kernels']:.1f}"]
+        for name, of in ((name, part["kernels"]) for name, part in steps.items())
+    ]
+    where = ["Where the time goes, by a trace of the kernels, in ms of a step:", ""]
+    return [*table(heads, rows), "", *where, *table(["config", "all", *kinds, "no kernel"], times)]
+
+
+def _peers(parts: dict[str, Any]) -> list[str]:
+    """A table of the other sides' times over ours."""
+    rows = []
+    for name, part in parts.items():
+        kind, _, model = name.partition(":")
+        sides = {
+            "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
+            "without_roles": "without the role split and its metrics",
+        }
+        for side, whose in sides.items():
+            if kind in ("torch", "roles") and side in part["sides"]:
+                about = part["sides"][side]
+                whose = whose.format(torch=part["environment"].get("pytorch", {}).get("torch"), loss=about.get("loss"))
+                rows.append(
+                    [f"`{model}`", str(part["config"]["data"]["batch_size"]), whose, span(about["over_tiedjax"])]
+                )
+    return table(["config", "batch", "side", "its time, times ours"], rows)
 
 
 def pages() -> dict[Path, str]:

@@ -96,17 +96,15 @@ TWIN = "with token frequency controlled, the tied table lies nearer to its untie
 MAIN = {
     "holds": (
         statement(0.154, 0.031, "holds"),
-        f"Yes: {TWIN} output table than to the input table; the difference in nearness is 0.154{N}±{N}0.031.",
+        f"Yes: {TWIN} output table than to the input table, by 0.154{N}±{N}0.031.",
     ),
     "near the edge": (
         statement(0.154, 0.031, "holds", near_edge=True),
-        f"Yes: {TWIN} output table than to the input table; the difference in nearness is 0.154{N}±{N}0.031. "
-        "This verdict is near the edge.",
+        f"Yes: {TWIN} output table than to the input table, by 0.154{N}±{N}0.031. This verdict is near the edge.",
     ),
     "the opposite": (
         statement(-0.154, 0.031, "the opposite"),
-        f"No, the opposite: {TWIN} input table than to the output table; the difference in nearness is "
-        f"0.154{N}±{N}0.031.",
+        f"No, the opposite: {TWIN} input table than to the output table, by 0.154{N}±{N}0.031.",
     ),
     "undecided": (
         statement(-0.154, 0.231, "undecided", near_edge=True),
@@ -115,7 +113,7 @@ MAIN = {
     ),
     "one seed": (
         statement(0.154, None, "undecided"),
-        f"One seed, so only a hint: {TWIN} output table than to the input table; the difference in nearness is 0.154.",
+        f"One seed, so only a hint: {TWIN} output table than to the input table, by 0.154.",
     ),
     "not measured": (None, "Not measured: there is no pair of a tied and an untied run with the same seed."),
 }

@@ -35,8 +35,7 @@ def verdict(results: Results) -> str:
     start = {"holds": "Yes", "the opposite": "No, the opposite", "undecided": "One seed, so only a hint"}
     return (
         f"{start[statement['verdict']]}: with token frequency controlled, the {arm} table lies nearer to {twin} "
-        f"{nearer} table than to the {other} table; the difference in nearness is "
-        f"{margin_of(statement, absolute=True)}.{edge}"
+        f"{nearer} table than to the {other} table, by {margin_of(statement, absolute=True)}.{edge}"
     )
 
 
