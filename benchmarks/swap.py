@@ -27,7 +27,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TESTS = ("tests/test_sentences.py", "tests/test_sections_in_words.py")
 MODULES = (
-    *(f"study/{name}.py" for name in ("claims", "overview", "sentences", "two_forms", "verdicts")),
+    *(f"study/{name}.py" for name in ("beside_paper", "claims", "overview", "sentences", "two_forms", "verdicts")),
     *(f"instruments/{path.parent.name}/section.py" for path in ROOT.glob("tiedjax/analysis/instruments/*/section.py")),
 )
 PAIRS = (
