@@ -43,6 +43,8 @@ import step as sides
 from tiedjax import load_run, model, sharding, tying
 from tiedjax.config import RunConfig
 from tiedjax.cost import bench, hlo
+from tiedjax.cost import kernels as parts
+from tiedjax.cost.kernels import scope
 from tiedjax.host import platform_flags
 from tiedjax.step import loss_and_gradients, make_steps
 
@@ -198,7 +200,7 @@ def measured_step(name: str, smoke: bool, more: Mapping[str, Any]) -> dict[str, 
 
 def kernels(stepper: bench.Stepper) -> dict[str, Any]:
     """Milliseconds of a step on the device by part of the step, between kernels, and of the longest kernels."""
-    program, _ = hlo.parse(stepper.compiled.as_text() or "")
+    program = hlo.Program.parse(stepper.compiled.as_text() or "").computations
     # A kernel of XLA's own is called as its instruction is, but for the dots.
     instructions = {
         name: each
@@ -265,30 +267,12 @@ def busy(events: list[tuple[str, str, float, float]]) -> float:
     return total
 
 
-def scope(each: hlo.Instruction | None) -> str:
-    """Where in the program an instruction comes from: JAX's name of it."""
-    return each.attributes.partition('op_name="')[2].partition('"')[0] if each else ""
-
-
 def part_of(kernel: str, each: hlo.Instruction | None, in_loop: bool) -> str:
-    """The part of the step that a kernel belongs to; the loss is the only loop."""
-    name, where = f"{kernel} {each.name if each else ''}".lower(), scope(each)
-    if "mosaic_gpu" in name:  # tiedjax.exp_product, the only one of them
-        return "products of the loss"
-    if any(word in name for word in ("fmha", "sdpa", "cudnn::fusion", "dot_product_attention")):
-        return "attention"
-    products = any(word in name for word in ("gemm", "nvjet", "xmma", "cublas", "cutlass", "splitk"))
-    if in_loop or "while/body" in where:
-        return "products of the loss" if products else "elementwise of the loss"
-    if products:
-        return "products of the body"
-    places = {"norm": "norms", "/mlp": "elementwise of the MLP", "/attention": "elementwise around attention"}
-    for word, part in places.items():
-        if word in where:
-            return part
-    if "scatter" in name:
-        return "lookup"
-    return "optimizer and roles" if where.startswith("jit(train)/") and "Transformer" not in where else "other"
+    """The part of the step that a kernel belongs to; of one that no instruction explains, whether it is in the loss."""
+    name, where = f"{kernel} {each.name if each else ''}".lower(), scope(each) if each else "loss" * in_loop
+    # The only kernel of our own is that of the loss.
+    product = any(w in name for w in ("gemm", "nvjet", "xmma", "cublas", "cutlass", "splitk", "mosaic_gpu"))
+    return parts.part_of("loss" if "mosaic_gpu" in name else where, name, product)
 
 
 def beside(name: str, others: tuple[str, ...], batch: int, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:

@@ -342,10 +342,10 @@ def test_kernels_are_told_apart_by_the_part_of_the_step(
 ) -> None:
     """Those of command buffers too, where a kernel of a library says nothing of its place but its neighbours do."""
     names = {
-        "select_fusion.1": "jit(train)/jvp()/while/body/select_n",
+        "select_fusion.1": "jit(train)/jvp(loss)/while/body/select_n",
         "convert_fusion.2": "jit(train)/transpose(jvp(Transformer))/layer_1/mlp/mul",
         "fusion.3": "jit(train)/jvp(Transformer)/layer_0/mlp_norm/mul",
-        "add_fusion": "jit(train)/add",
+        "add_fusion": "jit(train)/optimizer/add",
     }
     lines = [f'  %{name} = f32[2]{{0}} add(%a, %a), metadata={{op_name="{scope}"}}' for name, scope in names.items()]
     text = "\n".join(["ENTRY %main (a: f32[2]) -> f32[2] {", "  %a = f32[2]{0} parameter(0)", *lines, "}"])

@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there: names of slices, reading HLO, the count by hand, and the command itself."""
+"""Compiling for TPUs and GPUs that are not there: their names, reading HLO, the count by hand, and the command."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from tiedjax import cli, sharding, step
 from tiedjax.config import DataConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.cost import compile as compiling
-from tiedjax.cost import hlo, topology
-from tiedjax.cost.topology import Topology
+from tiedjax.cost import gpus, hlo, kernels, roofline, topology, tpus
+from tiedjax.cost import report as reports
+from tiedjax.cost.gpus import CARDS, Hosts
+from tiedjax.cost.kernels import Kernel
+from tiedjax.cost.roofline import Work
+from tiedjax.cost.tpus import Slices
 from tiedjax.errors import UserError
+from tiedjax.host import platform_flags
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_cuda = pytest.mark.skipif(not platform_flags.has_cuda_plugin(), reason="JAX for CUDA is not installed")
 
 # ---- Names ----
+
+EXAMPLES = "such as v5p:4x4x4, 2*v5p:4x4x4, h100:8 or h100:2x8"
 
 
 @pytest.mark.parametrize(
@@ -38,22 +46,59 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
         ("v5p:2x2x1", 4, (False, False, False)),
         ("v5p:2x4x4", 32, (False, False, False)),
         ("v5p:4x4x8", 128, (True, True, True)),
+        ("2*v5p:4x4x4", 128, (True, True, True)),
         ("v5p:16x16x24", 6144, (True, True, True)),
     ],
 )
-def test_a_slice_is_known_by_name(name: str, chips: int, wrap: tuple[bool, ...]) -> None:
-    found = Topology.parse(name)
+def test_slices_are_known_by_name(name: str, chips: int, wrap: tuple[bool, ...]) -> None:
+    found = topology.parse(name)
+    assert isinstance(found, Slices)
     assert (found.name, found.chips, found.wrap) == (name, chips, wrap)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "shape", "chips"),
+    [
+        ("h100:8", 1, (1, 8), 8),
+        ("h100:4x8", 1, (4, 8), 32),
+        ("h200:1", 1, (1, 1), 1),
+        ("2*h100:8", 2, (1, 8), 16),
+        ("3*h200:2x4", 3, (2, 4), 24),
+    ],
+)
+def test_hosts_are_known_by_name(name: str, slices: int, shape: tuple[int, ...], chips: int) -> None:
+    found = topology.parse(name)
+    assert isinstance(found, Hosts)
+    assert (found.name, found.slices, found.shape, found.chips) == (name, slices, shape, chips)
+
+
+def test_of_a_card_a_program_may_use_what_jax_takes_of_it() -> None:
+    """0.92 of 79.10 GiB; XLA, which plans for 0.8 of a card that it is told of, is told of that much more."""
+    hosts = topology.parse("h100:8")
+    assert (hosts.memory_bytes, hosts.usable_bytes) == (84_929_347_584, int(84_929_347_584 * 0.92))
+    told = re.search(r"device_memory_size: (\d+)", CARDS["h100"].target)
+    assert told
+    assert abs(int(told[1]) * 0.8 - hosts.usable_bytes) <= 1
+
+
+def test_a_card_is_one_whose_flop_rate_is_known() -> None:
+    assert {name: card.bfloat16_flops for name, card in CARDS.items()} == {"h100": 989.4e12, "h200": 989.4e12}
+    assert CARDS["h100"].exponentials_per_second == 16 * 132 * 1.98e9
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5p", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p'"),
-        ("v5p:", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:'"),
-        ("v5p:4x4x", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:4x4x'"),
-        ("v5p:4,4,4", "must be KIND:SHAPE such as v5e:4x4, v5p:4x4x4 or v6e:8x8, got 'v5p:4,4,4'"),
-        ("h100:4x4", "the kind must be one of v5e, v5p, v6e, got 'h100'"),
+        ("v5p", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got 'v5p'"),
+        ("v5p:", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got 'v5p:'"),
+        ("v5p:4x4x", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got 'v5p:4x4x'"),
+        ("v5p:4,4,4", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got 'v5p:4,4,4'"),
+        ("0*v5p:4x4x4", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got '0*v5p:4x4x4'"),
+        ("-1*h100:8", f"must be KIND:SHAPE or SLICES*KIND:SHAPE {EXAMPLES}, got '-1*h100:8'"),
+        ("a100:8", "the kind must be one of v5e, v5p, v6e, h100, h200, got 'a100'"),
+        ("h100:2x2x2", "a shape of h100 is GPUS or HOSTSxGPUS, such as 8 or 2x8, got '2x2x2'"),
+        ("h200:0", "a shape of h200 is GPUS or HOSTSxGPUS, such as 8 or 2x8, got '0'"),
+        ("h100:16", "a host of h100 has at most 8 GPUs, got 16"),
         ("v5p:4x4", "a shape of v5p has 3 sides, got '4x4'"),
         ("v6e:4x4x4", "a shape of v6e has 2 sides, got '4x4x4'"),
         ("v5e:3x3", "v5e has no slice '3x3'; near it are 2x2, 2x4, 4x4"),
@@ -63,14 +108,14 @@ def test_a_slice_is_known_by_name(name: str, chips: int, wrap: tuple[bool, ...])
 )
 def test_a_slice_that_there_is_not_is_refused(name: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        Topology.parse(name)
+        topology.parse(name)
     assert str(caught.value) == f"--topology: {message}"
 
 
 def test_without_libtpu_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError) as caught:
-        Topology.parse("v5e:2x2").devices()
+        topology.parse("v5e:2x2").devices()
     assert str(caught.value) == 'compiling for TPUs needs libtpu, which is not installed: pip install ".[tpu]"'
 
 
@@ -81,7 +126,7 @@ def test_what_libtpu_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(topologies, "get_topology_desc", refuses)
     with pytest.raises(UserError) as caught:
-        Topology.parse("v5e:2x4").devices()
+        topology.parse("v5e:2x4").devices()
     assert str(caught.value) == "--topology v5e:2x4: libtpu refuses: INVALID_ARGUMENT: no such topology"
 
 
@@ -89,10 +134,34 @@ def test_what_libtpu_is_told_does_not_stay_in_the_environment(monkeypatch: pytes
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "mine")
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
     before = dict(os.environ)
-    with topology.libtpu_environment():
+    with tpus.libtpu_environment():
         assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
         assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
     assert dict(os.environ) == before
+
+
+def test_without_jax_for_cuda_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        topology.parse("h100:8").devices()
+    assert str(caught.value) == 'compiling for GPUs needs JAX for CUDA, which is not installed: pip install ".[cuda]"'
+
+
+def test_hosts_that_jax_cannot_describe_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def refuses(*_: Any, **options: Any) -> None:
+        given.update(options)
+        raise NotImplementedError("topology not implemented for cuda\nand more")
+
+    monkeypatch.setattr(gpus.platform_flags, "has_cuda_plugin", lambda: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuses)
+    with pytest.raises(UserError) as caught:
+        topology.parse("2*h100:3x8").devices()
+    assert str(caught.value) == (
+        f"--topology 2*h100:3x8: JAX {jax.__version__} refuses: topology not implemented for cuda"
+    )
+    assert given["topology"] == "2x3x8"
 
 
 # ---- Reading HLO ----
@@ -198,6 +267,45 @@ def test_the_forms_that_tpu_programs_have(begin: int, limit: int, by: int, round
     assert found.unknown_loops == (["loop"] if rounds is None else [])
 
 
+GPU_PROGRAM = (TESTS / "gpu_program.hlo").read_text(encoding="utf-8")
+
+
+def test_the_kernels_of_a_gpu_program() -> None:
+    """Products by XLA, cuBLAS and our own kernel, attention, what is cut out of stacks and updated in place, loops."""
+    found = {kernel.name: kernel for kernel in kernels.kernels(GPU_PROGRAM)}
+    product = {"flops": 2 * 64 * 32 * 16, "operands": ("bf16", "bf16")}
+    operands, result = 2 * (64 * 32 + 32 * 16), 4 * 64 * 16
+    scores, head = 2 * 3 * 10 * 10, 2 * 10 * 3 * 8 * 2
+    powers = 2 * (64 * 32 + 50 * 32 + 64 * 50) + 4 * 2 * 64
+    expected = [
+        Kernel("gemm", "products of the body", 1, operands + result, **product),
+        Kernel("cublas", "products of the loss", 1, operands + result + 4, **product),
+        Kernel("new", "optimizer and roles", 1, 400 + 400 + 4),  # the row written, the row read, its place
+        Kernel("added", "lookup", 1, 2 * 4 * 12 + 4 * 12 + 4 * 3),
+        Kernel("exp", "products of the loss", 1, powers, 2 * 64 * 50 * 32, ("bf16", "bf16")),
+        Kernel("exp.1", "elementwise of the loss", 1, 0),  # where nothing is to be mended
+        Kernel("attention", "attention", 1, 4 * head + 4 * 60, 2 * 2 * scores // 2 * 8, ("bf16", "bf16"), scores // 2),
+        Kernel("gradients", "attention", 1, 5 * head, 2 * 5 * scores * 8, ("bf16", "bf16"), scores),
+        Kernel("row.1", "layer stacking", 8, 400 + 400 + 4),
+        Kernel("off", "other", 1, 2 * 3200),
+        Kernel("end", "norms", 1, 3 * result),
+    ]
+    assert found == {kernel.name: kernel for kernel in expected}
+
+
+def test_a_kernel_takes_as_long_as_its_slowest_resource() -> None:
+    card = dataclasses.replace(CARDS["h100"], bytes_per_second=1e12, float32_flops=1e12)
+    of = lambda *work: roofline.work_of(Kernel("k", "p", 3, *work), card)
+    gap = roofline.LAUNCH_SECONDS
+    assert of(10**9, 10, ("bf16", "bf16")) == Work(3, 3 * 10**9, 30, 3 * (1e-3 + gap))
+    assert of(10, 989_400_000, ("bf16", "bf16")).seconds == pytest.approx(3 * (1e-6 + gap))
+    assert of(10, 10**9, ("f32", "f32")).seconds == pytest.approx(3 * (1e-3 + gap))
+    assert of(10, 10, ("bf16", "bf16"), 16 * 132 * 1980).seconds == pytest.approx(3 * (1e-6 + gap))
+    parts = roofline.by_part([Kernel("a", "few", 1, 1), Kernel("b", "many", 9, 1), Kernel("c", "few", 2, 1)], card)
+    assert {part: (work.launches, work.bytes) for part, work in parts.items()} == {"many": (9, 9), "few": (3, 3)}
+    assert list(parts) == ["many", "few"]
+
+
 def test_sizes_of_shapes() -> None:
     sizes = {"f32[]{:T(128)}": 4, "bf16[8,128]{1,0:T(8,128)(2,1)S(1)}": 2048, "pred[3]": 3, "s4[3]{0}": 2}
     sizes |= {"(f8e4m3fn[2,2]{1,0}, /*index=1*/c64[2]{0})": 20, "token[]": 0, "f32[0,5]": 0}
@@ -212,10 +320,11 @@ def test_text_without_a_program_raises() -> None:
 # ---- What is made of it ----
 
 
-def report(**changes: Any) -> compiling.Report:
+def report(**changes: Any) -> reports.Report:
     """A report of a step that fits in half of the memory."""
     values: dict[str, Any] = {
         "topology": "v5e:2x2",
+        "noun": "chip",
         "devices": 4,
         "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
         "argument_bytes": 2**30,
@@ -223,19 +332,20 @@ def report(**changes: Any) -> compiling.Report:
         "output_bytes": 2**30,
         "needed_bytes": 2**31,
         "hbm_bytes": 2**32,
+        "usable_bytes": 2**32,
         "fits": True,
-        "collectives": {"all-gather": hlo.Traffic(3, 10**9)},
+        "collectives": {"all-gather": hlo.Traffic(3, 10**9, 4 * 10**8)},
         "fsdp_bytes": {"all-gather": 2 * 10**9, "all-to-all": 0},
         "unknown_loops": [],
         "trace_seconds": 1.0,
         "compile_seconds": 2.0,
     }
-    return compiling.Report(**values | changes)
+    return reports.Report(**values | changes)
 
 
 def test_a_step_that_fits_says_what_is_left() -> None:
     gib = {"argument_bytes": 2**29, "temp_bytes": 2**30, "needed_bytes": 7 * 2**28, "unknown_loops": ["a", "b"]}
-    assert compiling.lines(small_config(), report(**gib)) == [
+    assert reports.lines(small_config(), report(**gib)) == [
         "v5e:2x2: 4 chips, mesh data 2 x fsdp 2 x tensor 1; static estimate of XLA's compiler; nothing was run",
         "",
         "memory per chip",
@@ -244,27 +354,77 @@ def test_a_step_that_fits_says_what_is_left() -> None:
         "  needed, with the program          1.75 GiB",
         "  available                         4.00 GiB",
         "",
-        "collectives per step and chip      count            GB    FSDP by hand",
-        "  all-gather                           3         1.000           2.000",
+        "collectives per step and chip     count            GB  asynchronous    FSDP by hand",
+        "  all-gather                          3         1.000         0.400           2.000",
         "  counted once, as their length is unknown: loops a, b",
         "",
         "traced in 1 s, compiled in 2 s",
         "fits, 2.25 GiB to spare",
     ]
-    *_, gathers, _, _, _ = compiling.lines(small_config(), report(fsdp_bytes=None))
-    assert gathers == "  all-gather                           3         1.000               -"
-    assert "collectives  none" in compiling.lines(small_config(), report(collectives={}))
+    *_, gathers, _, _, _ = reports.lines(small_config(), report(fsdp_bytes=None))
+    assert gathers == "  all-gather                          3         1.000         0.400               -"
+    assert "collectives  none" in reports.lines(small_config(), report(collectives={}))
+
+
+def test_a_step_on_gpus_says_what_it_launches_and_a_bound() -> None:
+    parts = {"products of the body": Work(7, 2 * 10**9, 3 * 10**12, 4e-3), "norms": Work(8, 5 * 10**8, 0, 6e-4)}
+    work = reports.GpuWork(
+        parts=parts,
+        operands={"bf16 x bf16": 2 * 10**12, "f32 x f32": 10**12},
+        attention_calls=32,
+        mfu_causal_bound=0.361,
+    )
+    changes = {"topology": "h100:4", "noun": "GPU", "gpu": work, "hbm_bytes": 2**33, "collectives": {}}
+    assert reports.lines(small_config(), report(**changes)) == [
+        "h100:4: 4 GPUs, mesh data 2 x fsdp 2 x tensor 1; static estimate of XLA's compiler; nothing was run",
+        "",
+        "memory per GPU",
+        "  state, batch and constants        1.00 GiB",
+        "  temporary                         1.00 GiB",
+        "  needed, with the program          2.00 GiB",
+        "  available                         4.00 GiB, of the card's 8.00 GiB",
+        "",
+        "collectives  none",
+        "",
+        "kernels per step and GPU           launches       GB    TFLOP  bound, ms",
+        "  products of the body                    7     2.00     3.00       4.00",
+        "  norms                                   8     0.50     0.00       0.60",
+        "  in all                                 15     2.50     3.00       4.60",
+        "products: 2.00 TFLOP bf16 x bf16, 1.00 TFLOP f32 x f32; 32 calls of cuDNN's attention",
+        "bound: no step in less than 4.6 ms, collectives left out, so MFU is at most 36.1%",
+        "",
+        "traced in 1 s, compiled in 2 s",
+        "fits, 2.00 GiB to spare",
+    ]
+    assert reports.as_json(report(**changes))["gpu"]["total"] == {
+        "launches": 15,
+        "bytes": 25 * 10**8,
+        "flops": 3 * 10**12,
+        "seconds": pytest.approx(4.6e-3),
+    }
+    one = report(**changes | {"devices": 1})
+    assert reports.lines(small_config(), one)[0].startswith("h100:4: 1 GPU, mesh")
+
+
+def test_a_step_that_fits_because_it_computes_twice_says_so() -> None:
+    twice = report(noun="GPU", recomputes=True)
+    cfg = small_config(data=DataConfig(batch_size=16, microbatches=2))
+    assert reports.lines(cfg, twice)[-1] == (
+        "fits, 2.00 GiB to spare, but XLA computes some of it twice; to avoid that try --data.microbatches 4 (half as "
+        "many sequences at a time) or --model.remat dots or more GPUs"
+    )
+    assert reports.advice(small_config(remat="dots"), twice)[1:] == ["--model.remat full", "more GPUs"]
 
 
 def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_try() -> None:
     cfg = small_config(data=DataConfig(batch_size=16, microbatches=2))
     short = report(fits=False, needed_bytes=2**32 + 3 * 2**29, argument_bytes=2**32)
-    assert compiling.lines(cfg, short)[-1] == (
+    assert reports.lines(cfg, short)[-1] == (
         "does not fit, short by 1.50 GiB; try --mesh.fsdp 4 (cuts the state further) or --data.microbatches 4 (half as "
         "many sequences at a time) or --model.remat full or --optimizer.moments_dtype bfloat16 or a larger slice"
     )
     unknown = report(fits=False, needed_bytes=None, temp_bytes=None, collectives=None)
-    assert compiling.lines(cfg, unknown)[4:] == [
+    assert reports.lines(cfg, unknown)[4:] == [
         "  temporary                          unknown",
         "  needed, with the program           unknown",
         "  available                         4.00 GiB",
@@ -279,18 +439,18 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_try() -> None:
 
 def test_what_to_try_goes_by_what_needs_the_memory() -> None:
     one_row = small_config(remat="full", data=DataConfig(batch_size=8, microbatches=2))
-    assert compiling.advice(one_row, report()) == [
+    assert reports.advice(one_row, report()) == [
         "--mesh.tensor 2 (cuts activations too)",
         "a larger slice",
     ]
     two_rows = small_config(data=DataConfig(batch_size=8, microbatches=1))
-    assert compiling.advice(two_rows, report()) == [
+    assert reports.advice(two_rows, report()) == [
         "--data.microbatches 2 (half as many sequences at a time)",
         "--model.remat full",
         "a larger slice",
     ]
     whole_slice = report(mesh={"data": 1, "fsdp": 4, "tensor": 1}, argument_bytes=2**32)
-    assert compiling.advice(one_row, whole_slice) == [
+    assert reports.advice(one_row, whole_slice) == [
         "--optimizer.moments_dtype bfloat16",
         "--mesh.tensor 2 (cuts activations too)",
         "a larger slice",
@@ -396,7 +556,7 @@ def test_what_is_refused_before_libtpu_is_loaded(
 def test_a_mesh_must_be_all_of_the_slice(
     mesh: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Topology, "devices", lambda slice_: jax.devices()[:1] * slice_.chips)
+    monkeypatch.setattr(Slices, "devices", lambda slice_: jax.devices()[:1] * slice_.chips)
     assert cli.main([*TINY, "--topology", "v5p:2x2x1", *mesh]) == 2
     assert capsys.readouterr() == ("", f"tiedjax: {message}\n")
 
@@ -451,7 +611,7 @@ def test_memory_and_traffic_of_olmo_1b_do_not_grow_with_the_slice() -> None:
     """Equal tokens per chip: temporary memory at most 10 % above 4 chips', bytes within 10 % of the count by hand."""
     temporary = {}
     for name, fsdp in [("v5p:2x2x1", 4), ("v5p:4x4x4", 16), ("v5p:8x8x8", 64)]:
-        found = Topology.parse(name)
+        found = topology.parse(name)
         changes = {"mesh.fsdp": str(fsdp), "data.batch_size": str(4 * found.chips)}
         cfg = load_run_config(REPOSITORY / "configs" / "olmo_1b.yaml", changes)
         each = compiling.compile_step(cfg, found)

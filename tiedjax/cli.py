@@ -125,10 +125,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _add_cluster(bench)
     _add_overrides(bench)
 
-    compile_ = command("compile", "compile a train step for TPUs that are not there: memory, collectives", _compile)
+    compile_ = command("compile", "compile a train step for TPUs or GPUs that are not there: memory, traffic", _compile)
     compile_.add_argument("config", metavar="CONFIG", help="run config, as for train; its data is not read")
     compile_.add_argument(
-        "--topology", required=True, metavar="KIND:SHAPE", help="slice to compile for: v5e:4x4, v5p:4x4x4, v6e:8x8, ..."
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="what to compile for: v5p:4x4x4, v6e:8x8, ... (slices of TPUs); h100:8, h200:2x8, ... (GPUs of one host; "
+        "hosts x GPUs); 2*v5p:4x4x4, 2*h100:8, ... (slices joined by a data-centre network)",
     )
     compile_.add_argument("--json", metavar="FILE", help="save the result here")
     _add_overrides(compile_)
@@ -234,6 +238,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     cfg = load_run_config(find_config(args.config, "run"), _overrides(args))
     json_file = _json_file(args)
+    platform_flags.apply_for_absent()
     from tiedjax.cost.compile import run
 
     return run(cfg, args.topology, json_file)

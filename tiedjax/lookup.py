@@ -18,6 +18,7 @@ from tiedjax.sharding import ONE_DEVICE, Layout
 RowSums = Callable[[jax.Array, jax.Array, int], jax.Array]
 
 
+@jax.named_scope("lookup")
 def lookup(
     E_VD: jax.Array,
     tokens_BT: jax.Array,

@@ -24,6 +24,7 @@ _TILE = 256  # tokens: a chunk that is a multiple of it fills the tiles of the m
 _SHIFT = 40.0  # nats
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     h_BTD: jax.Array,
     U_VD: jax.Array,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tiedjax.config import MeshConfig
@@ -88,8 +88,12 @@ class Layout:
 ONE_DEVICE = Layout()
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor); a single process may use the first few of its devices, several use all."""
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None, slices: int | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor); a single process may use the first few of its devices, several use all.
+
+    Slices of TPUs, joined by a network that is slower than their own links, lie along `data`: of `slices`, by default
+    those that the devices say they belong to.
+    """
     devices = list(jax.devices() if devices is None else devices)
     fixed = cfg.fsdp * cfg.tensor
     data = len(devices) // fixed if cfg.data == -1 else cfg.data
@@ -102,11 +106,21 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"mesh: {product} uses {size} of {len(devices)} devices; several processes must use all of them"
         )
     shape = (data, cfg.fsdp, cfg.tensor)
+    if size < len(devices):  # a part of a slice has no order by links
+        return Mesh(np.array(devices[:size]).reshape(shape), MESH_AXES)
+    if slices is None:
+        slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+    if data % slices:
+        raise UserError(
+            f"mesh: {product} makes data {data}, which the {slices} slices do not divide: they are joined along data"
+        )
     # The devices of a whole slice are ordered by their links, an axis of the mesh over part of one of the slice's if
-    # need be; a part of a slice has no such order.
-    if size == len(devices):
-        return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
-    return Mesh(np.array(devices[:size]).reshape(shape), MESH_AXES)
+    # need be.
+    if slices > 1 and devices[0].platform == "tpu":
+        within = (data // slices, cfg.fsdp, cfg.tensor)
+        ordered = create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        return Mesh(ordered, MESH_AXES)
+    return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), MESH_AXES)
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -211,18 +211,22 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         value, (grads, role_grads, activation_square) = gradients(state.params, tokens_BS, role_scale)
-        grad_norm = unscaled_norm(grads, state.params, role_grads)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=role_grads
-        )
+        with jax.named_scope("roles"):
+            grad_norm = unscaled_norm(grads, state.params, role_grads)
+            about_roles = role_metrics(role_grads, decile_V)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=role_grads
+            )
+            params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
-            **role_metrics(role_grads, decile_V),
+            **about_roles,
             "activation_grad_norm": jnp.sqrt(activation_square),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     def evaluate(params: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         with _precision(cfg, layout):

@@ -1,17 +1,22 @@
-"""The real train step compiled for TPUs that are not there: memory and collectives of a chip, compile time.
+"""The real train step compiled for TPUs or GPUs that are not there: memory, collectives and, on GPUs, a bound on time.
 
 Every number but the seconds is a static estimate of XLA's compiler: nothing runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+import os
 import re
+import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +27,30 @@ from jax.sharding import Mesh
 from tiedjax import sharding
 from tiedjax.config import RunConfig
 from tiedjax.config_files import to_tree
-from tiedjax.cost import hlo
-from tiedjax.cost.hlo import Traffic
+from tiedjax.cost import hlo, roofline
+from tiedjax.cost import topology as topologies
+from tiedjax.cost.gpus import Hosts
+from tiedjax.cost.kernels import kernels
+from tiedjax.cost.report import GpuWork, Report, as_json, lines, product
 from tiedjax.cost.topology import Topology
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
+from tiedjax.flops import flops_per_token
 from tiedjax.step import Steps, decided, make_steps
 from tiedjax.tying import Tables
 
-GIB = 2**30
-ESTIMATE = "static estimate of XLA's compiler; nothing was run"
+# What XLA:GPU warns of where it has computed things twice and still needs more than it planned for.
+_REMATERIALISES = "Can't reduce memory use below"
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What one chip holds and sends in a step; None is what XLA did not tell.
-
-    Attributes:
-      argument_bytes: state, batch and constants; the new state takes the place of the old.
-      needed_bytes: arguments, temporaries, outputs that replace no argument, and the program.
-      fsdp_bytes: by kind, what ZeRO-3 has to send (`fsdp_traffic`); None under tensor parallelism.
-      unknown_loops: loops of unknown length, whose collectives are counted once.
-    """
-
-    topology: str
-    devices: int
-    mesh: dict[str, int]
-    argument_bytes: int
-    temp_bytes: int | None = None
-    output_bytes: int | None = None
-    needed_bytes: int | None = None
-    hbm_bytes: int
-    fits: bool = False
-    collectives: dict[str, Traffic] | None = None
-    fsdp_bytes: dict[str, int] | None
-    unknown_loops: list[str] = field(default_factory=list)
-    trace_seconds: float
-    compile_seconds: float = 0.0
-    config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def short_bytes(self) -> int | None:
-        """Bytes that the chip's memory is too small by."""
-        return None if self.needed_bytes is None else max(0, self.needed_bytes - self.hbm_bytes)
-
-
 def compile_step(cfg: RunConfig, topology: Topology) -> Report:
-    """Compiles the train step of `cfg` for `topology`. Raises UserError if its mesh is not all of the slice."""
-    mesh = sharding.make_mesh(cfg.mesh, topology.devices())
+    """Compiles the train step of `cfg` for `topology`. Raises UserError if its mesh is not all of it."""
+    mesh = sharding.make_mesh(cfg.mesh, topology.devices(), topology.slices)
     if mesh.size != topology.chips:
         raise UserError(
-            f"mesh: {_product(dict(mesh.shape))} = {mesh.size} is not the {topology.chips} chips of {topology.name}; "
-            "mesh.data -1 takes what fsdp and tensor leave"
+            f"mesh: {product(dict(mesh.shape))} = {mesh.size} is not the {topology.chips} {topology.noun}s of "
+            f"{topology.name}; mesh.data -1 takes what fsdp and tensor leave"
         )
     cfg = decided(cfg, mesh)
     steps = make_steps(cfg, mesh)
@@ -85,16 +61,20 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Report:
     report = Report(
         config=to_tree(cfg),
         topology=topology.name,
+        noun=topology.noun,
         devices=topology.chips,
         mesh=dict(mesh.shape),
         argument_bytes=_held_bytes(inputs),
-        hbm_bytes=topology.kind.hbm_bytes,
+        hbm_bytes=topology.memory_bytes,
+        usable_bytes=topology.usable_bytes,
         fsdp_bytes=fsdp_traffic(cfg, steps, mesh),
         trace_seconds=traced - began,
     )
     try:
-        compiled = lowered.compile()
-        outcome = _compiled_fields(compiled, topology.kind.hbm_bytes)
+        with _standard_error() as warnings:
+            compiled = lowered.compile()
+        outcome = _memory(compiled, topology.usable_bytes) | {"recomputes": _REMATERIALISES in warnings.getvalue()}
+        outcome |= _program(compiled, cfg, topology)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,23 +82,65 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Report:
     return dataclasses.replace(report, **outcome, compile_seconds=time.perf_counter() - traced)
 
 
-def _compiled_fields(compiled: jax.stages.Compiled, hbm_bytes: int) -> dict[str, Any]:
-    """The fields of a report that only a compiled step has."""
+def _memory(compiled: jax.stages.Compiled, usable_bytes: int) -> dict[str, Any]:
     memory: Any = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    fields = {
+    return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "needed_bytes": needed,
-        "fits": needed <= hbm_bytes,
+        "fits": needed <= usable_bytes,
     }
+
+
+def _program(compiled: jax.stages.Compiled, cfg: RunConfig, topology: Topology) -> dict[str, Any]:
+    """The fields of a report that the program's text tells."""
     try:
-        traffic = hlo.collectives(compiled.as_text() or "")
+        text = compiled.as_text() or ""
+        traffic = hlo.collectives(text)
     except (jax.errors.JaxRuntimeError, ValueError):  # XLA cannot print every program
-        return fields
-    return {**fields, "collectives": traffic.kinds, "unknown_loops": traffic.unknown_loops}
+        return {}
+    fields = {"collectives": traffic.kinds, "unknown_loops": traffic.unknown_loops}
+    return fields | ({"gpu": gpu_work(text, cfg, topology)} if isinstance(topology, Hosts) else {})
+
+
+def gpu_work(text: str, cfg: RunConfig, hosts: Hosts) -> GpuWork:
+    """What the program of this text, the step of `cfg`, does on each of the GPUs."""
+    launched = kernels(text)
+    operands: Counter[str] = Counter()
+    for kernel in launched:
+        if kernel.flops:
+            operands[" x ".join(kernel.operands)] += kernel.times * kernel.flops
+    parts = roofline.by_part(launched, hosts.card)
+    tokens = cfg.data.batch_size * cfg.model.seq_len / hosts.chips
+    most = tokens * flops_per_token(cfg.model, causal=True) / hosts.card.bfloat16_flops
+    return GpuWork(
+        parts=parts,
+        operands=dict(operands.most_common()),
+        attention_calls=sum(kernel.times for kernel in launched if kernel.part == "attention"),
+        mfu_causal_bound=most / sum(work.seconds for work in parts.values()),
+    )
+
+
+@contextlib.contextmanager
+def _standard_error() -> Iterator[io.StringIO]:
+    """Holds what is written to standard error, by XLA too: read from what is yielded, and passed on at the end."""
+    held = io.StringIO()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield held
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            held.write(file.read().decode(errors="replace"))
+            passed_on = [line for line in held.getvalue().splitlines(keepends=True) if _REMATERIALISES not in line]
+            sys.stderr.write("".join(passed_on))
 
 
 def arguments(cfg: RunConfig, steps: Steps) -> tuple[Any, ...]:
@@ -172,77 +194,9 @@ def fsdp_traffic(cfg: RunConfig, steps: Steps, mesh: Mesh) -> dict[str, int] | N
     }
 
 
-def advice(cfg: RunConfig, report: Report) -> list[str]:
-    """What makes a step need less memory, what helps most first."""
-    rows = cfg.data.batch_size // cfg.data.microbatches // (report.mesh["data"] * report.mesh["fsdp"])
-    options = []
-    if report.argument_bytes > report.hbm_bytes / 2 and report.mesh["data"] > 1:
-        options.append(f"--mesh.fsdp {report.mesh['fsdp'] * report.mesh['data']} (cuts the state further)")
-    if rows > 1:
-        options.append(f"--data.microbatches {2 * cfg.data.microbatches} (half as many sequences at a time)")
-    if cfg.model.remat != "full":
-        options.append("--model.remat full")
-    if report.argument_bytes > report.hbm_bytes / 2 and cfg.optimizer.moments_dtype == "float32":
-        options.append("--optimizer.moments_dtype bfloat16")
-    if rows <= 1:
-        options.append(f"--mesh.tensor {2 * report.mesh['tensor']} (cuts activations too)")
-    return [*options, "a larger slice"]
-
-
-def lines(cfg: RunConfig, report: Report) -> list[str]:
-    """The report as a person reads it."""
-    text = [
-        f"{report.topology}: {report.devices} chips, mesh {_product(report.mesh)}; {ESTIMATE}",
-        "",
-        "memory per chip",
-        f"  state, batch and constants  {_gib(report.argument_bytes):>14}",
-        f"  temporary                   {_gib(report.temp_bytes):>14}",
-        f"  needed, with the program    {_gib(report.needed_bytes):>14}",
-        f"  available                   {_gib(report.hbm_bytes):>14}",
-    ]
-    if not report.collectives:
-        text += ["", f"collectives  {'unknown' if report.collectives is None else 'none'}"]
-    else:
-        text += ["", "collectives per step and chip      count            GB    FSDP by hand"]
-        by_hand = report.fsdp_bytes or {}
-        for kind in hlo.KINDS:
-            done, due = report.collectives.get(kind, Traffic()), by_hand.get(kind, 0)
-            if done.count or due:
-                hand = f"{due / 1e9:.3f}" if report.fsdp_bytes else "-"
-                text.append(f"  {kind:<26} {done.count:>11} {done.bytes / 1e9:>13.3f} {hand:>15}")
-        if report.unknown_loops:
-            text.append(f"  counted once, as their length is unknown: loops {', '.join(report.unknown_loops)}")
-    text += ["", f"traced in {report.trace_seconds:.0f} s, compiled in {report.compile_seconds:.0f} s"]
-    if report.fits and report.needed_bytes is not None:
-        return [*text, f"fits, {_gib(report.hbm_bytes - report.needed_bytes)} to spare"]
-    short = "" if report.short_bytes is None else f", short by {_gib(report.short_bytes)}"
-    return [*text, f"does not fit{short}; try {' or '.join(advice(cfg, report))}"]
-
-
-def _gib(amount: int | None) -> str:
-    return "unknown" if amount is None else f"{amount / GIB:.2f} GiB"
-
-
-def _product(mesh: dict[str, int]) -> str:
-    return " x ".join(f"{axis} {size}" for axis, size in mesh.items())
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    """The report for scripts, with what it was made of."""
-    packages = ("tiedjax", "jax", "jaxlib", "flax", "libtpu")
-    return {
-        **dataclasses.asdict(report),
-        "short_bytes": report.short_bytes,
-        "kind": ESTIMATE,
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def run(cfg: RunConfig, topology: str, json_path: Path | None) -> int:
     """Compiles, prints the report and saves it; returns the exit status: 0 it fits, 1 it does not."""
-    parsed = Topology.parse(topology)
-    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU of this machine has no part in it
-    report = compile_step(cfg, parsed)
+    report = compile_step(cfg, topologies.parse(topology))
     if json_path:
         write_atomically(json_path, json.dumps(as_json(report), indent=1) + "\n")
     print("\n".join(lines(cfg, report)))

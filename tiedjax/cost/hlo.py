@@ -1,10 +1,11 @@
-"""Reading a compiled program: which collectives its HLO text holds, how often each runs and how many bytes it moves."""
+"""Reading a compiled program's HLO text: what runs how often, and the bytes that its collectives move."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
@@ -14,6 +15,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(calls|to_apply|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|%\S+)")
 _NAME = re.compile(r"%([^\s,(){}]+)")
+ENDS = ("-done", "-update")  # they name again what their start runs
 _UNCHANGED = ("copy", "bitcast", "convert", "copy-start", "copy-done", "reshape", "opt-barrier", "optimization-barrier")
 
 
@@ -35,10 +37,14 @@ Computation = dict[str, Instruction]
 
 @dataclass
 class Traffic:
-    """What one kind of collective does in a step, on one device: how many run, and their bytes."""
+    """What one kind of collective does in a step, on one device: how many run, and their bytes.
+
+    `asynchronous_bytes` are those of them that move while the device computes.
+    """
 
     count: int = 0
     bytes: int = 0
+    asynchronous_bytes: int = 0
 
 
 @dataclass
@@ -64,20 +70,79 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """(every computation of a module by name, the name of the entry). Raises ValueError if there is no entry."""
-    computations: dict[str, Computation] = {}
-    entry, current = None, Computation()
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif match := _INSTRUCTION.match(line):
-            instruction = _instruction(match[2], match[3], bool(match[1]))
-            current[instruction.name] = instruction
-    if entry is None:
-        raise ValueError("the HLO text has no ENTRY computation")
-    return computations, entry
+@dataclass(frozen=True)
+class Executed:
+    """An instruction, the computation that holds it, and how often one run of the program executes it.
+
+    `unknown_loops` are those of unknown length around it, whose bodies count once; `asynchronous` says whether other
+    instructions run at the same time.
+    """
+
+    instruction: Instruction
+    computation: Computation
+    times: int = 1
+    unknown_loops: tuple[str, ...] = ()
+    asynchronous: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """Every computation of an HLO module by name, and the name of the entry."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """The program of this text; raises ValueError if it has no entry."""
+        computations: dict[str, Computation] = {}
+        entry, current = None, Computation()
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                current = computations[header[2]] = {}
+                entry = header[2] if header[1] else entry
+            elif match := _INSTRUCTION.match(line):
+                instruction = _instruction(match[2], match[3], bool(match[1]))
+                current[instruction.name] = instruction
+        if entry is None:
+            raise ValueError("the HLO text has no ENTRY computation")
+        return cls(computations, entry)
+
+    def called(self, instruction: Instruction) -> list[Computation]:
+        """The computations that an instruction runs."""
+        if instruction.opcode.endswith(ENDS):
+            return []
+        names = (name for _, listed in _CALLED.findall(instruction.attributes) for name in _NAME.findall(listed))
+        return [self.computations[name] for name in names if name in self.computations]
+
+    def executed(self, enters: Callable[[Instruction, Computation], bool]) -> Iterator[Executed]:
+        """The instructions that run; what those call in their place, where `enters` says so.
+
+        A body of a loop counts as often as the loop runs, each branch of a conditional as if it were taken.
+        """
+        for instruction in self.computations[self.entry].values():
+            yield from self._executed(Executed(instruction, self.computations[self.entry]), enters)
+
+    def _executed(self, whole: Executed, enters: Callable[[Instruction, Computation], bool]) -> Iterator[Executed]:
+        instruction, computation = whole.instruction, whole.computation
+        asynchronous = whole.asynchronous or _is_start(instruction)
+        inner = self.called(instruction) if enters(instruction, computation) else []
+        if not inner:
+            yield dataclasses.replace(whole, asynchronous=asynchronous)
+            return
+        times, unknown = whole.times, whole.unknown_loops
+        if instruction.opcode == "while":
+            rounds = trip_count(instruction, computation, self.computations)
+            times *= 1 if rounds is None else rounds
+            unknown += (instruction.name,) if rounds is None else ()
+        for body in inner:
+            for each in body.values():
+                yield from self._executed(Executed(each, body, times, unknown, asynchronous), enters)
+
+
+def _is_start(instruction: Instruction) -> bool:
+    """Whether what it begins runs beside others; XLA:GPU marks the starts that do not."""
+    return instruction.opcode.endswith("-start") and '"is_sync":true' not in instruction.attributes
 
 
 def _instruction(name: str, rest: str, root: bool) -> Instruction:
@@ -107,49 +172,29 @@ def collectives(text: str) -> Collectives:
     operands of an all-reduce (it is a reduce-scatter and an all-gather), the operands of the others; n devices send
     (n - 1)/n of it. A TPU's reduce-scatter is an all-reduce fused with the slice that keeps a device's own part.
     """
-    computations, entry = parse(text)
     total = Collectives()
-
-    def visit(name: str, times: int) -> None:
-        computation = computations[name]
-        for instruction in computation.values():
-            kind = _kind(instruction, computation)
-            if kind is not None:
-                traffic = total.kinds.setdefault(kind, Traffic())
-                traffic.count += times
-                traffic.bytes += times * _moved(kind, instruction, computation)
-                continue
-            rounds = trip_count(instruction, computation, computations) if instruction.opcode == "while" else 1
-            if rounds is None and _communicates(instruction, computations):
-                total.unknown_loops.append(instruction.name)
-            for called in _called(instruction):
-                visit(called, times * (1 if rounds is None else rounds))
-
-    visit(entry, 1)
+    for each in Program.parse(text).executed(lambda *found: _kind(*found) is None):
+        kind = _kind(each.instruction, each.computation)
+        if kind is None:
+            continue
+        traffic = total.kinds.setdefault(kind, Traffic())
+        sent = each.times * _moved(kind, each.instruction, each.computation)
+        traffic.count += each.times
+        traffic.bytes += sent
+        traffic.asynchronous_bytes += sent * each.asynchronous
+        total.unknown_loops += [loop for loop in each.unknown_loops if loop not in total.unknown_loops]
     return total
 
 
-def _called(instruction: Instruction) -> Iterator[str]:
-    if not instruction.opcode.endswith(("-done", "-update")):  # they name again what their start runs
-        for _, names in _CALLED.findall(instruction.attributes):
-            yield from _NAME.findall(names)
-
-
-def _communicates(instruction: Instruction, computations: dict[str, Computation]) -> bool:
-    def any_in(name: str) -> bool:
-        computation = computations[name]
-        return any(
-            _kind(inner, computation) or any(any_in(called) for called in _called(inner))
-            for inner in computation.values()
-        )
-
-    return any(any_in(name) for name in _called(instruction))
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it sends something to other devices."""
+    return instruction.opcode.removesuffix("-start").removeprefix("ragged-") in KINDS
 
 
 def _kind(instruction: Instruction, computation: Computation) -> str | None:
-    kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
-    if kind not in KINDS:
+    if not is_collective(instruction):
         return None
+    kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind == "all-reduce":
         root = next(instruction for instruction in computation.values() if instruction.root)
         if root.opcode == "dynamic-slice" and instruction.name in root.operands:
@@ -162,10 +207,10 @@ def _moved(kind: str, instruction: Instruction, computation: Computation) -> int
     if kind != "all-gather":
         return 2 * operands if kind == "all-reduce" else operands
     # A start has the shape (operands, results, more).
-    return array_bytes(_elements(instruction.shape)[1] if instruction.opcode.endswith("-start") else instruction.shape)
+    return array_bytes(elements(instruction.shape)[1] if instruction.opcode.endswith("-start") else instruction.shape)
 
 
-def _elements(shape: str) -> list[str]:
+def elements(shape: str) -> list[str]:
     """The elements of a tuple's shape, which may be tuples themselves."""
     elements, depth = [""], 0
     for char in shape[1:-1]:

@@ -69,6 +69,16 @@ def apply(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["XLA_CLIENT_MEM_FRACTION"] = CUDA_MEMORY_FRACTION
 
 
+def apply_for_absent(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Before JAX is imported: it computes on the CPU, and compiles for others with the flags that they would run with.
+
+    A TPU or GPU of this machine has no part in it; JAX's CUDA plugin looks for no driver when it is not asked for.
+    """
+    environment.pop("JAX_PLATFORMS", None)
+    apply(environment)
+    environment["JAX_PLATFORMS"] = "cpu"
+
+
 def use_threads(count: int, environment: MutableMapping[str, str] = os.environ) -> None:
     """Lets XLA compute with this many threads where the CPU is what computes; before JAX starts a backend."""
     if not has_accelerator(environment):
@@ -93,6 +103,11 @@ def _present(modules: tuple[str, ...], *devices: str) -> bool:
     return any(map(importlib.util.find_spec, modules)) and any(map(glob.glob, devices))
 
 
+def has_cuda_plugin() -> bool:
+    """Whether JAX for CUDA is installed, with or without a GPU."""
+    return any(map(importlib.util.find_spec, _CUDA_PLUGINS))
+
+
 def in_force(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that hold flags for XLA, as they stand: the user's and, after `apply`, ours."""
     return {name: environment[name] for name in VARIABLES if environment.get(name)}
@@ -100,7 +115,7 @@ def in_force(environment: MutableMapping[str, str] = os.environ) -> dict[str, st
 
 def _may_use_cuda(environment: Mapping[str, str]) -> bool:
     platforms = environment.get("JAX_PLATFORMS", "").split(",")
-    return bool({"", "cuda", "gpu"} & set(platforms)) and any(map(importlib.util.find_spec, _CUDA_PLUGINS))
+    return bool({"", "cuda", "gpu"} & set(platforms)) and has_cuda_plugin()
 
 
 def _wanted(environment: Mapping[str, str]) -> Iterator[Flag]:
