@@ -475,14 +475,19 @@ def test_the_count_by_hand() -> None:
     D, F, V, T = 16, 24, 32, 8
     body, table, tokens = 3 * (4 * D * D + 3 * D * F), V * D, 16 * T // 8
     steps = step.make_steps(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
-    of = lambda *shape: compiling.fsdp_traffic(cfg, steps, jax.sharding.AbstractMesh(shape, sharding.MESH_AXES))
-    gathers = {"all-gather": 2 * 4 * (2 * body + table), "reduce-scatter": 2 * 4 * (body + table)}
+    shaped = lambda *shape: jax.sharding.AbstractMesh(shape, sharding.MESH_AXES)
+    of = lambda *shape: compiling.fsdp_traffic(cfg, steps, shaped(*shape))
+    gathers = {"all-gather": 2 * 4 * (body + table), "reduce-scatter": 2 * 4 * (body + table)}
     exchanged = {"all-to-all": 2 * 4 * tokens * D}
     reduced = 2 * 2 * 4 * (body + 2 * table)
     assert of(1, 8, 1) == gathers | exchanged | {"all-reduce": 0}
     assert of(2, 4, 1) == gathers | exchanged | {"all-reduce": reduced // 4}
     assert of(8, 1, 1) == {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0, "all-reduce": reduced}
     assert of(1, 4, 2) is None
+    for again in ({"scan_layers": True}, {"remat": "dots"}):  # what was gathered is not kept for the backward pass
+        model = dataclasses.replace(cfg.model, **again)
+        found = compiling.fsdp_traffic(dataclasses.replace(cfg, model=model), steps, shaped(1, 8, 1))
+        assert found == gathers | exchanged | {"all-gather": 2 * 4 * (2 * body + table), "all-reduce": 0}
 
 
 # ---- The command, with libtpu ----

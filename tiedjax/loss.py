@@ -20,6 +20,7 @@ from tiedjax.sharding import ONE_DEVICE, Axes, Layout
 # Of a chunk's logits. On a CPU they should stay in its cache; an accelerator wants products large enough to
 # keep it busy, and each chunk costs it a pass over the table's gradient.
 CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**30, "tpu": 2**29}
+_MOST_CHUNK_BYTES = 2**30  # of a chunk that is larger for the sake of those passes: memory comes first
 _TILE = 256  # tokens: a chunk that is a multiple of it fills the tiles of the matrix units
 _SHIFT = 40.0  # nats
 
@@ -42,10 +43,10 @@ def cross_entropy(
     Negative targets are ignored; a target outside the table gives NaN. With `soft_cap` logits l become
     soft_cap * tanh(l / soft_cap) (Gemma 2, arXiv 2408.00118); the z-loss is that of PaLM (arXiv 2204.02311). Products
     take the dtype of h and sum in float32 (float64 if h is), as do the softmax and the table's gradient. Logits exist
-    for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, at least D). When differentiated,
-    both gradients are computed with the loss, in three matrix products; weights have none. `gradient` is as in
-    `lookup`: with narrow operands, what rounding takes from each target's own row of the table's gradient is added back
-    by it.
+    for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, or D if more and below 1 GiB). When
+    differentiated, both gradients are computed with the loss, in three matrix products; weights have none. `gradient`
+    is as in `lookup`: with narrow operands, what rounding takes from each target's own row of the table's gradient is
+    added back by it.
     """
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
     weights_BT = jnp.where(targets_BT < 0, 0, jnp.where(targets_BT < len(U_VD), weights_BT, jnp.nan)).astype(wide)
@@ -70,7 +71,9 @@ class _Spec:
         """
         rows, width = table
         # Each chunk costs a pass over the table's gradient, D numbers a row against the chunk's C logits.
-        most = self.chunk or max(width, CHUNK_BYTES[self.layout.platform] // (itemsize * rows))
+        at_most = lambda size: size // (itemsize * rows)
+        wanted = max(at_most(CHUNK_BYTES[self.layout.platform]), min(width, at_most(_MOST_CHUNK_BYTES)), 1)
+        most = self.chunk or wanted
         fewest = -(-tokens // most)
         whole = (n for n in range(fewest, 2 * fewest) if tokens % (n * _TILE) == 0)
         return fewest if self.chunk else next(whole, fewest)

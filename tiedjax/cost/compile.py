@@ -171,15 +171,18 @@ def fsdp_traffic(cfg: RunConfig, steps: Steps, mesh: Mesh) -> dict[str, int] | N
 
     With P numbers in the body's matrices, c bytes each in the compute dtype, N tokens per chip and m microbatches:
 
-      all-gather      m c (2 P + V D)      the body forward and again backward, the output table once
+      all-gather      m c (g P + V D)      the body g times, the output table once
       reduce-scatter  m (c P + 4 V D)      the body's gradient in the compute dtype, the output role's in float32
       all-to-all      2 c N D              looked-up vectors and their gradients, columns exchanged for tokens
       all-reduce      2 m (c P + 8 V D)/f  with replicas along `data`: gradients of what one of f = fsdp chips keeps
 
-    None under tensor parallelism, which sends activations too. Norms, token ids and metrics are left out.
+    g is 1 where the layers are unrolled and nothing is computed again, as XLA then keeps what was gathered for the
+    forward pass; 2 elsewhere. None under tensor parallelism, which sends activations too. Norms, token ids and metrics
+    are left out.
     """
     if mesh.shape["tensor"] > 1:
         return None
+    gathers = 2 if cfg.model.scan_layers or cfg.model.remat != "none" else 1
     leaves = jax.tree_util.tree_leaves_with_path(steps.abstract.params["body"])
     body = sum(leaf.size for path, leaf in leaves if path[-1] == jax.tree_util.DictKey("kernel"))
     table = cfg.model.table_rows * cfg.model.d_model
@@ -187,7 +190,7 @@ def fsdp_traffic(cfg: RunConfig, steps: Steps, mesh: Mesh) -> dict[str, int] | N
     tokens = cfg.data.batch_size * cfg.model.seq_len // mesh.size
     cut, replicated = f > 1, mesh.shape["data"] > 1
     return {
-        "all-gather": cut * m * c * (2 * body + table),
+        "all-gather": cut * m * c * (gathers * body + table),
         "reduce-scatter": cut * m * (c * body + 4 * table),
         "all-to-all": cut * 2 * c * tokens * cfg.model.d_model,
         "all-reduce": replicated * 2 * m * (c * body + 8 * table) // f,
