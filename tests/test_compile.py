@@ -306,6 +306,42 @@ def test_a_kernel_takes_as_long_as_its_slowest_resource() -> None:
     assert list(parts) == ["many", "few"]
 
 
+@pytest.mark.parametrize(
+    ("attributes", "groups"),
+    [
+        ("channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("source_target_pairs={{0,4},{4,0}}", [[0, 4], [4, 0]]),
+        ("replica_groups={}, to_apply=%add", []),
+    ],
+)
+def test_groups_of_devices(attributes: str, groups: list[list[int]]) -> None:
+    assert hlo.device_groups(attributes) == groups
+
+
+def test_what_crosses_slices_and_what_runs_beside_computing() -> None:
+    """In XLA's own collectives on GPUs, and in what a TPU's host sends to the other slices."""
+    lines = """HloModule m
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %within = f32[8,4]{1,0} all-reduce(%p), replica_groups=[2,2]<=[4], to_apply=%add
+  %across = f32[8,4]{1,0} all-reduce-start(%p), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add
+  %done = f32[8,4]{1,0} all-reduce-done(%across)
+  %sync = f32[8,4]{1,0} all-reduce-start(%p), replica_groups={{0,1},{2,3}}, backend_config={"is_sync":true}
+  %sync.1 = f32[8,4]{1,0} all-reduce-done(%sync)
+  %t = token[] after-all()
+  %send = (f32[8,4]{1,0}, u32[], token[]) send(%p, %t), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send)
+  ROOT %end = f32[8,4]{1,0} add(%done, %sync.1)
+}
+"""
+    one = 2 * 4 * 8 * 4
+    assert hlo.collectives(lines, slice_size=2).kinds == {"all-reduce": hlo.Traffic(4, 4 * one, 2 * one, 2 * one)}
+    assert hlo.collectives(lines).kinds == {"all-reduce": hlo.Traffic(4, 4 * one, 2 * one, one)}
+
+
 def test_sizes_of_shapes() -> None:
     sizes = {"f32[]{:T(128)}": 4, "bf16[8,128]{1,0:T(8,128)(2,1)S(1)}": 2048, "pred[3]": 3, "s4[3]{0}": 2}
     sizes |= {"(f8e4m3fn[2,2]{1,0}, /*index=1*/c64[2]{0})": 20, "token[]": 0, "f32[0,5]": 0}
@@ -325,6 +361,7 @@ def report(**changes: Any) -> reports.Report:
     values: dict[str, Any] = {
         "topology": "v5e:2x2",
         "noun": "chip",
+        "slices": 1,
         "devices": 4,
         "mesh": {"data": 2, "fsdp": 2, "tensor": 1},
         "argument_bytes": 2**30,
@@ -334,7 +371,7 @@ def report(**changes: Any) -> reports.Report:
         "hbm_bytes": 2**32,
         "usable_bytes": 2**32,
         "fits": True,
-        "collectives": {"all-gather": hlo.Traffic(3, 10**9, 4 * 10**8)},
+        "collectives": {"all-gather": hlo.Traffic(3, 10**9, 4 * 10**8, 3 * 10**8)},
         "fsdp_bytes": {"all-gather": 2 * 10**9, "all-to-all": 0},
         "unknown_loops": [],
         "trace_seconds": 1.0,
@@ -354,15 +391,20 @@ def test_a_step_that_fits_says_what_is_left() -> None:
         "  needed, with the program          1.75 GiB",
         "  available                         4.00 GiB",
         "",
-        "collectives per step and chip     count            GB  asynchronous    FSDP by hand",
-        "  all-gather                          3         1.000         0.400           2.000",
+        "collectives per step and chip      count              GB    FSDP by hand",
+        "  all-gather                           3           1.000           2.000",
         "  counted once, as their length is unknown: loops a, b",
         "",
         "traced in 1 s, compiled in 2 s",
         "fits, 2.25 GiB to spare",
     ]
     *_, gathers, _, _, _ = reports.lines(small_config(), report(fsdp_bytes=None))
-    assert gathers == "  all-gather                          3         1.000         0.400               -"
+    assert gathers == "  all-gather                           3           1.000               -"
+    joined = reports.lines(small_config(), report(slices=2))
+    assert joined[8:10] == [
+        "collectives per step and chip      count              GB  between slices    FSDP by hand",
+        "  all-gather                           3           1.000           0.300           2.000",
+    ]
     assert "collectives  none" in reports.lines(small_config(), report(collectives={}))
 
 
@@ -402,6 +444,13 @@ def test_a_step_on_gpus_says_what_it_launches_and_a_bound() -> None:
         "flops": 3 * 10**12,
         "seconds": pytest.approx(4.6e-3),
     }
+    sending = reports.lines(
+        small_config(), report(**changes | {"collectives": {"all-gather": hlo.Traffic(3, 10**9, 10**8)}})
+    )
+    assert sending[8:10] == [
+        "collectives per step and GPU       count              GB    asynchronous    FSDP by hand",
+        "  all-gather                           3           1.000           0.100           2.000",
+    ]
     one = report(**changes | {"devices": 1})
     assert reports.lines(small_config(), one)[0].startswith("h100:4: 1 GPU, mesh")
 

@@ -71,9 +71,8 @@ class _Spec:
         """
         rows, width = table
         # Each chunk costs a pass over the table's gradient, D numbers a row against the chunk's C logits.
-        at_most = lambda size: size // (itemsize * rows)
-        wanted = max(at_most(CHUNK_BYTES[self.layout.platform]), min(width, at_most(_MOST_CHUNK_BYTES)), 1)
-        most = self.chunk or wanted
+        usual, largest = (size // (itemsize * rows) for size in (CHUNK_BYTES[self.layout.platform], _MOST_CHUNK_BYTES))
+        most = self.chunk or max(usual, min(width, largest), 1)
         fewest = -(-tokens // most)
         whole = (n for n in range(fewest, 2 * fewest) if tokens % (n * _TILE) == 0)
         return fewest if self.chunk else next(whole, fewest)
@@ -102,19 +101,33 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
     layout = spec.layout
     fsdp, tensor, data = (layout.names(name) for name in ("fsdp", "tensor", "data"))
 
-    def local(h_BTD: jax.Array, U_VD: jax.Array, *about_BT: jax.Array) -> Any:
+    # Where a device has columns of the table, those are rows of the turned table, [D, V], which a gather only puts side
+    # by side and a reduce-scatter takes apart: of [V, D] both make a second array of the table's size. TPUs lay arrays
+    # out in tiles, and do not. On a CPU the table's gradient is the faster product when it is turned.
+    by_columns = bool(fsdp) and layout.platform != "tpu"
+    turned = by_columns or layout.platform == "cpu"
+
+    def local(h_BTD: jax.Array, U: jax.Array, *about_BT: jax.Array) -> Any:
         wide, tokens = about_BT[1].dtype, about_BT[0].size
-        chunks, gradients = _way(tokens, h_BTD.dtype, U_VD, spec)
+        if by_columns:
+            U = jax.lax.all_gather(U.T, fsdp, axis=0, tiled=True)
+
+        def table() -> jax.Array:
+            return U.T if by_columns else U  # turned back where it is used: XLA makes that part of the products
+
+        chunks, gradients = _way(tokens, h_BTD.dtype, table, spec)
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
-            total, dU_VD = carry
+            total, dU = carry
             part = gradients(chunk)
-            dU_VD += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform)
+            dU += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform, turned)
             dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
-            return (total + part.loss, dU_VD), (dh_CD, part.d_target_C)
+            return (total + part.loss, dU), (dh_CD, part.d_target_C)
 
-        start = (jnp.zeros((), wide), jnp.zeros(U_VD.shape, wide))
-        (total, dU_VD), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
+        rows, width = table().shape
+        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if turned else (rows, width), wide))
+        (total, dU), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
+        dU_VD = dU.T if turned else dU
         dh_ND, d_target_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
         dh_BTD = dh_ND.reshape(h_BTD.shape)
         if d_target_N is not None:
@@ -131,20 +144,23 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
         return _across(jax.lax.psum, total, layout.names("data", "fsdp")), dh_BTD, dU_VD
 
     results: list[Axes] = [(), _STATES, ("vocab", "embed")]
-    run = layout.per_device(local, [_STATES, _TABLE, _TOKENS, _TOKENS], results)
+    given = ("vocab", "embed") if by_columns else _TABLE
+    run = layout.per_device(local, [_STATES, given, _TOKENS, _TOKENS], results)
     total, dh_BTD, dU_VD = run(h_BTD, U_VD.astype(h_BTD.dtype), targets_BT, weights_BT)
     return total, (dh_BTD, dU_VD.astype(U_VD.dtype))
 
 
-def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str) -> jax.Array:
-    """d^T h, [V, D]: what a chunk adds to the table's gradient."""
-    if platform != "cpu":
+def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turned: bool) -> jax.Array:
+    """d^T h, [V, D], or that turned: what a chunk adds to the table's gradient."""
+    if not turned:
         return jnp.matmul(d_CV.T, h_CD, preferred_element_type=dtype)
+    if platform != "cpu":
+        return jnp.matmul(h_CD.T, d_CV, preferred_element_type=dtype)
     # A CPU's product with a transposed operand takes longer than a copy and a product: the small one of the two is
-    # copied, and the result turned, which the barriers keep XLA from undoing.
+    # copied, which the barriers keep XLA from undoing.
     h_DC = jax.lax.optimization_barrier(h_CD.T)
     dU_DV: jax.Array = jax.lax.optimization_barrier(jnp.matmul(h_DC, d_CV, preferred_element_type=dtype))
-    return dU_DV.T
+    return dU_DV
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:
@@ -216,18 +232,24 @@ class _Gradients(NamedTuple):
     d_target_C: jax.Array | None
 
 
-def _way(tokens: int, dtype: Any, U_VD: jax.Array, spec: _Spec) -> tuple[int, Callable[[Any], _Gradients]]:
-    """Into how many chunks the tokens are cut and what computes a chunk: without logits where a kernel does that."""
+def _way(
+    tokens: int, dtype: Any, table: Callable[[], jax.Array], spec: _Spec
+) -> tuple[int, Callable[[Any], _Gradients]]:
+    """Into how many chunks the tokens are cut and what computes a chunk: without logits where a kernel does that.
+
+    `table` gives U_VD.
+    """
+    U_VD = table()
     chunks = spec.chunks(tokens, U_VD.shape, dtype.itemsize)
     product = None
     if spec.soft_cap is None:
         product = kernel_for(spec.layout, dtype, -(-tokens // chunks), U_VD.shape)
     if product is not None:
         return chunks, functools.partial(_from_powers, U_VD=U_VD, spec=spec, product=product)
-    return spec.chunks(tokens, U_VD.shape), functools.partial(_from_logits, U_VD=U_VD, spec=spec)
+    return spec.chunks(tokens, U_VD.shape), lambda chunk: _from_logits(chunk, table(), spec)
 
 
-def _from_logits(chunk: Any, *, U_VD: jax.Array, spec: _Spec) -> _Gradients:
+def _from_logits(chunk: Any, U_VD: jax.Array, spec: _Spec) -> _Gradients:
     """By way of float32 logits in memory, on any device."""
     loss, d_CV, missed_C = _chunk_loss(chunk, U_VD, spec)
     dh_CD = jnp.matmul(d_CV, U_VD, preferred_element_type=loss.dtype)

@@ -62,6 +62,7 @@ def compile_step(cfg: RunConfig, topology: Topology) -> Report:
         config=to_tree(cfg),
         topology=topology.name,
         noun=topology.noun,
+        slices=topology.slices,
         devices=topology.chips,
         mesh=dict(mesh.shape),
         argument_bytes=_held_bytes(inputs),
@@ -99,7 +100,7 @@ def _program(compiled: jax.stages.Compiled, cfg: RunConfig, topology: Topology) 
     """The fields of a report that the program's text tells."""
     try:
         text = compiled.as_text() or ""
-        traffic = hlo.collectives(text)
+        traffic = hlo.collectives(text, topology.chips // topology.slices if topology.slices > 1 else None)
     except (jax.errors.JaxRuntimeError, ValueError):  # XLA cannot print every program
         return {}
     fields = {"collectives": traffic.kinds, "unknown_loops": traffic.unknown_loops}

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast")
 
 _HEADER = re.compile(r"(ENTRY )?%(\S+) \(.*\) -> .* \{$")
@@ -39,12 +41,14 @@ Computation = dict[str, Instruction]
 class Traffic:
     """What one kind of collective does in a step, on one device: how many run, and their bytes.
 
-    `asynchronous_bytes` are those of them that move while the device computes.
+    Of those bytes, `asynchronous_bytes` move while the device computes and `between_slices_bytes` among devices of
+    several slices.
     """
 
     count: int = 0
     bytes: int = 0
     asynchronous_bytes: int = 0
+    between_slices_bytes: int = 0
 
 
 @dataclass
@@ -164,13 +168,14 @@ def _closing(text: str, begin: int) -> int:
     return len(text)
 
 
-def collectives(text: str) -> Collectives:
+def collectives(text: str, slice_size: int | None = None) -> Collectives:
     """The collectives that one run of an HLO module executes on each device.
 
     A body of a loop counts as often as the loop runs, each branch of a conditional as if it were taken, an asynchronous
     collective once, at its start. Bytes are what a device of a long ring sends: the result of an all-gather, twice the
     operands of an all-reduce (it is a reduce-scatter and an all-gather), the operands of the others; n devices send
-    (n - 1)/n of it. A TPU's reduce-scatter is an all-reduce fused with the slice that keeps a device's own part.
+    (n - 1)/n of it. A TPU's reduce-scatter is an all-reduce fused with the slice that keeps a device's own part, and
+    what crosses its slices is sent by the host. `slice_size` is the devices of a slice, where there are several.
     """
     total = Collectives()
     for each in Program.parse(text).executed(lambda *found: _kind(*found) is None):
@@ -179,22 +184,52 @@ def collectives(text: str) -> Collectives:
             continue
         traffic = total.kinds.setdefault(kind, Traffic())
         sent = each.times * _moved(kind, each.instruction, each.computation)
+        by_host = each.instruction.opcode == "send"
         traffic.count += each.times
         traffic.bytes += sent
-        traffic.asynchronous_bytes += sent * each.asynchronous
+        traffic.asynchronous_bytes += sent * (each.asynchronous or by_host)
+        traffic.between_slices_bytes += sent * (by_host or _crosses(each.instruction, slice_size))
         total.unknown_loops += [loop for loop in each.unknown_loops if loop not in total.unknown_loops]
     return total
 
 
+def _crosses(instruction: Instruction, slice_size: int | None) -> bool:
+    """Whether some of the devices that a collective joins are of several slices."""
+    if slice_size is None:
+        return False
+    groups = device_groups(instruction.attributes)
+    return any(len({device // slice_size for device in group}) > 1 for group in groups)
+
+
+def device_groups(attributes: str) -> list[list[int]]:
+    """The groups of devices that a collective joins; empty where they are not told, or are all devices."""
+    # {{0,1},{2,3}}, or [2,2]<=[4], or [2,2]<=[2,2]T(1,0): numbers in order, laid out and turned.
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
+        return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    regular = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if regular is None:
+        return []
+    shape, laid_out, turned = ([int(n) for n in part.split(",")] if part else None for part in regular.groups())
+    devices = np.arange(math.prod(laid_out or [])).reshape(laid_out or [])
+    grouped: list[list[int]] = (devices.transpose(turned) if turned else devices).reshape(shape or []).tolist()
+    return grouped
+
+
 def is_collective(instruction: Instruction) -> bool:
     """Whether it sends something to other devices."""
-    return instruction.opcode.removesuffix("-start").removeprefix("ragged-") in KINDS
+    return _plain_kind(instruction) in KINDS
+
+
+def _plain_kind(instruction: Instruction) -> str:
+    if instruction.opcode == "send" and (sent := re.search(r'megascale_transfer_type="(\w+)"', instruction.attributes)):
+        return sent[1].lower().replace("_", "-")
+    return instruction.opcode.removesuffix("-start").removeprefix("ragged-")
 
 
 def _kind(instruction: Instruction, computation: Computation) -> str | None:
-    if not is_collective(instruction):
+    kind = _plain_kind(instruction)
+    if kind not in KINDS:
         return None
-    kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
     if kind == "all-reduce":
         root = next(instruction for instruction in computation.values() if instruction.root)
         if root.opcode == "dynamic-slice" and instruction.name in root.operands:
@@ -203,7 +238,7 @@ def _kind(instruction: Instruction, computation: Computation) -> str | None:
 
 
 def _moved(kind: str, instruction: Instruction, computation: Computation) -> int:
-    operands = sum(array_bytes(computation[name].shape) for name in instruction.operands)
+    operands = sum(array_bytes(computation[name].shape) for name in instruction.operands if name in computation)
     if kind != "all-gather":
         return 2 * operands if kind == "all-reduce" else operands
     # A start has the shape (operands, results, more).

@@ -56,6 +56,7 @@ class Report:
 
     topology: str
     noun: str
+    slices: int
     devices: int
     mesh: dict[str, int]
     argument_bytes: int
@@ -109,15 +110,17 @@ def lines(cfg: RunConfig, report: Report) -> list[str]:
 def _collective_lines(report: Report) -> list[str]:
     if not report.collectives:
         return [f"collectives  {'unknown' if report.collectives is None else 'none'}"]
-    head = f"collectives per step and {report.noun}"
-    text = [f"{head:<32}  count            GB  asynchronous    FSDP by hand"]
+    # What a TPU sends beside its computing stands in no one place of its program.
+    columns = {"GB": "bytes"} | ({"asynchronous": "asynchronous_bytes"} if report.gpu else {})
+    columns |= {"between slices": "between_slices_bytes"} if report.slices > 1 else {}
+    heads = "".join(f"{head:>16}" for head in (*columns, "FSDP by hand"))
+    text = [f"{f'collectives per step and {report.noun}':<33}{'count':>7}{heads}"]
     by_hand = report.fsdp_bytes or {}
     for kind in hlo.KINDS:
         done, due = report.collectives.get(kind, Traffic()), by_hand.get(kind, 0)
         if done.count or due:
-            hand = f"{due / 1e9:.3f}" if report.fsdp_bytes else "-"
-            beside = done.asynchronous_bytes / 1e9
-            text.append(f"  {kind:<26} {done.count:>10} {done.bytes / 1e9:>13.3f} {beside:>13.3f} {hand:>15}")
+            sizes = "".join(f"{getattr(done, column) / 1e9:>16.3f}" for column in columns.values())
+            text.append(f"  {kind:<31}{done.count:>7}{sizes}{f'{due / 1e9:.3f}' if report.fsdp_bytes else '-':>16}")
     if report.unknown_loops:
         text.append(f"  counted once, as their length is unknown: loops {', '.join(report.unknown_loops)}")
     return text
