@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.analysis.study import sentences
+from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
 SAVED = ROOT / "benchmarks" / "results" / "quick_study.json"
@@ -73,7 +74,14 @@ def span(quantiles: dict[str, float], digits: int = 2) -> str:
 
 def cost_rows() -> str:
     """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
-    heads = ["config", "on", "step, ms", "MFU", "compiled PyTorch, times ours", "without the role split, times ours"]
+    heads = [
+        "config",
+        "on",
+        "step, ms",
+        "MFU, and its bound",
+        "compiled PyTorch, times ours",
+        "without the role split, times ours",
+    ]
     rows = []
 
     def add(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
@@ -96,8 +104,73 @@ def cost_rows() -> str:
                     for side, timed in parts.get(f"{peers}:{name}", {"sides": {}})["sides"].items()
                 }
                 card = measured["environment"]["device"]["kind"]
-                add(name, card, measured["step_seconds"]["median"], f"{measured['mfu_causal']:.1%}", sides)
+                mfu = f"{measured['mfu_causal']:.1%}{bound(name, card)}"
+                add(name, card, measured["step_seconds"]["median"], mfu, sides)
     return "\n".join(table(heads, rows)) + "\n"
+
+
+def bound(name: str, card: str) -> str:
+    """What a step's compiled program allows on this card at most, in words to put behind what was measured."""
+    compiled = json.loads((SAVED.parent / "compile_gpu.json").read_text(encoding="utf-8"))
+    if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
+        return ""
+    return f" of at most {compiled[name]['gpu']['mfu_causal_bound']:.0%}"
+
+
+def model(name: str, program: dict[str, Any]) -> str:
+    """The config of a compiled case, or what is left of it."""
+    if "loss_buffer_bytes" not in program:
+        return f"`{name.split(',')[0]}`"
+    size = program["config"]["model"]
+    return f"{size['layers']} layers, V = {size['vocab_size']:,}, D = {size['d_model']:,}"
+
+
+def loss_buffers(compiled: dict[str, Any], noun: str) -> list[str]:
+    """What the loss needs where a case has a large table."""
+    return [
+        f"\nThe loss of {model(name, program)} needs {program['loss_buffer_bytes'] / 2**30:.1f} GiB a {noun} for a "
+        "while, beside the table and the table's gradient."
+        for name, program in compiled.items()
+        if "loss_buffer_bytes" in program
+    ]
+
+
+def gpu_bounds() -> str:
+    """What was compiled for GPUs that were not there."""
+    compiled = json.loads((SAVED.parent / "compile_gpu.json").read_text(encoding="utf-8"))
+    gib = lambda size: f"{size / 2**30:.1f}"
+    heads = ["config", "for", "tokens a GPU", "in all, GiB", "GB moved", "kernels", "bound, ms", "MFU at most"]
+    heads += ["bytes sent, times a count by hand", "of them beside computing", "roles' share of the bytes moved"]
+    rows = []
+    for name, program in compiled.items():
+        work, cfg = program["gpu"]["total"], program["config"]
+        sent = sum(kind["bytes"] for kind in program["collectives"].values())
+        beside = sum(kind["asynchronous_bytes"] for kind in program["collectives"].values())
+        roles = program.get("role_share_of_bytes")
+        rows.append(
+            [
+                model(name, program),
+                ", ".join([program["topology"], *(f"{axis} {n}" for axis, n in program["mesh"].items() if n > 1)]),
+                f"{cfg['data']['batch_size'] * cfg['model']['seq_len'] // program['devices']:,}",
+                gib(program["needed_bytes"]),
+                f"{work['bytes'] / 1e9:.0f}",
+                f"{work['launches']:,}",
+                f"{1e3 * work['seconds']:.1f}",
+                f"{program['gpu']['mfu_causal_bound']:.1%}",
+                f"{program['sent_over_count_by_hand']:.2f}" if program["devices"] > 1 else "–",
+                f"{beside / sent:.0%}" if program["devices"] > 1 else "–",
+                "–" if roles is None else f"{roles:.2%}",
+            ]
+        )
+    versions = next(iter(compiled.values()))["versions"]
+    lines = [
+        f"Compiled for GPUs with jax {versions['jax']} (static estimates, nothing was run). A bound lets every kernel "
+        "take the time that its bytes need at the memory's full rate, or its products at the card's peak, and no "
+        "collective any.",
+        "",
+        *table(heads, rows),
+    ]
+    return "\n".join(lines + loss_buffers(compiled, "GPU")) + "\n"
 
 
 def costs() -> str:
@@ -133,7 +206,7 @@ def costs() -> str:
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
         [
-            f"`{name.split(',')[0]}`",
+            model(name, program),
             f"{program['topology']}, {' x '.join(f'{axis} {n}' for axis, n in program['mesh'].items() if n > 1)}",
             gib(program["temp_bytes"]),
             gib(program["needed_bytes"]),
@@ -144,7 +217,7 @@ def costs() -> str:
     hbm = {gib(program["hbm_bytes"]) for program in compiled.values()}
     lines.append(f"\nCompiled for TPUs (static estimates, nothing was run), of {', '.join(hbm)} GiB per chip:\n")
     heads = ["config", "for", "temporary, GiB", "in all, GiB", "bytes sent, times a count by hand"]
-    return "\n".join(lines + table(heads, rows)) + "\n"
+    return "\n".join(lines + table(heads, rows) + loss_buffers(compiled, "chip")) + "\n"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -235,7 +308,11 @@ def pages() -> dict[Path, str]:
     study = json.loads(SAVED.read_text(encoding="utf-8"))
     blocks = {
         ROOT / "README.md": {"answer": answer(study), "quick study": findings(study), "costs": cost_rows()},
-        ROOT / "docs" / "speed.md": {"CPU and TPU costs": costs(), "GPU costs": gpu_costs()},
+        ROOT / "docs" / "speed.md": {
+            "CPU and TPU costs": costs(),
+            "GPU costs": gpu_costs(),
+            "GPU bounds": gpu_bounds(),
+        },
     }
     return {page: _filled(page.read_text(encoding="utf-8"), contents) for page, contents in blocks.items()}
 

@@ -8,17 +8,19 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from conftest import small_config
 from jax.experimental import topologies
 from programs import REPOSITORY, TESTS, finish, start, tiedjax
 
 from tiedjax import cli, sharding, step
-from tiedjax.config import DataConfig
-from tiedjax.config_files import load_run_config
+from tiedjax.config import DataConfig, MeshConfig
+from tiedjax.config_files import flatten, load_run_config
 from tiedjax.cost import compile as compiling
 from tiedjax.cost import gpus, hlo, kernels, roofline, topology, tpus
 from tiedjax.cost import report as reports
@@ -539,6 +541,44 @@ def test_the_count_by_hand() -> None:
         assert found == gathers | exchanged | {"all-gather": 2 * 4 * (2 * body + table), "all-reduce": 0}
 
 
+@pytest.mark.parametrize("slices", [2, 4])
+def test_slices_lie_along_data(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 chips, TPUs by their links (which decides nothing here) or GPUs in order: fsdp never leaves a slice."""
+    chips = [
+        SimpleNamespace(id=i, slice_index=i // (8 // slices), process_index=0, platform="tpu", device_kind="TPU v5p")
+        for i in range(8)
+    ]
+    asked: dict[str, Any] = {}
+
+    def hybrid(within: tuple[int, ...], across: tuple[int, ...], devices: list[Any], **_: Any) -> np.ndarray:
+        asked.update(within=within, across=across)
+        return np.array(devices).reshape(np.multiply(within, across))
+
+    monkeypatch.setattr(sharding, "create_hybrid_device_mesh", hybrid)
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, names: devices)
+    sharding.make_mesh(MeshConfig(fsdp=2), chips)  # type: ignore[arg-type]
+    assert asked == {"within": (4 // slices, 2, 1), "across": (slices, 1, 1)}
+    gpus_ = [
+        SimpleNamespace(id=i, process_index=0, platform="gpu", device_kind="NVIDIA H100 80GB HBM3") for i in range(8)
+    ]
+    placed: Any = sharding.make_mesh(MeshConfig(fsdp=2), gpus_, slices)  # type: ignore[arg-type]
+    assert [[device.id for device in row[:, 0]] for row in placed] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    for devices, told in ((chips, None), (gpus_, slices)):
+        with pytest.raises(UserError) as caught:
+            sharding.make_mesh(MeshConfig(fsdp=8), devices, told)  # type: ignore[arg-type]
+        assert str(caught.value) == (
+            f"mesh: data -1 x fsdp 8 x tensor 1 makes data 1, which the {slices} slices do not divide: they are joined "
+            "along data"
+        )
+
+
+def test_what_xla_warns_of_memory_is_read_and_the_rest_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
+    with compiling._standard_error() as warnings:
+        os.write(2, b"E0000 Can't reduce memory use below 70.00GiB by rematerialization\nanother line\n")
+    assert "rematerialization" in warnings.getvalue()
+    assert capfd.readouterr().err == "another line\n"
+
+
 # ---- The command, with libtpu ----
 
 TINY = ["compile", str(REPOSITORY / "configs" / "tiny.yaml"), "--model.scan_layers", "true", "--data.batch_size", "16"]
@@ -656,6 +696,45 @@ def test_too_large_a_step_does_not_fit(tmp_path: Path) -> None:
     assert found["fits"] is False
     assert found["short_bytes"] > 0
     assert found["argument_bytes"] > 12 * 2**30
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["olmo_60m", "olmo_300m", "olmo_1b"])
+def test_the_step_on_an_h100_keeps_what_it_has_reached(name: str) -> None:
+    """Two calls of cuDNN a layer, no product of float32, memory, and at most 2 % more bytes than were saved."""
+    saved = json.loads((REPOSITORY / "benchmarks" / "results" / "compile_gpu.json").read_text(encoding="utf-8"))[name]
+    changes = {key: str(value) for key, value in flatten(saved["config"]) if value is not None}
+    cfg = load_run_config(REPOSITORY / "configs" / f"{name}.yaml", changes)
+    found = compiling.compile_step(cfg, topology.parse("h100:1"))
+    assert found.fits
+    assert not found.recomputes
+    assert found.gpu is not None
+    assert found.gpu.attention_calls == 2 * cfg.model.layers
+    assert list(found.gpu.operands) == ["bf16 x bf16"]
+    assert found.gpu.total.bytes <= 1.02 * saved["gpu"]["total"]["bytes"]
+    assert found.gpu.mfu_causal_bound >= 0.98 * saved["gpu"]["mfu_causal_bound"]
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_traffic_of_olmo_1b_on_gpus_is_that_counted_by_hand() -> None:
+    """On 8, and on two slices of 8, between which the gradients' reduction alone is sent."""
+    for name, batch in (("h100:8", 64), ("2*h100:8", 128)):
+        changes = {"mesh.fsdp": "8", "data.batch_size": str(batch)}
+        cfg = load_run_config(REPOSITORY / "configs" / "olmo_1b.yaml", changes)
+        found = compiling.compile_step(cfg, topology.parse(name))
+        assert found.fits
+        assert found.collectives is not None
+        assert found.fsdp_bytes is not None
+        sent, due = sum(kind.bytes for kind in found.collectives.values()), sum(found.fsdp_bytes.values())
+        assert abs(sent / due - 1) <= 0.1, (name, dataclasses.asdict(found))
+        between = {kind: each.between_slices_bytes for kind, each in found.collectives.items()}
+        assert {kind for kind, size in between.items() if size} == ({"all-reduce"} if found.slices > 1 else set())
+        beside = sum(kind.asynchronous_bytes for kind in found.collectives.values())
+        assert beside >= 0.9 * sent
 
 
 @needs_libtpu

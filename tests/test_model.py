@@ -13,7 +13,7 @@ import pytest
 from conftest import small_config
 
 from tiedjax.config import ModelConfig
-from tiedjax.model import Transformer, init_body
+from tiedjax.model import Transformer, init_body, wide_gradient_product
 from tiedjax.sharding import Layout
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -115,6 +115,36 @@ def test_a_gpu_is_given_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> N
         *map(jax.tree.leaves, (jax.grad(total, argnums=(0, 1))(body, x_BTD), expected)), strict=True
     ):
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_gradients_in_float32_are_the_same_gradients(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layout, "platform", platform)
+    cfg = model_config("olmo")
+    body, x_BTD = body_and_input(cfg, np.float64)
+
+    def gradients(cfg: ModelConfig) -> Any:
+        return jax.grad(lambda body, x: jnp.sum(jnp.sin(Transformer(cfg).apply(body, x))), argnums=(0, 1))(body, x_BTD)
+
+    wide = gradients(dataclasses.replace(cfg, body_gradient="float32"))
+    for got, wanted in zip(*map(jax.tree.leaves, (wide, gradients(cfg))), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_matrix_gets_a_float32_gradient_from_bfloat16_operands() -> None:
+    """Exact products of 8 bits each, added in float32: autodiff would round the sum to 8 bits."""
+    rng = np.random.default_rng(0)
+    x_ND = jnp.asarray(rng.standard_normal((300, 4)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((4, 5)), jnp.float32)
+    y, pull = jax.vjp(lambda x, k: wide_gradient_product(x, k, "nd,df->nf"), x_ND, kernel)
+    dy = jnp.asarray(rng.standard_normal(y.shape), jnp.bfloat16)
+    dx_ND, dkernel = pull(dy)
+    exact = np.tensordot(np.asarray(x_ND, np.float64), np.asarray(dy, np.float64), axes=(0, 0))
+    assert (dkernel.dtype, dx_ND.dtype, y.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(dkernel, exact, rtol=1e-5, atol=1e-4)
+    rounded = np.asarray(dkernel.astype(jnp.bfloat16), np.float64)
+    assert np.abs(rounded - exact).max() > 100 * np.abs(dkernel - exact).max()
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -82,6 +82,11 @@ class ModelConfig(_Checked):
         "how gradients of single tokens are summed into the table's; auto: scatter on CPU and GPU, sorted on TPU; "
         "deterministic: the same bits every time on a GPU too",
     )
+    body_gradient: Literal["compute", "float32"] = _option(
+        "compute",
+        "dtype that gradients of the body's matrices are rounded to and added over devices in: that of activations, or "
+        "float32, as those of the tables always are, which sends twice the bytes",
+    )
     scan_layers: bool | None = _option(
         None,
         "one compiled layer in a loop: compiles faster, parameters stacked over layers; null: from 12 layers on "

@@ -7,6 +7,7 @@ each, K head width, F MLP width, L layers, N several axes laid flat.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,9 +42,38 @@ def truncated_normal(std: float) -> Callable[..., jax.Array]:
     return init
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def wide_gradient_product(x: jax.Array, kernel: jax.Array, formula: str) -> jax.Array:
+    """einsum(formula, x, kernel) in the dtype of x; the kernel's gradient is summed, and sent, in its own dtype."""
+    return jnp.einsum(formula, x, kernel.astype(x.dtype))
+
+
+def _wide_forward(x: jax.Array, kernel: jax.Array, formula: str) -> tuple[jax.Array, Any]:
+    narrow = kernel.astype(x.dtype)
+    return jnp.einsum(formula, x, narrow), (x, narrow, jnp.zeros((), kernel.dtype))
+
+
+def _wide_backward(formula: str, residuals: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, narrow, wide = residuals
+    (left, right), out = formula.split("->")[0].split(","), formula.split("->")[1]
+    dkernel = jnp.einsum(f"{left},{out}->{right}", x, dy, preferred_element_type=wide.dtype)
+    return jnp.einsum(f"{out},{right}->{left}", dy, narrow), dkernel
+
+
+wide_gradient_product.defvjp(_wide_forward, _wide_backward)
+
+
+def product(cfg: ModelConfig, x: jax.Array, kernel: jax.Array, formula: str) -> jax.Array:
+    """einsum(formula, x, kernel) in the dtype of x; how the kernel's gradient is summed is `cfg.body_gradient`."""
+    if cfg.body_gradient == "float32":
+        return wide_gradient_product(x, kernel, formula)
+    return jnp.einsum(formula, x, kernel.astype(x.dtype))
+
+
 class Dense(nn.Module):
     """A linear map without bias."""
 
+    cfg: ModelConfig
     features: int
     axes: tuple[str, str]
     std: float
@@ -54,7 +84,7 @@ class Dense(nn.Module):
         init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
         kernel: Any = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
         # One matrix product over all positions: XLA:CPU is several times slower on the batched form's backward pass.
-        y_N: jax.Array = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.dtype)
+        y_N = product(self.cfg, x.reshape(-1, x.shape[-1]).astype(self.dtype), kernel, "nd,df->nf")
         return y_N.reshape(*x.shape[:-1], self.features)
 
 
@@ -106,7 +136,7 @@ class Attention(nn.Module):
         B, T, D = x_BTD.shape
 
         def heads(name: str, axis: str, n: int) -> jax.Array:
-            y_BTHK = Dense(n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD).reshape(B, T, n, K)
+            y_BTHK = Dense(cfg, n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD).reshape(B, T, n, K)
             return self.layout.constrain(y_BTHK, ("batch", None, axis, None))
 
         q_BTHK, k_BTGK = heads("query", "heads", cfg.heads), heads("key", "kv_heads", cfg.groups)
@@ -119,7 +149,7 @@ class Attention(nn.Module):
         y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, backend=cfg.attention, layout=self.layout)
         y_BTD = y_BTHK.reshape(B, T, cfg.heads * K)
         std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
-        return Dense(D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+        return Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
 
 
 @jax.custom_vjp
@@ -145,8 +175,9 @@ swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 class Kernel(nn.Module):
-    """The matrix of a linear map, in the compute dtype."""
+    """The matrix of a linear map, in the dtype that its gradient has."""
 
+    cfg: ModelConfig
     shape: tuple[int, int]
     axes: tuple[str, str]
     std: float
@@ -156,7 +187,7 @@ class Kernel(nn.Module):
     def __call__(self) -> jax.Array:
         init = nn.with_logical_partitioning(truncated_normal(self.std), self.axes)
         kernel: Any = self.param("kernel", init, self.shape, jnp.float32)
-        return jnp.asarray(kernel, self.dtype)
+        return jnp.asarray(kernel, None if self.cfg.body_gradient == "float32" else self.dtype)
 
 
 class MLP(nn.Module):
@@ -169,18 +200,19 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F = x_BTD.shape[-1], self.cfg.d_ff
+        cfg, D, F = self.cfg, x_BTD.shape[-1], self.cfg.d_ff
         wide_part = ("embed", "mlp"), D**-0.5, self.dtype
-        if self.cfg.mlp == "gelu":
-            y_BTF = jax.nn.gelu(Dense(F, *wide_part, name="up")(x_BTD))
+        if cfg.mlp == "gelu":
+            y_BTF = jax.nn.gelu(Dense(cfg, F, *wide_part, name="up")(x_BTD))
         elif self.layout.platform == "gpu":  # one product of twice the width; on a CPU it takes twice the time of two
-            both_D2F = jnp.stack([Kernel((D, F), *wide_part, name=name)() for name in ("up", "gate")], axis=1)
-            x_N2F = jnp.einsum("nd,dgf->ngf", x_BTD.reshape(-1, D), both_D2F)
+            both_D2F = jnp.stack([Kernel(cfg, (D, F), *wide_part, name=name)() for name in ("up", "gate")], axis=1)
+            x_N2F = product(cfg, x_BTD.reshape(-1, D), both_D2F, "nd,dgf->ngf")
             y_BTF = swiglu(x_N2F).reshape(*x_BTD.shape[:-1], F)
         else:
-            y_BTF = Dense(F, *wide_part, name="up")(x_BTD) * jax.nn.silu(Dense(F, *wide_part, name="gate")(x_BTD))
+            y_BTF = Dense(cfg, F, *wide_part, name="up")(x_BTD)
+            y_BTF *= jax.nn.silu(Dense(cfg, F, *wide_part, name="gate")(x_BTD))
         y_BTF = self.layout.constrain(y_BTF, ("batch", None, "mlp"))
-        return Dense(D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
+        return Dense(cfg, D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
 
 
 class Block(nn.Module):
