@@ -20,6 +20,8 @@ from tiedjax.files import write_atomically
 
 T = TypeVar("T")
 
+_PLAIN = (str, int, bool, type(None))
+
 
 @dataclass(frozen=True)
 class Measurement(Generic[T]):
@@ -37,6 +39,10 @@ class Measurement(Generic[T]):
 
 def to_plain(value: Any) -> Any:
     """`value` as dicts, lists, strings, bools, numbers and None; NaN and infinities become None."""
+    if type(value) in _PLAIN:  # most are; to ask whether they are mappings takes far longer
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -45,9 +51,7 @@ def to_plain(value: Any) -> Any:
         return to_plain(value.tolist())
     if isinstance(value, list | tuple):
         return [to_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
+    if isinstance(value, str | int):
         return value
     return str(value)
 
