@@ -12,16 +12,20 @@ import scipy.stats
 
 from tiedjax.analysis.basis import blocked, linear_maps
 from tiedjax.analysis.basis.chance import beside, exact_floor
+from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.strata import frequency_parts
 from tiedjax.analysis.instruments.alignment import fitting
 from tiedjax.analysis.instruments.alignment.align import (
     align,
+    align_rows,
     by_stratum,
     closed_form_floor,
     distribution,
+    measure,
     raw_cosine,
     uncorrected,
 )
-from tiedjax.analysis.instruments.alignment.fitting import FITS
+from tiedjax.analysis.instruments.alignment.fitting import FITS, CentredTables
 from tiedjax.errors import UserError
 
 
@@ -351,6 +355,47 @@ def test_large_float32_tables_go_through_the_same_definition(condition, monkeypa
     for fit in FITS if condition < 1e6 else ("identity", "orthogonal", "linear"):
         assert found.scores[fit].score == pytest.approx(oracle(X[mask], Y[mask], fit), abs=1e-5), fit
         assert found.scores[fit].floor == pytest.approx(oracle_floor(X[mask], Y[mask], fit, 1), abs=1e-5), fit
+
+
+@pytest.mark.parametrize("small", [fitting.SMALL, 0])
+def test_rows_that_stand_in_several_pairs_are_centred_once_and_score_alike(small, monkeypatch):
+    monkeypatch.setattr(fitting, "SMALL", small)
+    X, Y = tables(300, 8)
+    mask, centred = np.arange(300) % 5 > 0, CentredTables()
+    for x, y in [(X, Y), (Y, X), (X, 2 * Y), (X, Y)]:
+        rows = [centred.rows(table, mask) for table in (x, y)]
+        assert align_rows(*rows, draws=2, held_out=True) == align(x, y, kept_V=mask, draws=2, held_out=True)
+    assert centred.rows(X, mask) is centred.rows(X, mask.copy())
+    assert centred.rows(X, mask) is not centred.rows(X, ~mask)
+    assert centred.rows(X, mask) is not centred.rows(X.copy(), mask)
+
+
+def test_scores_held_out_can_stand_without_floors_and_change_nothing_else():
+    X, Y = tables(300, 8)
+    options = {"kept_V": np.arange(300) % 5 > 0, "counts": np.arange(600).reshape(2, 300), "draws": 2}
+    whole, brief = measure(X, Y, **options), measure(X, Y, held_out_floors=False, **options)
+    assert (brief.paper, brief.strata.keys()) == (whole.paper, whole.strata.keys())
+    for fit in FITS:
+        held_out = brief.alignment.held_out[fit]
+        assert (held_out.score, held_out.floor) == (whole.alignment.held_out[fit].score, None)
+        for one, other in [
+            (brief.alignment.scores[fit], whole.alignment.scores[fit]),
+            (brief.beyond_frequency[fit], whole.beyond_frequency[fit]),
+        ]:
+            assert to_plain(one) == pytest.approx(to_plain(other), abs=1e-12)
+
+
+def test_a_measure_is_made_of_alignments_of_these_rows_those_of_like_frequency_and_all():
+    X, Y = tables(300, 8)
+    mask, counts = np.arange(300) % 5 > 0, np.arange(600).reshape(2, 300)
+    comparison = measure(X, Y, kept_V=mask, counts=counts, draws=2)
+    assert comparison.alignment == align(X, Y, kept_V=mask, draws=2, held_out=True)
+    parts = align(X, Y, kept_V=mask, draws=2, within=frequency_parts(counts, 10)).scores
+    for fit in FITS:
+        assert to_plain(comparison.beyond_frequency[fit]) == pytest.approx(to_plain(parts[fit]), abs=1e-12)
+        assert comparison.paper[fit] == pytest.approx(oracle(X, Y, fit), abs=1e-9)
+    every_row = measure(X, Y, kept_V=np.ones(300, bool), draws=2)
+    assert every_row.paper == {fit: uncorrected(every_row.alignment.cosines[fit]) for fit in FITS}
 
 
 def test_the_polar_iteration_is_the_polar_factor_and_gives_up_on_a_singular_matrix():

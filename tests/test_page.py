@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from test_study_results import fake_study
 
 from tiedjax.analysis.basis import numbers
@@ -94,6 +96,23 @@ def test_redrawing_from_saved_results_gives_the_same_page(results, page, tmp_pat
     with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "red"}):  # whatever the caller's style
         again = drawn(json.loads(json.dumps(results)), tmp_path)
     assert again == page
+
+
+@pytest.mark.parametrize("section", ["align", "gradients"])  # one has figures of a single panel, one a colour bar
+def test_a_figure_is_laid_out_once_and_drawn_once_for_each_format(section, results, tmp_path, monkeypatch):
+    laid_out, drawings = [], []
+    execute, draw_figure = ConstrainedLayoutEngine.execute, Figure.draw
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *args: laid_out.append(execute(*args)))
+    monkeypatch.setattr(Figure, "draw", lambda *args: drawings.append(draw_figure(*args)))
+    panels = [len(svgs) for svgs in draw(results, section, tmp_path).values()]
+    assert len(drawings) == 2 * len(panels) + sum(panels)  # PNG and PDF of each figure, SVG of each panel
+    assert len(laid_out) == len(panels) + sum(n for n in panels if n > 1)
+
+
+def test_texts_of_the_page_take_its_font(results, tmp_path):
+    svgs = [svg for panels in draw(results, "align", tmp_path).values() for svg in panels]
+    assert all("<text" in svg for svg in svgs)
+    assert not any(re.search(r"font-family|font:", svg) for svg in svgs)
 
 
 def test_figures_are_files_too(results, out):

@@ -7,11 +7,12 @@ impossible combinations raise `UserError` with one line that names the key.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from tiedjax.config import RunConfig, leaf_fields
 from tiedjax.config_errors import explained
@@ -88,12 +89,21 @@ def structure(cls: type[ConfigT], tree: Mapping[str, Any], where: str) -> Config
     import pydantic  # here, so that help and training with a ready config do not pay for it
 
     try:
-        return pydantic.TypeAdapter(cls).validate_json(json.dumps(tree, default=str))  # dates as text
+        checked: ConfigT = _adapter(cast(Any, cls)).validate_json(json.dumps(tree, default=str))  # dates as text
+        return checked
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         keys = [f.key for f in leaf_fields(cls)]
         sections = [key.partition(".")[0] for key in keys]
         raise UserError(f"{where}: {explained(first, sections + keys)}") from None
+
+
+@functools.cache
+def _adapter(cls: Any) -> Any:
+    """What checks a config; to make it takes fifty times as long as to use it."""
+    import pydantic
+
+    return pydantic.TypeAdapter(cls)
 
 
 def load_run_config(path: str | Path, overrides: Mapping[str, str] | None = None) -> RunConfig:

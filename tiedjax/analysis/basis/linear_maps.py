@@ -22,11 +22,11 @@ RIDGE_GRID = np.logspace(-6, 2, 33)
 def nearest_orthogonal(product_DD: np.ndarray) -> np.ndarray:
     """The orthogonal T that maximises trace(T' M): the orthogonal polar factor of M, float64.
 
-    Schoenemann 1966. Where singular values vanish T is not unique; then it is the one of SciPy's decomposition.
+    Schoenemann 1966. Where singular values vanish T is not unique; then it is the one of NumPy's decomposition.
     """
     if len(product_DD) > _DECOMPOSED_WIDTH and (polar_DD := _polar_iteration(product_DD)) is not None:
         return polar_DD
-    u_DD, _, vt_DD = scipy.linalg.svd(product_DD)
+    u_DD, _, vt_DD = np.linalg.svd(product_DD)
     orthogonal_DD: np.ndarray = u_DD @ vt_DD
     return orthogonal_DD
 

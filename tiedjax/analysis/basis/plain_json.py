@@ -7,9 +7,9 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,8 @@ from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 
 T = TypeVar("T")
+
+_PLAIN = (str, int, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Measurement(Generic[T]):
 
 def to_plain(value: Any) -> Any:
     """`value` as dicts, lists, strings, bools, numbers and None; NaN and infinities become None."""
+    if type(value) in _PLAIN:  # most are; to ask whether they are mappings takes far longer
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -45,9 +51,7 @@ def to_plain(value: Any) -> Any:
         return to_plain(value.tolist())
     if isinstance(value, list | tuple):
         return [to_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
+    if isinstance(value, str | int):
         return value
     return str(value)
 
@@ -57,21 +61,7 @@ def from_plain(kind: Any, plain: Any) -> Any:
 
     UserError for a field that is missing.
     """
-    if plain is None or kind is Any:
-        return plain
-    if dataclasses.is_dataclass(kind):
-        return _instance(kind, plain)
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        (value_kind,) = (part_kind for part_kind in inner if part_kind is not type(None))
-        return from_plain(value_kind, plain)
-    if origin is list:
-        return [from_plain(inner[0], value) for value in plain]
-    if origin is tuple:
-        return tuple(from_plain(part_kind, value) for part_kind, value in zip(inner, plain, strict=True))
-    if origin is dict:
-        return {inner[0](key): from_plain(inner[1], value) for key, value in plain.items()}
-    return plain
+    return plain if plain is None else _reader(kind)(plain)
 
 
 def measured(records: Iterable[Mapping[str, Any]], kind: type[T]) -> list[Measurement[T]]:
@@ -94,18 +84,46 @@ def not_measured(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(record["not_measured"] for record in records if "not_measured" in record))
 
 
-def _instance(kind: Any, plain: Mapping[str, Any]) -> Any:
-    missing = [f.name for f in dataclasses.fields(kind) if f.name not in plain and not _optional(f)]
-    if missing:
-        raise UserError(f"results: there is no {missing[0]!r}; `tiedjax study` analyses the finished runs again")
-    kinds = {name: field_kind for name, field_kind in _fields(kind).items() if name in plain}
-    return kind(**{name: from_plain(field_kind, plain[name]) for name, field_kind in kinds.items()})
+def _as_it_is(plain: Any) -> Any:
+    return plain
 
 
-@lru_cache
-def _fields(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What makes a value of type `kind` of what is plain and not None; a type is taken apart once for all values."""
+    if dataclasses.is_dataclass(kind):
+        return _instance_reader(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        (value_kind,) = (part_kind for part_kind in inner if part_kind is not type(None))
+        return _reader(value_kind)
+    readers = [_reader(part_kind) for part_kind in inner]
+    if origin is list:
+        return list if readers == [_as_it_is] else lambda plain: [_read(readers[0], value) for value in plain]
+    if origin is tuple:
+        return lambda plain: tuple(_read(reader, value) for reader, value in zip(readers, plain, strict=True))
+    if origin is dict:
+        return lambda plain: {inner[0](key): _read(readers[1], value) for key, value in plain.items()}
+    return _as_it_is
+
+
+def _read(reader: Callable[[Any], Any], plain: Any) -> Any:
+    return plain if plain is None else reader(plain)
+
+
+def _instance_reader(kind: Any) -> Callable[[Any], Any]:
+    fields, hints = dataclasses.fields(kind), typing.get_type_hints(kind)
+    names, needed = [f.name for f in fields], [f.name for f in fields if not _optional(f)]
+    readers = {name: reader for name in names if (reader := _reader(hints[name])) is not _as_it_is}
+
+    def read(plain: Mapping[str, Any]) -> Any:
+        missing = [name for name in needed if name not in plain]
+        if missing:
+            raise UserError(f"results: there is no {missing[0]!r}; `tiedjax study` analyses the finished runs again")
+        values = {name: plain[name] for name in names if name in plain}
+        return kind(**values | {name: _read(readers[name], values[name]) for name in readers if name in values})
+
+    return read
 
 
 def _optional(field: dataclasses.Field[Any]) -> bool:

@@ -43,7 +43,8 @@ def agreements(
     comparable = n >= LEAST and all(scale > 0 for scale in scales)
     chance_MB = resampled_MB = np.zeros((len(ranked), 0))
     if comparable:
-        permuted_ranks = (ranks_NN[order][:, order] for order in (rng.permutation(n) for _ in range(draws)))
+        orders = (rng.permutation(n) for _ in range(draws))
+        permuted_ranks = (ranks_NN.take(order, axis=0).take(order, axis=1) for order in orders)
         chance_MB = np.array(
             [[np.vdot(p_NN, o_NN) / s for o_NN, s in zip(ranked, scales, strict=True)] for p_NN in permuted_ranks]
         ).T
@@ -78,12 +79,14 @@ def _bootstrap(ranks_NN: np.ndarray, ranked: Sequence[np.ndarray], draws: int, r
 
     A token and its own copy are no pair. Ranks stay those of all tokens.
     """
+    from scipy.linalg.blas import dtrmm
+
     n = len(ranks_NN)
     times_BN = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     pairs_B = n**2 - np.square(times_BN).sum(axis=1)
-    mean: Callable[[np.ndarray], np.ndarray] = lambda m_NN: (
-        ((times_BN @ m_NN) * times_BN).sum(axis=1) / np.maximum(pairs_B, 1)
-    )
+    # The matrices are symmetric without a diagonal: one triangle says all, in half of the products.
+    half: Callable[[np.ndarray], np.ndarray] = lambda m_NN: np.vecdot(dtrmm(1.0, m_NN.T, times_BN.T).T, times_BN)
+    mean: Callable[[np.ndarray], np.ndarray] = lambda m_NN: 2 * half(m_NN) / np.maximum(pairs_B, 1)
     variance: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda m_NN, mean_B: np.maximum(
         mean(m_NN**2) - mean_B**2, 0
     )

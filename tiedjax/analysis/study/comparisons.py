@@ -22,8 +22,9 @@ from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
-from tiedjax.analysis.instruments.alignment.align import Comparison, align, histogram
+from tiedjax.analysis.instruments.alignment.align import Comparison, align_rows, histogram
 from tiedjax.analysis.instruments.alignment.align import measure as compare
+from tiedjax.analysis.instruments.alignment.fitting import CentredTables
 from tiedjax.analysis.instruments.evolution.evolution import Trail
 from tiedjax.analysis.study import verdicts
 from tiedjax.analysis.study.examples import token_rows
@@ -61,11 +62,12 @@ class _Walk:
         first: dict[str, dict[str, np.ndarray]] = {}
         for step in sorted({step for run in runs.values() for step in run.snapshot_steps}):
             tables = {arm: run.tables(step) for arm, run in runs.items() if step in run.snapshot_steps}
+            centred = CentredTables()
             for arm, both in tables.items():
                 by_role, steps = distinct(both), runs[arm].snapshot_steps
                 for role, table in by_role.items():
                     trail = Trail(seen[arm], strata=groups[arm])
-                    trails.setdefault((arm, role), trail).add(step, table)
+                    trails.setdefault((arm, role), trail).add(step, table, centred.rows(table, seen[arm]))
                 chosen = {role: table[self.ids] for role, table in by_role.items()}
                 first.setdefault(arm, chosen)
                 if step == steps[-1]:
@@ -81,23 +83,29 @@ class _Walk:
                         "step": step,
                         "final": step == max(common),
                     }
-                    self.comparisons += _compared(tables[study.reference], twin, kept_V, counts, where)
+                    self.comparisons += _compared(tables[study.reference], twin, kept_V, counts, where, centred)
         for (arm, role), trail in trails.items():
             self.evolution.append(arm_and_seed((arm, seed)) | {"role": role} | to_plain(trail.result()))
 
 
 def _compared(
-    reference: Any, twin: Any | None, kept_V: np.ndarray, counts: np.ndarray, where: Mapping[str, Any]
+    reference: Any,
+    twin: Any | None,
+    kept_V: np.ndarray,
+    counts: np.ndarray,
+    where: Mapping[str, Any],
+    centred: CentredTables,
 ) -> Iterator[dict[str, Any]]:
     """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
     for subject_role, reference_role, x, y in _pairs(reference, twin):
         about = {**where, "subject_role": subject_role, "reference_role": reference_role}
         if where["final"]:
-            for record in _by_fit(compare(x, y, kept_V=kept_V, counts=counts)):
+            for record in _by_fit(compare(x, y, kept_V=kept_V, counts=counts, held_out_floors=False)):
                 yield about | record
         else:
             fit = verdicts.FIT
-            yield about | {"fit": fit} | to_plain(align(x, y, fits=(fit,), kept_V=kept_V, draws=1).scores[fit])
+            alignment = align_rows(centred.rows(x, kept_V), centred.rows(y, kept_V), fits=(fit,), draws=1)
+            yield about | {"fit": fit} | to_plain(alignment.scores[fit])
 
 
 def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -147,7 +155,12 @@ def _between_seeds(held: StudyRuns) -> Iterator[dict[str, Any]]:
             about: dict[str, Any] = {"arm": arm, "subject_role": table.role, "reference_role": target.role}
             about |= {"seed": f"{seed} to {other_seed}", "seeds": [seed, other_seed]}
             pair = compare(
-                target.values, table.values, fits=(verdicts.FIT,), kept_V=table.seen & target.seen, counts=target.counts
+                target.values,
+                table.values,
+                fits=(verdicts.FIT,),
+                kept_V=table.seen & target.seen,
+                counts=target.counts,
+                held_out_floors=False,
             )
             for record in _by_fit(pair):
                 yield about | record

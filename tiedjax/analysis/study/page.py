@@ -26,7 +26,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "svg.hashsalt": "tiedjax",
-    "font.family": "sans-serif",
+    "font.family": "DejaVu Sans",  # which comes with matplotlib; a list of families is searched for every text
     "font.size": 9.5,
     "text.color": drawing.INK,
     "axes.labelcolor": drawing.INK,
@@ -39,6 +39,7 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # where it is anyway: to find that out takes as long as to draw the axes
     "xtick.color": drawing.MUTED,
     "ytick.color": drawing.MUTED,
     "xtick.labelcolor": drawing.INK,
@@ -113,10 +114,8 @@ def draw(results: drawing.Results, section: str, out: Path) -> dict[str, list[st
             figure = _figure(plot.panels, plot.size, results)
             for suffix, metadata in [("png", {}), ("pdf", {"CreationDate": None})]:
                 write_atomically(folder / f"{plot.name}.{suffix}", _rendered(figure, suffix, metadata))
-            drawings[plot.name] = [
-                _inline_svg(_figure([panel], plot.size, results), f"{plot.name}-{i}")
-                for i, panel in enumerate(plot.panels)
-            ]
+            alone = [figure] if len(plot.panels) == 1 else (_figure([p], plot.size, results) for p in plot.panels)
+            drawings[plot.name] = [_inline_svg(panel, f"{plot.name}-{i}") for i, panel in enumerate(alone)]
     return drawings
 
 
@@ -192,7 +191,7 @@ def _figure(
         columns = min(len(entries), 3 * len(panels))
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
     layout.execute(figure)
-    figure.set_layout_engine("none")  # laid out once, not again for every format
+    figure.set_layout_engine(None)  # laid out once; where there is an engine, each format is drawn twice
     return figure
 
 
@@ -217,4 +216,5 @@ def _inline_svg(figure: Figure, name: str) -> str:
         text = text.replace(colour, f"var(--arm{i})")
     for colour, variable in [(drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "line")]:
         text = text.replace(colour, f"var(--{variable})")
-    return re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)  # as matplotlib before 3.11 writes it
+    return re.sub(r" font-family: [^;\"]*;", "", text)

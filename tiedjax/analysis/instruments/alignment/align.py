@@ -20,9 +20,8 @@ Axes: V rows, N those that count, B rows of a block, D width of X, E width of Y.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floo
 from tiedjax.analysis.basis.directions import unit_rows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.strata import frequency_parts, strata
-from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, Fitter, RowCosines
+from tiedjax.analysis.instruments.alignment.fitting import FITS, SQUARE, CentredRows, Fitter, RowCosines, check_fits
 from tiedjax.errors import UserError
 
 DRAWS = 5
@@ -97,12 +96,14 @@ def measure(
     kept_V: np.ndarray | None = None,
     counts: np.ndarray | None = None,
     draws: int = DRAWS,
+    held_out_floors: bool = True,
     report: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """X mapped onto Y under each of `fits` (default: all that the widths allow).
 
     `kept_V` is a boolean [V] mask of the rows that count, `counts` int [2, V] how often training showed their tokens.
-    UserError as of `align`.
+    Without `held_out_floors` the scores held out stand without a floor, whose fits take half of the time. UserError as
+    of `align`.
 
     >>> table = np.random.default_rng(0).normal(size=(200, 4))
     >>> comparison = measure(table, table[:, ::-1])
@@ -110,13 +111,19 @@ def measure(
     1.0
     """
     fits = list(fits or [fit for fit in FITS if x_VD.shape[1] == y_VE.shape[1] or fit not in SQUARE])
-    align_rows = partial(align, x_VD, y_VE, fits=fits, kept_V=kept_V, draws=draws, report=report)
-    alignment = align_rows(held_out=True)
-    all_rows = alignment if kept_V is None else align(x_VD, y_VE, fits=fits, draws=0)
+    check_fits(x_VD, y_VE, fits)
+    fitter = Fitter(CentredRows(x_VD, kept_V), CentredRows(y_VE, kept_V), fits, halves=True)
+    in_sample, held_out = fitter.measure(halves=True)
+    orders = _reported(_permutations(fitter.rows, draws), draws, report)
+    by_chance = [fitter.measure(order, halves=held_out_floors) for order in orders]
+    alignment = _alignment(fitter, [(in_sample, held_out), *by_chance])
+    all_rows = alignment if kept_V is None or kept_V.all() else align(x_VD, y_VE, fits=fits, draws=0)
     beyond_frequency, by_strata = {}, {}
     if counts is not None:
-        within_parts = align_rows(within=frequency_parts(counts, FREQUENCY_PARTS))
         strata_rows = slice(None) if kept_V is None else kept_V
+        label_N = frequency_parts(counts, FREQUENCY_PARTS)[strata_rows]
+        orders = _reported(_permutations(fitter.rows, draws, label_N), draws, report)
+        within_parts = _alignment(fitter, [(in_sample, None), *map(fitter.measure, orders)])
         masks = {name: mask[strata_rows] for name, mask in strata(counts).items() if mask[strata_rows].any()}
         beyond_frequency = within_parts.scores
         by_strata = {fit: by_stratum(alignment.cosines[fit], within_parts.chance[fit], masks) for fit in fits}
@@ -142,19 +149,41 @@ def align(
     without a direction (all zero once centred or mapped) are left out and counted. UserError: shapes that do not fit,
     or unequal widths with a fit that needs equal ones.
     """
-    fitter = Fitter(x_VD, y_VE, fits, kept_V, held_out)
+    check_fits(x_VD, y_VE, fits)
     label_N = None if within is None else within if kept_V is None else within[kept_V]
-    rng = np.random.default_rng(0)
-    row_cosines = [fitter.measure()]
-    for draw in range(draws):
-        report(f"floor {draw + 1} of {draws}")
-        row_cosines.append(fitter.measure(_permutation(rng, fitter.rows, label_N)))
+    x, y = CentredRows(x_VD, kept_V), CentredRows(y_VE, kept_V)
+    return align_rows(x, y, fits=fits, draws=draws, held_out=held_out, label_N=label_N, report=report)
+
+
+def align_rows(
+    x: CentredRows,
+    y: CentredRows,
+    *,
+    fits: Sequence[str] = FITS,
+    draws: int = DRAWS,
+    held_out: bool = False,
+    label_N: np.ndarray | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Alignment:
+    """`align` of tables of the same shape whose rows are centred, for those that stand in several pairs.
+
+    The rows that count are the same in both; `label_N` are their labels.
+    """
+    fitter = Fitter(x, y, fits, halves=held_out)
+    row_cosines = [fitter.measure(halves=held_out)]
+    for order in _reported(_permutations(fitter.rows, draws, label_N), draws, report):
+        row_cosines.append(fitter.measure(order, halves=held_out))
+    return _alignment(fitter, row_cosines)
+
+
+def _alignment(fitter: Fitter, row_cosines: Sequence[tuple[RowCosines, RowCosines | None]]) -> Alignment:
+    """What the cosines in sample and held out say, the first of them with Y's rows in their own order."""
     in_sample, out_of_sample = [inside for inside, _ in row_cosines], [outside for _, outside in row_cosines if outside]
-    shape = (fitter.rows, x_VD.shape[1])
+    fits, draws, shape = fitter.fits, len(row_cosines) - 1, (fitter.rows, fitter.width)
     return Alignment(
         rows=fitter.rows,
-        width=x_VD.shape[1],
-        target_width=y_VE.shape[1],
+        width=fitter.width,
+        target_width=fitter.target_width,
         scores={fit: _score(fit, in_sample, closed_form_floor(fit, *shape)) for fit in fits},
         held_out={fit: _score(fit, out_of_sample, 0.0) for fit in fits if out_of_sample},
         penalty=in_sample[0].penalty,
@@ -198,14 +227,24 @@ def raw_cosine(
     return beside(total / rows_scored, floor, rows=rows_scored, rows_left_out=len(row_N) - rows_scored)
 
 
-def _permutation(rng: np.random.Generator, rows: int, label_N: np.ndarray | None) -> np.ndarray:
-    if label_N is None:
-        return rng.permutation(rows)
-    order_N = np.arange(rows)
-    for label in np.unique(label_N):
-        members = np.flatnonzero(label_N == label)
-        order_N[members] = rng.permutation(members)
-    return order_N
+def _permutations(rows: int, draws: int, label_N: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Row permutations, among rows of one label only where there are labels."""
+    rng = np.random.default_rng(0)
+    labels = [] if label_N is None else [np.flatnonzero(label_N == label) for label in np.unique(label_N)]
+    for _ in range(draws):
+        if label_N is None:
+            yield rng.permutation(rows)
+            continue
+        order_N = np.arange(rows)
+        for members in labels:
+            order_N[members] = rng.permutation(members)
+        yield order_N
+
+
+def _reported(orders: Iterator[np.ndarray], draws: int, report: Callable[[str], None]) -> Iterator[np.ndarray]:
+    for draw, order in enumerate(orders, 1):
+        report(f"floor {draw} of {draws}")
+        yield order
 
 
 def closed_form_floor(fit: str, rows: int, width: int) -> float:

@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -27,7 +27,14 @@ SQUARE = ("identity", "orthogonal")  # need equal widths, and score the same eit
 # value by more than 1 % in its worst direction, and a mean cosine by less than 1e-5.
 _CONDITION = {np.dtype(np.float32): 1e-5, np.dtype(np.float64): 1e-12}
 
-_Block = tuple[Any, np.ndarray, np.ndarray]
+
+class _Block(NamedTuple):
+    """Some rows: their positions, which of Y's stand beside them, and both, centred."""
+
+    positions: Any
+    partners: Any
+    x_BD: np.ndarray
+    y_BE: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,17 @@ class RowCosines:
     penalty: float | None
 
 
-class _Rows:
-    """Rows of a table, scaled and centred as they are read; `least` is the norm below which a row is rounding."""
+class CentredRows:
+    """The rows of a table [V, D] that count, scaled, and centred as they are read.
 
-    def __init__(self, table_VD: np.ndarray, kept_V: np.ndarray | None, dtype: np.dtype):
-        self._table, self._index = table_VD, None if kept_V is None else np.flatnonzero(kept_V)
+    `kept_V` is a boolean [V] mask, None where all count. A small table is read once and held in float64, so that every
+    pair that it stands in shares it.
+    """
+
+    def __init__(self, table_VD: np.ndarray, kept_V: np.ndarray | None):
+        self._table, self._index = table_VD, None if kept_V is None or kept_V.all() else np.flatnonzero(kept_V)
         self.shape = (len(table_VD) if self._index is None else len(self._index), table_VD.shape[1])
+        self.small, self.dtype = table_VD.size <= SMALL, table_VD.dtype
         peak_D, total_D = np.zeros(self.shape[1]), np.zeros(self.shape[1])
         for block in row_blocks(*self.shape):
             raw_BD = self._raw(block)
@@ -54,16 +66,52 @@ class _Rows:
         exponent = -int(np.frexp(peak_D.max(initial=0.0))[1])
         self._exponent = exponent if abs(exponent) > 16 else 0
         self._mean = np.ldexp(total_D / max(1, self.shape[0]), self._exponent)
-        self.least = rounding(np.ldexp(peak_D, self._exponent), self.shape[0], dtype)
+        self._peak_D = np.ldexp(peak_D, self._exponent)
 
     def read(self, positions: slice | np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Centred rows, a copy."""
+        """Centred rows; not to be written to."""
+        if self.small and dtype == np.float64:
+            return self._held[positions] if isinstance(positions, slice) else self._held.take(positions, axis=0)
+        return self._centred(positions, dtype)
+
+    def norms(self, positions: slice | np.ndarray, rows_BD: np.ndarray) -> np.ndarray:
+        """The norms of rows as `read` gives them, float64 [B]."""
+        return self._held_norms[positions] if self.small and rows_BD.dtype == np.float64 else _norms(rows_BD)
+
+    def least(self, dtype: np.dtype) -> float:
+        """The norm up to which a row that is read in this precision is rounding."""
+        return rounding(self._peak_D, self.shape[0], dtype)
+
+    @functools.cached_property
+    def _held(self) -> np.ndarray:
+        return self._centred(slice(None), np.dtype(np.float64))
+
+    @functools.cached_property
+    def _held_norms(self) -> np.ndarray:
+        return _norms(self._held)
+
+    def _centred(self, positions: slice | np.ndarray, dtype: np.dtype) -> np.ndarray:
         raw_BD = self._raw(positions)
         scaled_BD = np.ldexp(raw_BD, self._exponent) if self._exponent else raw_BD
         return np.subtract(scaled_BD, self._mean.astype(dtype), dtype=dtype)
 
     def _raw(self, positions: slice | np.ndarray) -> np.ndarray:
         return self._table[positions if self._index is None else self._index[positions]]
+
+
+class CentredTables:
+    """Centred rows that are remembered, for tables that stand in several pairs over the same rows."""
+
+    def __init__(self) -> None:
+        # The rows keep their table: while it lives no other can have its id.
+        self._rows: dict[tuple[int, bytes], CentredRows] = {}
+
+    def rows(self, table_VD: np.ndarray, kept_V: np.ndarray) -> CentredRows:
+        """The rows of the table that `kept_V`, boolean [V], keeps."""
+        key = (id(table_VD), kept_V.tobytes())
+        if key not in self._rows:
+            self._rows[key] = CentredRows(table_VD, kept_V)
+        return self._rows[key]
 
 
 @dataclass
@@ -109,46 +157,46 @@ class _FittedMaps:
 class Fitter:
     """Two tables and what their fits share from one order of Y's rows to the next.
 
-    `rows` is a boolean [V] mask of those that count; `halves` also fits on either half of them. UserError: shapes that
-    do not fit, or unequal widths with a fit that needs equal ones.
+    Both are over the same rows, in widths that `check_fits` let pass; `halves` asks for what fits on either half of the
+    rows need.
     """
 
-    def __init__(
-        self, x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str], kept_V: np.ndarray | None, halves: bool
-    ):
-        _check(x_VD, y_VE, fits)
-        small = max(x_VD.size, y_VE.size) <= SMALL  # then float64 costs nothing
-        self._dtype = np.dtype(np.float64 if small else np.result_type(x_VD, y_VE, np.float32))
+    def __init__(self, x: CentredRows, y: CentredRows, fits: Sequence[str], halves: bool):
+        small = x.small and y.small  # then float64 costs nothing
+        self._dtype = np.dtype(np.float64 if small else np.result_type(x.dtype, y.dtype, np.float32))
         self._run_two = in_turn if small else at_once
-        self._x, self._y = self._run_two(
-            lambda: _Rows(x_VD, kept_V, self._dtype), lambda: _Rows(y_VE, kept_V, self._dtype)
-        )
-        self.rows, self.fits = self._x.shape[0], fits
-        self._parts: list[np.ndarray | None] = [None]
+        self._x, self._y = x, y
+        self._x_least, self._y_least = x.least(self._dtype), y.least(self._dtype)
+        (self.rows, self.width), self.target_width, self.fits = x.shape, y.shape[1], fits
+        self._halves: list[np.ndarray] = []
         if halves:
             shuffled_N = np.random.default_rng(1).permutation(self.rows)
-            self._parts = [np.sort(shuffled_N[: self.rows // 2]), np.sort(shuffled_N[self.rows // 2 :])]
+            self._halves = [np.sort(shuffled_N[: self.rows // 2]), np.sort(shuffled_N[self.rows // 2 :])]
         self._solvers: dict[str, Any] = {}
         self._ridges: dict[str, linear_maps.Ridge] = {}
 
-    def measure(self, order: np.ndarray | None = None) -> tuple[RowCosines, RowCosines | None]:
-        """X mapped onto Y[order], in sample and, given halves, held out. The first call is the one without `order`."""
-        sums = [self._sums(part, order) for part in self._parts]
+    def measure(self, order: np.ndarray | None = None, *, halves: bool = False) -> tuple[RowCosines, RowCosines | None]:
+        """X mapped onto Y[order], in sample and, with `halves`, held out.
+
+        The first call is the one without `order`, and with halves if any is to have them.
+        """
+        parts: Sequence[np.ndarray | None] = self._halves if halves else [None]
+        sums = [self._sums(part, order) for part in parts]
         if order is None and "linear" in self.fits:
-            sums = self._prepare(sums)
+            sums = self._prepare(parts, sums)
         whole = self._fit("whole", functools.reduce(operator.add, sums))
-        half_maps = [self._fit(f"half {i}", half_sums) for i, half_sums in enumerate(sums)] if len(sums) == 2 else []
+        half_maps = [self._fit(f"half {i}", half_sums) for i, half_sums in enumerate(sums)] if halves else []
         in_sample = {fit: np.empty(self.rows) for fit in self.fits}
         held_out = {fit: np.empty(self.rows) for fit in self.fits if half_maps}
-        for i, part in enumerate(self._parts):
-            for positions, x_BD, y_BE in self._blocks(part, order):
-                self._score(x_BD, y_BE, whole, positions, in_sample)
+        for i, part in enumerate(parts):
+            for block in self._blocks(part, order):
+                self._score(block, whole, in_sample)
                 if half_maps:
-                    self._score(x_BD, y_BE, half_maps[1 - i], positions, held_out)
+                    self._score(block, half_maps[1 - i], held_out)
         return RowCosines(in_sample, whole.penalty), RowCosines(held_out, None) if half_maps else None
 
     def _blocks(self, part: np.ndarray | None, order: np.ndarray | None) -> Iterator[_Block]:
-        """(positions, centred rows of X, centred rows of Y[order]) of a part, block by block."""
+        """The rows of a part beside those of Y[order]."""
         rows, width = self.rows if part is None else len(part), max(self._x.shape[1], self._y.shape[1])
         for block in row_blocks(rows, width, self._dtype.itemsize):
             positions = block if part is None else part[block]
@@ -157,13 +205,13 @@ class Fitter:
                 functools.partial(self._x.read, positions, self._dtype),
                 functools.partial(self._y.read, partners, self._dtype),
             )
-            yield positions, *self._run_two(*reads)
+            yield _Block(positions, partners, *self._run_two(*reads))
 
     def _sums(self, part: np.ndarray | None, order: np.ndarray | None) -> _Sums:
         D, E = self._x.shape[1], self._y.shape[1]
         with_xx = order is None and not {"linear", "ridge"}.isdisjoint(self.fits)
         total = _Sums(0, np.zeros(D), np.zeros(E), np.zeros((D, E)), 0.0, np.zeros((D, D)) if with_xx else None)
-        for _, x_BD, y_BE in self._blocks(part, order):
+        for _, _, x_BD, y_BE in self._blocks(part, order):
             total.rows += len(x_BD)
             if part is not None:  # the rows of all are read about their means
                 total.x_D += x_BD.sum(axis=0, dtype=np.float64)
@@ -176,7 +224,7 @@ class Fitter:
                 total.xx_DD += matmul(x_BD.T, x_BD)
         return total
 
-    def _prepare(self, sums: list[_Sums]) -> list[_Sums]:
+    def _prepare(self, parts: Sequence[np.ndarray | None], sums: list[_Sums]) -> list[_Sums]:
         """Solvers for the linear fit of the whole and of each half; all in float64 if float32 is too coarse.
 
         Once for all orders of Y's rows: the linear map is (X'X)^-1 X'Y, and an order changes only X'Y. A Cholesky
@@ -184,15 +232,15 @@ class Fitter:
         float32 that it does not trust are taken again in float64, for all fits and orders, so that scores and floors
         are computed alike; where even those are too coarse, X itself is brought to a triangle.
         """
-        parts: dict[str, tuple[np.ndarray | None, _Sums]] = {"whole": (None, functools.reduce(operator.add, sums))}
-        if len(sums) == 2:
-            parts |= {f"half {i}": (part, sums[i]) for i, part in enumerate(self._parts)}
-        for name, (part, part_sums) in parts.items():
+        fitted: dict[str, tuple[np.ndarray | None, _Sums]] = {"whole": (None, functools.reduce(operator.add, sums))}
+        if len(parts) == 2:
+            fitted |= {f"half {i}": (part, sums[i]) for i, part in enumerate(parts)}
+        for name, (part, part_sums) in fitted.items():
             centred = part_sums.centred()
             self._solvers[name] = linear_maps.well_conditioned(centred.xx_DD, _CONDITION[self._dtype])
             if self._solvers[name] is None and self._dtype == np.float32:
                 self._dtype = np.dtype(np.float64)
-                return self._prepare([self._sums(part, None) for part in self._parts])
+                return self._prepare(parts, [self._sums(part, None) for part in parts])
             if self._solvers[name] is None:
                 self._solvers[name] = linear_maps.from_triangle(self._triangle(part, centred.x_D), part_sums.rows)
         return sums
@@ -200,7 +248,7 @@ class Fitter:
     def _triangle(self, part: np.ndarray | None, x_mean_D: np.ndarray) -> np.ndarray:
         """R of X = QR for the rows of a part about their mean, block by block."""
         triangle_DD = np.zeros((0, self._x.shape[1]))
-        for _, x_BD, _ in self._blocks(part, None):
+        for _, _, x_BD, _ in self._blocks(part, None):
             stacked = np.concatenate([triangle_DD, x_BD - x_mean_D])
             triangle_DD = scipy.linalg.qr(stacked, mode="r", check_finite=False)[0][: self._x.shape[1]]
         return triangle_DD
@@ -220,26 +268,31 @@ class Fitter:
         # The rows are read about the means of all; those of a half lie elsewhere.
         return _FittedMaps(matrices, penalty, *((None, None) if name == "whole" else (centred.x_D, centred.y_E)))
 
-    def _score(
-        self, x_BD: np.ndarray, y_BE: np.ndarray, maps: _FittedMaps, positions: Any, out: dict[str, np.ndarray]
-    ) -> None:
-        """Writes cosine(row of X T, row of Y) of a block's rows to `out` [positions]."""
-        if maps.x_mean_D is not None and maps.y_mean_E is not None:
+    def _score(self, block: _Block, maps: _FittedMaps, out: dict[str, np.ndarray]) -> None:
+        """Writes cosine(row of X T, row of Y) of a block's rows to `out` at their positions."""
+        positions, partners, x_BD, y_BE = block
+        if maps.x_mean_D is None or maps.y_mean_E is None:
+            x_norm_B, y_norm_B = self._x.norms(positions, x_BD), self._y.norms(partners, y_BE)
+        else:
             x_BD = np.subtract(x_BD, maps.x_mean_D, dtype=x_BD.dtype)
             y_BE = np.subtract(y_BE, maps.y_mean_E, dtype=y_BE.dtype)
-        norm = lambda rows: np.sqrt(np.vecdot(rows, rows).astype(np.float64))
-        x_norm_B, y_norm_B = norm(x_BD), norm(y_BE)
+            x_norm_B, y_norm_B = _norms(x_BD), _norms(y_BE)
         for fit, matrix_DE in maps.matrices.items():
             image_BE = x_BD if matrix_DE is None else matmul(x_BD, matrix_DE.astype(x_BD.dtype))
-            length_B = x_norm_B if fit in SQUARE else norm(image_BE)
-            zero_B = (x_norm_B <= self._x.least) | (y_norm_B <= self._y.least)
+            length_B = x_norm_B if fit in SQUARE else _norms(image_BE)
+            zero_B = (x_norm_B <= self._x_least) | (y_norm_B <= self._y_least)
             if fit not in SQUARE:
-                zero_B |= length_B <= self._y.least  # fitted values are of Y's size
+                zero_B |= length_B <= self._y_least  # fitted values are of Y's size
             with np.errstate(invalid="ignore", divide="ignore"):
                 out[fit][positions] = np.where(zero_B, np.nan, np.vecdot(image_BE, y_BE) / (length_B * y_norm_B))
 
 
-def _check(x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str]) -> None:
+def _norms(rows_BD: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.vecdot(rows_BD, rows_BD).astype(np.float64))
+
+
+def check_fits(x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str]) -> None:
+    """UserError: shapes that do not fit, an unknown fit, or unequal widths with a fit that needs equal ones."""
     for name, table in [("first", x_VD), ("second", y_VE)]:
         if table.ndim != 2:
             raise UserError(f"align: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")

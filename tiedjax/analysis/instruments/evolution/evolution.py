@@ -18,7 +18,8 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.instruments.alignment.align import align
+from tiedjax.analysis.instruments.alignment.align import align_rows
+from tiedjax.analysis.instruments.alignment.fitting import CentredRows
 from tiedjax.errors import UserError
 
 FIT = "orthogonal"  # of the rotation-free form
@@ -87,10 +88,14 @@ class Trail:
         self._steps: list[int] = []
         self._means: list[_MeanCosines] = []
         self._means_by_stratum: dict[str, list[_MeanCosines]] = {}
+        self._centred: tuple[CentredRows, CentredRows] | None = None  # the rows that count of the first and previous
         self._rotation_free_scores: list[tuple[Score, Score]] = []
 
-    def add(self, step: int, table_VD: np.ndarray) -> None:
-        """Takes the table at `step`; steps come in ascending order. UserError for another shape than the first."""
+    def add(self, step: int, table_VD: np.ndarray, centred: CentredRows | None = None) -> None:
+        """Takes the table at `step`; steps come in ascending order. UserError for another shape than the first.
+
+        `centred` are its rows that count, if others have centred them.
+        """
         table = _Directions(table_VD)
         if not self._steps:
             self._begin(table)
@@ -106,11 +111,7 @@ class Trail:
                 _mean_cosines(in_place_2N[:, positions], within_2N[:, positions])
             )
         if self._draws:
-            to_start = self._rotation_free_score(table, self._start)
-            has_moved_on = self._previous is not self._start
-            self._rotation_free_scores.append(
-                (to_start, self._rotation_free_score(table, self._previous) if has_moved_on else to_start)
-            )
+            self._add_rotation_free(centred or CentredRows(table_VD, self._kept_V))
         self._steps.append(int(step))
         self._previous = table
 
@@ -146,10 +147,12 @@ class Trail:
                 within_N[position_M] = shuffle(index_N[position_M])
         self._orders = [index_N, shuffle(index_N), within_N]
 
-    def _rotation_free_score(self, table: _Directions, earlier: _Directions) -> Score:
-        return align(table.values_VD, earlier.values_VD, fits=(FIT,), kept_V=self._kept_V, draws=self._draws).scores[
-            FIT
-        ]
+    def _add_rotation_free(self, centred: CentredRows) -> None:
+        start, previous = self._centred or (centred, centred)
+        score = lambda earlier: align_rows(centred, earlier, fits=(FIT,), draws=self._draws).scores[FIT]
+        to_start = score(start)
+        self._rotation_free_scores.append((to_start, to_start if previous is start else score(previous)))
+        self._centred = (start, centred)
 
     def _rotation_free(self) -> RotationFree:
         column = lambda i, field: [getattr(pair[i], field) for pair in self._rotation_free_scores]

@@ -1,8 +1,8 @@
 """The k nearest neighbours of every row by cosine, exact and in bounded memory.
 
 A search in float32 finds the k nearest and a few more; where rounding could change who belongs to the k, or their
-order, float64 decides. So the answer does not depend on blocks or on the device. Cosines that agree to 12 digits are
-equal, and of equals the lowest index comes first. A row of zeros has cosine 0 to everything.
+order where that is asked for, float64 decides. So the answer does not depend on blocks or on the device. Cosines that
+agree to 12 digits are equal, and of equals the lowest index comes first. A row of zeros has cosine 0 to everything.
 
 On a CPU each product of two blocks serves both of its sides, and only the largest similarity in each group of columns
 is kept: the k nearest lie in the k groups with the largest maxima. On another device `jax.lax.top_k` reads each block.
@@ -38,8 +38,11 @@ class Neighbours(NamedTuple):
     cosines_VK: np.ndarray
 
 
-def neighbours(table_VD: np.ndarray, k: int, *, report: Report | None = None) -> Neighbours:
+def neighbours(table_VD: np.ndarray, k: int, *, ordered: bool = True, report: Report | None = None) -> Neighbours:
     """The k nearest other rows of each row of [V, D] by cosine.
+
+    Not `ordered` they are the same ones, but where only float64 could tell which of two is nearer they stand in any
+    order: of wide tables that is nearly every row, and to decide it takes as long as the search.
 
     Beside the table: its normalised float32 copy and at most V * 1,024 floats. `report` gets a line every few seconds.
     UserError: not [V, D] with D of at least 2, k below 1, or fewer than k other rows.
@@ -48,7 +51,7 @@ def neighbours(table_VD: np.ndarray, k: int, *, report: Report | None = None) ->
         raise UserError(f"neighbours: a table must be [V, D] with D of at least 2, got {list(table_VD.shape)}")
     if not 1 <= k < len(table_VD):
         raise UserError(f"neighbours: k must be from 1 to {len(table_VD) - 1}, the number of other rows, got {k}")
-    search = _Search(table_VD, k, report)
+    search = _Search(table_VD, k, ordered, report)
     import jax  # here: it takes a while, and only the choice of device needs it
 
     (search.on_host if jax.default_backend() == "cpu" else search.on_device)()
@@ -70,13 +73,15 @@ class Searches:
         mean_D: np.ndarray | None = None,
         report: Report | None = None,
     ) -> np.ndarray:
-        """The k nearest [rows, k] of each row of the table among those that `kept_V`, boolean [V], keeps.
+        """The k nearest [rows, k] of each row of the table among those that `kept_V`, boolean [V], keeps, by index.
 
         With `mean_D` rows are taken about it; a table has one such row for each `kept_V`.
         """
         key = (id(table_VD), kept_V.tobytes(), k, mean_D is not None)
         if key not in self._answers:
-            self._answers[key] = table_VD, neighbours(_rows_of(table_VD, kept_V, mean_D), k, report=report).indices_VK
+            rows_ND = _rows_of(table_VD, kept_V, mean_D)
+            nearest_NK = neighbours(rows_ND, k, ordered=False, report=report).indices_VK
+            self._answers[key] = table_VD, np.sort(nearest_NK, axis=1)
         return self._answers[key][1]
 
 
@@ -94,8 +99,8 @@ def _rows_of(table_VD: np.ndarray, kept_V: np.ndarray, mean_D: np.ndarray | None
 class _Search:
     """One search: the table, its rows' lengths, and the answer as it fills up."""
 
-    def __init__(self, table_VD: np.ndarray, k: int, report: Report | None = None):
-        self.table, self.k, self.report = table_VD, k, report
+    def __init__(self, table_VD: np.ndarray, k: int, ordered: bool = True, report: Report | None = None):
+        self.table, self.k, self.ordered, self.report = table_VD, k, ordered, report
         self.V, D = table_VD.shape
         self.near = min(k + max(8, k // 4), self.V - 1)  # how many float32 finds
         # Four times the probable error of a float32 product, 4 sqrt(D) 2^-24 (Higham and Mary 2019, SIAM J. Sci.
@@ -215,7 +220,9 @@ class _Search:
         cosines_RN, indices_RN = _sorted(cosines_RN, indices_RN)
         row_R = np.arange(start, start + len(cosines_RN))
         self.indices[row_R], self.cosines[row_R] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
-        gap_RK = cosines_RN[:, : self.k] - cosines_RN[:, 1 : self.k + 1] if self.near > self.k else -np.diff(cosines_RN)
+        gap_RK = -np.diff(cosines_RN[:, : self.k + 1])
+        if not self.ordered:
+            gap_RK = gap_RK[:, self.k - 1 :]  # between the k and the others, if there are any
         unsure_U = np.flatnonzero((gap_RK < self.unsure).any(axis=1))
         crowded_rows = []
         for first, last in _blocks(len(unsure_U), _BYTES // (32 * self.near * self.table.shape[1])):
