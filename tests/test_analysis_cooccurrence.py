@@ -17,7 +17,7 @@ from test_study_results import fake_study
 from tiedjax import cli, load_run
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import StudyRuns
-from tiedjax.analysis.basis.token_pairs import agreements, rank_matrix
+from tiedjax.analysis.basis.token_pairs import Ranking, agreements
 from tiedjax.analysis.instruments.cooccurrence import section
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import bigram_counts, contexts, ppmi
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence
@@ -147,17 +147,34 @@ def test_the_bootstrap_is_that_of_repeated_tokens():
     rng = np.random.default_rng(8)
     a, b = (x + x.T for x in rng.normal(size=(2, 12, 12)))
     b += a
-    (found,), _ = agreements(a, [rank_matrix(b)], draws=2, bootstrap=100)
+    (found,), _ = agreements(a, [Ranking(b)], draws=2, bootstrap=100)
     same = np.random.default_rng(0)
     for _ in range(2):
         same.permutation(12)
-    ranked, by_hand = [rank_matrix(m) for m in (a, b)], []
+    ranked, by_hand = [Ranking(m).ranks_NN for m in (a, b)], []
     for times in same.multinomial(12, np.full(12, 1 / 12), size=100):
         drawn = np.repeat(np.arange(12), times)
         pairs = [(i, j) for i in drawn for j in drawn if i != j]
         x, y = (np.array([m[i, j] for i, j in pairs]) for m in ranked)
         by_hand.append(np.corrcoef(x, y)[0, 1])
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(by_hand, [0.025, 0.975])), abs=1e-9)
+
+
+def test_what_is_kept_of_one_text_serves_every_table_and_number_of_draws():
+    rng = np.random.default_rng(12)
+    a, b, c = (x + x.T for x in rng.normal(size=(3, 12, 12)))
+    text_ranking = Ranking(c)
+    for similarity, draws, bootstrap in itertools.product([a, b], [2, 3], [50, 60]):
+        given = agreements(similarity, [text_ranking], draws=draws, bootstrap=bootstrap)
+        assert given == agreements(similarity, [Ranking(c)], draws=draws, bootstrap=bootstrap)
+
+
+def test_equal_similarities_share_their_mean_rank():
+    similarity = np.random.default_rng(13).integers(0, 5, size=(9, 9))
+    similarity += similarity.T
+    upper = np.triu_indices(9, 1)
+    expected = stats.rankdata(similarity[upper])
+    np.testing.assert_allclose(Ranking(similarity).ranks_NN[upper], expected - expected.mean(), atol=1e-12)
 
 
 def test_the_order_of_the_tokens_changes_nothing(counts, told):

@@ -163,6 +163,10 @@ def spearman_interval(correlation: float | None, n: int, confidence: float = CON
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, float64; equal values share their mean rank."""
-    _, group_N, size_G = np.unique(values, return_inverse=True, return_counts=True)
-    last_rank_G = np.cumsum(size_G)
-    return (last_rank_G - (size_G - 1) / 2)[group_N]
+    order_N = np.argsort(values)
+    sorted_N = values[order_N]
+    first_G = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]])[: len(values)])
+    size_G = np.diff(first_G, append=len(values))
+    rank_N = np.empty(len(values))
+    rank_N[order_N] = np.repeat(first_G + (size_G + 1) / 2, size_G)
+    return rank_N

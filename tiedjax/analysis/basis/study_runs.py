@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis.run_data import data_of
+from tiedjax.analysis.basis.run_data import data_of_several
 from tiedjax.analysis.basis.tables import seen_rows
 from tiedjax.config import StudyConfig
 from tiedjax.data.prepared import Prepared
@@ -60,10 +60,10 @@ class TwinTables:
 
 
 class StudyRuns:
-    """A study's runs by (arm, seed). `text` gives a run's prepared data, or raises UserError."""
+    """A study's runs by (arm, seed). `text` gives a run's data, or raises UserError; None: `data_of_several`."""
 
-    def __init__(self, study: StudyConfig, runs: Runs, text: Callable[[Any], Prepared] = data_of):
-        self.study, self.runs, self.text = study, runs, text
+    def __init__(self, study: StudyConfig, runs: Runs, text: Callable[[Any], Prepared] | None = None):
+        self.study, self.runs, self.text = study, runs, text or data_of_several()
 
     @cached_property
     def last(self) -> dict[tuple[str, int], list[LastTable]]:

@@ -8,8 +8,9 @@ Axes: N tokens, B samples of them, P pairs of them, M similarities that one is c
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,9 +22,36 @@ BOOTSTRAP_DRAWS = 500
 LEAST = 4  # tokens: fewer have too few pairs for a correlation to be worth a number
 
 
+class Ranking:
+    """The ranks of one similarity [N, N] over all pairs of tokens: centred, symmetric, with a zero diagonal; zeros
+    where there is no pair."""
+
+    def __init__(self, similarity_NN: np.ndarray) -> None:
+        n = len(similarity_NN)
+        self.ranks_NN, upper_P = np.zeros((n, n)), np.triu_indices(n, 1)
+        if n > 1:
+            rank_P = ranks(np.asarray(similarity_NN)[upper_P])
+            self.ranks_NN[upper_P] = rank_P - rank_P.mean()
+        self.ranks_NN += self.ranks_NN.T
+        self.square_sum = float(np.square(self.ranks_NN).sum())
+        self._moments: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def moments(self, draws: int, bootstrap: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and variance of the ranks over each of the samples that `_drawn` makes after so many draws, [B] each.
+
+        They are kept, for one text's similarity is compared with many tables.
+        """
+        if (draws, bootstrap) not in self._moments:
+            times_BN = _drawn(len(self.ranks_NN), draws, bootstrap)[1]
+            mean_B = _over_samples(self.ranks_NN, times_BN)
+            variance_B = np.maximum(_over_samples(np.square(self.ranks_NN), times_BN) - mean_B**2, 0)
+            self._moments[draws, bootstrap] = mean_B, variance_B
+        return self._moments[draws, bootstrap]
+
+
 def agreements(
     similarity_NN: np.ndarray,
-    ranked: Sequence[np.ndarray],
+    rankings: Sequence[Ranking],
     *,
     draws: int = DRAWS,
     bootstrap: int = BOOTSTRAP_DRAWS,
@@ -32,26 +60,23 @@ def agreements(
     """Spearman's correlation of one symmetric similarity [N, N] with each of others over all pairs of tokens, and the
     first of these minus the last.
 
-    The others are `ranked`, by `rank_matrix`. Diagonals do not count. `draws` permutations of the tokens make the
-    floors, `bootstrap` samples of tokens the intervals (0: none), the same samples for all; both come from
-    `numpy.random.default_rng(0)`.
+    Diagonals do not count. `draws` permutations of the tokens make the floors, `bootstrap` samples of tokens the
+    intervals (0: none), the same samples for all; both come from `numpy.random.default_rng(0)`.
     """
     n = len(similarity_NN)
-    rng = np.random.default_rng(0)
-    ranks_NN = rank_matrix(similarity_NN)
-    scales = [math.sqrt(np.square(ranks_NN).sum() * np.square(other_NN).sum()) for other_NN in ranked]
+    ranking = Ranking(similarity_NN)
+    scales = [math.sqrt(ranking.square_sum * other.square_sum) for other in rankings]
     comparable = n >= LEAST and all(scale > 0 for scale in scales)
-    chance_MB = resampled_MB = np.zeros((len(ranked), 0))
+    chance_MB = resampled_MB = np.zeros((len(rankings), 0))
     if comparable:
-        orders = (rng.permutation(n) for _ in range(draws))
-        permuted_ranks = (ranks_NN.take(order, axis=0).take(order, axis=1) for order in orders)
-        chance_MB = np.array(
-            [[np.vdot(p_NN, o_NN) / s for o_NN, s in zip(ranked, scales, strict=True)] for p_NN in permuted_ranks]
-        ).T
-        resampled_MB = _bootstrap(ranks_NN, ranked, bootstrap, rng)
+        # take, not brackets: those give a transposed array, which every product would copy
+        permuted_ranks = (ranking.ranks_NN.take(order, 0).take(order, 1) for order in _drawn(n, draws, bootstrap)[0])
+        pairs = list(zip(rankings, scales, strict=True))
+        chance_MB = np.array([[np.vdot(p_NN, o.ranks_NN) / s for o, s in pairs] for p_NN in permuted_ranks]).T
+        resampled_MB = np.stack([_resampled(ranking, other, draws, bootstrap) for other in rankings])
     scores = [
         beside(
-            float(np.vdot(ranks_NN, ranked[i])) / scale if comparable else None,
+            float(np.vdot(ranking.ranks_NN, rankings[i].ranks_NN)) / scale if comparable else None,
             drawn_floor(chance_MB[i]),
             rows=n,
             rows_left_out=rows_left_out,
@@ -64,41 +89,36 @@ def agreements(
     return scores, Interval(difference, *_interval(resampled_MB[0] - resampled_MB[-1]), n, CONFIDENCE)
 
 
-def rank_matrix(similarity_NN: np.ndarray) -> np.ndarray:
-    """Centred ranks of all pairs, symmetric with a zero diagonal; zeros where there is no pair."""
-    n = len(similarity_NN)
-    ranks_NN, upper_P = np.zeros((n, n)), np.triu_indices(n, 1)
-    if n > 1:
-        rank_P = ranks(np.asarray(similarity_NN)[upper_P])
-        ranks_NN[upper_P] = rank_P - rank_P.mean()
-    return ranks_NN + ranks_NN.T
+@functools.lru_cache(maxsize=4)  # all tokens, and those of each stratum
+def _drawn(n: int, draws: int, bootstrap: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """Permutations of n tokens, and how often each of `bootstrap` samples holds each token, float64 [B, N]."""
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(n) for _ in range(draws)]
+    return orders, rng.multinomial(n, np.full(n, 1 / n), size=bootstrap).astype(np.float64)
 
 
-def _bootstrap(ranks_NN: np.ndarray, ranked: Sequence[np.ndarray], draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Correlations [M, B] over samples of tokens: a pair counts as often as both its tokens were drawn.
+def _resampled(first: Ranking, second: Ranking, draws: int, bootstrap: int) -> np.ndarray:
+    """Correlations [B] over samples of tokens: a pair counts as often as both its tokens were drawn.
 
     A token and its own copy are no pair. Ranks stay those of all tokens.
     """
+    (mean_B, variance_B), (other_mean_B, other_variance_B) = (r.moments(draws, bootstrap) for r in (first, second))
+    times_BN = _drawn(len(first.ranks_NN), draws, bootstrap)[1]
+    covariance_B = _over_samples(first.ranks_NN * second.ranks_NN, times_BN) - mean_B * other_mean_B
+    spread_B = np.sqrt(variance_B * other_variance_B)
+    correlation_B = np.full(len(times_BN), np.nan)
+    np.divide(covariance_B, spread_B, out=correlation_B, where=spread_B > 0)
+    return correlation_B
+
+
+def _over_samples(symmetric_NN: np.ndarray, times_BN: np.ndarray) -> np.ndarray:
+    """The mean over the pairs of each sample [B] of a symmetric matrix whose diagonal is zero."""
     from scipy.linalg.blas import dtrmm
 
-    n = len(ranks_NN)
-    times_BN = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
-    pairs_B = n**2 - np.square(times_BN).sum(axis=1)
-    # The matrices are symmetric without a diagonal: one triangle says all, in half of the products.
-    half: Callable[[np.ndarray], np.ndarray] = lambda m_NN: np.vecdot(dtrmm(1.0, m_NN.T, times_BN.T).T, times_BN)
-    mean: Callable[[np.ndarray], np.ndarray] = lambda m_NN: 2 * half(m_NN) / np.maximum(pairs_B, 1)
-    variance: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda m_NN, mean_B: np.maximum(
-        mean(m_NN**2) - mean_B**2, 0
-    )
-    mean_B = mean(ranks_NN)
-    variance_B = variance(ranks_NN, mean_B)
-    correlation_MB = np.full((len(ranked), draws), np.nan)
-    for i, other_NN in enumerate(ranked):
-        other_mean_B = mean(other_NN)
-        spread_B = np.sqrt(variance_B * variance(other_NN, other_mean_B))
-        covariance_B = mean(ranks_NN * other_NN) - mean_B * other_mean_B
-        np.divide(covariance_B, spread_B, out=correlation_MB[i], where=spread_B > 0)
-    return correlation_MB
+    upper_NB = dtrmm(1.0, symmetric_NN.T, times_BN.T)  # with one triangle alone: half the work
+    pairs_B = times_BN.shape[1] ** 2 - np.square(times_BN).sum(axis=1)
+    mean_B: np.ndarray = 2 * np.einsum("nb,bn->b", upper_NB, times_BN) / np.maximum(pairs_B, 1)
+    return mean_B
 
 
 def _interval(resampled_B: np.ndarray) -> tuple[float | None, float | None]:

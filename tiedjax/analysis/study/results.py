@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from tiedjax.analysis.basis.plain_json import to_plain
-from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
 from tiedjax.analysis.study import sentences, verdicts
@@ -18,7 +17,6 @@ from tiedjax.analysis.study.run_facts import differences, held_out_losses, run_f
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import to_tree
-from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 
 
@@ -27,20 +25,19 @@ def summarize(
     runs: Runs,
     *,
     environment: Mapping[str, Any] | None = None,
-    text: Callable[[Any], Prepared] = data_of,
     parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """results.json of a study, from its runs by (arm, seed).
 
-    `environment` says what the caller knows of the machine, versions and time; `text` finds a run's data; `parts` are
-    those of `parts_of`, if others have collected them. Pairs without a run are named in `notes`. UserError when no
-    seed has a run of the reference arm.
+    `environment` says what the caller knows of the machine, versions and time; `parts` are those of `parts_of`, if
+    others have collected them. Pairs without a run are named in `notes`. UserError when no seed has a run of the
+    reference arm.
     """
     seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
     if not seeds:
         raise UserError(f"study: no run of the reference arm {study.reference!r}; nothing can be compared with it")
     if parts is None:
-        held = StudyRuns(study, runs, text)
+        held = StudyRuns(study, runs)
         parts = {name: collect(name, held) for name in parts_of(study)}
     walk = parts["walk"]
     final = [r for r in walk["comparisons"] if r["final"]]

@@ -24,7 +24,7 @@ from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.basis.token_pairs import BOOTSTRAP_DRAWS, DRAWS, agreements, rank_matrix
+from tiedjax.analysis.basis.token_pairs import BOOTSTRAP_DRAWS, DRAWS, Ranking, agreements
 from tiedjax.data.prepared import Prepared, Windows
 from tiedjax.errors import UserError
 
@@ -52,9 +52,9 @@ class Contexts:
     available: int
 
     @cached_property
-    def ranked(self) -> list[np.ndarray]:
-        """Both similarities as centred ranks."""
-        return [rank_matrix(self.as_target_NN), rank_matrix(self.as_context_NN)]
+    def rankings(self) -> list[Ranking]:
+        """Both similarities as ranks."""
+        return [Ranking(self.as_target_NN), Ranking(self.as_context_NN)]
 
     @cached_property
     def parts(self) -> dict[str, Contexts]:
@@ -224,12 +224,12 @@ def measure(
     cosine_NN = unit_ND @ unit_ND.T
     text = text if len(index_N) == len(norm_N) else text.only(index_N)
     (as_target, as_context), difference = agreements(
-        cosine_NN, text.ranked, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(index_N)
+        cosine_NN, text.rankings, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(index_N)
     )
     parts = {}
     for name, part in text.parts.items():
         index_M = np.flatnonzero(text.strata[name])
-        (a, b), gap = agreements(cosine_NN[np.ix_(index_M, index_M)], part.ranked, draws=draws, bootstrap=0)
+        (a, b), gap = agreements(cosine_NN[np.ix_(index_M, index_M)], part.rankings, draws=draws, bootstrap=0)
         parts[name] = Stratum(a.rows, a, b, gap)
     return Cooccurrence(
         rows=len(index_N),

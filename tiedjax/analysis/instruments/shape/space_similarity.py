@@ -163,7 +163,7 @@ def _pairs(x: _Centred, y: _Centred) -> Score | None:
     a_SS, b_SS = (_cosines(table.rows(index_S)) for table in (x, y))
     (agreement,), _ = token_pairs.agreements(
         b_SS,
-        [token_pairs.rank_matrix(a_SS)],
+        [token_pairs.Ranking(a_SS)],
         draws=SAMPLE_DRAWS,
         bootstrap=BOOTSTRAP_DRAWS,
         rows_left_out=left_out,
