@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
+from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves, snapshot_steps
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data.batches import Batches, eval_batches
@@ -40,7 +40,7 @@ from tiedjax.step import Steps, TrainState, decided, make_steps
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every", "train.early_snapshots_dtype"),
 }
 
 
@@ -111,7 +111,10 @@ def train(
         if process.is_main():
             _describe(cfg, out, prepared, counts_2V)
         snapshots.delete_from(start + 1 if start else 0)
+        planned = snapshot_steps(cfg.train.snapshot_every, cfg.train.steps)
+        rounds = cfg.train.early_snapshots_dtype == "bfloat16"
         if start == 0:
+            _say(f"{label}: {_disk_use(cfg, state)}")
             snapshots.save(0, state.params["tables"], about)
 
         # ---- Steps ----
@@ -135,14 +138,17 @@ def train(
             ends = stop.requested_at(step) or step == last
             evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
             checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
-            snaps = is_snapshot_step(step, cfg.train.snapshot_every, cfg.train.steps)
+            snaps = step in planned
             recorder.record(step, metrics, deciles=snaps)
             if evaluates or checks or snaps:
                 recorder.flush(partial(evaluation, state) if evaluates else None)
             if (checks or snaps) and not _all_finite(state):
                 raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
             if snaps:
-                snapshots.save(step, state.params["tables"], about)
+                if rounds and planned[step]:
+                    snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
+                else:
+                    snapshots.save(step, state.params["tables"], about)
             if checks:
                 snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
                 checkpoints.save(step, state._asdict(), about)
@@ -184,6 +190,30 @@ def _one_ahead(batches: Iterator[jax.Array]) -> Iterator[jax.Array]:
 @jax.jit
 def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
+@jax.jit
+def _rounded(tables: Any) -> Any:
+    return jax.tree.map(lambda table: table.astype(jnp.bfloat16), tables)
+
+
+def _disk_use(cfg: RunConfig, state: TrainState) -> str:
+    """What the run will have written when all its steps are done."""
+    train, table_bytes = cfg.train, _bytes(state.params["tables"])
+    planned = snapshot_steps(train.snapshot_every, train.steps)
+    rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
+    snapshots = table_bytes * len(planned) - table_bytes // 2 * rounded
+    states = -(-train.steps // (train.checkpoint_every or train.steps))
+    kept = min(train.keep_checkpoints, states)
+    return (
+        f"will write {len(planned)} snapshots ({snapshots / 2**30:.2f} GiB) and keep {kept} of {states} states "
+        f"({_bytes(state) * kept / 2**30:.2f} GiB)"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Of all arrays, each counted once however many devices hold parts of it."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _say(line: str) -> None:
