@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
+from tiedjax import cli
 from tiedjax.config import DataConfig
 from tiedjax.data import command, shards
 from tiedjax.data.folders import locked
@@ -425,3 +426,19 @@ def test_the_command_prepares_a_folder_to_train_on(tmp_path: Path, capsys: pytes
     assert printed.out == f"data.source: prepared:{out}\n"
     assert "tokenize: 122 of 122 documents" in printed.err
     assert prepare(DataConfig(source=f"prepared:{out}"), 300, report=quiet).vocab_size == 300
+
+
+def test_the_command_counts_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus(tmp_path / "a.jsonl")
+    out = tmp_path / "out"
+    prepared = ["data", "prepare", f"text:{tmp_path}/a.jsonl", "--out", str(out), "--vocab-size", "300"]
+    assert cli.main([*prepared, "--holdout", "0.2", "--seq-len", "8", "--seq-len", "0"]) == 2
+    assert capsys.readouterr().err == "tiedjax: --seq-len: must be at least 1, got 0\n"
+    assert not out.exists()
+    assert cli.main([*prepared, "--holdout", "0.2", "--seq-len", "8", "--seq-len", "1024"]) == 0
+    assert capsys.readouterr().err.endswith("count tokens of windows of 8\ncount tokens of windows of 1,024\n")
+    for seq_len in (8, 1024):
+        windows = load_prepared(out).windows("train", seq_len)
+        tokens_NS = windows.read(range(len(windows)))
+        expected = [np.bincount(part.ravel(), minlength=300) for part in (tokens_NS[:, :-1], tokens_NS[:, 1:])]
+        np.testing.assert_array_equal(np.load(out / f"counts-{seq_len}.npy"), expected)

@@ -25,12 +25,12 @@ from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_com
 import tiedjax
 from tiedjax import cli, load_run, loop, metrics
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.config import ModelConfig, RunConfig, TrainConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.sharding import make_mesh
-from tiedjax.step import decided
+from tiedjax.step import TrainState, decided
 
 REQUIRED = {
     *("step", "loss", "tokens", "learning_rate", "grad_norm", "input_grad_norm", "output_grad_norm"),
@@ -126,6 +126,55 @@ def test_load_run_reads_what_the_contract_names(finished: Path) -> None:
         run.tables(step=3)
     with pytest.raises(tiedjax.run.UserError, match=r"holds no config\.yaml"):
         tiedjax.load_run(finished / "snapshots")
+
+
+def test_early_snapshots_may_be_rounded_and_nothing_else(finished: Path, text: Path, tmp_path: Path) -> None:
+    """Begun without, continued with another schedule: each snapshot says how it was saved, and all read as float32."""
+    out, changes = tmp_path / "run", {"train.early_snapshots_dtype": "bfloat16", "train.snapshot_every": 7}
+    assert cli.main(arguments(out, text, {"train.stop_at": 1})) == 0
+    assert cli.main(arguments(out, text, {**changes, "train.stop_at": 3})) == 0
+    assert cli.main(arguments(out, text, {**changes, "train.snapshot_every": 2})) == 0
+    rounded, whole, saves = load_run(out), load_run(finished), Checkpoints(out / "snapshots", create=False)
+    assert rounded.snapshot_steps == [0, 1, 2, 4, 6, 8]
+    assert [step for step in rounded.snapshot_steps if saves.about(step).get("rounded_to") == "bfloat16"] == [2]
+    for step in rounded.snapshot_steps:
+        table, expected = rounded.tables(step).input, whole.tables(step).input
+        assert table.dtype == np.float32
+        assert rounded.tables(step).tied
+        np.testing.assert_array_equal(
+            table, expected.astype(jnp.bfloat16).astype(np.float32) if step == 2 else expected
+        )
+    assert_same_run(out, finished)
+
+
+def test_a_run_says_first_what_it_will_write(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
+    changes = {"train.checkpoint_every": 3, "train.stop_at": 1}
+    assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
+    says = "run: will write 6 snapshots (0.00 GiB) and keep 2 of 3 states (0.00 GiB)\n"
+    assert capsys.readouterr().out.count(says) == 1
+    assert cli.main(arguments(tmp_path / "run", text, {"train.checkpoint_every": 3})) == 0
+    assert "will write" not in capsys.readouterr().out, "it is said once"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "will write 13 snapshots (3.25 GiB) and keep 2 of 4 states (2.00 GiB)"),
+        (
+            {"early_snapshots_dtype": "bfloat16", "keep_checkpoints": 1},
+            "will write 13 snapshots (2.38 GiB) and keep 1 of 4 states (1.00 GiB)",
+        ),
+        ({"checkpoint_every": None}, "will write 13 snapshots (3.25 GiB) and keep 1 of 1 states (1.00 GiB)"),
+        ({"checkpoint_every": 399}, "will write 13 snapshots (3.25 GiB) and keep 2 of 2 states (2.00 GiB)"),
+        ({"snapshot_every": 1, "steps": 1}, "will write 2 snapshots (0.50 GiB) and keep 1 of 1 states (1.00 GiB)"),
+    ],
+)
+def test_what_a_run_will_write_is_counted(options: dict[str, Any], says: str) -> None:
+    """A table of 0.25 GiB and three more arrays like it; snapshots at 0, seven early steps and five later ones."""
+    table = SimpleNamespace(nbytes=2**28)
+    state = TrainState(table, {"tables": {"shared": table}, "body": table}, table)
+    train = TrainConfig(**{"steps": 400, "checkpoint_every": 100, "snapshot_every": 80, **options})
+    assert loop._disk_use(RunConfig(train=train), state) == says
 
 
 def test_token_counts_are_those_of_the_training_windows(finished: Path) -> None:

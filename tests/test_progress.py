@@ -12,6 +12,8 @@ from runs import STEPS, arguments, rows, start_commands, write_text
 
 from tiedjax.data.prepared import Prepared, load_prepared
 
+WRITES = "will write 6 snapshots (0.00 GiB) and keep 1 of 1 states (0.00 GiB)"
+
 
 def without_clock(output: str) -> list[str]:
     """The lines, each duration and each rate as `#`, without the progress that only a slow machine shows."""
@@ -62,8 +64,10 @@ def test_training_says_when_it_prepares_and_when_it_compiles_and_each_once(fresh
         )
     assert without_clock(out) == [
         *preparation(f"text:{fresh}", cached(tmp_path / "cache"), 80, 320),
+        f"run-0: {WRITES}",
         "run-0: compiling the train step ...",
         *steps[0],
+        f"run-1: {WRITES}",
         *steps[1],  # whose data and step are there already
         f"run-1: nothing to do, {STEPS} of {STEPS} steps are done",
     ]

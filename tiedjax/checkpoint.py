@@ -20,11 +20,16 @@ import orbax.checkpoint as ocp
 
 from tiedjax.errors import UserError
 
+ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
-def is_snapshot_step(step: int, every: int, last: int) -> bool:
-    """Whether tables are saved after `step` updates: 0, 1, 2, 4, ... below `every`, its multiples, and the last."""
-    early = step < every and step & (step - 1) == 0
-    return early or step % every == 0 or step == last
+
+def snapshot_steps(every: int, last: int) -> dict[int, bool]:
+    """After how many updates tables are saved, ascending: 0, 1, 2, 4, ... below `every`, its multiples, and the last.
+
+    True for the early ones, 1, 2, 4, ...; False for 0, from which movement is measured, and for those from `every` on.
+    """
+    early = {1 << power for power in range(every.bit_length()) if 1 << power < min(every, last)}
+    return {step: step in early for step in sorted({*early, *range(0, last, every), last})}
 
 
 @jax.jit

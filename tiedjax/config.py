@@ -231,6 +231,11 @@ class TrainConfig(_Checked):
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
     snapshot_every: int = _option(100, "steps between table snapshots, after 0, 1, 2, 4, 8, ...", at_least=1)
+    early_snapshots_dtype: Literal["float32", "bfloat16"] = _option(
+        "float32",
+        "dtype in which the snapshots of steps 1, 2, 4, 8, ... below snapshot_every are saved; bfloat16 halves them, "
+        "and hides movements of less than 2^-9 of a value",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 import signal
@@ -22,16 +21,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.checkpoint import Checkpoints, failed_saves, is_snapshot_step
+from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves, snapshot_steps
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
+from tiedjax.data import counts
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import prepare
-from tiedjax.data.prepared import Prepared
+from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
+from tiedjax.host.workers import Aside, Task
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, TrainState, decided, make_steps
@@ -40,10 +41,11 @@ from tiedjax.step import Steps, TrainState, decided, make_steps
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every", "train.early_snapshots_dtype"),
 }
 
 
+TOKEN_COUNTS = "token_counts.npy"
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
 _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
@@ -89,10 +91,13 @@ def train(
         # ---- Data ----
         prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
         batches = _local_batches(cfg, mesh, prepared)
-        counts_2V = prepared.token_counts(cfg.model.seq_len, cfg.model.table_rows)
+        at_once = counts.counted_at_once(prepared)
+        count = prepared.token_counts if at_once else partial(counts.sampled_counts, prepared)
+        counts_2V = count(cfg.model.seq_len, cfg.model.table_rows)
 
         # ---- State: new or restored ----
         stop = held.enter_context(process.StopRequest())  # left after the last save is complete
+        counting = held.enter_context(_Counting(cfg, out, label, prepared, stop))
         held.enter_context(failed_saves(process.end_cluster_soon_if_any))
         keep = cfg.train.keep_checkpoints
         checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
@@ -107,11 +112,19 @@ def train(
             _say(f"{label}: ended before it had saved a state; it starts again from step 0")
         if start >= last:
             _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
+            if start >= cfg.train.steps and not (out / TOKEN_COUNTS).exists():  # it was ended while it waited for them
+                counting.begin()
+                counting.needed = True
             return Outcome(start, start >= cfg.train.steps)
         if process.is_main():
-            _describe(cfg, out, prepared, counts_2V)
+            _describe(cfg, out, prepared, counts_2V if at_once else None)
+        if not at_once:
+            counting.begin()
         snapshots.delete_from(start + 1 if start else 0)
+        planned = snapshot_steps(cfg.train.snapshot_every, cfg.train.steps)
+        rounds = cfg.train.early_snapshots_dtype == "bfloat16"
         if start == 0:
+            _say(f"{label}: {_disk_use(cfg, state)}")
             snapshots.save(0, state.params["tables"], about)
 
         # ---- Steps ----
@@ -132,17 +145,21 @@ def train(
             # The guard makes an error of what would delay every step: an argument that is still on the host.
             with trace.step(step, state), jax.transfer_guard("disallow"):
                 state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
+            counting.check()
             ends = stop.requested_at(step) or step == last
             evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
             checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
-            snaps = is_snapshot_step(step, cfg.train.snapshot_every, cfg.train.steps)
+            snaps = step in planned
             recorder.record(step, metrics, deciles=snaps)
             if evaluates or checks or snaps:
                 recorder.flush(partial(evaluation, state) if evaluates else None)
             if (checks or snaps) and not _all_finite(state):
                 raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
             if snaps:
-                snapshots.save(step, state.params["tables"], about)
+                if rounds and planned[step]:
+                    snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
+                else:
+                    snapshots.save(step, state.params["tables"], about)
             if checks:
                 snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
                 checkpoints.save(step, state._asdict(), about)
@@ -151,6 +168,7 @@ def train(
                     _record_state(out, step)
                     recorded = True
             if ends:
+                counting.needed = step == cfg.train.steps
                 break
     return Outcome(step, step >= cfg.train.steps, stop.signal)
 
@@ -184,6 +202,30 @@ def _one_ahead(batches: Iterator[jax.Array]) -> Iterator[jax.Array]:
 @jax.jit
 def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
+@jax.jit
+def _rounded(tables: Any) -> Any:
+    return jax.tree.map(lambda table: table.astype(jnp.bfloat16), tables)
+
+
+def _disk_use(cfg: RunConfig, state: TrainState) -> str:
+    """What the run will have written when all its steps are done."""
+    train, table_bytes = cfg.train, _bytes(state.params["tables"])
+    planned = snapshot_steps(train.snapshot_every, train.steps)
+    rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
+    snapshots = table_bytes * len(planned) - table_bytes // 2 * rounded
+    states = -(-train.steps // (train.checkpoint_every or train.steps))
+    kept = min(train.keep_checkpoints, states)
+    return (
+        f"will write {len(planned)} snapshots ({snapshots / 2**30:.2f} GiB) and keep {kept} of {states} states "
+        f"({_bytes(state) * kept / 2**30:.2f} GiB)"
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Of all arrays, each counted once however many devices hold parts of it."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _say(line: str) -> None:
@@ -238,10 +280,11 @@ def _record_state(out: Path, step: int) -> None:
         write_atomically(out / SAVED_STATE, json.dumps({"step": step}) + "\n")
 
 
-def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, counts_2V)
-    write_atomically(out / "token_counts.npy", buffer.getvalue())
+def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray | None) -> None:
+    if counts_2V is None:
+        (out / TOKEN_COUNTS).unlink(missing_ok=True)  # until these are counted
+    else:
+        save_array(out / TOKEN_COUNTS, counts_2V)
     if prepared.tokenizer_path:
         write_atomically(out / "tokenizer.json", prepared.tokenizer_path.read_bytes())
     write_atomically(out / "config.yaml", to_yaml(cfg))
@@ -258,6 +301,50 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
             place = checkpoints.directory / str(saved[-1])
             raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
+
+
+class _Counting:
+    """Has one process write token_counts.npy beside training, if asked to begin.
+
+    When it is left, it waits for that process if the counts are `needed` now, unless a signal comes, and ends it.
+    """
+
+    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.StopRequest):
+        arguments = {
+            "directory": str(prepared.directory),
+            "seq_len": cfg.model.seq_len,
+            "vocab_rows": cfg.model.table_rows,
+            "path": str(out.absolute() / TOKEN_COUNTS),
+        }
+        self._task = Task(f"{label}: counting tokens", "tiedjax.data.counts:count_beside_training", arguments)
+        self._wait = f"{label}: trained; waiting until its {prepared.num_tokens('train'):,} training tokens are counted"
+        self._stop = stop
+        self._aside: Aside | None = None
+        self.needed = False
+
+    def __enter__(self) -> _Counting:
+        return self
+
+    def begin(self) -> None:
+        """Starts that process, from the main one of a cluster only."""
+        if process.is_main():
+            self._aside = Aside(self._task)
+
+    def check(self) -> None:
+        """Raises the UserError of a token that does not fit, if one has been met by now."""
+        if self._aside:
+            self._aside.returned()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._aside:
+            return
+        try:
+            if kind is None and self.needed and not self._aside.returned():
+                _say(self._wait)
+                while not self._stop.signal and not self._aside.returned(seconds=0.2):
+                    pass
+        finally:
+            self._aside.end()
 
 
 class _Evaluation:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tiedjax import tying
-from tiedjax.checkpoint import Checkpoints
+from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
@@ -92,10 +93,11 @@ class Run:
         return path if path.is_file() else None
 
     def tables(self, step: int | None = None) -> RunTables:
-        """The tables after `step` updates; by default the last snapshot."""
+        """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
-        abstract = _without_sharding(abstract_params(self.config)["tables"])
-        saved = snapshots.restore(step, abstract)
+        dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
+        abstract = _without_sharding(abstract_params(self.config)["tables"], dtype)
+        saved = jax.tree.map(partial(np.asarray, dtype=np.float32), snapshots.restore(step, abstract))
         tables = tying.scheme_of(self.config.tying).tables(saved)
         return RunTables(tables.input, tables.output, tables.input is tables.output)
 
@@ -155,5 +157,6 @@ def _existing(directory: Path) -> Checkpoints | None:
     return Checkpoints(directory, create=False) if directory.is_dir() else None
 
 
-def _without_sharding(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+def _without_sharding(tree: Any, dtype: Any = None) -> Any:
+    """The same shapes, to be restored as NumPy; with the leaves' dtypes or all with `dtype`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), tree)

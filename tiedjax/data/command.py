@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
+
+from tiedjax.errors import UserError
 
 PREPARE = "turn text into token shards with their tokenizer"
 
@@ -44,6 +48,15 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="field of the text in .jsonl lines and TFDS examples (default: %(default)s)",
     )
+    parser.add_argument(
+        "--seq-len",
+        action="append",
+        type=int,
+        default=[],
+        metavar="T",
+        help="count the tokens of training windows of this length (model.seq_len) now; repeatable (default: when a run "
+        "asks for them)",
+    )
     parser.add_argument("--workers", type=int, help="threads that tokenize (default: one per core)")
 
 
@@ -60,6 +73,13 @@ def run(args: argparse.Namespace) -> int:
         holdout=args.holdout,
         workers=args.workers,
     )
-    prepare(data, args.vocab_size, report=lambda line: print(line, file=sys.stderr, flush=True), out=args.out)
+    for seq_len in args.seq_len:
+        if seq_len < 1:
+            raise UserError(f"--seq-len: must be at least 1, got {seq_len}")
+    report: Callable[[str], None] = partial(print, file=sys.stderr, flush=True)
+    prepared = prepare(data, args.vocab_size, report=report, out=args.out)
+    for seq_len in args.seq_len:
+        report(f"count tokens of windows of {seq_len:,}")
+        prepared.token_counts(seq_len, prepared.vocab_size)
     print(f"data.source: prepared:{args.out}")
     return 0

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ META = "meta.json"
 FORMAT = 1
 _KEYS = ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash", "documents", "segments")
 _AGAIN = "remove the folder and prepare the data again"
-_CHUNK = 2**24  # tokens counted at a time
+SAMPLED = "samples:"  # begins a hash that is not of all tokens, and so the fingerprint of what holds such files
+_CHUNK = 2**22  # tokens counted at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Segment:
     offset: int  # bytes before the file's first token
     start: int  # first and
     stop: int  # last + 1 token of this run
-    sha256: str  # of all tokens in the file
+    sha256: str  # of all tokens in the file, or SAMPLED and that of blocks of them
 
     def tokens(self, directory: Path) -> npt.NDArray[Any]:
         """The tokens [stop - start], mapped read-only."""
@@ -46,17 +48,33 @@ class Segment:
         mapped = np.memmap(directory / self.file, dtype, "r", offset=offset, shape=(self.stop - self.start,))
         return mapped.view(np.ndarray)  # slices of the subclass cost several times more
 
+    def check(self, tokens: npt.NDArray[Any], vocab_size: int) -> None:
+        """UserError where one of these tokens of the file is not an id of 0 .. vocab_size - 1."""
+        least, most = int(tokens.min()), int(tokens.max())
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            raise UserError(
+                f"{self.file}: token id {wrong} does not fit model.vocab_size {vocab_size} "
+                f"(read as {np.dtype(self.dtype).name}; ids are 0 .. {vocab_size - 1})"
+            )
+
 
 class Windows:
     """Every window of T + 1 tokens of one split, by number.
 
     Neighbours share one token, the last target of one being the first input of the next, so that every token is
-    predicted once. No window spans two segments; fewer than T tokens at the end of each are left out.
+    predicted once. No window spans two segments; fewer than T tokens at the end of each are left out. `check` is given
+    the number of an array and what is read of it, and raises where that cannot be.
     """
 
-    def __init__(self, arrays: list[npt.NDArray[Any]], seq_len: int) -> None:
+    def __init__(
+        self,
+        arrays: list[npt.NDArray[Any]],
+        seq_len: int,
+        check: Callable[[int, npt.NDArray[Any]], None] | None = None,
+    ) -> None:
         self.seq_len = seq_len
-        self._arrays = arrays
+        self._arrays, self._check = arrays, check
         self._ends = np.cumsum([max(len(array) - 1, 0) // seq_len for array in arrays], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -73,18 +91,37 @@ class Windows:
             first = int(self._ends[segment - 1]) if segment else 0
             start = (index - first) * self.seq_len
             row[:] = self._arrays[segment][start : start + self.seq_len + 1]
+        if self._check:
+            for segment in np.unique(segments).tolist():
+                self._check(segment, rows[segments == segment])
         return rows
 
     def counts(self, rows: int) -> npt.NDArray[np.int64]:
-        """How often each id 0 .. rows - 1 is an input and a target over all windows: int64 [2, rows]."""
+        """How often each id 0 .. rows - 1 is an input and a target over all windows: int64 [2, rows].
+
+        Every token is checked, those too that are in no window.
+        """
         counts = np.zeros((2, rows), np.int64)
-        for array in self._arrays:
-            covered = max(len(array) - 1, 0) // self.seq_len * self.seq_len
-            for role in (0, 1):  # inputs are the tokens 0 .. covered - 1, targets are one further
-                for start in range(role, covered + role, _CHUNK):
-                    tokens = array[start : min(start + _CHUNK, covered + role)]
-                    counts[role] += np.bincount(tokens.astype(np.int64, copy=False), minlength=rows)
+        for number, (array, covered) in enumerate(zip(self._arrays, self._covered(), strict=True)):
+            for start in range(0, len(array), _CHUNK):
+                tokens = array[start : start + _CHUNK]
+                if self._check:
+                    self._check(number, tokens)
+                inputs = tokens[: max(covered - start, 0)]
+                counts += np.bincount(inputs.astype(np.int64, copy=False), minlength=rows)
+            if covered:  # the targets are the inputs but for the first, and one more
+                counts[1, array[0]] -= 1
+                counts[1, array[covered]] += 1
         return counts
+
+    def outside(self, token: int) -> int:
+        """How often a token occurs at the ends of segments, where it is no window's input."""
+        ends = (array[covered:] for array, covered in zip(self._arrays, self._covered(), strict=True))
+        return sum(int(np.count_nonzero(tokens == token)) for tokens in ends)
+
+    def _covered(self) -> list[int]:
+        """The number of inputs in each segment."""
+        return [max(len(array) - 1, 0) // self.seq_len * self.seq_len for array in self._arrays]
 
 
 @dataclass(frozen=True)
@@ -94,7 +131,7 @@ class Prepared:
     directory: Path
     source: str
     key: str  # sha256 of what the preparation was asked for
-    fingerprint: str  # sha256 of the tokens themselves, their split and their tokenizer: the same on every machine
+    fingerprint: str  # sha256 of the tokens, their split and their tokenizer, the same on every machine; see SAMPLED
     vocab_size: int  # every id is below this
     end_id: int | None  # the id after each document; None: not known
     tokenizer_path: Path | None
@@ -116,7 +153,7 @@ class Prepared:
 
     def windows(self, split: Split, seq_len: int) -> Windows:
         """The windows of seq_len + 1 tokens of a split; UserError where there is not one."""
-        windows = Windows(self.arrays(split), seq_len)
+        windows = self._all_windows(split, seq_len)
         if not len(windows):
             more = "; raise data.holdout or give more text" if split == "eval" else "; give more text"
             raise UserError(
@@ -125,23 +162,40 @@ class Prepared:
             )
         return windows
 
+    def _all_windows(self, split: Split, seq_len: int) -> Windows:
+        """The windows of a split, maybe none; what preparation has not checked of its files is when it is read."""
+        if not self.fingerprint.startswith(SAMPLED):
+            return Windows(self.arrays(split), seq_len)
+        segments = self.segments[split]
+        check = lambda number, tokens: segments[number].check(tokens, self.vocab_size)
+        return Windows(self.arrays(split), seq_len, check)
+
     def token_counts(self, seq_len: int, vocab_rows: int) -> npt.NDArray[np.int64]:
         """How often each id is an input (row 0) and a target (row 1) over all training windows: int64 [2, vocab_rows].
 
-        Kept beside the shards after the first time, where that folder can be written. UserError where what was kept
-        is damaged.
+        Kept beside the shards after the first time, where that folder can be written, with the number of documents
+        where that was not known. UserError where what was kept is damaged, or a token is out of range.
         """
         self.check_vocabulary(vocab_rows)
-        path = self.directory / f"counts-{seq_len}.npy"
+        path = self.counts_path(seq_len)
         if path.exists():
             counts = _read_counts(path, self.vocab_size)
         else:
             counts = self.windows("train", seq_len).counts(self.vocab_size)
-            if os.access(self.directory, os.W_OK):
-                buffer = io.BytesIO()
-                np.save(buffer, counts)
-                write_atomically(path, buffer.getvalue())
+            kept = os.access(self.directory, os.W_OK)
+            if self.fingerprint.startswith(SAMPLED):
+                held_out = self._all_windows("eval", seq_len).counts(self.vocab_size)  # checks what is held out too
+                if kept and self.end_id is not None:
+                    inputs: dict[Split, int] = {"train": counts[0, self.end_id], "eval": held_out[0, self.end_id]}
+                    outside = {split: self._all_windows(split, seq_len).outside(self.end_id) for split in SPLITS}
+                    _record_documents(self.directory, {split: int(inputs[split]) + outside[split] for split in SPLITS})
+            if kept:
+                save_array(path, counts)
         return np.pad(counts, ((0, 0), (0, vocab_rows - self.vocab_size)))
+
+    def counts_path(self, seq_len: int) -> Path:
+        """Where `token_counts` keeps the counts of windows of this length."""
+        return self.directory / f"counts-{seq_len}.npy"
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """UserError where an id does not fit into vocab_size."""
@@ -150,6 +204,19 @@ class Prepared:
                 f"model.vocab_size: {vocab_size} is less than the {self.vocab_size} token ids of {self.source} "
                 f"({self.directory})"
             )
+
+
+def _record_documents(directory: Path, documents: dict[Split, int]) -> None:
+    """Writes into meta.json how many documents there are, once every token was read."""
+    meta = json.loads((directory / META).read_text(encoding="utf-8"))
+    write_atomically(directory / META, json.dumps({**meta, "documents": documents}, indent=1) + "\n")
+
+
+def save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Writes a .npy file, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomically(path, buffer.getvalue())
 
 
 def save_meta(
@@ -167,12 +234,13 @@ def save_meta(
     tokenizer_hash = None if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest()
     if tokenizer is not None:
         (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    sampled = any(s.sha256.startswith(SAMPLED) for split in SPLITS for s in segments[split])
     runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
     meta = {
         "format": FORMAT,
         "source": source,
         "key": key,
-        "fingerprint": sha256_of([FORMAT, runs, end_id, tokenizer_hash]),
+        "fingerprint": (SAMPLED if sampled else "") + sha256_of([FORMAT, runs, end_id, tokenizer_hash]),
         "vocab_size": vocab_size,
         "end_id": end_id,
         "tokenizer_hash": tokenizer_hash,

@@ -4,6 +4,9 @@
 taken as raw little-endian ids: uint16 or uint32 where the ending is .u16/.uint16 or .u32/.uint32, else uint16 when
 model.vocab_size is at most 65,536 and uint32 otherwise.
 
+Up to `READ_WHOLE` tokens every one of them is hashed and checked here. Of more, blocks of each file are: what must see
+every token happens when they are counted, beside training.
+
 The last `holdout` share of each file is held out. Where the tokenizer, and so the end marker, is known the cut lies
 behind one, so that no document is in both splits; a file that holds a single document is then all for training.
 """
@@ -20,13 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiedjax.data.prepared import Segment, Split
+from tiedjax.data.prepared import SAMPLED, Segment, Split
 from tiedjax.data.progress import Progress
 from tiedjax.errors import UserError
 
 _ENDINGS = {".u16": "<u2", ".uint16": "<u2", ".u32": "<u4", ".uint32": "<u4"}
 _MAGIC = b"\x93NUMPY"
+READ_WHOLE = 2**26  # tokens of all files together: a third of a second
 _CHUNK = 2**22  # tokens looked at at a time
+_BLOCKS, _BLOCK = 64, 2**12  # of each file otherwise: how many, of how many tokens
 _PEEK = 2**16  # tokens that the guess of a raw file's type is checked on
 
 
@@ -46,22 +51,28 @@ def scan(
     workers: int,
     report: Callable[[str], None],
 ) -> TokenFiles:
-    """Checks every id of every file against vocab_size, hashes them, and cuts each file into its two splits."""
-    progress = Progress(f"read {len(files):,} token files", report)
+    """Checks the ids of every file against vocab_size, hashes them, and cuts each file into its two splits."""
     segments: dict[Split, list[Segment]] = {"train": [], "eval": []}
     ends: dict[Split, int] = {"train": 0, "eval": 0}
     with ThreadPoolExecutor(workers) as pool:  # hashing and comparing release the GIL
-        for whole in pool.map(lambda path: _checked(_describe(path, vocab_size), vocab_size), files):
+        described = list(pool.map(lambda path: _describe(path, vocab_size), files))
+        total = sum(whole.stop for whole in described)
+        whole_files = total <= READ_WHOLE
+        counts_documents = whole_files and end_id is not None
+        progress = Progress(f"read {len(files):,} token files", report)
+        for whole in pool.map(lambda whole: (_checked if whole_files else _sampled)(whole, vocab_size), described):
             tokens = whole.tokens(Path())
             cut = _cut(tokens, holdout, end_id)
             parts: list[tuple[Split, int, int]] = [("train", 0, cut), ("eval", cut, whole.stop)]
             for split, start, stop in parts:
                 if start < stop:
                     segments[split].append(replace(whole, start=start, stop=stop))
-                    ends[split] += 0 if end_id is None else _count(tokens[start:stop], end_id)
-            progress.add(0, whole.stop)
+                    ends[split] += _count(tokens[start:stop], end_id) if counts_documents else 0
+            progress.add(0, whole.stop if whole_files else min(whole.stop, _BLOCKS * _BLOCK))
     progress.done()
-    return TokenFiles(segments, {split: None if end_id is None else ends[split] for split in segments})
+    if not whole_files:
+        report(f"{total:,} tokens in all; those that were not read yet are checked when tokens are counted")
+    return TokenFiles(segments, {split: ends[split] if counts_documents else None for split in segments})
 
 
 def _describe(path: Path, vocab_size: int) -> Segment:
@@ -98,15 +109,21 @@ def _checked(whole: Segment, vocab_size: int) -> Segment:
     digest = hashlib.sha256()
     for start in range(0, len(tokens), _CHUNK):
         part = tokens[start : start + _CHUNK]
-        least, most = int(part.min()), int(part.max())
-        if least < 0 or most >= vocab_size:
-            wrong = least if least < 0 else most
-            raise UserError(
-                f"{whole.file}: token id {wrong} does not fit model.vocab_size {vocab_size} "
-                f"(read as {tokens.dtype.name}; ids are 0 .. {vocab_size - 1})"
-            )
+        whole.check(part, vocab_size)
         digest.update(np.ascontiguousarray(part).data)
     return replace(whole, sha256=digest.hexdigest())
+
+
+def _sampled(whole: Segment, vocab_size: int) -> Segment:
+    """The same of evenly spaced blocks, with the number of tokens in the hash."""
+    tokens = whole.tokens(Path())
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    for number in range(_BLOCKS):
+        start = max(len(tokens) - _BLOCK, 0) * number // (_BLOCKS - 1)
+        part = tokens[start : start + _BLOCK]
+        whole.check(part, vocab_size)
+        digest.update(np.ascontiguousarray(part).data)
+    return replace(whole, sha256=SAMPLED + digest.hexdigest())
 
 
 def _cut(tokens: npt.NDArray[Any], holdout: float, end_id: int | None) -> int:
@@ -126,6 +143,6 @@ def _cut(tokens: npt.NDArray[Any], holdout: float, end_id: int | None) -> int:
     return len(tokens)
 
 
-def _count(tokens: npt.NDArray[Any], end_id: int) -> int:
+def _count(tokens: npt.NDArray[Any], end_id: int | None) -> int:
     parts = range(0, len(tokens), _CHUNK)
     return sum(int(np.count_nonzero(tokens[start : start + _CHUNK] == end_id)) for start in parts)

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import queue
+import select
 import selectors
 import signal
 import subprocess
@@ -203,6 +204,41 @@ class Crew:
         for worker in self._workers:
             if worker.task and worker.process.poll() is None:
                 worker.process.send_signal(number)
+
+
+class Aside:
+    """One call by a process of its own, beside what this one does; it ends with this one, however this one ends."""
+
+    def __init__(self, task: Task):
+        self._worker: _Worker | None = _Worker(1, None)
+        self._worker.give(0, task)
+        self._poll = select.poll()
+        self._poll.register(self._worker.output, select.POLLIN)
+
+    def returned(self, seconds: float = 0) -> bool:
+        """Whether the call has returned, at once or after waiting so long; raises its UserError or TrainingError."""
+        if self._worker and self._poll.poll(1000 * seconds):
+            for message in self._worker.messages():
+                self._take(self._worker, message)
+        return self._worker is None
+
+    def _take(self, worker: _Worker, message: Mapping[str, Any] | None) -> None:
+        if message is not None and "say" in message:
+            return
+        self._worker = None
+        if message is None:
+            assert worker.task
+            raise TrainingError(f"{worker.task.name}: its process ended with status {worker.process.wait()}")
+        worker.dismiss()
+        if "failed" in message:
+            raise FAILURES[message["failed"]](message["message"])
+
+    def end(self) -> None:
+        """Ends the process if the call has not returned."""
+        if self._worker:
+            self._worker.process.kill()
+            self._worker.dismiss()
+            self._worker = None
 
 
 def _shares(workers: int, threads: int) -> list[list[int]] | None:
