@@ -203,6 +203,14 @@ def _crosses(instruction: Instruction, slice_size: int | None) -> bool:
 
 def device_groups(attributes: str) -> list[list[int]]:
     """The groups of devices that a collective joins; empty where they are not told, or are all devices."""
+    # mesh['a'=2,'b'=4] {'a'}: along these axes of a mesh of numbers in order.
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        along = [list(sizes).index(axis) for axis in re.findall(r"'(\w+)'", named[2])]
+        numbered = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        last = np.moveaxis(numbered, along, range(-len(along), 0))
+        joined: list[list[int]] = last.reshape(-1, math.prod(last.shape[-len(along) :])).tolist()
+        return joined
     # {{0,1},{2,3}}, or [2,2]<=[4], or [2,2]<=[2,2]T(1,0): numbers in order, laid out and turned.
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
