@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -125,24 +125,22 @@ def chunks(count: int) -> Iterator[slice]:
 
 
 def readings(
-    model: FrozenModel, last_ND: np.ndarray, tokens_WS: np.ndarray, predictors: Mapping[Key, jax.Array]
+    model: FrozenModel,
+    last_ND: np.ndarray,
+    tokens_WS: np.ndarray,
+    predictors: Mapping[Key, Callable[[slice], jax.Array]],
 ) -> dict[Key, Reading]:
     """Each predictor beside the model's final prediction, which its last hidden states make, on windows [W, T + 1].
 
-    A predictor is either what the output table is multiplied with at each of the N = W T positions, [N, D], or one
-    distribution for all of them, log-probabilities in nats [V].
+    A predictor gives log-probabilities in nats, [C, V] or [1, V], of a slice of the N = W T positions.
     """
-    target_N = jnp.asarray(np.asarray(tokens_WS)[:, 1:].reshape(-1))
-    y_ND = model.normed(last_ND)
+    target_N = np.asarray(tokens_WS)[:, 1:].reshape(-1)
     parts: dict[Key, list[Any]] = {key: [] for key in predictors}
     for chunk in chunks(len(target_N)):
-        final = _final(y_ND[chunk], model.U_VD)
+        final_CV = model.log_probabilities(model.normed(last_ND[chunk]))
         for key, predictor in predictors.items():
-            part = predictor[chunk] if predictor.ndim == 2 else predictor
-            parts[key].append(_compare(final, part, model.U_VD, target_N[chunk]))
-    bits = {
-        key: np.concatenate([np.asarray(b, np.float64) for b in of_chunks], axis=1) for key, of_chunks in parts.items()
-    }
+            parts[key].append(jnp.stack(compare(final_CV, predictor(chunk), target_N[chunk])))
+    bits = {key: np.concatenate([np.asarray(b, np.float64) for b in part], axis=1) for key, part in parts.items()}
     return {key: Reading(*(over_windows(b_N, len(tokens_WS)) for b_N in both)) for key, both in bits.items()}
 
 
@@ -173,23 +171,12 @@ def log_probabilities(y_CD: jax.Array, U_VD: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _final(y_CD: jax.Array, U_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The model's own log-probabilities in nats, and its probabilities, [C, V] each."""
-    log_p_CV = log_probabilities(y_CD, U_VD)
-    return log_p_CV, jnp.exp(log_p_CV)
+def compare(final_CV: jax.Array, predictor_CV: jax.Array, target_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """KL(final || predictor) and the predictor's cross-entropy with the targets, both in bits per position.
 
-
-@jax.jit
-def _compare(
-    final: tuple[jax.Array, jax.Array], predictor: jax.Array, U_VD: jax.Array, target_C: jax.Array
-) -> jax.Array:
-    """KL(final || predictor) and the predictor's cross-entropy with the targets, both in bits per position: [2, C].
-
-    `final` is that of `_final`, a predictor [C, D] or [V] as in `readings`.
+    All are log-probabilities in nats; `predictor_CV` may be [1, V], one distribution for all positions.
     """
-    final_CV, p_CV = final
-    log_q_CV = log_probabilities(predictor, U_VD) if predictor.ndim == 2 else jnp.broadcast_to(predictor, p_CV.shape)
-    kl_C = jnp.sum(p_CV * (final_CV - log_q_CV), axis=-1)
-    nll_C = -jnp.take_along_axis(log_q_CV, target_C[:, None], axis=-1)[:, 0]
-    bits_2C: jax.Array = jnp.stack([kl_C, nll_C]) / np.log(2)
-    return bits_2C
+    predictor_CV = jnp.broadcast_to(predictor_CV, final_CV.shape)
+    kl_C = jnp.sum(jnp.exp(final_CV) * (final_CV - predictor_CV), axis=-1)
+    nll_C = -jnp.take_along_axis(predictor_CV, target_C[:, None], axis=-1)[:, 0]
+    return kl_C / np.log(2), nll_C / np.log(2)

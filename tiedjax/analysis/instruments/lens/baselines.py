@@ -78,7 +78,8 @@ class CountPredictors:
         """These and the uniform predictor beside what a model predicts."""
         V = len(self.unigram_V)
         rows = {"uniform": np.full(V, 1 / V), "unigram": self.unigram_V}
-        predictors = {name: jnp.asarray(np.log(p_V), jnp.float32) for name, p_V in rows.items()}
+        constant = {name: jnp.asarray(np.log(p_V)[None], jnp.float32) for name, p_V in rows.items()}
+        predictors = {name: (lambda chunk, row_1V=row_1V: row_1V) for name, row_1V in constant.items()}
         constant_readings = readings(model, model.last_states(self._held_out_WS), self._held_out_WS, predictors)
         bigram = over_windows(self.bigram_bits_WT, len(self._held_out_WS))
         return Baselines(

@@ -182,11 +182,15 @@ def read(
         for state in range(last + 1)
     ]
 
-    def normed(state: int, translator: int | None) -> jax.Array:
-        if translator is None:
-            return model.normed(x_LND[state])
-        return translated(model.config, model.norm, thetas[translator], x_LND[state])
+    def predictor(state: int, translator: int | None) -> Callable[[slice], jax.Array]:
+        def predict(chunk: slice) -> jax.Array:
+            x_CD = jnp.asarray(x_LND[state, chunk])
+            if translator is None:
+                return model.log_probabilities(model.normed(x_CD))
+            return model.log_probabilities(translated(model.config, model.norm, thetas[translator], x_CD))
 
-    predictors = {pair: normed(*pair) for pairs in lenses for pair in pairs}
+        return predict
+
+    predictors = {pair: predictor(*pair) for pairs in lenses for pair in pairs}
     by_predictor = readings(model, x_LND[-1], tokens_WS, predictors)
     return [(by_predictor[logit], by_predictor[tuned], by_predictor[published]) for logit, tuned, published in lenses]
