@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from programs import finish, start, until
 from runs import STEPS, arguments, assert_same_run, start_commands
 from test_workers import alive, workers_of
 
-from tiedjax import cli, load_run
+from tiedjax import cli, load_run, loop
 from tiedjax.config import DataConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.data import counts, token_files
@@ -177,6 +177,13 @@ def test_a_finished_run_waits_for_its_counts_until_it_is_asked_to_stop(
         assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")
         assert not alive(worker)
         assert not (out / "token_counts.npy").exists()
+        process = start_commands([arguments(out, text)], before=LARGE)
+        until(lambda: bool(workers_of(process.pid)), process)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = finish(process, status=128 + signal.SIGTERM)
+        assert stdout.endswith(WAITS.format(tokens))
+        assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")
         stopped = arguments(tmp_path / "stopped", text, {"train.stop_at": 2})
         stdout, _ = finish(start_commands([stopped], before=LARGE), seconds=60)
         assert "waiting" not in stdout, "a run that is stopped does not wait"
@@ -185,30 +192,70 @@ def test_a_finished_run_waits_for_its_counts_until_it_is_asked_to_stop(
     np.testing.assert_array_equal(load_run(out).token_counts, load_run(finished).token_counts)
 
 
+def test_a_count_ends_with_a_run_that_is_stopped(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts_path: Path
+) -> None:
+    monkeypatch.setattr(counts, "COUNTED_AT_ONCE", 0)
+    with locked(counts_path, quiet):
+        assert cli.main(arguments(tmp_path / "run", text, {"train.stop_at": 2})) == 0
+        assert not workers_of(os.getpid())
+
+
 def test_a_count_ends_with_a_run_that_is_killed(text: Path, tmp_path: Path, counts_path: Path) -> None:
     with locked(counts_path, quiet):
         process = start_commands([arguments(tmp_path / "run", text)], before=LARGE)
         until(lambda: bool(workers_of(process.pid)), process)
         (worker,) = workers_of(process.pid)
         process.kill()
-        process.communicate()
+        process.wait()  # its pipes stay open as long as the worker lives
         end = time.monotonic() + 20
         while alive(worker) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(worker)
 
 
+def test_a_count_that_is_killed_is_taken_again_after_training_once(
+    finished: Path, text: Path, tmp_path: Path, counts_path: Path
+) -> None:
+    """Killed beside training, then while the run waits for its counts; the same command goes on from there."""
+    out, ended = tmp_path / "run", "run: counting tokens: its process ended with status -9"
+    again = f"{ended}; tokens are counted again after training\n"
+    tokens = load_prepared(counts_path.parent).num_tokens("train")
+    with locked(counts_path, quiet):
+        process = start_commands([arguments(out, text)], before=LARGE)
+        for _ in range(2):
+            until(lambda: bool(workers_of(process.pid)), process)
+            (worker,) = workers_of(process.pid)
+            os.kill(worker, signal.SIGKILL)
+            until(lambda worker=worker: not alive(worker), process)
+        stdout, stderr = finish(process, seconds=60, status=1)
+        assert stdout.count(again) == 1
+        assert stdout.endswith(WAITS.format(tokens))
+        assert stderr.endswith(f"tiedjax: {ended}\n")
+        assert (out / "checkpoints" / str(STEPS)).exists()
+        process = start_commands([arguments(out, text)], before=LARGE)
+        until(lambda: bool(workers_of(process.pid)), process)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        time.sleep(1)
+    stdout, _ = finish(process, seconds=60)
+    assert stdout.endswith(f"{STEPS} of {STEPS} steps are done\n{WAITS.format(tokens)}{again}")
+    np.testing.assert_array_equal(load_run(out).token_counts, load_run(finished).token_counts)
+    assert_same_run(out, finished)
+
+
 def test_an_id_out_of_range_ends_the_run_in_the_line_that_opening_would_have_said(
     large: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(tmp_path / "a.u16", TOKENS - 5000, V)  # where no batch is read from
-    changes = {"data.source": large.source, "data.cache": large.cache, "train.eval_batches": 1}
+    changes: dict[str, Any] = {"data.source": large.source, "data.cache": large.cache, "train.eval_batches": 1}
+    changes |= {"train.steps": 20_000, "train.snapshot_every": 20_000}
     assert cli.main(arguments(tmp_path / "run", tmp_path, changes)) == 2
     assert capsys.readouterr().err == (
         f"tiedjax: {tmp_path}/a.u16: token id 320 does not fit model.vocab_size 320 "
         "(read as uint16; ids are 0 .. 319)\n"
     )
     assert not (tmp_path / "run" / "token_counts.npy").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "20000").exists(), "it does not train on until the end"
 
 
 def test_a_batch_with_an_id_out_of_range_is_refused_as_it_is_read(
@@ -223,28 +270,70 @@ def test_a_batch_with_an_id_out_of_range_is_refused_as_it_is_read(
     tokens.tofile(tmp_path / "a.u16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "COUNTED_AT_ONCE", 2**19)
+        patch.setattr(loop._Counting, "begin", lambda counting: None)  # which would say the same
         patch.setattr(counts, "sampled_counts", lambda prepared, seq_len, rows: np.ones((2, rows), np.int64))
         changes = {"data.source": large.source, "data.cache": large.cache}
         assert cli.main(arguments(tmp_path / "run", tmp_path, changes)) == 2
     assert capsys.readouterr().err.startswith(f"tiedjax: {tmp_path}/a.u16: token id 1000 does not fit")
 
 
-def test_of_two_processes_one_counts(finished: Path, text: Path, tmp_path: Path, counts_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out, both = tmp_path / "run", list[subprocess.Popen[str]]()
+Pairs = Callable[[Path, Path], list[subprocess.Popen[str]]]
+
+
+@pytest.fixture
+def pairs() -> Iterator[Pairs]:
+    """Starts a run of two processes; whatever happens they end with the test."""
     program = f"import json, sys\n{LARGE}\nfrom tiedjax.cli import main\nsys.exit(main(json.loads(sys.argv[1])))"
-    try:
-        with locked(counts_path, quiet):
-            for i in range(2):
-                flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
-                both.append(start(["-c", program, json.dumps([*arguments(out, text), *flags])]))
-            until(lambda: (out / "checkpoints" / str(STEPS)).exists(), both[0])
-            assert [len(workers_of(process.pid)) for process in both] == [1, 0]
-        outputs: list[Any] = [finish(process, seconds=120) for process in both]
-    finally:
-        for process in both:
-            process.kill()
+    started = list[subprocess.Popen[str]]()
+
+    def pair(out: Path, text: Path) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for i in range(2):
+            flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(i)]
+            started.append(start(["-c", program, json.dumps([*arguments(out, text), *flags])]))
+        return started[-2:]
+
+    yield pair
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_of_two_processes_one_counts(
+    finished: Path, text: Path, tmp_path: Path, counts_path: Path, pairs: Pairs
+) -> None:
+    out = tmp_path / "run"
+    with locked(counts_path, quiet):
+        both = pairs(out, text)
+        until(lambda: (out / "checkpoints" / str(STEPS)).exists(), both[0])
+        assert [len(workers_of(process.pid)) for process in both] == [1, 0]
+    outputs = [finish(process, seconds=120) for process in both]
     assert "waiting" not in outputs[1][0]
+    np.testing.assert_array_equal(load_run(out).token_counts, load_run(finished).token_counts)
+
+
+def test_a_signal_to_either_of_two_processes_ends_their_wait_for_the_counts(
+    finished: Path, text: Path, tmp_path: Path, counts_path: Path, pairs: Pairs
+) -> None:
+    """The first time after training, then in a run that has nothing else to do; a third call completes it."""
+    out = tmp_path / "run"
+    tokens = load_prepared(counts_path.parent).num_tokens("train")
+    with locked(counts_path, quiet):
+        for receiver in (1, 0):
+            both = pairs(out, text)
+            until(lambda: (out / "checkpoints" / str(STEPS)).exists(), both[0])
+            until(lambda main=both[0]: bool(workers_of(main.pid)), both[0])
+            (worker,) = workers_of(both[0].pid)
+            time.sleep(1)
+            both[receiver].send_signal(signal.SIGTERM)
+            outputs = [finish(process, seconds=30, status=128 + signal.SIGTERM) for process in both]
+            assert outputs[0][0].endswith(WAITS.format(tokens))
+            for _, stderr in outputs:
+                assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")
+            assert not alive(worker)
+            assert not (out / "token_counts.npy").exists()
+    for process in pairs(out, text):
+        finish(process, seconds=60)
     np.testing.assert_array_equal(load_run(out).token_counts, load_run(finished).token_counts)

@@ -21,12 +21,12 @@ from tiedjax import load_run, study
 from tiedjax.cli import main
 from tiedjax.config_files import load_run_config, to_tree
 from tiedjax.errors import UserError
-from tiedjax.host.workers import Crew, Task
+from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
 
 PROGRAM = """
 import json, sys
 from tiedjax.errors import TrainingError
-from tiedjax.host.workers import Crew, Task
+from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
 trees = json.loads(sys.argv[1])
 tasks = [Task(out, "tiedjax.study:train_run", {"config": tree, "out": out}) for out, tree in trees.items()]
 begins = lambda place, task: print("begins", place, flush=True)
@@ -106,6 +106,37 @@ def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path, m
     assert_same_run(tmp_path / "one", tmp_path / "own")
     finish(start_commands([arguments(tmp_path / "two", text, {**big, "train.threads": 2})]))
     assert rows(tmp_path / "one") != rows(tmp_path / "two"), "else this test would show nothing"
+
+
+def test_a_call_aside_returns_or_fails_as_the_call_does(tmp_path: Path) -> None:
+    aside = Aside(Task("pid", "os:getpid", {}))
+    assert workers_of(os.getpid())
+    assert aside.returned(seconds=60)
+    assert aside.returned(), "it has not to be asked in time"
+    assert not workers_of(os.getpid()), "its process ends with the call"
+    aside.end()
+    aside = Aside(Task("load", "tiedjax.data.prepared:load_prepared", {"directory": str(tmp_path)}))
+    with pytest.raises(UserError) as caught:
+        aside.returned(seconds=60)
+    assert str(caught.value) == f"{tmp_path}: holds no prepared data; make some with: tiedjax data prepare"
+    assert not workers_of(os.getpid())
+
+
+def test_a_call_aside_is_ended_or_said_to_have_ended() -> None:
+    aside = Aside(Task("wait", "signal:pause", {}))
+    (worker,) = workers_of(os.getpid())
+    began = time.monotonic()
+    assert not aside.returned()
+    assert not aside.returned(seconds=0.5)
+    assert 0.4 < time.monotonic() - began < 10
+    aside.end()
+    assert not alive(worker)
+    aside = Aside(Task("wait", "signal:pause", {}))
+    os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
+    with pytest.raises(ProcessEnded) as caught:
+        aside.returned(seconds=60)
+    assert str(caught.value) == "wait: its process ended with status -9"
+    aside.end()
 
 
 def test_threads_that_cannot_be_had_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -32,7 +33,7 @@ from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
-from tiedjax.host.workers import Aside, Task
+from tiedjax.host.workers import Aside, ProcessEnded, Task
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, TrainState, decided, make_steps
@@ -67,110 +68,124 @@ def train(
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
     into `out`/profile. Raises UserError for what the caller can mend, TrainingError if the loss stops being finite.
     """
-    label = label or out.name
+    stop = process.StopRequest()
+    with ExitStack() as held:
+        step = _train(cfg, out, label or out.name, profile, stop, held)
+    return Outcome(step, step >= cfg.train.steps, stop.signal)
+
+
+def _train(
+    cfg: RunConfig,
+    out: Path,
+    label: str,
+    profile: profiling.StepRange | None,
+    stop: process.StopRequest,
+    held: ExitStack,
+) -> int:
+    """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
     trace = profiling.Trace(profile, out / "profile", _say)
-    with ExitStack() as held:
-        if jax.default_backend() == "cpu":
-            _refuse_other_threads(cfg)
-            process.keep_freed_memory()
-        else:
-            process.keep_compiled(cache_folder(cfg.data.cache) / "xla")
+    if jax.default_backend() == "cpu":
+        _refuse_other_threads(cfg)
+        process.keep_freed_memory()
+    else:
+        process.keep_compiled(cache_folder(cfg.data.cache) / "xla")
 
-        # ---- Refuse what cannot work, before anything slow ----
-        process.refuse_unshared(out)
-        trace.check(0, last)
-        mesh = sharding.make_mesh(cfg.mesh)
-        cfg = decided(_as_begun(cfg, out), mesh)
-        steps = make_steps(cfg, mesh)
-        if process.is_main():
-            held.enter_context(sole_writer(out))
-        _refuse_another_run(cfg, out)
-        _refuse_lost_states(out)
+    # ---- Refuse what cannot work, before anything slow ----
+    process.refuse_unshared(out)
+    trace.check(0, last)
+    mesh = sharding.make_mesh(cfg.mesh)
+    cfg = decided(_as_begun(cfg, out), mesh)
+    steps = make_steps(cfg, mesh)
+    if process.is_main():
+        held.enter_context(sole_writer(out))
+    _refuse_another_run(cfg, out)
+    _refuse_lost_states(out)
 
-        # ---- Data ----
-        prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
-        batches = _local_batches(cfg, mesh, prepared)
-        at_once = counts.counted_at_once(prepared)
-        count = prepared.token_counts if at_once else partial(counts.sampled_counts, prepared)
-        counts_2V = count(cfg.model.seq_len, cfg.model.table_rows)
+    # ---- Data ----
+    prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
+    batches = _local_batches(cfg, mesh, prepared)
+    at_once = counts.counted_at_once(prepared)
+    count = prepared.token_counts if at_once else partial(counts.sampled_counts, prepared)
+    counts_2V = count(cfg.model.seq_len, cfg.model.table_rows)
 
-        # ---- State: new or restored ----
-        stop = held.enter_context(process.StopRequest())  # left after the last save is complete
-        counting = held.enter_context(_Counting(cfg, out, label, prepared, stop))
-        held.enter_context(failed_saves(process.end_cluster_soon_if_any))
-        keep = cfg.train.keep_checkpoints
-        checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
-        snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
-        about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
-        state, start = _begin(cfg, steps, checkpoints, about)
-        trace.check(start, last)
-        recorded = start > 0
-        if recorded:
-            _record_state(out, start)  # the process may have been killed between the state's commit and its record
-        elif (out / "config.yaml").exists():
-            _say(f"{label}: ended before it had saved a state; it starts again from step 0")
-        if start >= last:
-            _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
-            if start >= cfg.train.steps and not (out / TOKEN_COUNTS).exists():  # it was ended while it waited for them
-                counting.begin()
-                counting.needed = True
-            return Outcome(start, start >= cfg.train.steps)
-        if process.is_main():
-            _describe(cfg, out, prepared, counts_2V if at_once else None)
-        if not at_once:
-            counting.begin()
-        snapshots.delete_from(start + 1 if start else 0)
-        planned = snapshot_steps(cfg.train.snapshot_every, cfg.train.steps)
-        rounds = cfg.train.early_snapshots_dtype == "bfloat16"
-        if start == 0:
-            _say(f"{label}: {_disk_use(cfg, state)}")
-            snapshots.save(0, state.params["tables"], about)
+    # ---- State: new or restored ----
+    held.enter_context(stop)  # left after the last save is complete
+    counting = held.enter_context(_Counting(cfg, out, label, prepared, stop))
+    held.enter_context(failed_saves(process.end_cluster_soon_if_any))
+    keep = cfg.train.keep_checkpoints
+    checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
+    snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
+    about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
+    state, start = _begin(cfg, steps, checkpoints, about)
+    trace.check(start, last)
+    recorded = start > 0
+    if recorded:
+        _record_state(out, start)  # the process may have been killed between the state's commit and its record
+    elif (out / "config.yaml").exists():
+        _say(f"{label}: ended before it had saved a state; it starts again from step 0")
+    if start >= last:
+        _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
+        if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
+            counting.begin()  # the process was ended while it waited for them
+            counting.needed = True
+            stop.listen()
+        return start
+    if process.is_main():
+        _describe(cfg, out, prepared, counts_2V if at_once else None)
+    if not at_once:
+        counting.begin()
+    snapshots.delete_from(start + 1 if start else 0)
+    planned = snapshot_steps(cfg.train.snapshot_every, cfg.train.steps)
+    rounds = cfg.train.early_snapshots_dtype == "bfloat16"
+    if start == 0:
+        _say(f"{label}: {_disk_use(cfg, state)}")
+        snapshots.save(0, state.params["tables"], about)
 
-        # ---- Steps ----
-        everywhere = partial(jax.device_put, device=steps.replicated)
-        role_scale = everywhere(tying.role_scale(cfg.tying))
-        decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
-        evaluation = _Evaluation(cfg, mesh, steps, prepared)
-        if steps.train not in _compiled:
-            _say(f"{label}: compiling the train step ...")
-            _compiled.add(steps.train)
-        recorder = _Recorder(cfg, out, label, start)
-        held.callback(recorder.close)
-        held.enter_context(trace)
-        stop.listen()
-        place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
-        on_devices = _one_ahead(map(place, batches.iterate(start)))
-        for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
-            # The guard makes an error of what would delay every step: an argument that is still on the host.
-            with trace.step(step, state), jax.transfer_guard("disallow"):
-                state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
-            counting.check()
-            ends = stop.requested_at(step) or step == last
-            evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
-            checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
-            snaps = step in planned
-            recorder.record(step, metrics, deciles=snaps)
-            if evaluates or checks or snaps:
-                recorder.flush(partial(evaluation, state) if evaluates else None)
-            if (checks or snaps) and not _all_finite(state):
-                raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
-            if snaps:
-                if rounds and planned[step]:
-                    snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
-                else:
-                    snapshots.save(step, state.params["tables"], about)
-            if checks:
-                snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
-                checkpoints.save(step, state._asdict(), about)
-                if not recorded:
-                    checkpoints.wait()  # for the first one only: what is recorded must be there
-                    _record_state(out, step)
-                    recorded = True
-            if ends:
-                counting.needed = step == cfg.train.steps
-                break
-    return Outcome(step, step >= cfg.train.steps, stop.signal)
+    # ---- Steps ----
+    everywhere = partial(jax.device_put, device=steps.replicated)
+    role_scale = everywhere(tying.role_scale(cfg.tying))
+    decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
+    evaluation = _Evaluation(cfg, mesh, steps, prepared)
+    if steps.train not in _compiled:
+        _say(f"{label}: compiling the train step ...")
+        _compiled.add(steps.train)
+    recorder = _Recorder(cfg, out, label, start)
+    held.callback(recorder.close)
+    held.enter_context(trace)
+    stop.listen()
+    place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
+    on_devices = _one_ahead(map(place, batches.iterate(start)))
+    for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
+        # The guard makes an error of what would delay every step: an argument that is still on the host.
+        with trace.step(step, state), jax.transfer_guard("disallow"):
+            state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
+        counting.check()
+        ends = stop.requested_at(step) or step == last
+        evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
+        checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
+        snaps = step in planned
+        recorder.record(step, metrics, deciles=snaps)
+        if evaluates or checks or snaps:
+            recorder.flush(partial(evaluation, state) if evaluates else None)
+        if (checks or snaps) and not _all_finite(state):
+            raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+        if snaps:
+            if rounds and planned[step]:
+                snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
+            else:
+                snapshots.save(step, state.params["tables"], about)
+        if checks:
+            snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
+            checkpoints.save(step, state._asdict(), about)
+            if not recorded:
+                checkpoints.wait()  # for the first one only: what is recorded must be there
+                _record_state(out, step)
+                recorded = True
+        if ends:
+            counting.needed = step == cfg.train.steps
+            break
+    return step
 
 
 def _local_batches(cfg: RunConfig, mesh: Mesh, prepared: Prepared) -> Batches:
@@ -306,7 +321,8 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
 class _Counting:
     """Has one process write token_counts.npy beside training, if asked to begin.
 
-    When it is left, it waits for that process if the counts are `needed` now, unless a signal comes, and ends it.
+    If that process is killed, another counts again after training, once. When this is left it waits for the counts if
+    they are `needed` now, unless `stop` comes, and ends the process.
     """
 
     def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.StopRequest):
@@ -318,33 +334,55 @@ class _Counting:
         }
         self._task = Task(f"{label}: counting tokens", "tiedjax.data.counts:count_beside_training", arguments)
         self._wait = f"{label}: trained; waiting until its {prepared.num_tokens('train'):,} training tokens are counted"
-        self._stop = stop
-        self._aside: Aside | None = None
+        self._steps, self._stop = cfg.train.steps, stop
+        self._begun = False
+        self._aside: Aside | None = None  # the main process's, while one counts
+        self._killed = False
         self.needed = False
 
     def __enter__(self) -> _Counting:
         return self
 
     def begin(self) -> None:
-        """Starts that process, from the main one of a cluster only."""
+        """Starts that process, from the main one of a cluster; all of them ask for it."""
+        self._begun = True
         if process.is_main():
             self._aside = Aside(self._task)
 
     def check(self) -> None:
         """Raises the UserError of a token that does not fit, if one has been met by now."""
-        if self._aside:
-            self._aside.returned()
+        self._counted()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._aside:
-            return
         try:
-            if kind is None and self.needed and not self._aside.returned():
+            if kind is None and self.needed and self._begun and not process.main_says(self._counted()):
                 _say(self._wait)
-                while not self._stop.signal and not self._aside.returned(seconds=0.2):
-                    pass
+                self._wait_for_counts()
         finally:
-            self._aside.end()
+            if self._aside:
+                self._aside.end()
+
+    def _wait_for_counts(self) -> None:
+        """All processes of a cluster wait, at steps that nobody trains, so that a signal to any of them ends all."""
+        for step in itertools.count(self._steps + 1):
+            if self._stop.requested_at(step):
+                return
+            if self._killed and not self._aside:
+                self._aside = Aside(self._task)
+            if process.main_says(self._counted(seconds=0.2)):
+                return
+
+    def _counted(self, seconds: float = 0) -> bool:
+        """Whether it is done, at once or after waiting so long; ProcessEnded if it was killed for the second time."""
+        try:
+            return self._aside is not None and self._aside.returned(seconds)
+        except ProcessEnded as error:
+            self._aside = None
+            if self._killed:
+                raise
+            self._killed = True
+            _say(f"{error}; tokens are counted again after training")
+            return False
 
 
 class _Evaluation:

@@ -128,6 +128,13 @@ def same_everywhere(text: str) -> bool:
     return bool((np.asarray(multihost_utils.process_allgather(digest)) == digest).all())
 
 
+def main_says(answer: bool) -> bool:
+    """Process 0's answer, on every process; all of them ask together."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
 def refuse_unshared(folder: Path) -> None:
     """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind."""
     if jax.process_count() == 1:
@@ -291,7 +298,7 @@ class StopRequest:
             signal.signal(handled, signal.SIG_DFL)  # which ends a process even while it waits in a library
 
     def requested_at(self, step: int) -> bool:
-        """Whether to stop after this step. All processes ask at every step."""
+        """Whether to stop after this step, or what stands for one while nothing is trained. All ask at each."""
         self._interrupt_cluster()
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM

@@ -30,6 +30,13 @@ FAILURES: dict[str, type[Exception]] = {"UserError": UserError, "TrainingError":
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 
+class ProcessEnded(TrainingError):
+    """A process that ended before its call had returned: killed, out of memory, or of an error of ours."""
+
+    def __init__(self, task: str, status: int):
+        super().__init__(f"{task}: its process ended with status {status}")
+
+
 @dataclass(frozen=True)
 class Task:
     """One call: `module:function`, its keyword arguments and its result in JSON; `name` says what it is about.
@@ -179,7 +186,7 @@ class Crew:
             self._selector.unregister(worker.output)
             worker.task = None
             if task and not self.signal and not self._failure:
-                self._fail(TrainingError(f"{task.name}: its process ended with status {worker.process.wait()}"))
+                self._fail(ProcessEnded(task.name, worker.process.wait()))
         elif "say" in message:
             self._say(message["say"])
         elif "failed" in message:
@@ -216,7 +223,10 @@ class Aside:
         self._poll.register(self._worker.output, select.POLLIN)
 
     def returned(self, seconds: float = 0) -> bool:
-        """Whether the call has returned, at once or after waiting so long; raises its UserError or TrainingError."""
+        """Whether the call has returned, at once or after waiting so long; raises its UserError or TrainingError.
+
+        ProcessEnded if the process has ended before; from then on there is nothing to wait for.
+        """
         if self._worker and self._poll.poll(1000 * seconds):
             for message in self._worker.messages():
                 self._take(self._worker, message)
@@ -228,7 +238,7 @@ class Aside:
         self._worker = None
         if message is None:
             assert worker.task
-            raise TrainingError(f"{worker.task.name}: its process ended with status {worker.process.wait()}")
+            raise ProcessEnded(worker.task.name, worker.process.wait())
         worker.dismiss()
         if "failed" in message:
             raise FAILURES[message["failed"]](message["message"])
