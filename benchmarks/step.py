@@ -89,7 +89,7 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
     """`steps`, but the train step neither splits the gradient by role nor measures roles; all else is the same."""
     cfg, layout = decided(cfg, mesh), sharding.Layout(mesh)
     scheme = tying.scheme_of(cfg.tying)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout)
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), cfg.data.microbatches)
 

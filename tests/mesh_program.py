@@ -13,7 +13,7 @@ import numpy as np
 from conftest import random_tokens, small_config
 
 from tiedjax import sharding, step, tying
-from tiedjax.config import DataConfig, MeshConfig, RunConfig
+from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, RunConfig
 
 
 @functools.cache
@@ -56,4 +56,14 @@ if __name__ == "__main__":
     results["2 microbatches (2, 2, 1)"] = largest_difference(cut, (2, 2, 1))
     scanned = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=True, remat="full"))
     results["scanned (1, 4, 2)"] = largest_difference(scanned, (1, 4, 2))
+    for layers in (
+        (3, 4) if sys.argv[1] == "tied" else ()
+    ):  # which 8 devices do not divide, and of which each stack is cut
+        orthogonal = dataclasses.replace(
+            cfg,
+            model=dataclasses.replace(cfg.model, layers=layers, scan_layers=layers == 4),
+            optimizer=dataclasses.replace(cfg.optimizer, body=BodyOptimizerConfig(kind="muon", learning_rate=0.02)),
+        )
+        for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+            results[f"muon, {layers} layers {shape}"] = largest_difference(orthogonal, shape)
     print(json.dumps(results))

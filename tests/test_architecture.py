@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "exp_product": {"sharding"},
     "loss": {"sharding", "lookup", "exp_product"},
     "model": {"config", "sharding", "attention"},
-    "optimizer": {"config"},
+    "muon": {"sharding"},
+    "optimizer": {"config", "muon", "sharding"},
     "host": {"host"},
     "flops": {"config"},
     "checkpoint": set(),
@@ -89,7 +90,7 @@ HOMES: dict[str, set[str]] = {
     "openTSNE": {"analysis/instruments/picture/projection.py"},
     "pydantic": {"config_files.py"},
     "ruamel": {"config_files.py"},
-    "optax": {"optimizer.py", "step.py"},
+    "optax": {"muon.py", "optimizer.py", "step.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
 LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,8 +151,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert load_run_config(written(tmp_path, "")) == RunConfig()
     defaults = {f.key: f.default for f in leaf_fields(RunConfig)}
     for key, default in defaults.items():
-        section, name = key.split(".")
-        assert getattr(getattr(RunConfig(), section), name) == default
+        assert functools.reduce(getattr, key.split("."), RunConfig()) == default
 
 
 def test_every_field_is_frozen_and_explained() -> None:
@@ -393,6 +393,11 @@ def test_text_on_the_command_line_stays_text() -> None:
         ("base: run.yaml\nbaseline: untied", "'untied' needs a scheme with one table in both roles"),
         ("base: run.yaml\nseeds: [1, 1]", "must be distinct"),
         ("base: none.yaml", "no such file"),
+        (
+            "base: run.yaml\noverrides: {optimizer: {tables: {input: {b2: 0.9}}}}",
+            "study.yaml: arm 'tied': optimizer.tables.input.b2: the tied scheme has no table for the input role alone; "
+            "give optimizer.tables.b2 instead$",
+        ),
     ],
 )
 def test_a_study_that_cannot_answer_is_refused_before_it_trains(tmp_path: Path, changes: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""AdamW as the papers write it, recomputed in NumPy; and what the role gradients can be used for."""
+"""AdamW as the papers write it, recomputed in NumPy; rules of parts; and what the role gradients can be used for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 from conftest import random_tokens, small_config
 
 from tiedjax import lm, optimizer, step
-from tiedjax.config import OptimizerConfig
+from tiedjax.config import BodyOptimizerConfig, OptimizerConfig, RoleOptimizerConfig, RunConfig, TableOptimizerConfig
 from tiedjax.errors import UserError
 from tiedjax.rng import key_for
-from tiedjax.sharding import make_mesh
-from tiedjax.tying import Tables
+from tiedjax.sharding import Layout, make_mesh
+from tiedjax.tying import Tables, role_scale
 
 STEPS = 12
 CFG = OptimizerConfig(
@@ -42,8 +42,10 @@ def rate(cfg: OptimizerConfig, number: int, steps: int) -> float:
     return cfg.learning_rate * (cfg.final_fraction + (1 - cfg.final_fraction) * falling)
 
 
-def decayed(name: str, tables: bool) -> bool:
-    return tables if name.startswith("tables/") else name.endswith("kernel")
+def decay(cfg: OptimizerConfig, name: str) -> float:
+    if name.startswith("tables/") and cfg.tables.weight_decay is not None:
+        return cfg.tables.weight_decay
+    return cfg.weight_decay if name.startswith("tables/") or name.endswith("kernel") else 0.0
 
 
 def adamw(cfg: OptimizerConfig, params: dict[str, np.ndarray], grads: list[dict[str, np.ndarray]]) -> Any:
@@ -59,7 +61,7 @@ def adamw(cfg: OptimizerConfig, params: dict[str, np.ndarray], grads: list[dict[
             m[name] = cfg.b1 * m[name] + (1 - cfg.b1) * g
             v[name] = cfg.b2 * v[name] + (1 - cfg.b2) * g**2
             update = (m[name] / (1 - cfg.b1**t)) / (np.sqrt(v[name] / (1 - cfg.b2**t)) + cfg.eps)
-            update += cfg.weight_decay * params[name] * decayed(name, cfg.decay_tables)
+            update += params[name] * decay(cfg, name)
             params[name] = params[name] - rate(cfg, t, STEPS) * update
     return params
 
@@ -69,7 +71,7 @@ def adamw(cfg: OptimizerConfig, params: dict[str, np.ndarray], grads: list[dict[
     [
         CFG,
         OptimizerConfig(**{**vars(CFG), "clip_norm": None, "warmup_steps": 0}),
-        OptimizerConfig(**{**vars(CFG), "decay_tables": False, "clip_norm": 0.01}),
+        OptimizerConfig(**{**vars(CFG), "tables": TableOptimizerConfig(weight_decay=0.0), "clip_norm": 0.01}),
         OptimizerConfig(**{**vars(CFG), "warmup_steps": STEPS, "weight_decay": 0.0}),
     ],
     ids=["all", "no clip, no warmup", "no decay of tables", "warmup only"],
@@ -227,20 +229,166 @@ def test_role_scales_do_not_reach_the_body_through_clipping(scheme: str) -> None
 
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("tables", [False, True])
-def test_decay_takes_every_matrix_the_tables_if_asked_and_never_a_scale(
-    scheme: str, scan_layers: bool, tables: bool
+@pytest.mark.parametrize("tables", [0.0, None, 0.7])
+def test_decay_takes_every_matrix_and_the_tables_and_never_a_scale(
+    scheme: str, scan_layers: bool, tables: float | None
 ) -> None:
     cfg = small_config(scheme, norm="layernorm", qk_norm=True, scan_layers=scan_layers)
     params = nn.unbox(jax.eval_shape(lambda: lm.init_params(cfg, jax.random.key(0))))
-    mask = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): decays
-        for path, decays in jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params, tables=tables))
-    }
-    kinds = {name: name.split("/")[0] if name.startswith("tables/") else name.split("/")[-1] for name in mask}
-    assert set(kinds.values()) == {"tables", "kernel", "scale"}
-    for name, decays in mask.items():
-        assert decays == {"tables": tables, "kernel": True, "scale": False}[kinds[name]], name
+    by_part = optimizer.rules(OptimizerConfig(weight_decay=0.3, tables=TableOptimizerConfig(weight_decay=tables)))
+    kinds = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        kind = name.split("/")[0] if name.startswith("tables/") else name.split("/")[-1]
+        kinds.add(kind)
+        expected = {"tables": 0.3 if tables is None else tables, "kernel": 0.3, "scale": 0.0}[kind]
+        assert by_part[optimizer.part_of(path)].weight_decay == expected, name
+    assert kinds == {"tables", "kernel", "scale"}
+
+
+# ---- Rules of parts ----
+
+
+def after_steps(cfg: RunConfig, count: int = 3) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The parameters of a run at its start and after a few real steps."""
+    steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    state = steps.init(key_for(jax.random.key(0), "params"))
+    start = named_leaves(state.params)
+    for i in range(count):
+        decile_V = np.zeros(cfg.model.table_rows, np.int32)
+        state, _ = steps.train(state, random_tokens(cfg, i), role_scale(cfg.tying), decile_V)
+    return start, named_leaves(state.params)
+
+
+def with_optimizer(scheme: str, **changes: Any) -> RunConfig:
+    return small_config(scheme, norm="layernorm", optimizer=OptimizerConfig(learning_rate=1e-2, **changes))
+
+
+def changed(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not np.array_equal(one[name], other[name])}
+
+
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_without_options_of_parts_every_bit_is_that_of_one_adamw(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_adamw(cfg: OptimizerConfig, steps: int, layout: Layout) -> Any:
+        matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in str(path[-1]), params)
+        chain = [
+            optimizer.clip_by_loss_gradient(1.0),
+            optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
+            optax.add_decayed_weights(cfg.weight_decay, matrices),
+            optax.scale_by_learning_rate(optimizer.learning_rate(cfg, steps)),
+        ]
+        return optax.with_extra_args_support(optax.chain(*chain))
+
+    ours = after_steps(with_optimizer(scheme, eps=1e-7))[1]
+    monkeypatch.setattr(step, "make_optimizer", one_adamw)
+    step._make_steps.cache_clear()
+    try:
+        theirs = after_steps(with_optimizer(scheme, eps=1e-7))[1]
+    finally:
+        step._make_steps.cache_clear()
+    assert not changed(ours, theirs)
+
+
+def after_updates(cfg: RunConfig) -> list[dict[str, np.ndarray]]:
+    """The parameters after each of three updates by gradients that are the same for all options."""
+    params = nn.unbox(lm.init_params(cfg, jax.random.key(0)))
+    transformation = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps)
+    state, found = transformation.init(params), []
+    for seed in range(3):
+        leaves, structure = jax.tree.flatten(params)
+        rng = np.random.default_rng(seed)
+        grads = structure.unflatten(jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for x in leaves)
+        norm = optax.tree.norm(grads)
+        updates, state = transformation.update(grads, state, params, grad_norm=norm, role_grads=None)
+        params = optax.apply_updates(params, updates)
+        found.append(named_leaves(params))
+    return found
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+@pytest.mark.parametrize(
+    "option", [{"learning_rate": 0.2}, {"b2": 0.5}, {"weight_decay": 0.0}, {"kind": "sgd"}], ids=lambda o: next(iter(o))
+)
+def test_an_option_of_one_role_changes_the_updates_of_its_table_alone(role: str, option: dict[str, Any]) -> None:
+    tables = TableOptimizerConfig(**{role: RoleOptimizerConfig(**option)})  # type: ignore[arg-type]
+    plain, own = (after_updates(with_optimizer("untied", **each)) for each in ({}, {"tables": tables}))
+    # The first update of Adam does not depend on its decays.
+    assert [changed(one, other) <= {f"tables/{role}"} for one, other in zip(plain, own, strict=True)] == [True] * 3
+    assert changed(plain[2], own[2]) == {f"tables/{role}"}
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ({"input": RoleOptimizerConfig(init_std=0.5)}, {"tables/input": 2.0}),
+        ({"output": RoleOptimizerConfig(init_std=0.5)}, {"tables/output": 2.0}),
+        ({"init_std": 0.5}, {"tables/input": 2.0, "tables/output": 2.0}),
+        ({"init_std": 0.5, "input": RoleOptimizerConfig(init_std=0.25)}, {"tables/output": 2.0}),
+    ],
+    ids=["input", "output", "both", "one as before"],
+)
+def test_the_initial_deviation_of_a_table_scales_its_draw_and_nothing_else(
+    tables: dict[str, Any], expected: dict[str, float]
+) -> None:
+    plain, own = (
+        after_steps(with_optimizer("untied", **each), 0)[0] for each in ({}, {"tables": TableOptimizerConfig(**tables)})
+    )
+    assert changed(plain, own) == set(expected)
+    for name, factor in expected.items():
+        np.testing.assert_array_equal(own[name], factor * plain[name])
+        assert np.std(plain[name]) == pytest.approx(0.25, rel=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_muon_changes_the_first_update_of_matrices_alone(scheme: str) -> None:
+    body = BodyOptimizerConfig(kind="muon", learning_rate=0.02, weight_decay=0.0)
+    plain, own = (after_steps(with_optimizer(scheme, **each), 1) for each in ({}, {"body": body}))
+    assert not changed(plain[0], own[0])
+    assert changed(plain[1], own[1]) == {name for name in plain[1] if name.endswith("kernel")}
+    moved = own[1]["body/params/layer_0/mlp/up/kernel"] - own[0]["body/params/layer_0/mlp/up/kernel"]
+    singular_values = np.linalg.svd(moved, compute_uv=False) / (24 / 16) ** 0.5 / (0.02 / 100)  # first of 100 of warmup
+    # What a LayerNorm gives has mean 0: there is no gradient along it.
+    assert singular_values[-1] < 1e-3 < 0.5 < singular_values[-2] < singular_values[0] < 1.3
+
+
+def test_sgd_averages_gradients_in_float64() -> None:
+    """Of the tables alone; kept in bfloat16 if moments are."""
+    rng = np.random.default_rng(0)
+    cfg = dataclasses.replace(CFG, clip_norm=None, tables=TableOptimizerConfig(kind="sgd", learning_rate=3.0))
+    grads = [rng.standard_normal((7, 4)) for _ in range(STEPS)]
+    transformation = optimizer.make_optimizer(cfg, STEPS)
+    params = {"tables": {"shared": jnp.ones((7, 4))}, "body": {"params": {"layer": {"kernel": jnp.ones((3, 3))}}}}
+    state, table, mean = transformation.init(params), np.ones((7, 4)), np.zeros((7, 4))
+    for t, gradient in enumerate(grads, 1):
+        tree = {
+            "tables": {"shared": jnp.asarray(gradient, jnp.float32)},
+            "body": jax.tree.map(jnp.zeros_like, params["body"]),
+        }
+        updates, state = transformation.update(tree, state, params, grad_norm=jnp.float32(1), role_grads=None)
+        params = optax.apply_updates(params, updates)
+        mean = 0.9 * mean + 0.1 * gradient
+        table = table - 3.0 / 0.02 * rate(cfg, t, STEPS) * (mean / (1 - 0.9**t) + 0.3 * table)
+    np.testing.assert_allclose(params["tables"]["shared"], table, rtol=1e-5, atol=1e-5)
+    half = jax.eval_shape(optimizer.make_optimizer(in_bfloat16(cfg), STEPS).init, params)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(half) if leaf.ndim == 2)
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kind", "sgd"), ("learning_rate", 0.0), ("b2", 0.0), ("weight_decay", 0.0), ("init_std", 1.0)],
+)
+def test_options_of_one_role_are_refused_where_both_have_one_table(role: str, name: str, value: Any) -> None:
+    tables = TableOptimizerConfig(**{role: RoleOptimizerConfig(**{name: value})})  # type: ignore[arg-type]
+    assert with_optimizer("untied", tables=tables)
+    with pytest.raises(UserError) as error:
+        after_steps(with_optimizer("tied", tables=tables), 0)
+    assert str(error.value) == (
+        f"optimizer.tables.{role}.{name}: the tied scheme has no table for the {role} role alone; "
+        f"give optimizer.tables.{name} instead"
+    )
 
 
 class RoleState(NamedTuple):

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_type_hints
 
 from tiedjax.errors import UserError
 
+ROLES = ("input", "output")  # of a table; a parameter of one alone has its name
+
 _STRICT = {"extra": "forbid", "strict": True}
 
 
@@ -132,10 +134,52 @@ class TyingConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(_Checked):
-    """AdamW with linear warmup and cosine decay; the same for both roles and all schemes."""
+class BodyOptimizerConfig(_Checked):
+    """What updates the body's matrices; its norm scales take AdamW at optimizer.learning_rate, without decay."""
 
-    learning_rate: float = _option(3e-4, "peak learning rate", at_least=0)
+    kind: Literal["adamw", "muon"] = _option(
+        "adamw", "muon: momentum made orthogonal (arXiv 2502.16982), its learning rate some 0.02; adamw: as all else"
+    )
+    learning_rate: float | None = _option(None, "peak learning rate; null: optimizer.learning_rate", at_least=0)
+    weight_decay: float | None = _option(None, "decoupled weight decay; null: optimizer.weight_decay", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleOptimizerConfig(_Checked):
+    """What updates the table of one role, where it has one of its own."""
+
+    kind: Literal["adamw", "sgd"] | None = _option(None, "null: optimizer.tables.kind")
+    learning_rate: float | None = _option(None, "peak; null: optimizer.tables.learning_rate", at_least=0)
+    b2: float | None = _option(None, "null: optimizer.tables.b2", at_least=0, below=1)
+    weight_decay: float | None = _option(None, "null: optimizer.tables.weight_decay", at_least=0)
+    init_std: float | None = _option(None, "null: optimizer.tables.init_std", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptimizerConfig(_Checked):
+    """What updates the tables and what they start from: both roles alike, unless one is given its own."""
+
+    kind: Literal["adamw", "sgd"] = _option("adamw", "sgd: the gradient averaged over updates with decay b1")
+    learning_rate: float | None = _option(None, "peak learning rate; null: optimizer.learning_rate", at_least=0)
+    b2: float | None = _option(None, "decay of AdamW's second moment; null: optimizer.b2", at_least=0, below=1)
+    weight_decay: float | None = _option(None, "decoupled weight decay; null: optimizer.weight_decay", at_least=0)
+    init_std: float | None = _option(
+        None, "standard deviation of the initial numbers; null: 1 / sqrt(model.d_model)", above=0
+    )
+    input: RoleOptimizerConfig = RoleOptimizerConfig()
+    output: RoleOptimizerConfig = RoleOptimizerConfig()
+
+    def of(self, name: str) -> TableOptimizerConfig:
+        """These options for the parameter of this name: of a role's name, with that role's own in their place."""
+        own = vars(getattr(self, name)) if name in ROLES else {}
+        return dataclasses.replace(self, **{option: value for option, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(_Checked):
+    """AdamW with linear warmup and cosine decay, unless `body` or `tables` say otherwise."""
+
+    learning_rate: float = _option(3e-4, "peak learning rate of all that is given none of its own", at_least=0)
     warmup_steps: int = _option(100, "updates of linear warmup, the last at the peak", at_least=0)
     final_fraction: float = _option(
         0.1, "learning rate at the last step, as a fraction of the peak", at_least=0, at_most=1
@@ -143,23 +187,29 @@ class OptimizerConfig(_Checked):
     b1: float = _option(0.9, "decay of the first moment", at_least=0, below=1)
     b2: float = _option(0.95, "decay of the second moment", at_least=0, below=1)
     eps: float = _option(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = _option(0.1, "decoupled weight decay of matrices (never of norm scales)", at_least=0)
-    decay_tables: bool = _option(True, "whether weight decay applies to the tables")
+    weight_decay: float = _option(
+        0.1, "decoupled weight decay of matrices and tables (never of norm scales)", at_least=0
+    )
     clip_norm: float | None = _option(
         1.0, "largest global L2 norm of the gradient, role scales left out; null: no clipping", above=0
     )
     moments_dtype: Literal["float32", "bfloat16"] = _option(
         "float32",
-        "dtype in which both moments are kept between updates (computed in float32); bfloat16 halves them, "
+        "dtype in which the moments are kept between updates (computed in float32); bfloat16 halves them, "
         "and keeps the second to about 2^-8 / (1 - b2) of its value",
     )
+    body: BodyOptimizerConfig = BodyOptimizerConfig()
+    tables: TableOptimizerConfig = TableOptimizerConfig()
 
     def _check(self) -> None:
         # A moment moves by (1 - b) of its distance to the new value. Rounding undoes moves below half the spacing of
         # the dtype's numbers: a second moment would never fall again, and its parameter would all but stand still.
         spacing = 2**-7  # of bfloat16, relative to the number, at most
-        for name, decay in [("b1", self.b1), ("b2", self.b2)]:
-            if self.moments_dtype == "bfloat16" and 1 - decay < spacing:
+        tables = self.tables
+        decays = {"b1": self.b1, "b2": self.b2, "tables.b2": tables.b2}
+        decays |= {"tables.input.b2": tables.input.b2, "tables.output.b2": tables.output.b2}
+        for name, decay in decays.items():
+            if self.moments_dtype == "bfloat16" and decay is not None and 1 - decay < spacing:
                 raise UserError(
                     f"{name}: must be <= {1 - spacing} with moments_dtype bfloat16, got {decay}: it changes a moment "
                     "by less than bfloat16 can hold; lower it or use moments_dtype float32"

@@ -28,7 +28,10 @@ class SummedLoss(Protocol):
 def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
     """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme."""
     V, D = cfg.model.table_rows, cfg.model.d_model
-    law = model.truncated_normal(D**-0.5)
+
+    def law(name: str) -> tying.Law:
+        return model.truncated_normal(cfg.optimizer.tables.of(name).init_std or D**-0.5)
+
     return {
         "tables": tying.init_tables(tying.scheme_of(cfg.tying), root, (V, D), law),
         "body": model.init_body(cfg.model, key_for(root, "body")),

@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "layers": (),
+    "whole_layers": ("fsdp", "tensor"),  # of matrices that no device may have but whole
 }
 
 
@@ -138,8 +139,10 @@ def shardings(abstract: Any, mesh: Mesh) -> Any:
     Raises ValueError for a dimension that its mesh axes do not divide.
     """
 
-    def place(leaf: Any) -> NamedSharding:
+    def place(leaf: Any) -> Any:
         boxed = isinstance(leaf, nn.LogicallyPartitioned)
+        if boxed and not jax.tree.leaves(leaf.value):  # of a state that an optimizer keeps for other parameters only
+            return leaf.value
         spec = partition_spec(leaf.names) if boxed else PartitionSpec()
         sharding = NamedSharding(mesh, spec)
         sharding.shard_shape((leaf.value if boxed else leaf).shape)

@@ -169,8 +169,9 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     """Everything that runs on the devices for `cfg` on `mesh`; compiles when first called.
 
     Runs that differ only in what a step is given (seed, role scales, data source) share what was compiled. Raises
-    UserError if the mesh does not divide a microbatch.
+    UserError if the mesh does not divide a microbatch, or for options of a role that has no table of its own.
     """
+    tying.refuse_options_of_roles(cfg)
     rows, split = cfg.data.batch_size // cfg.data.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split:
         raise UserError(
@@ -192,10 +193,9 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 @functools.lru_cache(maxsize=8)
 def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     scheme = tying.scheme_of(cfg.tying)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps)
-    schedule = learning_rate(cfg.optimizer, cfg.train.steps)
-
     layout = sharding.Layout(mesh)
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout)
+    schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     gradients = loss_and_gradients(cfg, layout)
     evaluation = summed_loss(cfg, layout, z_loss=0.0)
 

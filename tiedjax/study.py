@@ -70,6 +70,10 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
         for arm, changes in study.arms.items():
             tree = merge(merge(merge(base, study.overrides), changes), last)
             runs[arm, seed] = structure(RunConfig, merge(tree, {"train": {"seed": seed}}), f"{path}: arm {arm!r}")
+            try:
+                tying.refuse_options_of_roles(runs[arm, seed])
+            except UserError as error:
+                raise UserError(f"{path}: arm {arm!r}: {error}") from None
     for arm, shared in [(study.reference, False), (study.baseline, True)]:
         options = runs[arm, study.seeds[0]].tying
         if tying.scheme_of(options).shares_one_table != shared:

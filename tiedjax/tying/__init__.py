@@ -5,18 +5,29 @@ the two are the same array. `tables` holds the pair, `split` what divides its gr
 parameters.
 """
 
-from tiedjax.tying.schemes import SCHEMES, Parameter, Scheme, init_tables, scheme_of, without_scales
+from tiedjax.tying.schemes import (
+    SCHEMES,
+    Law,
+    Parameter,
+    Scheme,
+    init_tables,
+    refuse_options_of_roles,
+    scheme_of,
+    without_scales,
+)
 from tiedjax.tying.split import role_scale, split_gradient, zero_taps
 from tiedjax.tying.tables import SHARED, Tables, distinct
 
 __all__ = [
     "SCHEMES",
     "SHARED",
+    "Law",
     "Parameter",
     "Scheme",
     "Tables",
     "distinct",
     "init_tables",
+    "refuse_options_of_roles",
     "role_scale",
     "scheme_of",
     "split_gradient",

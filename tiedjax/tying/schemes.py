@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tiedjax.config import TyingConfig
+from tiedjax.config import ROLES, RunConfig, TyingConfig
+from tiedjax.errors import UserError
 from tiedjax.rng import key_for
 from tiedjax.tying.tables import SHARED, Tables
 
@@ -26,7 +27,8 @@ class Parameter:
     """One array that a scheme owns.
 
     Attributes:
-      name: its key in the parameters, and the end of its random key's name, "tables/NAME".
+      name: its key in the parameters, and the end of its random key's name, "tables/NAME". "input" and "output" are
+        for tables of one role, which that role's options of the optimizer are about.
       shape: from the tables' (V, D) to its own.
       axes: the logical axis of each dimension, None where it is never sharded.
       law: from (key, shape) to its initial value; None: the law of the tables.
@@ -83,14 +85,26 @@ def without_scales(cfg: TyingConfig) -> TyingConfig:
     return dataclasses.replace(cfg, input_grad_scale=1.0, output_grad_scale=1.0)
 
 
-def init_tables(scheme: Scheme, root: jax.Array, shape: tuple[int, int], law: Law) -> dict[str, Any]:
-    """The scheme's parameters for tables of `shape` [V, D], boxed with their logical axes; `law` is that of the tables.
+def refuse_options_of_roles(cfg: RunConfig) -> None:
+    """UserError if the optimizer has options for the table of a role that has no table of its own."""
+    own = {parameter.name for parameter in scheme_of(cfg.tying).parameters}
+    for role in ROLES:
+        for option, value in vars(getattr(cfg.optimizer.tables, role)).items():
+            if value is not None and role not in own:
+                raise UserError(
+                    f"optimizer.tables.{role}.{option}: the {cfg.tying.scheme} scheme has no table for the {role} role "
+                    f"alone; give optimizer.tables.{option} instead"
+                )
 
-    Each has the key named "tables/NAME" under `root`.
+
+def init_tables(scheme: Scheme, root: jax.Array, shape: tuple[int, int], law: Callable[[str], Law]) -> dict[str, Any]:
+    """The scheme's parameters for tables of `shape` [V, D], boxed with their logical axes.
+
+    `law` gives the initial law of the table of a name. Each array has the key "tables/NAME" under `root`.
     """
     return {
         parameter.name: nn.LogicallyPartitioned(
-            (parameter.law or law)(key_for(root, f"tables/{parameter.name}"), parameter.shape(*shape)),
+            (parameter.law or law(parameter.name))(key_for(root, f"tables/{parameter.name}"), parameter.shape(*shape)),
             names=parameter.axes,
         )
         for parameter in scheme.parameters

@@ -1,0 +1,90 @@
+"""Muon as optax has it, and against NumPy in float64; and how near to orthogonal its updates are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tiedjax.muon import orthogonalized, scale_by_muon
+from tiedjax.sharding import ONE_DEVICE
+
+SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (16, 16)}
+
+
+def gradients(count: int, scanned: bool) -> list[dict[str, Any]]:
+    """Of three matrices in each of 3 layers, stacked if `scanned`; from update to update of a tenth of the size."""
+    rng, trees = np.random.default_rng(0), []
+    for i in range(count):
+        stacks = {
+            name: {"kernel": (10.0**-i * rng.standard_normal((3, *shape))).astype("f")}
+            for name, shape in SHAPES.items()
+        }
+        unrolled = {f"layer_{i}": jax.tree.map(lambda x_LIO, i=i: x_LIO[i], stacks) for i in range(3)}
+        trees.append({"layers": stacks} if scanned else unrolled)
+    return trees
+
+
+def last_update(transformation: Any, trees: list[dict[str, Any]]) -> Any:
+    state, updates = transformation.init(trees[0]), None
+    for tree in trees:
+        updates, state = transformation.update(jax.tree.map(jnp.asarray, tree), state, trees[0])
+    return updates
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("updates", [1, 2, 5])
+def test_updates_are_those_of_optax(updates: int, scanned: bool) -> None:
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    theirs = optax.contrib.muon(1.0, muon_weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree))
+    trees = gradients(updates, scanned)
+    descents = last_update(theirs, trees)
+    jax.tree.map(
+        lambda update, descent: np.testing.assert_allclose(update, -descent, rtol=0, atol=1e-5),
+        last_update(scale_by_muon(ONE_DEVICE, None), trees),
+        descents,
+    )
+
+
+def test_an_update_is_that_of_the_formulas_in_float64() -> None:
+    trees = gradients(4, scanned=True)
+    for name, update in last_update(scale_by_muon(ONE_DEVICE, None), trees)["layers"].items():
+        update = update["kernel"]
+        mean = np.zeros(update.shape)
+        for t, tree in enumerate(trees, 1):
+            g = tree["layers"][name]["kernel"].astype(np.float64)
+            mean = 0.95 * mean + 0.05 * g
+            ahead = 0.95 * mean / (1 - 0.95 ** (t + 1)) + 0.05 * g / (1 - 0.95**t)
+        for layer, x in enumerate(ahead):
+            x = x / np.sqrt((x**2).sum())
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+            x *= max(1.0, x.shape[1] / x.shape[0]) ** 0.5
+            np.testing.assert_allclose(update[layer], x, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_singular_vectors_stay_and_singular_values_become_about_one(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    left, right = (np.linalg.qr(rng.standard_normal((side, min(shape))))[0] for side in shape)
+    x_IO = left * np.geomspace(1, 0.02, min(shape)) @ right.T
+    inside = left.T @ np.asarray(orthogonalized(jnp.asarray(x_IO, jnp.float32))) @ right
+    values = np.diag(inside)
+    assert 0.3 < values.min() < values.max() < 1.3
+    np.testing.assert_allclose(inside - np.diag(values), 0, atol=1e-5)
+
+
+def test_momentum_is_kept_in_the_dtype_that_is_asked_for() -> None:
+    trees = gradients(3, scanned=True)
+    state = jax.eval_shape(scale_by_muon(ONE_DEVICE, "bfloat16").init, trees[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.mu)} == {jnp.dtype("bfloat16")}
+    full, half = (last_update(scale_by_muon(ONE_DEVICE, dtype), trees)["layers"] for dtype in (None, "bfloat16"))
+    for name in SHAPES:
+        x, y = full[name]["kernel"], half[name]["kernel"]
+        assert y.dtype == jnp.float32
+        cosine = np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y)
+        assert 0.99 < cosine < 1 - 1e-7
