@@ -20,7 +20,8 @@ from tiedjax.sharding import ONE_DEVICE, Axes, Layout
 # Of a chunk's logits. On a CPU they should stay in its cache; an accelerator wants products large enough to
 # keep it busy, and each chunk costs it a pass over the table's gradient.
 CHUNK_BYTES = {"cpu": 2**21, "gpu": 2**30, "tpu": 2**29}
-_MOST_CHUNK_BYTES = 2**30  # of a chunk that is larger for the sake of those passes: memory comes first
+# Of a chunk that is larger for the sake of those passes: with the numbers that are as many as its logits, below 2 GiB.
+_MOST_CHUNK_BYTES = 4 * 2**30 // 5
 _TILE = 256  # tokens: a chunk that is a multiple of it fills the tiles of the matrix units
 _SHIFT = 40.0  # nats
 
@@ -43,7 +44,7 @@ def cross_entropy(
     Negative targets are ignored; a target outside the table gives NaN. With `soft_cap` logits l become
     soft_cap * tanh(l / soft_cap) (Gemma 2, arXiv 2408.00118); the z-loss is that of PaLM (arXiv 2204.02311). Products
     take the dtype of h and sum in float32 (float64 if h is), as do the softmax and the table's gradient. Logits exist
-    for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, or D if more and below 1 GiB). When
+    for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, or D if more and below 0.8 GiB). When
     differentiated, both gradients are computed with the loss, in three matrix products; weights have none. `gradient`
     is as in `lookup`: with narrow operands, what rounding takes from each target's own row of the table's gradient is
     added back by it.
