@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from tiedjax.muon import orthogonalized, scale_by_muon
-from tiedjax.sharding import ONE_DEVICE
+from tiedjax.sharding import ONE_DEVICE, Layout
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (16, 16)}
 
@@ -76,6 +76,16 @@ def test_singular_vectors_stay_and_singular_values_become_about_one(shape: tuple
     values = np.diag(inside)
     assert 0.3 < values.min() < values.max() < 1.3
     np.testing.assert_allclose(inside - np.diag(values), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_accelerators_multiply_in_bfloat16_near_enough(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x_LIO = jnp.asarray(np.random.default_rng(2).standard_normal((3, *shape)), jnp.float32)
+    exact = orthogonalized(x_LIO)
+    monkeypatch.setattr(Layout, "platform", "gpu")
+    rounded = orthogonalized(x_LIO)
+    assert (exact.dtype, rounded.dtype) == (jnp.float32, jnp.bfloat16)
+    assert float(jnp.linalg.norm(rounded.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)) < 0.06
 
 
 def test_momentum_is_kept_in_the_dtype_that_is_asked_for() -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tiedjax.sharding import Layout
+from tiedjax.sharding import ONE_DEVICE, Layout
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -54,12 +54,18 @@ def scale_by_muon(layout: Layout, dtype: str | None) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalized(x_LIO: jax.Array) -> jax.Array:
-    """Newton-Schulz on the last two axes: the nearest matrix with singular values of about 1."""
+def orthogonalized(x_LIO: jax.Array, layout: Layout = ONE_DEVICE) -> jax.Array:
+    """Newton-Schulz on the last two axes: the nearest matrix with singular values of about 1.
+
+    Accelerators are given bfloat16, as Jordan does: the iterations settle at about 1, and need not be exact.
+    """
     a, b, c = _COEFFICIENTS
+    x_LIO = x_LIO / (jnp.linalg.norm(x_LIO, axis=(-2, -1), keepdims=True) + _EPS)
+    if layout.platform != "cpu":
+        x_LIO = x_LIO.astype(jnp.bfloat16)
+    x_LIO = layout.constrain(x_LIO, ("whole_layers", None, None))
     turned = x_LIO.shape[-2] > x_LIO.shape[-1]  # the Gram matrix of the shorter side is the smaller one
     x: jax.Array = x_LIO.swapaxes(-1, -2) if turned else x_LIO
-    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + _EPS
     for _ in range(ITERATIONS):
         gram = x @ x.swapaxes(-1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -78,6 +84,6 @@ def _by_stacks(tree: Any, layout: Layout) -> Any:
         scanned = matrices[0].ndim == 3
         x_LIO = matrices[0] if scanned else jnp.stack(matrices)
         inputs, outputs = x_LIO.shape[-2:]
-        x_LIO = orthogonalized(layout.constrain(x_LIO, ("whole_layers", None, None))) * max(1, outputs / inputs) ** 0.5
+        x_LIO = orthogonalized(x_LIO, layout).astype(x_LIO.dtype) * max(1, outputs / inputs) ** 0.5
         directions |= {alike[0]: x_LIO} if scanned else dict(zip(alike, x_LIO, strict=True))
     return jax.tree.unflatten(structure, [directions[place] for place in range(len(leaves))])
