@@ -3,8 +3,8 @@
 The momentum M of a matrix [I, O] becomes U V^T of its singular value decomposition, nearly: five Newton-Schulz
 iterations leave singular values between about 0.7 and 1.2. They need whole matrices, and a third to a half of a step's
 products if every device does all of them. So the like matrices of all layers are put in one stack [L, I, O], which is
-cut along L where parameters are cut along I or O: every device orthogonalises some layers whole, and no more is sent
-than what lies on it, there and back.
+cut along L where parameters are cut along I or O: every device orthogonalises some layers whole. Where fsdp alone cuts
+them no more is sent than what lies on a device, there and back; where fsdp and tensor both do, XLA gathers each stack.
 """
 
 from __future__ import annotations
