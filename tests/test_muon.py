@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import STEPS, arguments, assert_same_run, saved_state
 
+from tiedjax import cli
 from tiedjax.muon import orthogonalized, scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
 
@@ -98,3 +101,14 @@ def test_momentum_is_kept_in_the_dtype_that_is_asked_for() -> None:
         assert y.dtype == jnp.float32
         cosine = np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y)
         assert 0.99 < cosine < 1 - 1e-7
+
+
+def test_a_run_that_is_continued_is_the_same_run(text: Path, tmp_path: Path) -> None:
+    changes = {"optimizer.body.kind": "muon", "model.norm": "layernorm", "tying.scheme": "untied", "model.layers": 2}
+    changes |= {"optimizer.body.learning_rate": "0.02", "optimizer.tables.input.b2": "0.99"}
+    assert cli.main(arguments(tmp_path / "whole", text, changes)) == 0
+    for stop in ({"train.stop_at": 4}, {}):
+        assert cli.main(arguments(tmp_path / "parts", text, changes | stop)) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    momenta = [name for name in saved_state(tmp_path / "whole", STEPS) if "/mu/" in name and "kernel" in name]
+    assert len(momenta) == 2 * 7
