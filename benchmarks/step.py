@@ -3,12 +3,13 @@
     python benchmarks/step.py --machine "2-core x86-64 virtual machine"                      # configs quick and tiny
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
 
-Every side starts from the same parameters and sees the same batches, and its first losses are compared: a side that
-computes something else is reported as failed, whatever its speed. Then windows of equally many steps alternate between
-the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and its allocator would
-slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken within a round: seconds
-of the side / seconds of tiedjax. PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not
-wanted. Prints, and adds the results by config to benchmarks/results/step_DEVICE.json.
+Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
+the config says. Its first losses are compared: a side that computes something else is reported as failed, whatever its
+speed. Then windows of equally many steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a
+process of its own: its threads and its allocator would slow ours down, and ours them; both processes keep the memory
+that they free. A ratio is taken within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip install torch
+transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results by config to
+benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -31,7 +32,7 @@ import optax
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.config import RunConfig
+from tiedjax.config import BodyOptimizerConfig, RunConfig, TableOptimizerConfig
 from tiedjax.config_files import to_tree
 from tiedjax.cost import bench
 from tiedjax.host import platform_flags, process
@@ -60,21 +61,49 @@ class Side(Protocol):
 def read_config(path: Path, changes: Mapping[str, Any] | None = None) -> RunConfig:
     """A run's config with dotted changes, read without the libraries that the command line needs for it.
 
-    Reads what configs/*.yaml consist of: sections of plain `key: value` lines.
+    Reads what configs/*.yaml consist of: sections of plain `key: value` lines, a value that is itself a section within
+    braces.
     """
-    sections: dict[str, dict[str, Any]] = {}
+    options: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.split("#")[0].rstrip()
         if text and not line.startswith(" "):
-            section = sections.setdefault(text.rstrip(":"), {})
+            section = text.rstrip(":")
         elif text:
             key, _, value = text.strip().partition(": ")
-            section[key] = scalar(value)
-    for dotted, value in (changes or {}).items():
-        name, key = dotted.split(".")
-        sections.setdefault(name, {})[key] = value
-    types = get_type_hints(RunConfig)
-    return RunConfig(**{name: types[name](**fields) for name, fields in sections.items()})
+            for name, each in entries(key, value):
+                options[f"{section}.{name}"] = each
+    return structured(RunConfig, options | dict(changes or {}))
+
+
+def entries(key: str, value: str) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of what a line says."""
+    if not value.startswith("{"):
+        yield key, scalar(value)
+    else:
+        for each in value.strip("{}").split(","):
+            name, _, inner = each.strip().partition(": ")
+            yield f"{key}.{name}", scalar(inner)
+
+
+def structured(cls: type, options: Mapping[str, Any]) -> Any:
+    """The config class with these dotted options."""
+    sections: dict[str, dict[str, Any]] = {}
+    fields: dict[str, Any] = {}
+    for dotted, value in options.items():
+        name, _, rest = dotted.partition(".")
+        if rest:
+            sections.setdefault(name, {})[rest] = value
+        else:
+            fields[name] = value
+    types = get_type_hints(cls)
+    return cls(**fields, **{name: structured(types[name], each) for name, each in sections.items()})
+
+
+def under_adamw(cfg: RunConfig) -> RunConfig:
+    """The same run with AdamW of one rate for all: what PyTorch's side has."""
+    plain = dataclasses.replace(cfg.optimizer, body=BodyOptimizerConfig(), tables=TableOptimizerConfig())
+    return dataclasses.replace(cfg, optimizer=plain)
 
 
 def scalar(text: str) -> Any:
@@ -312,7 +341,7 @@ def main() -> None:
     path = args.out or HERE / "results" / f"step_{slug(environment['device']['kind'])}.json"
     for config in args.configs:
         print(config.stem, flush=True)
-        result = compare(read_config(config, changes), args.sides, args.rounds, args.window_seconds)
+        result = compare(under_adamw(read_config(config, changes)), args.sides, args.rounds, args.window_seconds)
         save(path, config.stem, result | {"environment": environment})
 
 

@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "data",
         "metrics",
+        "saves",
         "step",
     },
     "analysis": {
@@ -70,9 +71,13 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "analysis",
     },
-    "study": {"config", "config_files", "data", "host", "tying", "loop", "metrics", "run", "analysis"},
+    "saves": {"config"},
+    "plan": {"config", "config_files", "tying", "flops"},
+    "sweep": {"plan"},
+    "estimate": {"config", "tying", "flops", "saves"},
+    "study": {"config", "config_files", "data", "host", "loop", "run", "plan", "sweep", "estimate", "analysis"},
     "cost": {"config", "config_files", "tying", "model", "sharding", "host", "metrics", "flops", "step", "cost"},
-    "cli": {"config", "config_files", "config_errors", "data", "analysis", "host", "loop", "study", "cost"},
+    "cli": {"config", "config_files", "config_errors", "data", "analysis", "host", "loop", "plan", "study", "cost"},
     "__main__": {"cli"},
     "__init__": {"run"},
 }

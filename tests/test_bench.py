@@ -29,6 +29,7 @@ from tiedjax.config_files import load_run_config
 from tiedjax.cost import bench
 from tiedjax.errors import UserError
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token, matmul_parameters
+from tiedjax.optimizer import rules
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"
 
@@ -325,6 +326,13 @@ def test_the_benchmarks_read_configs_as_the_command_line_does(path: Path, step_b
     changed = step_benchmark.read_config(path, {"data.batch_size": 3, "data.microbatches": 1, "model.layers": 1})
     expected = {"data.batch_size": "3", "data.microbatches": "1", "model.layers": "1"}
     assert changed == load_run_config(path, expected)
+
+
+def test_sides_are_compared_under_adamw_of_one_rate(step_benchmark: ModuleType) -> None:
+    cfg = step_benchmark.read_config(REPOSITORY / "configs" / "quick.yaml", {"optimizer.tables.input.b2": 0.5})
+    plain = step_benchmark.under_adamw(cfg).optimizer
+    assert (cfg.optimizer.body.kind, cfg.optimizer.tables.input.b2) == ("muon", 0.5)
+    assert {(rule.kind, rule.learning_rate, rule.b2) for rule in rules(plain).values()} == {("adamw", 1e-2, 0.95)}
 
 
 def test_without_roles_training_is_the_same(step_benchmark: ModuleType) -> None:

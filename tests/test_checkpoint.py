@@ -20,7 +20,7 @@ from programs import finish, start
 from runs import STEPS
 
 import tiedjax
-from tiedjax.checkpoint import Checkpoints, failed_saves, fingerprints, snapshot_steps
+from tiedjax.checkpoint import Checkpoints, failed_saves, fingerprints
 from tiedjax.errors import UserError
 
 
@@ -235,15 +235,6 @@ def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:
     checkpoints.close()
     restored = Checkpoints(tmp_path, create=False).restore(1, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
     np.testing.assert_array_equal(restored["x"], np.zeros(3))
-
-
-def test_the_snapshot_schedule_is_dense_early() -> None:
-    early = {1: True, 2: True, 4: True, 8: True}
-    assert snapshot_steps(10, 35) == {0: False, **early, 10: False, 20: False, 30: False, 35: False}
-    assert snapshot_steps(16, 32) == {0: False, **early, 16: False, 32: False}
-    assert snapshot_steps(100, 8) == {0: False, **early, 8: False}, "the last one is not early"
-    assert snapshot_steps(1, 3) == dict.fromkeys(range(4), False)
-    assert snapshot_steps(9, 1) == {0: False, 1: False}
 
 
 def test_a_save_that_fails_says_so_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

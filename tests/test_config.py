@@ -15,11 +15,12 @@ import jax
 import pytest
 from programs import REPOSITORY
 
-from tiedjax import config, lm, study
+from tiedjax import config, lm
 from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.config_errors import SYNONYMS, meant_key
 from tiedjax.config_files import Kind, find_config, load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
+from tiedjax.plan import load_study
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 STUDIES = sorted((REPOSITORY / "configs" / "studies").glob("*.yaml"))
@@ -54,7 +55,7 @@ def test_every_config_loads_round_trips_and_has_shapes(path: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path) -> None:
-    plan = study.load_study(path)
+    plan = load_study(path)
     assert structure(StudyConfig, read_yaml(written(tmp_path, to_yaml(plan.study))), "again") == plan.study
     assert len(plan.runs) == len(plan.study.arms) * len(plan.study.seeds)
     for (_, seed), cfg in plan.runs.items():
@@ -67,7 +68,7 @@ def test_every_study_loads_round_trips_and_has_shapes(path: Path, tmp_path: Path
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_arms_of_a_study_are_twins(path: Path) -> None:
     """They differ in what the study file lists and in nothing else: never in data, schedule or body."""
-    plan = study.load_study(path)
+    plan = load_study(path)
     for seed in plan.study.seeds:
         arms = [cfg for (_, s), cfg in plan.runs.items() if s == seed]
         for name in ("model", "data", "optimizer", "train"):
@@ -405,4 +406,4 @@ def test_a_study_that_cannot_answer_is_refused_before_it_trains(tmp_path: Path, 
     arms = "arms: {untied: {tying: {scheme: untied}}, tied: {}}\n"
     (tmp_path / "study.yaml").write_text(arms + changes)
     with pytest.raises(UserError, match=says):
-        study.load_study(tmp_path / "study.yaml")
+        load_study(tmp_path / "study.yaml")

@@ -107,19 +107,22 @@ def test_counts_do_not_depend_on_how_many_are_counted_at_a_time(monkeypatch: pyt
     np.testing.assert_array_equal(Windows([tokens], T).counts(9), once)
 
 
+@pytest.mark.parametrize("limit", [None, 1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_evaluation_reads_every_held_out_window_once_in_order(prepared: Prepared, processes: int) -> None:
+def test_evaluation_reads_every_held_out_window_once_in_halves(
+    prepared: Prepared, processes: int, limit: int | None
+) -> None:
     size = B // processes
-    shares = [list(eval_batches(prepared, T, B, slice(p * size, (p + 1) * size))) for p in range(processes)]
+    shares = [list(eval_batches(prepared, T, B, slice(p * size, (p + 1) * size), limit)) for p in range(processes)]
     assert len({len(share) for share in shares}) == 1
-    seen = []
+    seen: dict[str, list[object]] = {"even": [], "odd": []}
     for parts in zip(*shares, strict=True):
-        for tokens, weights in parts:
+        for half, tokens, weights in parts:
             assert tokens.shape == (size, T + 1)
             assert weights.dtype == np.float32
-            seen += [row for row, weight in zip(keys(tokens), weights, strict=True) if weight]
-    assert seen == all_windows(prepared, "eval")
-    assert len(list(eval_batches(prepared, T, B, limit=1))) == 1
+            seen[half] += [row for row, weight in zip(keys(tokens), weights, strict=True) if weight]
+    windows = all_windows(prepared, "eval")[: limit and limit * B]
+    assert seen == {"even": windows[::2], "odd": windows[1::2]}
 
 
 def test_windows_refuse_numbers_they_do_not_have(prepared: Prepared) -> None:

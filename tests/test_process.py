@@ -17,6 +17,7 @@ from tiedjax import study
 from tiedjax.config_files import packaged_configs
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.host import process
+from tiedjax.plan import load_study
 
 Joined = list[tuple[Any, ...]]
 
@@ -193,7 +194,7 @@ def test_a_study_asks_for_one_folder_before_it_writes(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(process, "refuse_unshared", refuse)
     with pytest.raises(UserError, match="study"):
-        study.run_study(study.load_study(packaged_configs("study")["quick"]), tmp_path / "study")
+        study.run_study(load_study(packaged_configs("study")["quick"]), tmp_path / "study")
     assert list(tmp_path.iterdir()) == []
 
 

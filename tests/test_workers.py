@@ -22,13 +22,15 @@ from tiedjax.cli import main
 from tiedjax.config_files import load_run_config, to_tree
 from tiedjax.errors import UserError
 from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
+from tiedjax.plan import load_study
 
 PROGRAM = """
 import json, sys
 from tiedjax.errors import TrainingError
 from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
 trees = json.loads(sys.argv[1])
-tasks = [Task(out, "tiedjax.study:train_run", {"config": tree, "out": out}) for out, tree in trees.items()]
+train = "tiedjax.study:train_run"
+tasks = [Task(out, train, {"config": tree, "out": out, "until": None}) for out, tree in trees.items()]
 begins = lambda place, task: print("begins", place, flush=True)
 try:
     with Crew(int(sys.argv[2]), int(sys.argv[3]), lambda line: print(line, flush=True)) as crew:
@@ -234,7 +236,7 @@ def test_a_stopped_study_says_so_and_keeps_every_state(tmp_path: Path, monkeypat
 
 
 def test_workers_follow_the_cores_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = study.load_study(REPOSITORY / "configs" / "studies" / "quick.yaml")
+    plan = load_study(REPOSITORY / "configs" / "studies" / "quick.yaml")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     for cores, threads, asked, wanted in [(2, 1, None, 2), (8, 1, None, 8), (64, 1, None, 15), (8, 1, 3, 3)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
@@ -250,4 +252,4 @@ def test_arms_with_other_threads_are_refused(tmp_path: Path) -> None:
     arms = "arms: {untied: {tying: {scheme: untied}}, tied: {train: {threads: 1}}}"
     path.write_text(f"base: {quick}\n{arms}\n")
     with pytest.raises(UserError, match=r"train\.threads: must be one number for all arms, got \[1, 2\]"):
-        study.load_study(path)
+        load_study(path)

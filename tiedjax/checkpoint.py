@@ -23,15 +23,6 @@ from tiedjax.errors import UserError
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
 
-def snapshot_steps(every: int, last: int) -> dict[int, bool]:
-    """After how many updates tables are saved, ascending: 0, 1, 2, 4, ... below `every`, its multiples, and the last.
-
-    True for the early ones, 1, 2, 4, ...; False for 0, from which movement is measured, and for those from `every` on.
-    """
-    early = {1 << power for power in range(every.bit_length()) if 1 << power < min(every, last)}
-    return {step: step in early for step in sorted({*early, *range(0, last, every), last})}
-
-
 @jax.jit
 def _fingerprint(leaf: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(leaf, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[leaf.dtype.itemsize])

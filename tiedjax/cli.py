@@ -20,7 +20,9 @@ from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.host import platform_flags
-from tiedjax.text import nearest
+from tiedjax.text import nearest, seconds
+
+AGAIN = 75  # exit status: run me again
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 1 training failed, 2 bad input, 128 + N signal N."""
+    """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 time is up, 128 + N signal N."""
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         platform_flags.apply()  # before any command imports JAX
@@ -103,6 +105,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="runs trained side by side on a CPU; default: one for every train.threads cores",
+    )
+    study.add_argument("--train-only", action="store_true", help="train, and leave the analysis for later")
+    study.add_argument("--analyse-only", action="store_true", help="analyse the runs that are trained, and train none")
+    study.add_argument(
+        "--instruments", metavar="A,B", help="analyse with these alone, beside what the answer needs; default: all"
+    )
+    study.add_argument(
+        "--time-limit",
+        metavar="TIME",
+        help="stop training after so long (90s, 8m, 1.5h), between two steps, analyse what is trained and exit with "
+        "status 75; the same command continues",
     )
     study.epilog = "keys of a study file:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
@@ -200,19 +213,36 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
+    from tiedjax import plan as plans
     from tiedjax import study
     from tiedjax.host import process
 
     path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
-    plan = study.load_study(path, _overrides(args))
+    plan = plans.load_study(path, _overrides(args))
     out = local_path(args.out or f"studies/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
+    extent = _extent(args, plan.study)
     alone = args.processes is None and not process.launched_as_one_of_many()
     workers = study.workers_for(plan, args.workers) if alone else 1
     if workers == 1:
         platform_flags.use_threads(plan.threads)
-    return _with_cluster(args, lambda _: study.run_study(plan, out, workers))
+    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent))
+
+
+def _extent(args: argparse.Namespace, config: StudyConfig) -> Any:
+    from tiedjax.study import Extent
+
+    if args.train_only and args.analyse_only:
+        raise UserError("--train-only and --analyse-only leave nothing to do; give one of them")
+    instruments = None
+    if args.instruments is not None:
+        from tiedjax.analysis.study.results import parts_of
+
+        instruments = tuple(args.instruments.split(","))
+        parts_of(config, instruments)  # refuses unknown names before anything is trained
+    limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
+    return Extent(not args.analyse_only, not args.train_only, instruments, limit)
 
 
 def _json_file(args: argparse.Namespace) -> Path | None:
@@ -264,7 +294,9 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
         if not why.enough or isinstance(error, KeyboardInterrupt):
             raise
         return _fail(why.line, why.status)
-    return 128 + outcome.signal if outcome and outcome.signal else 0
+    if outcome and outcome.signal:
+        return 128 + int(outcome.signal)
+    return AGAIN if outcome and outcome.time_is_up else 0
 
 
 def _fail(line: str, status: int) -> int:

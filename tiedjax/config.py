@@ -281,6 +281,12 @@ class TrainConfig(_Checked):
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
     snapshot_every: int = _option(100, "steps between table snapshots, after 0, 1, 2, 4, 8, ...", at_least=1)
+    snapshot_gib: float | None = _option(
+        None,
+        "most GiB that the run's snapshots take: where they would take more, those from snapshot_every on lie twice, "
+        "three times, ... as far apart; null: no limit",
+        above=0,
+    )
     early_snapshots_dtype: Literal["float32", "bfloat16"] = _option(
         "float32",
         "dtype in which the snapshots of steps 1, 2, 4, 8, ... below snapshot_every are saved; bfloat16 halves them, "
@@ -330,18 +336,38 @@ class StudyConfig(_Checked):
     reference: str = _option("untied", "the arm whose two tables the others are compared with")
     baseline: str = _option("tied", "the arm that the interventions are compared with")
     seeds: tuple[int, ...] = _option((0, 1), "every arm is trained once from each")
+    sweep: dict[str, list[Any]] = field(
+        default_factory=dict,
+        metadata={"meaning": "dotted option: values; every arm is trained with the combination that is best for it"},
+    )
+    arm_sweeps: dict[str, dict[str, list[Any]]] = field(
+        default_factory=dict, metadata={"meaning": "arm: what it sweeps in place of `sweep`"}
+    )
+    sweep_seeds: tuple[int, ...] = _option((1000, 1001), "seeds of the sweeps' runs, none of them in `seeds`")
+    equal_parameters: dict[str, Literal["mlp", "layers"]] = field(
+        default_factory=dict,
+        metadata={"meaning": "arm: where it gets parameters until it has as many as the reference, mlp or layers"},
+    )
 
     def _check(self) -> None:
-        for role, name in [("reference", self.reference), ("baseline", self.baseline)]:
-            if name not in self.arms:
-                raise UserError(
-                    f"{role}: no arm is named {name!r}; the arms are {', '.join(map(repr, self.arms)) or 'none'}"
-                )
+        names = ", ".join(map(repr, self.arms)) or "none"
+        for key, arms in [
+            ("reference", [self.reference]),
+            ("baseline", [self.baseline]),
+            ("arm_sweeps", self.arm_sweeps),
+            ("equal_parameters", self.equal_parameters),
+        ]:
+            for name in arms:
+                if name not in self.arms:
+                    raise UserError(f"{key}: no arm is named {name!r}; the arms are {names}")
         for name in self.arms:
             if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
                 raise UserError(f"arms: {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UserError(f"seeds: must be distinct and at least one, got {list(self.seeds)}")
+        if self.reference in self.equal_parameters:
+            raise UserError(f"equal_parameters: {self.reference!r} is the reference that the others are made equal to")
+        for key, seeds in [("seeds", self.seeds), ("sweep_seeds", self.sweep_seeds)]:
+            if not seeds or len(set(seeds)) != len(seeds):
+                raise UserError(f"{key}: must be distinct and at least one, got {list(seeds)}")
 
 
 @dataclass(frozen=True)

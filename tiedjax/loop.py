@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves, snapshot_steps
+from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
 from tiedjax.data import counts
@@ -36,13 +36,15 @@ from tiedjax.host import platform_flags, process, profiling
 from tiedjax.host.workers import Aside, ProcessEnded, Task
 from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
 from tiedjax.rng import key_for
+from tiedjax.saves import Saves
 from tiedjax.step import Steps, TrainState, decided, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.snapshot_every", "train.early_snapshots_dtype"),
+    *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype"),
 }
 
 
@@ -53,25 +55,37 @@ _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this proc
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended: updates done, whether that is all of them, the signal that asked it to stop."""
+    """How a call of `train` ended: updates done, whether that is all of them, and what asked it to stop before."""
 
     step: int
     finished: bool
     signal: signal.Signals | None = None
+    time_is_up: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.finished and not self.signal and not self.time_is_up
 
 
 def train(
-    cfg: RunConfig, out: Path, *, label: str | None = None, profile: profiling.StepRange | None = None
+    cfg: RunConfig,
+    out: Path,
+    *,
+    label: str | None = None,
+    profile: profiling.StepRange | None = None,
+    until: float | None = None,
 ) -> Outcome:
     """Trains `cfg` in the run directory `out`, from its newest checkpoint if it has one.
 
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
-    into `out`/profile. Raises UserError for what the caller can mend, TrainingError if the loss stops being finite.
+    into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
+    UserError for what the caller can mend, TrainingError if the loss stops being finite.
     """
-    stop = process.StopRequest()
+    stop = process.StopRequest(until)
     with ExitStack() as held:
         step = _train(cfg, out, label or out.name, profile, stop, held)
-    return Outcome(step, step >= cfg.train.steps, stop.signal)
+    return Outcome(step, step >= cfg.train.steps, stop.signal, stop.time_is_up)
 
 
 def _train(
@@ -136,10 +150,10 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    planned = snapshot_steps(cfg.train.snapshot_every, cfg.train.steps)
+    saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state))
     rounds = cfg.train.early_snapshots_dtype == "bfloat16"
     if start == 0:
-        _say(f"{label}: {_disk_use(cfg, state)}")
+        _say(f"{label}: {saves}")
         snapshots.save(0, state.params["tables"], about)
 
     # ---- Steps ----
@@ -164,14 +178,14 @@ def _train(
         ends = stop.requested_at(step) or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
-        snaps = step in planned
+        snaps = step in saves.snapshots
         recorder.record(step, metrics, deciles=snaps)
         if evaluates or checks or snaps:
             recorder.flush(partial(evaluation, state) if evaluates else None)
         if (checks or snaps) and not _all_finite(state):
             raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if snaps:
-            if rounds and planned[step]:
+            if rounds and saves.snapshots[step]:
                 snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
             else:
                 snapshots.save(step, state.params["tables"], about)
@@ -222,20 +236,6 @@ def _all_finite(state: TrainState) -> jax.Array:
 @jax.jit
 def _rounded(tables: Any) -> Any:
     return jax.tree.map(lambda table: table.astype(jnp.bfloat16), tables)
-
-
-def _disk_use(cfg: RunConfig, state: TrainState) -> str:
-    """What the run will have written when all its steps are done."""
-    train, table_bytes = cfg.train, _bytes(state.params["tables"])
-    planned = snapshot_steps(train.snapshot_every, train.steps)
-    rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
-    snapshots = table_bytes * len(planned) - table_bytes // 2 * rounded
-    states = -(-train.steps // (train.checkpoint_every or train.steps))
-    kept = min(train.keep_checkpoints, states)
-    return (
-        f"will write {len(planned)} snapshots ({snapshots / 2**30:.2f} GiB) and keep {kept} of {states} states "
-        f"({_bytes(state) * kept / 2**30:.2f} GiB)"
-    )
 
 
 def _bytes(tree: Any) -> int:
@@ -386,20 +386,23 @@ class _Counting:
 
 
 class _Evaluation:
-    """Mean cross-entropy in nats over the held-out windows, without z-loss."""
+    """Mean cross-entropy in nats over the held-out windows, without z-loss: of all, of even ones and of odd ones."""
 
     def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps, prepared: Prepared):
         self._cfg, self._mesh, self._steps, self._prepared = cfg, mesh, steps, prepared
 
-    def __call__(self, state: TrainState) -> float:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         size, limit = self._cfg.data.batch_size, self._cfg.train.eval_batches
         rows = sharding.local_rows(self._mesh, size)
-        sums = []
-        for batch in eval_batches(self._prepared, self._cfg.model.seq_len, size, rows, limit):
+        halves, sums = [], []
+        for half, *batch in eval_batches(self._prepared, self._cfg.model.seq_len, size, rows, limit):
             tokens_BS, weights_B = (sharding.global_batch(local, self._mesh, size) for local in batch)
+            halves.append(half)
             sums.append(self._steps.evaluate(state.params, tokens_BS, weights_B))
-        loss, weight = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
-        return float(loss / weight)
+        loss_and_weight = np.asarray(jax.device_get(sums), np.float64)
+        parts = {"eval_loss": loss_and_weight}
+        parts |= {f"eval_loss_{half}": loss_and_weight[np.array(halves) == half] for half in dict.fromkeys(halves)}
+        return {name: float(np.divide(*part.sum(axis=0))) for name, part in parts.items()}
 
 
 @jax.jit
@@ -443,7 +446,7 @@ class _Recorder:
         packed.copy_to_host_async()
         self._pending = _Pending(step, shapes, packed, deciles)
 
-    def flush(self, evaluate: Callable[[], float] | None) -> None:
+    def flush(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
         """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
         if self._pending is None:
             return
@@ -459,7 +462,7 @@ class _Recorder:
         row["tokens_per_second"] = (step - before) * per_step / (now - then)
         shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
         if evaluate:
-            row["eval_loss"] = evaluate()
+            row |= evaluate()
             shown += f"  held-out {row['eval_loss']:.3f}"
         if self._log and self._progress:
             self._progress.update(step, shown)

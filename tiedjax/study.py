@@ -1,4 +1,4 @@
-"""A study: twin runs over several seeds, then their results and report."""
+"""A study: the runs of its sweeps, twin runs over several seeds, then their results and report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from tiedjax import tying
+from tiedjax import sweep
 from tiedjax.config import RunConfig, StudyConfig
-from tiedjax.config_files import merge, parse_overrides, read_yaml, structure, to_tree, to_yaml
+from tiedjax.config_files import structure, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
-from tiedjax.errors import UserError
+from tiedjax.errors import TrainingError, UserError
+from tiedjax.estimate import foreseen
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process
 from tiedjax.host.workers import Crew, Task, call
 from tiedjax.loop import Outcome, train
+from tiedjax.plan import Plan
 from tiedjax.run import Run, load_run
 from tiedjax.text import duration
 
@@ -39,49 +41,20 @@ REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "gra
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A study with the resolved config of each of its runs, by (arm, seed), in the order of training."""
+class Extent:
+    """What of a study is asked for.
 
-    name: str
-    study: StudyConfig
-    runs: dict[tuple[str, int], RunConfig]
+    Attributes:
+      trains: whether what is not yet trained is trained.
+      analyses: whether what is trained is analysed and the report drawn.
+      instruments: those that are analysed beside what the answer needs; None: all.
+      time_limit: seconds after which training stops, between two steps; what is trained by then is still analysed.
+    """
 
-    @property
-    def threads(self) -> int:
-        """CPU threads of every run."""
-        return next(iter(self.runs.values())).train.threads
-
-
-def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> Plan:
-    """Resolves a study file; `overrides` ({"train.steps": "50"}) apply to every run, after its arm."""
-    path = Path(path)
-    study = structure(StudyConfig, read_yaml(path), str(path))
-    if not study.base:
-        raise UserError(f"{path}: base: missing; it names the run config that all arms share")
-    base_path = path.parent / study.base
-    base = read_yaml(base_path)
-    structure(RunConfig, base, str(base_path))
-    last = parse_overrides(overrides or {})
-    for where, changes in [("--train.seed", last), (f"{path}: overrides", study.overrides), *study.arms.items()]:
-        if "seed" in (changes.get("train") or {}):
-            raise UserError(f"{where}: train.seed is set from the study's seeds; change those in the study file")
-    runs = {}
-    for seed in study.seeds:
-        for arm, changes in study.arms.items():
-            tree = merge(merge(merge(base, study.overrides), changes), last)
-            runs[arm, seed] = structure(RunConfig, merge(tree, {"train": {"seed": seed}}), f"{path}: arm {arm!r}")
-            try:
-                tying.refuse_options_of_roles(runs[arm, seed])
-            except UserError as error:
-                raise UserError(f"{path}: arm {arm!r}: {error}") from None
-    for arm, shared in [(study.reference, False), (study.baseline, True)]:
-        options = runs[arm, study.seeds[0]].tying
-        if tying.scheme_of(options).shares_one_table != shared:
-            wanted = "one table in both roles" if shared else "a table for each role"
-            raise UserError(f"{path}: arm {arm!r} needs a scheme with {wanted}, its tying.scheme is {options.scheme!r}")
-    if len(threads := sorted({cfg.train.threads for cfg in runs.values()})) > 1:
-        raise UserError(f"{path}: train.threads: must be one number for all arms, got {threads}")
-    return Plan(path.stem, study, runs)
+    trains: bool = True
+    analyses: bool = True
+    instruments: tuple[str, ...] | None = None
+    time_limit: float | None = None
 
 
 def workers_for(plan: Plan, asked: int | None = None) -> int:
@@ -97,128 +70,241 @@ def workers_for(plan: Plan, asked: int | None = None) -> int:
     return min(asked or max(1, cores // plan.threads), len(plan.runs))
 
 
-def run_study(plan: Plan, out: Path, workers: int = 1) -> Outcome:
+def run_study(plan: Plan, out: Path, workers: int = 1, extent: Extent = Extent()) -> Outcome:
     """Trains what is not yet trained, then writes results.json, report.html and figures/ in `out`.
 
     With more than one of `workers`, that many processes of this machine train a run each, and analyse side by side.
     Returns the outcome of the run that was stopped, or else of the last one.
     """
     began = time.monotonic()
+    until = None if extent.time_limit is None else began + extent.time_limit
     process.refuse_unshared(out)
     if process.is_main():
         with sole_writer(out):
             write_atomically(out / "study.yaml", to_yaml(plan.study))
     with Crew(workers, plan.threads, partial(print, flush=True)) if workers > 1 else nullcontext() as crew:
-        outcome, parts = _train_and_collect(plan, out, crew)
-        if not outcome.finished or outcome.signal or not process.is_main():
+        study = _Study(plan, out, crew, extent, until)
+        outcome = study.train() if extent.trains else study.settle()
+        if outcome.signal or not process.is_main():
             return outcome
-        if not crew or not crew.signal:
-            _analyse(plan, out, parts, time.monotonic() - began)
-            print(draw_report(out, crew))
-        heard = crew.signal if crew else None
-    return dataclasses.replace(outcome, signal=heard)
+        if outcome.time_is_up:
+            print(f"time is up: {study.done()}; the same command continues", flush=True)
+        if extent.analyses:
+            study.analyse(began)
+        return dataclasses.replace(outcome, signal=crew.signal if crew else None)
 
 
-def _train_and_collect(plan: Plan, out: Path, crew: Crew | None) -> tuple[Outcome, dict[str, Any]]:
-    """Every run, then every part of the results that takes long, by name.
+class _Study:
+    """A study under way: its plan, settled once its sweeps have chosen, and the parts of the results so far by name."""
 
-    A crew begins a part as soon as the runs that it is about have ended, so that no worker waits for the last run.
-    """
-    runs, parts = _training(plan, out), _parts(plan, out)
-    at_once, began, begun = crew.size if crew else 1, time.monotonic(), 0
+    def __init__(self, plan: Plan, out: Path, crew: Crew | None, extent: Extent, until: float | None):
+        self._plan, self._out, self._crew, self._extent, self._until = plan, out, crew, extent, until
+        self._choices: dict[str, sweep.Choice] = {}
+        self._parts: dict[str, Any] = {}
 
-    def begins(place: int, task: Task) -> None:
-        nonlocal begun
-        begun += 1
-        done = max(0, begun - at_once)
-        left = (time.monotonic() - began) / max(done, 1) * (len(runs) - done)
-        if place < len(runs) and process.is_main():
-            print(f"run {begun} of {len(runs)}: {task.name}" + (f"; about {duration(left)} left" if done else ""))
-        elif begun == len(runs) + 1:
-            print("analysing ...", flush=True)
+    def train(self) -> Outcome:
+        """Every run of the sweeps, then every run of the settled plan, and parts of the results beside them.
 
-    def stops(task: Task, result: Any) -> bool:
-        return task in runs and bool(not result["finished"] or result["signal"])
+        A crew begins a part as soon as the runs that it is about have ended, so that no worker waits for the last run.
+        """
+        if self._crew:
+            for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in self._plan.runs.values()):
+                prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
+        if process.is_main():
+            runs = [*self._plan.trials.values(), *self._plan.runs.values()]
+            print(foreseen(runs, self._crew.size if self._crew else 1), flush=True)
+        if self._plan.trials:
+            outcome = self._sweep()
+            if not outcome.complete:
+                return outcome
+        runs = [
+            self._run_task("train_run", self._folder(run), cfg, f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}")
+            for run, cfg in self._plan.runs.items()
+        ]
+        parts = self._part_tasks(self._plan.runs) if self._crew and self._extent.analyses else {}
+        results = self._call("run", runs, list(parts.values()))
+        self._parts = {name: results[place] for place, name in enumerate(parts, len(runs)) if place in results}
+        return self._outcome(results, len(runs))
 
-    tasks, results = [*runs, *parts.values()], dict[int, Any]()
-    if crew:
-        for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in plan.runs.values()):
-            prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
-        results = crew.run(tasks, begins, stops)
-    for place, task in enumerate([] if crew else tasks):
-        if place >= len(runs) and not process.is_main():
-            break
-        begins(place, task)
-        results[place] = call(task)
-        if stops(task, results[place]):
-            break
-    trained = [results[place] for place in range(len(runs)) if place in results]
-    nothing: dict[str, Any] = {"step": 0, "finished": False}
-    ended = next((r for r in trained if not r["finished"] or r["signal"]), trained[-1] if trained else nothing)
-    heard = crew.signal if crew else ended.get("signal")
-    outcome = Outcome(ended["step"], ended["finished"], signal.Signals(heard) if heard else None)
-    return outcome, {name: results[place] for place, name in enumerate(parts, len(runs)) if place in results}
+    def settle(self) -> Outcome:
+        """Takes what a sweep has chosen before, and trains nothing."""
+        if self._plan.trials:
+            self._take(sweep.read(self._plan, self._out))
+        return Outcome(0, finished=True)
+
+    def done(self) -> str:
+        """How many runs are trained, in words."""
+        done = sum(is_trained(self._folder(key), cfg) for key, cfg in self._plan.runs.items())
+        words = f"{done} of {len(self._plan.runs)} runs are trained"
+        if self._plan.trials and not self._choices:
+            tried = sum(is_trained(self._trial_folder(key), cfg) for key, cfg in self._plan.trials.items())
+            words = f"{tried} of {len(self._plan.trials)} runs of the sweep are trained"
+        return words
+
+    def analyse(self, began: float) -> None:
+        """Writes the results and the report of the runs that are trained; says so where there is nothing to compare."""
+        trained = [key for key, cfg in self._plan.runs.items() if is_trained(self._folder(key), cfg)]
+        if not any(arm == self._plan.study.reference for arm, _ in trained):
+            print(f"nothing to report yet: no run of {self._plan.study.reference} is trained")
+            return
+        missing = {name: task for name, task in self._part_tasks(trained).items() if name not in self._parts}
+        results = self._call("", [], [dataclasses.replace(task, after=()) for task in missing.values()])
+        if self._crew and self._crew.signal:
+            return
+        self._parts |= {name: results[place] for place, name in enumerate(missing)}
+        _write_results(self._plan, self._out, trained, self._parts, sweep.plain(self._choices), began)
+        print(draw_report(self._out, self._crew))
+
+    def _folder(self, run: tuple[str, int]) -> Path:
+        return self._out / "runs" / f"{run[0]}-{run[1]}"
+
+    def _trial_folder(self, trial: tuple[str, int, int]) -> Path:
+        arm, place, seed = trial
+        point = self._plan.arms[arm].points[place]
+        options = [f"{key}={value}" for key, value in point.items()]
+        return self._out / "sweep" / ",".join([arm, *options, f"seed={seed}"])
+
+    def _run_task(self, function: str, folder: Path, cfg: RunConfig, kind: str) -> Task:
+        """A run as a task; those of one kind compile the same."""
+        arguments = {"config": to_tree(cfg), "out": str(folder), "until": self._until}
+        return Task(folder.name, f"{__name__}:{function}", arguments, kind)
+
+    def _sweep(self) -> Outcome:
+        """Trains at every point of every arm's sweep, and settles the plan by the best."""
+        tasks = []
+        for trial, cfg in self._plan.trials.items():
+            few = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, snapshot_every=cfg.train.steps))
+            kind = f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}"
+            tasks.append(self._run_task("try_run", self._trial_folder(trial), few, kind))
+        results = self._call("run of the sweep", tasks)
+        outcome = self._outcome(results, len(tasks))
+        if outcome.complete:
+            losses = {trial: results[place]["loss"] for place, trial in enumerate(self._plan.trials)}
+            choices = {}
+            for arm, each in self._plan.arms.items():
+                if each.points:
+                    of_arm = {(place, seed): loss for (name, place, seed), loss in losses.items() if name == arm}
+                    choices[arm] = sweep.choose(arm, each.points, of_arm)
+            self._take(choices)
+            if process.is_main():
+                sweep.write(self._out, choices)
+        return outcome
+
+    def _take(self, choices: Mapping[str, sweep.Choice]) -> None:
+        self._choices = dict(choices)
+        self._plan = self._plan.settled({arm: choice.best for arm, choice in choices.items()})
+
+    def _part_tasks(self, runs: Iterable[tuple[str, int]]) -> dict[str, Task]:
+        """`analyse_part` of every part of the results that takes long, by name; that of one seed needs its runs only.
+
+        `after` are the places of its runs among all.
+        """
+        from tiedjax.analysis.study.results import parts_of, seed_of
+
+        tasks, runs = {}, list(runs)
+        for name in parts_of(self._plan.study, self._extent.instruments):
+            of = [run for run in runs if seed_of(name) in (None, run[1])]
+            if of:
+                seeds = tuple(dict.fromkeys(seed for _, seed in of))
+                arguments = {
+                    "study": to_tree(dataclasses.replace(self._plan.study, seeds=seeds)),
+                    "folder": str(self._out / "runs"),
+                    "name": name,
+                    "runs": of,
+                }
+                after = tuple(place for place, run in enumerate(runs) if run in of)
+                tasks[name] = Task(f"{self._out}: {name}", f"{__name__}:analyse_part", arguments, "analysis", after)
+        return tasks
+
+    def _call(self, kind: str, runs: Sequence[Task], parts: Sequence[Task] = ()) -> dict[int, Any]:
+        """Place: result of the runs and, beside them, the parts; after a run that was stopped no other begins."""
+        at_once, began, begun = self._crew.size if self._crew else 1, time.monotonic(), 0
+
+        def begins(place: int, task: Task) -> None:
+            nonlocal begun
+            begun += 1
+            done = max(0, begun - at_once)
+            left = (time.monotonic() - began) / max(done, 1) * (len(runs) - done)
+            if place < len(runs) and process.is_main():
+                left_words = f"; about {duration(left)} left" if done else ""
+                print(f"{kind} {begun} of {len(runs)}: {task.name}{left_words}", flush=True)
+            elif begun == len(runs) + 1:
+                print("analysing ...", flush=True)
+
+        def stops(task: Task, result: Any) -> bool:
+            return task in runs and not _outcome(result).complete
+
+        if self._crew:
+            return self._crew.run([*runs, *parts], begins, stops)
+        results: dict[int, Any] = {}
+        for place, task in enumerate([*runs, *parts]):
+            begins(place, task)
+            results[place] = call(task)
+            if stops(task, results[place]):
+                break
+        return results
+
+    def _outcome(self, results: Mapping[int, Mapping[str, Any]], runs: int) -> Outcome:
+        """Of the run that was stopped, or else of the last one."""
+        trained = [_outcome(results[place]) for place in range(runs) if place in results]
+        ended = next((each for each in trained if not each.complete), (trained or [Outcome(0, finished=False)])[-1])
+        heard = self._crew.signal if self._crew else ended.signal
+        return dataclasses.replace(ended, signal=heard)
 
 
-def _training(plan: Plan, out: Path) -> list[Task]:
-    """`train_run` of every run; those of one scheme compile the same."""
-    return [
-        Task(
-            name=f"{arm}-{seed}",
-            function=f"{__name__}:train_run",
-            arguments={"config": to_tree(cfg), "out": str(out / "runs" / f"{arm}-{seed}")},
-            kind=cfg.tying.scheme,
-        )
-        for (arm, seed), cfg in plan.runs.items()
-    ]
+def _outcome(result: Mapping[str, Any]) -> Outcome:
+    """The outcome that a run's task has returned as plain values."""
+    heard = result["signal"]
+    return Outcome(result["step"], result["finished"], signal.Signals(heard) if heard else None, result["time_is_up"])
 
 
-def train_run(config: Mapping[str, Any], out: str) -> dict[str, Any]:
+def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`loop.train` of a resolved config, as a task: the outcome's fields."""
-    outcome = train(structure(RunConfig, config, out), Path(out))
-    return {"step": outcome.step, "finished": outcome.finished, "signal": outcome.signal}
+    cfg, folder = structure(RunConfig, config, out), Path(out)
+    if until is not None and time.monotonic() >= until and not is_trained(folder, cfg):
+        return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
+    return dataclasses.asdict(train(cfg, folder, until=until))
 
 
-def _parts(plan: Plan, out: Path) -> dict[str, Task]:
-    """`analyse_part` of every part of the results that takes long, by name; that of one seed needs its runs only."""
-    from tiedjax.analysis.study.results import parts_of, seed_of
-
-    tasks = {}
-    for name in parts_of(plan.study):
-        seeds = plan.study.seeds if (seed := seed_of(name)) is None else (seed,)
-        study = to_tree(dataclasses.replace(plan.study, seeds=seeds))
-        tasks[name] = Task(
-            name=f"{out}: {name}",
-            function=f"{__name__}:analyse_part",
-            arguments={"study": study, "folder": str(out / "runs"), "name": name},
-            kind="analysis",
-            after=tuple(place for place, (_, of) in enumerate(plan.runs) if of in seeds),
-        )
-    return tasks
+def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
+    """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
+    try:
+        outcome = train_run(config, out, until)
+    except TrainingError as error:
+        print(f"{Path(out).name}: {error}; this point is out", flush=True)
+        return dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
+    losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
+    if losses is None:
+        raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
+    return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
 
 
-def analyse_part(study: Mapping[str, Any], folder: str, name: str) -> Any:
-    """One of `results.parts_of` the runs in a folder, as a task."""
+def is_trained(folder: Path, cfg: RunConfig) -> bool:
+    """Whether a run's folder holds the state after its last step."""
+    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir()
+
+
+def analyse_part(study: Mapping[str, Any], folder: str, name: str, runs: Sequence[tuple[str, int]]) -> Any:
+    """One of `results.parts_of` these runs, as a task."""
     from tiedjax.analysis.basis.blocked import few_threads
     from tiedjax.analysis.study.results import collect
 
-    held = _held(json.dumps(study), folder)
+    held = _held(json.dumps(study), folder, tuple((arm, seed) for arm, seed in runs))
     model = next(iter(held.runs.values())).config.model
     with few_threads(model.table_rows * model.d_model):
         return collect(name, held)
 
 
 @functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
-def _held(study: str, folder: str) -> StudyRuns:
-    """The runs of a study, whose tables a process reads once for all its parts."""
+def _held(study: str, folder: str, runs: tuple[tuple[str, int], ...]) -> StudyRuns:
+    """Runs of a study, whose tables a process reads once for all its parts."""
     from tiedjax.analysis.basis.study_runs import StudyRuns
 
-    config = structure(StudyConfig, json.loads(study), folder)
-    return StudyRuns(config, _runs(config, Path(folder)))
+    return StudyRuns(structure(StudyConfig, json.loads(study), folder), _loaded(Path(folder), runs))
 
 
-def _runs(study: StudyConfig, folder: Path) -> dict[tuple[str, int], Run]:
-    return {(arm, seed): load_run(folder / f"{arm}-{seed}") for seed in study.seeds for arm in study.arms}
+def _loaded(folder: Path, runs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Run]:
+    return {(arm, seed): load_run(folder / f"{arm}-{seed}") for arm, seed in runs}
 
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
@@ -261,11 +347,19 @@ def _read_results(out: Path) -> dict[str, Any]:
     return results
 
 
-def _analyse(plan: Plan, out: Path, parts: Mapping[str, Any], seconds: float) -> None:
+def _write_results(
+    plan: Plan,
+    out: Path,
+    trained: Iterable[tuple[str, int]],
+    parts: Mapping[str, Any],
+    choices: Mapping[str, Any],
+    began: float,
+) -> None:
     from tiedjax.analysis.study.results import summarize
 
-    environment = environment_now() | {"study_seconds": seconds}
-    results = summarize(plan.study, _runs(plan.study, out / "runs"), environment=environment, parts=parts)
+    runs = _loaded(out / "runs", trained)
+    environment = environment_now() | {"study_seconds": time.monotonic() - began}
+    results = summarize(plan.study, runs, environment=environment, parts=parts, sweep=choices)
     write_atomically(out / "results.json", json.dumps(results | {"name": plan.name}, indent=1, allow_nan=False))
 
 

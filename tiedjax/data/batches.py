@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from tiedjax.data.prepared import Prepared, Windows
+from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
+
+Half = Literal["even", "odd"]  # of the held-out windows: what chooses between options, and what reports on the choice
+HALVES: tuple[Half, ...] = get_args(Half)
 
 
 class Batches:
@@ -98,18 +102,18 @@ class _Order:
 
 def eval_batches(
     prepared: Prepared, seq_len: int, batch_size: int, rows: slice | None = None, limit: int | None = None
-) -> Iterator[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-    """Every held-out window once, in order: (tokens int32 [rows, T + 1], weights float32 [rows]) per batch.
+) -> Iterator[tuple[Half, npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+    """Every held-out window once: (half, tokens int32 [rows, T + 1], weights float32 [rows]) per batch.
 
-    `rows` selects this process's share of each batch of batch_size; all processes get equally many batches. The last
-    batch is filled up with rows of weight 0. At most `limit` batches.
+    First the windows with even numbers, then those with odd ones, each half in order. `rows` selects this process's
+    share of each batch of batch_size; all processes get equally many batches. The last batch of a half is filled up
+    with rows of weight 0. Only the first `limit` * batch_size windows, if given.
     """
     windows = prepared.windows("eval", seq_len)
+    count = len(windows) if limit is None else min(len(windows), limit * batch_size)
     selected = np.arange(batch_size)[rows or slice(None)]
-    for first in range(0, len(windows), batch_size)[:limit]:
-        yield _padded(windows, first + selected)
-
-
-def _padded(windows: Windows, wanted: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    weights = (wanted < len(windows)).astype(np.float32)
-    return windows.read(np.minimum(wanted, len(windows) - 1)), weights
+    for half, places in zip(HALVES, (range(0, count, 2), range(1, count, 2)), strict=True):
+        for first in range(0, len(places), batch_size):
+            wanted = first + selected
+            tokens = windows.read(np.asarray(places)[np.minimum(wanted, len(places) - 1)])
+            yield half, tokens, (wanted < len(places)).astype(np.float32)

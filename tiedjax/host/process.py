@@ -268,10 +268,15 @@ class StopRequest:
     From `listen` until it is left: entered before what must be closed in peace, it lets a save in progress be finished.
     In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM to
     any of them); there SIGINT is a KeyboardInterrupt after the step in progress, or after the last save.
+
+    When `time.monotonic()` has passed `until` (in a cluster that of process 0), that is a request too: `time_is_up`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, until: float | None = None) -> None:
         self.signal: signal.Signals | None = None
+        self.time_is_up = False
+        self._until = until
+        self._notified = False  # JAX in a cluster, of the time
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -300,9 +305,17 @@ class StopRequest:
     def requested_at(self, step: int) -> bool:
         """Whether to stop after this step, or what stands for one while nothing is trained. All ask at each."""
         self._interrupt_cluster()
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
+        passed = self._until is not None and time.monotonic() >= self._until
+        if jax.process_count() == 1:
+            self.time_is_up = self.time_is_up or passed
+        else:
+            if passed and is_main() and not self._notified:
+                self._notified = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.time_is_up = self._until is not None and main_says(self._notified)
+                self.signal = None if self.time_is_up else signal.SIGTERM
+        return self.signal is not None or self.time_is_up
 
     def _interrupt_cluster(self) -> None:
         if self.signal == signal.SIGINT and jax.process_count() > 1:

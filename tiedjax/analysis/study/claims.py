@@ -28,7 +28,7 @@ def claims(results: Results) -> dict[str, Statement]:
 def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Early layers hurt: the tuned lens of an early state is farther from the final prediction, or from the text."""
     arm, reference = results["headline"]["arm"], results["headline"]["reference"]
-    for twin in results["lens"]["twins"]:
+    for twin in results.get("lens", {}).get("twins", ()):
         if twin["arm"] == arm and twin["early"]:
             where = f"at the input of {arm}" if twin["state"] == 0 else f"after {twin['name']} of {arm}"
             claim = f"the tuned lens {where} is farther from the final prediction than {reference}'s (bits)"
@@ -42,7 +42,7 @@ def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Frequent tokens central, rare ones at the rim."""
     arm = results["headline"]["arm"]
-    tables = [n for n in measured(results["norms"], Norms) if (n.arm, n.role) == (arm, SHARED)]
+    tables = [n for n in measured(results.get("norms", ()), Norms) if (n.arm, n.role) == (arm, SHARED)]
     if tables:
         span = interval(n.value.distance_to_mean.spearman.score for n in tables)
         claim = f"frequent tokens lie nearer to the mean row of {arm} than rare ones (rank correlation)"
@@ -52,7 +52,7 @@ def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _calibration(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Over-confidence on frequent tokens, under-prediction of rare ones, against the untied twin."""
     arm, reference = results["headline"]["arm"], results["headline"]["reference"]
-    for twin in results["calibration"]["twins"]:
+    for twin in results.get("calibration", {}).get("twins", ()):
         if twin["arm"] != arm:
             continue
         if twin["stratum"] == "frequent":
@@ -66,7 +66,7 @@ def _calibration(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _cooccurrence(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Tied cosines follow output co-occurrence."""
     arm = results["headline"]["arm"]
-    tables = [r for r in measured(results["cooccurrence"], Cooccurrence) if (r.arm, r.role) == (arm, SHARED)]
+    tables = [r for r in measured(results.get("cooccurrence", ()), Cooccurrence) if (r.arm, r.role) == (arm, SHARED)]
     if tables:
         claim = f"cosines of {arm} follow what comes before a token more than what comes after it (rank correlation)"
         yield f"{arm}_follows_output_cooccurrence", claim, interval(r.value.difference.mean for r in tables)

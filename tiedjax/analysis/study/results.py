@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,12 @@ from tiedjax.analysis.study import sentences, verdicts
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
-from tiedjax.analysis.study.run_facts import differences, held_out_losses, run_facts
+from tiedjax.analysis.study.run_facts import REPORTED_LOSS, differences, held_out_losses, run_facts
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
+from tiedjax.text import nearest
 
 
 def summarize(
@@ -26,12 +27,13 @@ def summarize(
     *,
     environment: Mapping[str, Any] | None = None,
     parts: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """results.json of a study, from its runs by (arm, seed).
 
     `environment` says what the caller knows of the machine, versions and time; `parts` are those of `parts_of`, if
-    others have collected them. Pairs without a run are named in `notes`. UserError when no seed has a run of the
-    reference arm.
+    others have collected them; `sweep` says by arm what was tried to choose its options. Pairs
+    without a run are named in `notes`. UserError when no seed has a run of the reference arm.
     """
     seeds = [seed for seed in study.seeds if (study.reference, seed) in runs]
     if not seeds:
@@ -39,7 +41,7 @@ def summarize(
     if parts is None:
         held = StudyRuns(study, runs)
         parts = {name: collect(name, held) for name in parts_of(study)}
-    walk = parts["walk"]
+    walk, loss = parts["walk"], REPORTED_LOSS if sweep else "eval_loss"
     final = [r for r in walk["comparisons"] if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
     arms = {
@@ -47,8 +49,8 @@ def summarize(
             arm,
             final,
             {seed: flow for (a, seed), flow in flows.items() if a == arm},
-            held_out_losses(runs, arm),
-            held_out_losses(runs, study.baseline),
+            held_out_losses(runs, arm, loss),
+            held_out_losses(runs, study.baseline, loss),
         )
         | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
         for arm in study.arms
@@ -68,11 +70,9 @@ def summarize(
         "gradients": [arm_and_seed(key) | to_plain(flow) for key, flow in flows.items()],
         "evolution": walk["evolution"],
         **{name: parts[name] for name in SECTIONS if name in parts},
-        "lens": SECTIONS["lens"].together(
-            study.reference, [run for seed in study.seeds for run in parts[f"lens {seed}"]]
-        ),
+        **_lens(study, parts),
         "examples": walk["examples"],
-        "runs": [arm_and_seed(key) | run_facts(run) for key, run in runs.items()],
+        "runs": [arm_and_seed(key) | run_facts(run, loss) for key, run in runs.items()],
         "study": {
             "reference": study.reference,
             "baseline": study.baseline,
@@ -80,6 +80,7 @@ def summarize(
             "arms": dict(study.arms),
             "config": to_tree(runs[study.reference, seeds[0]].config),
         },
+        "sweep": dict(sweep or {}),
         "environment": dict(environment or {}),
         "notes": _notes(study, runs),
     }
@@ -91,17 +92,32 @@ def summarize(
     return {"answer": answer, "findings": findings, **plain}
 
 
-def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
-    """What takes long, each from the runs alone, so that several processes can share it out: the longest first."""
+def parts_of(study: StudyConfig, instruments: Collection[str] | None = None) -> dict[str, Callable[[StudyRuns], Any]]:
+    """What takes long, each from the runs alone, so that several processes can share it out: the longest first.
+
+    Of the instruments whose sections are collected on their own only those named, if any are; UserError for a name
+    that none of them has.
+    """
     sections = {name: section.collect for name, section in SECTIONS.items() if hasattr(section, "collect")}
-    of_every_seed = sections.pop("lens")
+    for name in instruments or ():
+        if name not in sections:
+            raise UserError(f"--instruments: {name!r} is none of {', '.join(sections)}{nearest(name, sections)}")
+    if instruments is not None:
+        sections = {name: collect for name, collect in sections.items() if name in instruments}
+    of_every_seed = sections.pop("lens", None)
     return {
         "walk": over_snapshots,
-        **{f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds},
+        **({f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds} if of_every_seed else {}),
         "between_seeds": between_seeds,
         "reproducible_share": _reproducible_shares,
         **sections,
     }
+
+
+def _lens(study: StudyConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The section of the lens, from its part of every seed; nothing where there is none."""
+    runs = [run for seed in study.seeds for run in parts.get(f"lens {seed}", ())]
+    return {"lens": SECTIONS["lens"].together(study.reference, runs)} if runs else {}
 
 
 def seed_of(name: str) -> int | None:

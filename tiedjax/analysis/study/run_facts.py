@@ -11,13 +11,15 @@ from tiedjax.analysis.basis.study_runs import Runs
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import flatten, to_tree
 
-
-def held_out_losses(runs: Runs, arm: str) -> dict[int, float | None]:
-    """Seed: the arm's last held-out loss, nats a token; None where it was not evaluated."""
-    return {seed: _last(run.metrics.get("eval_loss")) for (name, seed), run in runs.items() if name == arm}
+REPORTED_LOSS = "eval_loss_odd"  # of metrics.jsonl, where a sweep has chosen options by the even windows
 
 
-def run_facts(run: Any) -> dict[str, Any]:
+def held_out_losses(runs: Runs, arm: str, loss: str) -> dict[int, float | None]:
+    """Seed: the last of this column of the arm's metrics, nats a token; None where it was not evaluated."""
+    return {seed: _last(run.metrics.get(loss)) for (name, seed), run in runs.items() if name == arm}
+
+
+def run_facts(run: Any, loss: str) -> dict[str, Any]:
     """Its name, length, losses (nats a token), size and time."""
     metrics = run.metrics
     return {
@@ -25,7 +27,7 @@ def run_facts(run: Any) -> dict[str, Any]:
         "steps": int(metrics["step"][-1]),
         "tokens": int(metrics["tokens"][-1]),
         "train_loss": _last(metrics.get("loss")),
-        "eval_loss": _last(metrics.get("eval_loss")),
+        "eval_loss": _last(metrics.get(loss)),
         "parameters": _parameters(run.config),
         "training_seconds": _training_seconds(metrics),
     }

@@ -1,0 +1,77 @@
+"""When a run saves, what it will have written, and a limit on that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tiedjax.config import TrainConfig
+from tiedjax.errors import UserError
+from tiedjax.saves import Saves, snapshot_steps
+
+MIB = 2**20
+
+
+def saves(table_mib: float = 256, **options: Any) -> Saves:
+    """Of a run whose tables take so much and whose state takes four times that; 400 steps unless said otherwise."""
+    train = TrainConfig(**{"steps": 400, "checkpoint_every": 100, "snapshot_every": 80, **options})
+    return Saves.of(train, int(table_mib * MIB), int(4 * table_mib * MIB))
+
+
+def test_the_snapshot_schedule_is_dense_early() -> None:
+    early = {1: True, 2: True, 4: True, 8: True}
+    assert snapshot_steps(10, 35) == {0: False, **early, 10: False, 20: False, 30: False, 35: False}
+    assert snapshot_steps(16, 32) == {0: False, **early, 16: False, 32: False}
+    assert snapshot_steps(100, 8) == {0: False, **early, 8: False}, "the last one is not early"
+    assert snapshot_steps(1, 3) == dict.fromkeys(range(4), False)
+    assert snapshot_steps(9, 1) == {0: False, 1: False}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "will write 13 snapshots (3.25 GiB) and keep 2 of 4 states (2.00 GiB)"),
+        (
+            {"early_snapshots_dtype": "bfloat16", "keep_checkpoints": 1},
+            "will write 13 snapshots (2.38 GiB) and keep 1 of 4 states (1.00 GiB)",
+        ),
+        ({"checkpoint_every": None}, "will write 13 snapshots (3.25 GiB) and keep 1 of 1 states (1.00 GiB)"),
+        ({"checkpoint_every": 399}, "will write 13 snapshots (3.25 GiB) and keep 2 of 2 states (2.00 GiB)"),
+        ({"snapshot_every": 1, "steps": 1}, "will write 2 snapshots (512.00 MiB) and keep 1 of 1 states (1.00 GiB)"),
+        ({"table_mib": 2**-20}, "will write 13 snapshots (13 B) and keep 2 of 4 states (8 B)"),
+        ({"table_mib": 2**20}, "will write 13 snapshots (13.00 TiB) and keep 2 of 4 states (8.00 TiB)"),
+    ],
+)
+def test_what_a_run_will_write_is_counted(options: dict[str, Any], says: str) -> None:
+    """Snapshots at 0, at seven early steps and at five later ones."""
+    assert str(saves(**options)) == says
+
+
+def test_all_bytes_are_those_of_snapshots_and_of_kept_states() -> None:
+    assert saves().bytes == (13 * 256 + 2 * 1024) * MIB
+
+
+@pytest.mark.parametrize(
+    ("gib", "steps"),
+    [
+        (3.25, [0, 1, 2, 4, 8, 16, 32, 64, 80, 160, 240, 320, 400]),
+        (3.24, [0, 1, 2, 4, 8, 16, 32, 64, 128, 160, 320, 400]),  # of 160 steps apart
+        (2.99, [0, 1, 2, 4, 8, 16, 32, 64, 128, 240, 400]),
+    ],
+)
+def test_a_limit_puts_regular_snapshots_farther_apart(gib: float, steps: list[int]) -> None:
+    planned = saves(snapshot_gib=gib)
+    assert list(planned.snapshots) == steps
+    assert planned.snapshot_bytes == 256 * MIB * len(steps) <= gib * 2**30
+
+
+def test_a_limit_that_the_early_snapshots_exceed_is_refused() -> None:
+    assert saves(snapshot_gib=2.75, snapshot_every=399).snapshots[256]
+    with pytest.raises(UserError) as caught:
+        saves(snapshot_gib=2.5, snapshot_every=399)
+    assert str(caught.value) == (
+        "train.snapshot_gib: 2.5 cannot hold the 11 snapshots that are left without regular ones, 2.75 GiB; raise it, "
+        "or set train.early_snapshots_dtype to bfloat16"
+    )
+    assert saves(snapshot_gib=2.5, snapshot_every=399, early_snapshots_dtype="bfloat16").snapshot_bytes < 2**31

@@ -1,0 +1,211 @@
+"""A study file resolved: the config of every run, those of the arms and those of the sweeps that settle their options.
+
+An arm is the base config, the study's overrides, the arm's own changes, then those of the command line; with the seed
+it is a run. Nothing here computes on a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tiedjax import tying
+from tiedjax.config import ModelConfig, RunConfig, StudyConfig
+from tiedjax.config_files import flatten, merge, parse_overrides, read_yaml, structure
+from tiedjax.errors import UserError
+from tiedjax.flops import matmul_parameters
+
+Point = Mapping[str, Any]  # of a sweep: the values of its options by dotted key
+TOLERANCE = 0.01  # of parameter counts that are called equal
+_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)  # of the MLP's width, the first that meets the tolerance
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm before its seed: its changes to the defaults as a tree, and the points of its sweep (none: no sweep)."""
+
+    tree: Mapping[str, Any]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study with the config of each of its runs, by (arm, seed), in the order of training.
+
+    `trials` are the runs of its sweeps, by (arm, place of the point, seed); the options of `runs` that a sweep is to
+    settle have the values of the first point until `settled`.
+    """
+
+    path: Path
+    study: StudyConfig
+    arms: dict[str, Arm]
+    runs: dict[tuple[str, int], RunConfig]
+    trials: dict[tuple[str, int, int], RunConfig]
+
+    @property
+    def name(self) -> str:
+        """That of the study file."""
+        return self.path.stem
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of every run."""
+        return next(iter(self.runs.values())).train.threads
+
+    def settled(self, best: Mapping[str, int]) -> Plan:
+        """The plan whose runs have the options of each arm's best point, by its place."""
+        runs = {
+            (arm, seed): _resolved(self.path, arm, self.arms[arm].tree, seed, self.arms[arm].points[best[arm]])
+            if arm in best
+            else cfg
+            for (arm, seed), cfg in self.runs.items()
+        }
+        return dataclasses.replace(self, runs=runs)
+
+
+def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> Plan:
+    """Resolves a study file; `overrides` ({"train.steps": "50"}) apply to every run, after its arm."""
+    path = Path(path)
+    study = structure(StudyConfig, read_yaml(path), str(path))
+    if not study.base:
+        raise UserError(f"{path}: base: missing; it names the run config that all arms share")
+    base_path = path.parent / study.base
+    base = read_yaml(base_path)
+    structure(RunConfig, base, str(base_path))
+    last = parse_overrides(overrides or {})
+    _refuse_seeds(path, study, last)
+    _refuse_swept(path, study, last)
+    arms = {
+        arm: Arm(merge(merge(merge(base, study.overrides), changes), last), _points(swept_by(study, arm)))
+        for arm, changes in study.arms.items()
+    }
+    resolved = partial(_resolved, path)
+    arms |= {arm: _equal(path, study, arms, arm) for arm in study.equal_parameters}
+    runs, trials = {}, {}
+    for seed, (name, arm) in itertools.product(study.seeds, arms.items()):
+        runs[name, seed] = resolved(name, arm.tree, seed, arm.points[0] if arm.points else {})
+    for name, arm in arms.items():
+        for (place, point), seed in itertools.product(enumerate(arm.points), study.sweep_seeds):
+            trials[name, place, seed] = resolved(name, arm.tree, seed, point)
+    for name, shared in [(study.reference, False), (study.baseline, True)]:
+        options = runs[name, study.seeds[0]].tying
+        if tying.scheme_of(options).shares_one_table != shared:
+            wanted = "one table in both roles" if shared else "a table for each role"
+            raise UserError(
+                f"{path}: arm {name!r} needs a scheme with {wanted}, its tying.scheme is {options.scheme!r}"
+            )
+    if len(threads := sorted({cfg.train.threads for cfg in runs.values()})) > 1:
+        raise UserError(f"{path}: train.threads: must be one number for all arms, got {threads}")
+    return Plan(path, study, arms, runs, trials)
+
+
+def _refuse_seeds(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> None:
+    for where, changes in [("--train.seed", last), (f"{path}: overrides", study.overrides), *study.arms.items()]:
+        if "seed" in (changes.get("train") or {}):
+            raise UserError(f"{where}: train.seed is set from the study's seeds; change those in the study file")
+
+
+def swept_by(study: StudyConfig, arm: str) -> Mapping[str, list[Any]]:
+    """The options that an arm sweeps, by dotted key, and their values."""
+    return study.arm_sweeps.get(arm, study.sweep)
+
+
+def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> None:
+    """UserError for a sweep that cannot choose: too few values, the study's seeds, an option given elsewhere."""
+    given, both = dict(flatten(last)), sorted(set(study.seeds) & set(study.sweep_seeds))
+    for arm, changes in study.arms.items():
+        for key, values in swept_by(study, arm).items():
+            if len(values) < 2 or any(values.count(value) > 1 for value in values):
+                raise UserError(f"{path}: arm {arm!r}: sweep: {key}: needs two or more distinct values, got {values}")
+            if both:
+                raise UserError(
+                    f"{path}: sweep_seeds: must be other seeds than the study's, or a choice is judged by what made "
+                    f"it; both have {both}"
+                )
+            if key in given:
+                raise UserError(f"--{key}: {path} sweeps it; change its values there")
+            if key in dict(flatten(changes)):
+                raise UserError(f"{path}: arm {arm!r}: {key} is swept; leave it out of the arm")
+
+
+def _resolved(path: Path, arm: str, tree: Mapping[str, Any], seed: int, point: Point) -> RunConfig:
+    """The config of an arm's run from a seed at a point of its sweep; UserError names the arm."""
+    where = f"{path}: arm {arm!r}"
+    swept = _tree(point)
+    cfg = structure(RunConfig, merge(merge(tree, swept), {"train": {"seed": seed}}), where)
+    try:
+        tying.refuse_options_of_roles(cfg)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return cfg
+
+
+def _points(options: Mapping[str, list[Any]]) -> tuple[Point, ...]:
+    """Every combination of the values of all options; none without options."""
+    return tuple(dict(zip(options, values, strict=True)) for values in itertools.product(*options.values()) if options)
+
+
+def _tree(point: Point) -> dict[str, Any]:
+    """Dotted keys as a nested mapping."""
+    tree: dict[str, Any] = {}
+    for key, value in point.items():
+        *sections, leaf = key.split(".")
+        nested: Any = {leaf: value}
+        for section in reversed(sections):
+            nested = {section: nested}
+        tree = merge(tree, nested)
+    return tree
+
+
+def _equal(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
+    """The arm with as many parameters as the reference has, the difference put into its MLP or its layers."""
+    arm = arms[name]
+    reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
+    own = _resolved(path, name, arm.tree, study.seeds[0], {})
+    wanted = parameters(reference)
+    table = tables(own) * own.model.table_rows * own.model.d_model
+    model = widened(own.model, wanted - table, deeper=study.equal_parameters[name] == "layers", of=own.mesh.tensor)
+    count = parameters(dataclasses.replace(own, model=model))
+    if abs(count - wanted) > TOLERANCE * wanted:
+        raise UserError(
+            f"{path}: equal_parameters: {name}: no {study.equal_parameters[name]} comes within {TOLERANCE:.0%} of the "
+            f"{wanted:,} parameters of {study.reference}; the nearest has {count:,}"
+        )
+    return Arm(merge(arm.tree, {"model": {"layers": model.layers, "d_ff": model.d_ff}}), arm.points)
+
+
+def tables(cfg: RunConfig) -> int:
+    """How many [V, D] arrays the run's scheme owns."""
+    return len(tying.scheme_of(cfg.tying).parameters)
+
+
+def parameters(cfg: RunConfig) -> int:
+    """Numbers in the matrices and tables of a run, those that it trains but for norm scales."""
+    return matmul_parameters(cfg.model) + (tables(cfg) - 1) * cfg.model.table_rows * cfg.model.d_model
+
+
+def widened(model: ModelConfig, body: int, *, deeper: bool, of: int = 1) -> ModelConfig:
+    """The model whose body has about `body` parameters: with a wider MLP, or with more layers of about its own width.
+
+    The width is a multiple of `of`, and of as large a power of two as the tolerance allows.
+    """
+
+    def size(candidate: ModelConfig) -> int:
+        return matmul_parameters(candidate) - candidate.table_rows * candidate.d_model
+
+    if deeper:
+        layers = max(1, round(model.layers * body / size(model)))
+        model = dataclasses.replace(model, layers=layers)
+    per_width = size(dataclasses.replace(model, d_ff=model.d_ff + 1)) - size(model)
+    exact = model.d_ff + (body - size(model)) / per_width
+    for multiple in _MULTIPLES:
+        unit = multiple * of
+        candidate = dataclasses.replace(model, d_ff=max(unit, round(exact / unit) * unit))
+        if abs(size(candidate) - body) <= TOLERANCE / 2 * body:
+            break
+    return candidate
