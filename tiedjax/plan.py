@@ -110,9 +110,10 @@ def _refuse_seeds(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> No
             raise UserError(f"{where}: train.seed is set from the study's seeds; change those in the study file")
 
 
-def swept_by(study: StudyConfig, arm: str) -> Mapping[str, list[Any]]:
+def swept_by(study: StudyConfig, arm: str) -> dict[str, list[Any]]:
     """The options that an arm sweeps, by dotted key, and their values."""
-    return study.arm_sweeps.get(arm, study.sweep)
+    own: dict[str, list[Any]] | None = study.arm_sweeps.get(arm)
+    return study.sweep if own is None else own
 
 
 def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> None:

@@ -111,8 +111,8 @@ class _Study:
             for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in self._plan.runs.values()):
                 prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
         if process.is_main():
-            runs = [*self._plan.trials.values(), *self._plan.runs.values()]
-            print(foreseen(runs, self._crew.size if self._crew else 1), flush=True)
+            configs = [*self._plan.trials.values(), *self._plan.runs.values()]
+            print(foreseen(configs, self._crew.size if self._crew else 1), flush=True)
         if self._plan.trials:
             outcome = self._sweep()
             if not outcome.complete:

@@ -82,6 +82,7 @@ def summarize(
         },
         "sweep": dict(sweep or {}),
         "environment": dict(environment or {}),
+        "missing": _missing(study, runs),
         "notes": _notes(study, runs),
     }
     plain = to_plain(results)
@@ -149,10 +150,14 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
         notes.append(
             f"{', '.join(same)}: begins with the reference's own tables, so part of its nearness is inherited."
         )
-    missing = [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds if (arm, seed) not in runs]
-    if missing:
+    if missing := _missing(study, runs):
         notes.append(f"Not among the results: {', '.join(missing)}.")
     return notes
+
+
+def _missing(study: StudyConfig, runs: Runs) -> list[str]:
+    """The names of the study's runs that are not among these."""
+    return [f"{arm}-{seed}" for seed in study.seeds for arm in study.arms if (arm, seed) not in runs]
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
