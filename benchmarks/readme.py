@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiedjax.analysis.study import sentences
+from tiedjax.analysis.study import losses, sentences
 from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +24,10 @@ PEERS = {
     "without_roles": "without the role split and its metrics",
 }
 # What the sentences read of results.json: they are made anew whenever README is written.
-KEPT = ("statements", "headline", "arms", "changes", "between_seeds", "reproducible_share", "runs", "environment")
+KEPT = (
+    *("statements", "headline", "arms", "changes", "between_seeds", "reproducible_share", "runs", "study", "sweep"),
+    "environment",
+)
 
 
 def save(study: Path, machine: str) -> None:
@@ -56,7 +59,7 @@ def findings(results: dict[str, Any]) -> str:
     lines = [
         *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
-        *(f"* {finding}" for finding in sentences.answer(results)[1:]),
+        *(f"* {finding}" for finding in [*losses.verdicts(results), *sentences.answer(results)[1:]]),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",

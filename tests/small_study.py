@@ -118,6 +118,7 @@ def small_study() -> dict[str, Any]:
             "config": {
                 "model": {"layers": 2, "d_model": 64, "vocab_size": 2048},
                 "train": {"steps": 400, "seed": 0},
+                "data": {"second_source": None},
             },
         },
         "environment": {"device": "none", "packages": {"jax": "1.2.3"}, "study_seconds": 61.0},
@@ -146,7 +147,7 @@ def _with_intervals(arms: dict[str, Any]) -> dict[str, Any]:
     """The arms with the spans that statements are made of as Intervals, as they are before they become JSON."""
     from tiedjax.analysis.basis.statistics import Interval
 
-    names = ("early_output_share", "eval_loss_against_baseline")
+    names = ("early_output_share", "eval_loss_against_baseline", "eval_loss_against_reference")
     return {arm: summary | {name: Interval(**summary[name]) for name in names} for arm, summary in arms.items()}
 
 
@@ -401,18 +402,20 @@ def _examples() -> dict[str, Any]:
 def _run(arm: str, seed: int) -> dict[str, Any]:
     about = {"arm": arm, "seed": seed, "name": f"{arm}-{seed}", "steps": 400, "tokens": 8000, "parameters": 12345}
     losses = {"train_loss": value(3, arm, "shared", 1, seed), "eval_loss": value(4, arm, "shared", 1, seed)}
-    return about | losses | {"training_seconds": 12.0}
+    costs = {"training_seconds": 12.0 + 3 * ARMS.index(arm), "flops_per_token": 1000 + 100 * ARMS.index(arm)}
+    return about | losses | costs
 
 
 def _arm(arm: str, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
     losses = lambda name: {seed: value(4, name, "shared", 1) + OFFSETS[seed] * (1 + ARMS.index(name)) for seed in SEEDS}
-    summary = verdicts.arm_summary(arm, comparisons, {}, losses(arm), losses("tied"))
+    summary = verdicts.arm_summary(arm, comparisons, {}, losses(arm), losses("tied"), losses("untied"))
     changed = {"untied": {}, "tied": {"tying.scheme": ["untied", "tied"]}}
     changed["tied-x5"] = changed["tied"] | {"tying.input_grad_scale": [1.0, 5.0]}
     summary |= {
         "early_output_share": interval(value(0, arm, "output", 1, seed) + 0.5 for seed in SEEDS),
         "overall_output_share": interval(value(0, arm, "output", 2, seed) + 0.3 for seed in SEEDS),
         "differs_from_reference": changed[arm],
+        "second_eval_loss": interval([]),
         "eval_loss_against_baseline": paired(losses(arm), losses("tied")),
     }
     return dict(to_plain(summary))

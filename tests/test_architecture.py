@@ -46,7 +46,13 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"config", "config_files", "tying", "model", "checkpoint", "lm"},
     "data": {"config", "data"},
     "metrics": {"run"},
+    "counting": {"config", "data", "host"},
+    "evaluation": {"config", "data", "sharding", "step"},
+    "recording": {"config", "host", "metrics"},
     "loop": {
+        "counting",
+        "evaluation",
+        "recording",
         "config",
         "config_files",
         "tying",

@@ -18,7 +18,7 @@ from programs import finish, start, until
 from runs import STEPS, arguments, assert_same_run, start_commands
 from test_workers import alive, workers_of
 
-from tiedjax import cli, load_run, loop
+from tiedjax import cli, counting, load_run
 from tiedjax.config import DataConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.data import counts, token_files
@@ -270,7 +270,7 @@ def test_a_batch_with_an_id_out_of_range_is_refused_as_it_is_read(
     tokens.tofile(tmp_path / "a.u16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "COUNTED_AT_ONCE", 2**19)
-        patch.setattr(loop._Counting, "begin", lambda counting: None)  # which would say the same
+        patch.setattr(counting.Counting, "begin", lambda counting: None)  # which would say the same
         patch.setattr(counts, "sampled_counts", lambda prepared, seq_len, rows: np.ones((2, rows), np.int64))
         changes = {"data.source": large.source, "data.cache": large.cache}
         assert cli.main(arguments(tmp_path / "run", tmp_path, changes)) == 2

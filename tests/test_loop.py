@@ -23,7 +23,7 @@ from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, load_run, loop, metrics
+from tiedjax import cli, evaluation, load_run, loop, metrics, recording
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import ModelConfig, RunConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
@@ -340,8 +340,9 @@ def test_a_signal_during_the_last_evaluation_is_not_lost(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends as it should have, and a study that trains it must still hear of the signal."""
-    evaluate = loop.eval_batches
-    monkeypatch.setattr(loop, "eval_batches", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+    evaluate = evaluation.eval_batches
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
+    monkeypatch.setattr(evaluation, "eval_batches", stop)
     assert cli.main(arguments(tmp_path / "run", text)) == 128 + signal.SIGTERM
     assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
 
@@ -406,7 +407,7 @@ def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
 
 def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of two steps, a clock that moves 0.5 s at every reading of metrics: 2 * 8 * 16 tokens in 2 * 0.5 s."""
-    clock, read, pack, packed = [100.0], loop.jax.device_get, loop._packed, list[Any]()
+    clock, read, pack, packed = [100.0], loop.jax.device_get, recording.packed, list[Any]()
 
     def packing(arrays: Any) -> Any:
         packed.append(pack(arrays))
@@ -418,7 +419,7 @@ def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(loop.jax, "device_get", reading)
-    monkeypatch.setattr(loop, "_packed", packing)
+    monkeypatch.setattr(recording, "packed", packing)
     changes = {"train.log_every": 2, "train.snapshot_every": 100, "train.stop_at": 7, "train.eval_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, {"train.steps": 100, **changes})) == 0
     speeds = {row["step"]: row["tokens_per_second"] for row in all_columns(tmp_path / "run")}
@@ -434,7 +435,8 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
     """In order: batch i + 1 is sent, step i is dispatched, and only then is anything read, of step i - 1 at most."""
     events: list[tuple[str, int]] = []
     make_steps, place, read = loop.make_steps, loop.sharding.global_batch, loop.jax.device_get
-    pack, numbers = loop._packed, dict[int, int]()  # steps, by the id of their metrics, packed and kept alive in `kept`
+    pack = recording.packed
+    numbers = dict[int, int]()  # steps, by the id of their metrics, packed and kept alive in `kept`
     dispatched: list[Any] = []
     kept: list[Any] = []
 
@@ -466,7 +468,7 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(loop, "make_steps", observed_steps)
     monkeypatch.setattr(loop.sharding, "global_batch", observed_place)
     monkeypatch.setattr(loop.jax, "device_get", observed_read)
-    monkeypatch.setattr(loop, "_packed", observed_pack)
+    monkeypatch.setattr(recording, "packed", observed_pack)
     changes = {"train.stop_at": 7, "train.snapshot_every": 1000, "train.checkpoint_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
     expected = [("send", 1)]
@@ -670,7 +672,7 @@ def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    recorder = loop._Recorder(RunConfig(), tmp_path, "run", 2)
+    recorder = recording.Recorder(RunConfig(), tmp_path, "run", 2)
     recorder.record(3, {"loss": jnp.array(jnp.nan)}, deciles=False)
     with pytest.raises(TrainingError) as caught:
         recorder.flush(None)

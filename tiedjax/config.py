@@ -221,6 +221,9 @@ class DataConfig(_Checked):
     """Where the text comes from and how it becomes batches."""
 
     source: str = _option("embedded", "embedded | tfds:NAME[/CONFIG] | text:GLOB | tokens:GLOB | prepared:DIR")
+    second_source: str | None = _option(
+        None, "another source, of the same kinds, on whose held-out part the run is evaluated too, by its own tokenizer"
+    )
     tokenizer: str = _option(
         "bpe",
         "bpe: train a byte-level BPE of model.vocab_size entries; or the path of a tokenizer.json; "

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,30 +22,31 @@ from tiedjax import sharding, tying
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
+from tiedjax.counting import TOKEN_COUNTS, Counting
 from tiedjax.data import counts
-from tiedjax.data.batches import Batches, eval_batches
+from tiedjax.data.batches import Batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import TrainingError, UserError
+from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
-from tiedjax.host.workers import Aside, ProcessEnded, Task
-from tiedjax.metrics import MetricsLog, Progress, frequency_deciles
+from tiedjax.metrics import frequency_deciles
+from tiedjax.recording import Recorder
 from tiedjax.rng import key_for
 from tiedjax.saves import Saves
 from tiedjax.step import Steps, TrainState, decided, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
-    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
+    *("data.cache", "data.workers", "data.second_source", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype"),
 }
 
 
-TOKEN_COUNTS = "token_counts.npy"
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
 _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
@@ -98,7 +96,7 @@ def _train(
 ) -> int:
     """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
     last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
-    trace = profiling.Trace(profile, out / "profile", _say)
+    trace = profiling.Trace(profile, out / "profile", process.say)
     if jax.default_backend() == "cpu":
         _refuse_other_threads(cfg)
         process.keep_freed_memory()
@@ -117,7 +115,8 @@ def _train(
     _refuse_lost_states(out)
 
     # ---- Data ----
-    prepared = prepare(cfg.data, cfg.model.vocab_size, report=_say)
+    prepared = prepare(cfg.data, cfg.model.vocab_size, report=process.say)
+    second = _second(cfg, prepared)
     batches = _local_batches(cfg, mesh, prepared)
     at_once = counts.counted_at_once(prepared)
     count = prepared.token_counts if at_once else partial(counts.sampled_counts, prepared)
@@ -125,7 +124,7 @@ def _train(
 
     # ---- State: new or restored ----
     held.enter_context(stop)  # left after the last save is complete
-    counting = held.enter_context(_Counting(cfg, out, label, prepared, stop))
+    counting = held.enter_context(Counting(cfg, out, label, prepared, stop))
     held.enter_context(failed_saves(process.end_cluster_soon_if_any))
     keep = cfg.train.keep_checkpoints
     checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
@@ -137,9 +136,9 @@ def _train(
     if recorded:
         _record_state(out, start)  # the process may have been killed between the state's commit and its record
     elif (out / "config.yaml").exists():
-        _say(f"{label}: ended before it had saved a state; it starts again from step 0")
+        process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
     if start >= last:
-        _say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
+        process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
             counting.begin()  # the process was ended while it waited for them
             counting.needed = True
@@ -153,18 +152,18 @@ def _train(
     saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state))
     rounds = cfg.train.early_snapshots_dtype == "bfloat16"
     if start == 0:
-        _say(f"{label}: {saves}")
+        process.say(f"{label}: {saves}")
         snapshots.save(0, state.params["tables"], about)
 
     # ---- Steps ----
     everywhere = partial(jax.device_put, device=steps.replicated)
     role_scale = everywhere(tying.role_scale(cfg.tying))
     decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
-    evaluation = _Evaluation(cfg, mesh, steps, prepared)
+    evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if steps.train not in _compiled:
-        _say(f"{label}: compiling the train step ...")
+        process.say(f"{label}: compiling the train step ...")
         _compiled.add(steps.train)
-    recorder = _Recorder(cfg, out, label, start)
+    recorder = Recorder(cfg, out, label, start)
     held.callback(recorder.close)
     held.enter_context(trace)
     stop.listen()
@@ -200,6 +199,17 @@ def _train(
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _second(cfg: RunConfig, prepared: Prepared) -> Prepared | None:
+    """The text of data.second_source under the run's own tokenizer, if there is one."""
+    if cfg.data.second_source is None:
+        return None
+    tokenizer = str(prepared.tokenizer_path) if prepared.tokenizer_path else cfg.data.tokenizer
+    other = dataclasses.replace(cfg.data, source=cfg.data.second_source, tokenizer=tokenizer, max_documents=None)
+    second = prepare(other, cfg.model.vocab_size, report=process.say)
+    second.windows("eval", cfg.model.seq_len)  # fails now rather than at the first evaluation
+    return second
 
 
 def _local_batches(cfg: RunConfig, mesh: Mesh, prepared: Prepared) -> Batches:
@@ -241,11 +251,6 @@ def _rounded(tables: Any) -> Any:
 def _bytes(tree: Any) -> int:
     """Of all arrays, each counted once however many devices hold parts of it."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _say(line: str) -> None:
-    if process.is_main():
-        print(line, flush=True)
 
 
 def _refuse_other_threads(cfg: RunConfig) -> None:
@@ -316,163 +321,3 @@ def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[s
             place = checkpoints.directory / str(saved[-1])
             raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
-
-
-class _Counting:
-    """Has one process write token_counts.npy beside training, if asked to begin.
-
-    If that process is killed, another counts again after training, once. When this is left it waits for the counts if
-    they are `needed` now, unless `stop` comes, and ends the process.
-    """
-
-    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.StopRequest):
-        arguments = {
-            "directory": str(prepared.directory),
-            "seq_len": cfg.model.seq_len,
-            "vocab_rows": cfg.model.table_rows,
-            "path": str(out.absolute() / TOKEN_COUNTS),
-        }
-        self._task = Task(f"{label}: counting tokens", "tiedjax.data.counts:count_beside_training", arguments)
-        self._wait = f"{label}: trained; waiting until its {prepared.num_tokens('train'):,} training tokens are counted"
-        self._steps, self._stop = cfg.train.steps, stop
-        self._begun = False
-        self._aside: Aside | None = None  # the main process's, while one counts
-        self._killed = False
-        self.needed = False
-
-    def __enter__(self) -> _Counting:
-        return self
-
-    def begin(self) -> None:
-        """Starts that process, from the main one of a cluster; all of them ask for it."""
-        self._begun = True
-        if process.is_main():
-            self._aside = Aside(self._task)
-
-    def check(self) -> None:
-        """Raises the UserError of a token that does not fit, if one has been met by now."""
-        self._counted()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None and self.needed and self._begun and not process.main_says(self._counted()):
-                _say(self._wait)
-                self._wait_for_counts()
-        finally:
-            if self._aside:
-                self._aside.end()
-
-    def _wait_for_counts(self) -> None:
-        """All processes of a cluster wait, at steps that nobody trains, so that a signal to any of them ends all."""
-        for step in itertools.count(self._steps + 1):
-            if self._stop.requested_at(step):
-                return
-            if self._killed and not self._aside:
-                self._aside = Aside(self._task)
-            if process.main_says(self._counted(seconds=0.2)):
-                return
-
-    def _counted(self, seconds: float = 0) -> bool:
-        """Whether it is done, at once or after waiting so long; ProcessEnded if it was killed for the second time."""
-        try:
-            return self._aside is not None and self._aside.returned(seconds)
-        except ProcessEnded as error:
-            self._aside = None
-            if self._killed:
-                raise
-            self._killed = True
-            _say(f"{error}; tokens are counted again after training")
-            return False
-
-
-class _Evaluation:
-    """Mean cross-entropy in nats over the held-out windows, without z-loss: of all, of even ones and of odd ones."""
-
-    def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps, prepared: Prepared):
-        self._cfg, self._mesh, self._steps, self._prepared = cfg, mesh, steps, prepared
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        size, limit = self._cfg.data.batch_size, self._cfg.train.eval_batches
-        rows = sharding.local_rows(self._mesh, size)
-        halves, sums = [], []
-        for half, *batch in eval_batches(self._prepared, self._cfg.model.seq_len, size, rows, limit):
-            tokens_BS, weights_B = (sharding.global_batch(local, self._mesh, size) for local in batch)
-            halves.append(half)
-            sums.append(self._steps.evaluate(state.params, tokens_BS, weights_B))
-        loss_and_weight = np.asarray(jax.device_get(sums), np.float64)
-        parts = {"eval_loss": loss_and_weight}
-        parts |= {f"eval_loss_{half}": loss_and_weight[np.array(halves) == half] for half in dict.fromkeys(halves)}
-        return {name: float(np.divide(*part.sum(axis=0))) for name, part in parts.items()}
-
-
-@jax.jit
-def _packed(arrays: list[jax.Array]) -> jax.Array:
-    """All their numbers one after the other, to be fetched at once: each array that is fetched costs much the same."""
-    return jnp.concatenate([array.ravel() for array in arrays])
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """The metrics of a step that was dispatched."""
-
-    step: int
-    shapes: dict[str, tuple[int, ...]]
-    packed: jax.Array
-    deciles: bool
-
-    def values(self) -> dict[str, Any]:
-        """The metrics by name, scalars and lists; waits for the step."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        parts = np.split(jax.device_get(self.packed), ends[:-1])
-        return {
-            name: part.reshape(shape).tolist() for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
-
-
-class _Recorder:
-    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
-
-    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
-        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
-        self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
-        self._pending: _Pending | None = None
-        self._read = (start, time.monotonic())
-
-    def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
-        """Takes the metrics of a step that was dispatched, and reads those of the step before."""
-        self.flush(None)
-        shapes = {name: value.shape for name, value in metrics.items()}
-        packed = _packed(list(metrics.values()))
-        packed.copy_to_host_async()
-        self._pending = _Pending(step, shapes, packed, deciles)
-
-    def flush(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
-        """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        step, deciles, values = pending.step, pending.deciles, pending.values()
-        (before, then), now = self._read, time.monotonic()
-        if not math.isfinite(values["loss"]):
-            raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
-        per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
-        row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
-        if not deciles:
-            row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
-        row["tokens_per_second"] = (step - before) * per_step / (now - then)
-        shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
-        if evaluate:
-            row |= evaluate()
-            shown += f"  held-out {row['eval_loss']:.3f}"
-        if self._log and self._progress:
-            self._progress.update(step, shown)
-        if step % self._cfg.train.log_every == 0 or deciles or evaluate:
-            self._read = (step, time.monotonic() if evaluate else now)
-            if self._log:
-                self._log.write(row)
-
-    def close(self) -> None:
-        """Closes the log; what is pending was flushed by the checkpoint that ends every call."""
-        if self._log and self._progress:
-            self._log.close()
-            self._progress.end()

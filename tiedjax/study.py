@@ -309,7 +309,7 @@ def _loaded(folder: Path, runs: Iterable[tuple[str, int]]) -> dict[tuple[str, in
 
 def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer, in this version's words, and where the report is."""
-    from tiedjax.analysis.study import sentences
+    from tiedjax.analysis.study import losses, sentences
     from tiedjax.analysis.study.page import refuse_other_results, write_report
     from tiedjax.analysis.study.sections import SECTIONS
 
@@ -324,7 +324,8 @@ def draw_report(out: Path, crew: Crew | None = None) -> str:
         drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
     if not crew or not crew.signal:
         write_report(results, out, drawings)
-    return "\n".join([*sentences.answer(results), f"report: {out / 'report.html'}"])
+    said = [losses.missing(results), *losses.verdicts(results), *sentences.answer(results)]
+    return "\n".join([*filter(None, said), f"report: {out / 'report.html'}"])
 
 
 def draw_section(out: str, name: str) -> dict[str, list[str]]:

@@ -262,6 +262,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(line: str) -> None:
+    """Prints a line, on the main process of a cluster only."""
+    if is_main():
+        print(line, flush=True)
+
+
 class StopRequest:
     """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one kills the process.
 

@@ -56,6 +56,20 @@ class Interval:
         return Interval(self.mean, self.mean - half, self.mean + half, self.n, confidence)
 
 
+def detectable(measured: Interval, power: float) -> float:
+    """The smallest true mean that Student's t test at the interval's confidence finds with this probability.
+
+    With the interval's own n and standard error; the test statistic has a noncentral t distribution (Cohen 1988,
+    Statistical Power Analysis, chapter 2).
+    """
+    from scipy.special import nctdtrinc
+
+    assert measured.half_width is not None
+    degrees, critical = measured.n - 1, _t_quantile(measured.n - 1, measured.confidence)
+    noncentrality = nctdtrinc(degrees, 1 - power, critical)  # the test's other side adds nothing that counts
+    return float(noncentrality) * measured.half_width / critical
+
+
 def _t_quantile(degrees: int, confidence: float) -> float:
     from scipy.special import stdtrit  # the t quantile without the seconds that importing scipy.stats takes
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tiedjax.analysis.basis import drawing, numbers, published
-from tiedjax.analysis.study import beside_paper, sentences
+from tiedjax.analysis.study import beside_paper, losses, sentences
 from tiedjax.analysis.study.sections import AGAIN, SCHEMA, SECTIONS, left_out, sections_of, without_others
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
@@ -140,6 +140,7 @@ def page_of(results: drawing.Results, drawings: Drawings) -> str:
     page = environment.get_template("study/page.html.j2").render(
         r=results,
         w=sentences,
+        losses=losses,
         paper=beside_paper,
         n=numbers,
         published=published,

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
-from tiedjax.analysis.study import sentences, verdicts
+from tiedjax.analysis.study import losses, sentences, verdicts
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
@@ -51,7 +52,9 @@ def summarize(
             {seed: flow for (a, seed), flow in flows.items() if a == arm},
             held_out_losses(runs, arm, loss),
             held_out_losses(runs, study.baseline, loss),
+            held_out_losses(runs, study.reference, loss),
         )
+        | {"second_eval_loss": interval(held_out_losses(runs, arm, "second_eval_loss").values())}
         | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
         for arm in study.arms
         if any(a == arm for a, _ in runs)
@@ -77,6 +80,7 @@ def summarize(
             "reference": study.reference,
             "baseline": study.baseline,
             "seeds": list(study.seeds),
+            "equal_parameters": dict(study.equal_parameters),
             "arms": dict(study.arms),
             "config": to_tree(runs[study.reference, seeds[0]].config),
         },
@@ -89,7 +93,7 @@ def summarize(
     made = verdicts.statements(study, arms, final)
     made |= verdicts.share_statements(study, plain["reproducible_share"]) | claims(plain)
     plain["statements"] = to_plain(verdicts.decided(made))
-    answer, *findings = sentences.answer(plain)
+    answer, *findings = [*losses.verdicts(plain), *sentences.answer(plain)]
     return {"answer": answer, "findings": findings, **plain}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tiedjax.analysis.basis.study_runs import Runs
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import flatten, to_tree
+from tiedjax.flops import flops_per_token
 
 REPORTED_LOSS = "eval_loss_odd"  # of metrics.jsonl, where a sweep has chosen options by the even windows
 
@@ -29,6 +30,7 @@ def run_facts(run: Any, loss: str) -> dict[str, Any]:
         "train_loss": _last(metrics.get("loss")),
         "eval_loss": _last(metrics.get(loss)),
         "parameters": _parameters(run.config),
+        "flops_per_token": flops_per_token(run.config.model, causal=True),
         "training_seconds": _training_seconds(metrics),
     }
 

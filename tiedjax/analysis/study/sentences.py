@@ -25,26 +25,27 @@ def verdict(results: Results) -> str:
     statement = results["statements"].get(f"{arm}_nearer_output")
     if statement is None:
         return f"Not measured: there is no pair of a {arm} and an {reference} run with the same seed."
-    twin, edge = f"its {reference} twin’s", _edge(statement)
+    twin, near = f"its {reference} twin’s", edge(statement)
     if statement["verdict"] == "undecided" and statement["interval"]:
         return (
             f"Undecided: with token frequency controlled, the {arm} table’s nearness to {twin} output table less that "
-            f"to the input table is {margin_of(statement)}, and the interval holds 0.{edge}"
+            f"to the input table is {margin_of(statement)}, and the interval holds 0.{near}"
         )
     nearer, other = ("output", "input") if statement["margin"] > 0 else ("input", "output")
     start = {"holds": "Yes", "the opposite": "No, the opposite", "undecided": "One seed, so only a hint"}
     return (
         f"{start[statement['verdict']]}: with token frequency controlled, the {arm} table lies nearer to {twin} "
-        f"{nearer} table than to the {other} table, by {margin_of(statement, absolute=True)}.{edge}"
+        f"{nearer} table than to the {other} table, by {margin_of(statement, absolute=True)}.{near}"
     )
 
 
 def against_baseline(results: Results) -> list[str]:
     """A paragraph for each other arm: how nearness changes, where its table then lies, and what that does to the loss.
 
-    First the interventions, then the arms that have no shared table.
+    First the interventions, then the arms that have no shared table but the reference, whose loss `losses` speaks of.
     """
-    baseline, statements = results["headline"]["arm"], results["statements"]
+    head, statements = results["headline"], results["statements"]
+    baseline, reference = head["arm"], head["reference"]
     clauses_of = {
         "lowers_vs_output": lambda arm, said: f"nearness to the output table {_change_of(said, -1)}.",
         "raises_vs_input": lambda arm, said: f"nearness to the input table {_change_of(said, 1)}.",
@@ -56,7 +57,7 @@ def against_baseline(results: Results) -> list[str]:
         clauses = [
             clause(arm, statements[f"{arm}_{name}"])
             for name, clause in clauses_of.items()
-            if arm != baseline and f"{arm}_{name}" in statements
+            if arm not in (baseline, reference) and f"{arm}_{name}" in statements
         ]
         if clauses:
             first, *others = clauses
@@ -70,13 +71,13 @@ def _where_it_lies(arm: str, statement: Mapping[str, Any]) -> str:
     if statement["verdict"] == "undecided" and statement["interval"]:
         return (
             f"the {arm} table’s nearness to the output table less that to the input table is {margin_of(statement)}, "
-            f"undecided.{_edge(statement)}"
+            f"undecided.{edge(statement)}"
         )
     nearer, other = ("output", "input") if statement["margin"] > 0 else ("input", "output")
     seeds = "" if statement["interval"] else " (one seed)"
     return (
         f"the {arm} table lies nearer to the {nearer} table than to the {other} table, by "
-        f"{margin_of(statement, absolute=True)}{seeds}.{_edge(statement)}"
+        f"{margin_of(statement, absolute=True)}{seeds}.{edge(statement)}"
     )
 
 
@@ -143,7 +144,7 @@ def _repeated_shares(results: Results) -> list[str]:
         sentences.append(
             f"Of what training repeats over seeds, the {arm} table shares {share} with the output table, "
             f"{margin_of(statement, absolute=True, digits=2)} {more} than with the input table{undecided}."
-            f"{_edge(statement)}"
+            f"{edge(statement)}"
         )
     return sentences
 
@@ -191,7 +192,8 @@ def certainty(results: Results) -> str:
     ).replace("%", "\u00a0%")
 
 
-def _edge(statement: Mapping[str, Any]) -> str:
+def edge(statement: Mapping[str, Any]) -> str:
+    """That the verdict could be another one with a little other luck; empty where it could not."""
     return " This verdict is near the edge." if statement["near_edge"] else ""
 
 

@@ -44,10 +44,11 @@ def arm_summary(
     flows: Mapping[int, GradientFlow],
     losses: Mapping[int, float | None],
     baseline_losses: Mapping[int, float | None],
+    reference_losses: Mapping[int, float | None],
 ) -> dict[str, Any]:
     """An arm's alignment (subject role, vs_input or vs_output, fit), gradient shares and held-out losses by seed.
 
-    All as intervals over seeds; losses in nats per token, against the baseline's paired by seed.
+    All as intervals over seeds; losses in nats per token, against the baseline's and the reference's paired by seed.
     """
     alignment: dict[str, Any] = {}
     for record in final:
@@ -67,6 +68,7 @@ def arm_summary(
     return {
         "eval_loss": interval(losses.values()),
         "eval_loss_against_baseline": paired(losses, baseline_losses),
+        "eval_loss_against_reference": paired(losses, reference_losses),
         "alignment": alignment,
         "margin": margins,
         "early_output_share": interval(flow.early.output_share for flow in flows.values()),
@@ -154,6 +156,11 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
         if other != arm:
             claim = f"{other} has a higher held-out loss than {arm} (nats per token)"
             made[f"{other}_costs_loss"] = Statement(claim, arms[other]["eval_loss_against_baseline"])
+        if other in study.equal_parameters:
+            claim = (
+                f"{other} has a higher held-out loss than {reference}, which has as many parameters (nats per token)"
+            )
+            made[f"{other}_against_{reference}"] = Statement(claim, arms[other]["eval_loss_against_reference"])
     return made
 
 

@@ -1,0 +1,131 @@
+"""Tied against untied in held-out loss, in words and rows: who predicts better, by how much, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tiedjax.analysis.basis import numbers
+from tiedjax.analysis.basis.statistics import Interval, detectable
+from tiedjax.analysis.study.sentences import edge, margin_of
+
+Results = Mapping[str, Any]
+POWER = 0.8  # of a difference that is said to be within reach
+
+
+def verdicts(results: Results) -> list[str]:
+    """Whether tied or untied has the lower held-out loss, alike in width; then at equal parameters, where an arm is."""
+    head = results["headline"]
+    pairs = [("At equal width", head["reference"], head["arm"], f"{head['reference']}_costs_loss")]
+    pairs += [
+        ("At equal parameters", arm, head["reference"], f"{arm}_against_{head['reference']}")
+        for arm in results["study"].get("equal_parameters", {})
+    ]
+    return [
+        _verdict(where, first, second, results["statements"][name])
+        for where, first, second, name in pairs
+        if name in results["statements"]
+    ]
+
+
+def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any]) -> str:
+    """About a statement whose margin is the first arm's loss less the second's."""
+    unit = "nats a token"
+    if statement["interval"] is None:
+        better, worse = (first, second) if statement["margin"] < 0 else (second, first)
+        gap = margin_of(statement, absolute=True)
+        return f"{where} the held-out loss of {better} is {gap} {unit} below that of {worse} (one seed)."
+    if statement["verdict"] == "undecided":
+        return (
+            f"{where} it is undecided which predicts better: the held-out loss of {first} less that of {second} is "
+            f"{margin_of(statement, signed=True)} {unit}. {_reach(statement)}{edge(statement)}"
+        )
+    better, worse = (first, second) if statement["margin"] < 0 else (second, first)
+    return (
+        f"{where} {better} predicts better than {worse}: its held-out loss is {margin_of(statement, absolute=True)} "
+        f"{unit} lower. {_reach(statement)}{edge(statement)}"
+    )
+
+
+def _reach(statement: Mapping[str, Any]) -> str:
+    """The smallest difference that so many seeds would have shown in most studies."""
+    low, high = statement["interval"]
+    span = Interval(statement["margin"], low, high, statement["n"], 1 - statement["level"])
+    smallest = numbers.number(detectable(span, POWER))
+    return f"These {statement['n']} seeds show a difference of {smallest} in four studies of five."
+
+
+def sweeps(results: Results) -> list[str]:
+    """What each arm's sweep chose, and where the best lies at an edge; that all arms share their rates without one."""
+    if not results.get("sweep"):
+        return [
+            "Every arm has the same learning rate; with each at its own best rate the comparison may come out "
+            "otherwise."
+        ]
+    sentences = [
+        "Each arm has the options that were best for it on two other seeds and on the held-out windows with even "
+        "numbers; its losses here are of the odd ones."
+    ]
+    for arm, choice in results["sweep"].items():
+        best = choice["tried"][choice["best"]]["values"]
+        chosen = " and ".join(f"{option} {_value(value)}" for option, value in best.items())
+        edges = [f"{option} lies at the edge of what was tried" for option in choice["at_edge"]]
+        tail = f": {' and '.join(edges)}, so that a better one may lie beyond" if edges else ""
+        sentences.append(f"Of {len(choice['tried'])} points {arm} is best with {chosen}{tail}.")
+    return sentences
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def missing(results: Results) -> str:
+    """That runs are missing, and which; empty where none is."""
+    names = results.get("missing", [])
+    if not names:
+        return ""
+    whole = len(results["runs"]) + len(names)
+    return (
+        f"Not finished: {len(results['runs'])} of {whole} runs are trained. Missing are {', '.join(names)}; the same "
+        "command trains them."
+    )
+
+
+def cost_columns(results: Results) -> list[str]:
+    """What the columns of `cost_rows` are called."""
+    baseline = results["headline"]["arm"]
+    columns = ["Arm", "Parameters", f"FLOPs a token, times {baseline}’s", f"Training time, times {baseline}’s"]
+    if _second(results):
+        columns.append(f"Loss on {results['study']['config']['data']['second_source']}, nats a token")
+    return columns
+
+
+def cost_rows(results: Results) -> list[list[str]]:
+    """Per arm what it costs: parameters, FLOPs and time beside the baseline's; its loss on a second text, if any."""
+    baseline = _means(results, results["headline"]["arm"])
+    rows = []
+    for arm, summary in results["arms"].items():
+        own = _means(results, arm)
+        ratios = [_ratio(own[name], baseline[name]) for name in ("flops_per_token", "training_seconds")]
+        parameters = numbers.NONE if own["parameters"] is None else f"{own['parameters']:,.0f}"
+        row = [arm, parameters, *ratios]
+        rows.append([*row, numbers.spread(summary["second_eval_loss"])] if _second(results) else row)
+    return rows
+
+
+def _ratio(value: float | None, one: float | None) -> str:
+    return numbers.NONE if value is None or not one else f"{value / one:.2f}"
+
+
+def _second(results: Results) -> bool:
+    return any(summary.get("second_eval_loss", {}).get("mean") is not None for summary in results["arms"].values())
+
+
+def _means(results: Results, arm: str) -> dict[str, float | None]:
+    """Of the arm's runs; None for what is not known of one of them."""
+    runs = [run for run in results["runs"] if run["arm"] == arm]
+    means: dict[str, float | None] = {}
+    for name in ("parameters", "flops_per_token", "training_seconds"):
+        values = [run.get(name) for run in runs]
+        means[name] = None if not values or None in values else sum(values) / len(values)
+    return means

@@ -1,0 +1,92 @@
+"""The metrics of every step, from the devices to metrics.jsonl and the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax.config import RunConfig
+from tiedjax.errors import TrainingError
+from tiedjax.host import process
+from tiedjax.metrics import MetricsLog, Progress
+
+
+@jax.jit
+def packed(arrays: list[jax.Array]) -> jax.Array:
+    """All their numbers one after the other, to be fetched at once: each array that is fetched costs much the same."""
+    return jnp.concatenate([array.ravel() for array in arrays])
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """The metrics of a step that was dispatched."""
+
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    numbers: jax.Array
+    deciles: bool
+
+    def values(self) -> dict[str, Any]:
+        """The metrics by name, scalars and lists; waits for the step."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        parts = np.split(jax.device_get(self.numbers), ends[:-1])
+        return {
+            name: part.reshape(shape).tolist() for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+class Recorder:
+    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
+
+    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
+        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
+        self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
+        self._pending: _Pending | None = None
+        self._read = (start, time.monotonic())
+
+    def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
+        """Takes the metrics of a step that was dispatched, and reads those of the step before."""
+        self.flush(None)
+        shapes = {name: value.shape for name, value in metrics.items()}
+        numbers = packed(list(metrics.values()))
+        numbers.copy_to_host_async()
+        self._pending = _Pending(step, shapes, numbers, deciles)
+
+    def flush(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
+        """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        step, deciles, values = pending.step, pending.deciles, pending.values()
+        (before, then), now = self._read, time.monotonic()
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
+        per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
+        row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
+        if not deciles:
+            row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
+        row["tokens_per_second"] = (step - before) * per_step / (now - then)
+        shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
+        if evaluate:
+            row |= evaluate()
+            shown += f"  held-out {row['eval_loss']:.3f}"
+        if self._log and self._progress:
+            self._progress.update(step, shown)
+        if step % self._cfg.train.log_every == 0 or deciles or evaluate:
+            self._read = (step, time.monotonic() if evaluate else now)
+            if self._log:
+                self._log.write(row)
+
+    def close(self) -> None:
+        """Closes the log; what is pending was flushed by the checkpoint that ends every call."""
+        if self._log and self._progress:
+            self._log.close()
+            self._progress.end()
