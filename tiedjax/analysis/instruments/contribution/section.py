@@ -150,6 +150,9 @@ def _curves(quantity: str, label: str, title: str) -> Callable[[drawing.Axes, dr
             ax.errorbar(places, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
         last = max(len(run.blocks) for runs in by_arm.values() for run in runs)
         ax.set_xticks(range(1, last + 1, max(1, last // 8)))
+        # The first block adds and costs several times what the others do; an exact 0 and a gain are to be seen as well.
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+        ax.yaxis.set_major_formatter(drawing.plain_ticks)
         ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
         ax.set_xlabel("block")
         ax.set_ylabel(label)
