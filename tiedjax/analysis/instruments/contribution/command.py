@@ -46,13 +46,10 @@ def _table(title: str, blocks: list[dict[str, Any]], quantity: str) -> str:
     lines = []
     for block in blocks:
         spans = [block[part][quantity] for part in ("whole", "attention", "mlp")]
-        lines.append([f"block {block['block']}", *(value for span in spans for value in (span["mean"], _half(span)))])
+        pairs = [(span["mean"], arguments.half_width(span)) for span in spans]
+        lines.append([f"block {block['block']}", *(value for pair in pairs for value in pair)])
     return arguments.text_table(header, lines)
 
 
-def _half(span: dict[str, Any]) -> float | None:
-    return None if span["low"] is None else (span["high"] - span["low"]) / 2
-
-
 def _spread(span: dict[str, Any]) -> str:
-    return f"{arguments.cell(span['mean'])} +- {arguments.cell(_half(span))}"
+    return f"{arguments.cell(span['mean'])} +- {arguments.cell(arguments.half_width(span))}"

@@ -4,7 +4,7 @@ A block is one decoder layer. It reads a state x of the stream and adds a + m to
 its MLP reads x + a and adds m. Of the whole block and of each of its two parts:
 
     added       |added| / |read|, L2 norms of one position's vectors
-    skip_cost   bits that a held-out token costs more where the part adds nothing and all else is as it was
+    skip_cost   bits that a held-out token costs more where the part adds nothing
 
 What comes after a skipped part reads a stream that training never showed it: `skip_cost` is that of taking the part out
 of the finished model, not of training without it.
@@ -147,7 +147,7 @@ def _surprisal(log_p_CV: jax.Array, target_C: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _block(
-    cfg: ModelConfig, layer: Any, x_BTD: jax.Array, attention: jax.Array, mlp: jax.Array
+    cfg: ModelConfig, layer: Any, x_BTD: jax.Array, attention: jax.typing.ArrayLike, mlp: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a block whose parts add `attention` and `mlp` times what they do, and what is added [P, B, T]."""
     factors, outputs = {Attention: attention, MLP: mlp}, {}
