@@ -17,6 +17,7 @@ from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
+from tiedjax.analysis.instruments.contribution.contribution import RunContribution
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
 from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
@@ -108,6 +109,7 @@ def small_study() -> dict[str, Any]:
         "cooccurrence": [_cooccurrence(*table) for table in TABLES],
         "map": [_map(arm, role) for arm in ARMS[:2] for role in ROLES[arm]],
         "lens": _lens(),
+        "blocks": _blocks(),
         "examples": _examples(),
         "runs": [_run(arm, seed) for arm in ARMS for seed in SEEDS],
         "study": {
@@ -389,6 +391,38 @@ def _lens() -> dict[str, Any]:
         for i, name in enumerate(names)
     ]  # fmt: skip
     return {"criterion": "a small gradient", "runs": runs, "twins": twins}
+
+
+def _blocks() -> dict[str, Any]:
+    parts = ("whole", "attention", "mlp")
+
+    def block(i: int, arm: str, seed: int) -> dict[str, Any]:
+        made: dict[str, Any] = {"block": i}
+        for k, part in enumerate(parts):
+            means = value(k, arm, "input", i, seed), value(3 + k, arm, "output", i, seed)
+            made[part] = {"added": {"mean": means[0]}, "skip_cost": {"mean": means[1]}}
+        return made
+
+    runs = [
+        complete(RunContribution, {
+            "arm": arm, "seed": seed, "loss": {"mean": value(6, arm, "shared", 3, seed)},
+            "blocks": [block(i, arm, seed) for i in (1, 2, 3)],
+        })
+        for arm in ARMS for seed in SEEDS
+    ]  # fmt: skip
+    twins = [
+        {"arm": arm, "block": i, "early": i == 1}
+        | {
+            part: {
+                "added": span(*(-sign * value(k, arm, "input", i, seed) for seed in SEEDS)),
+                "skip_cost": span(*(sign * value(3 + k, arm, "output", i, seed) for seed in SEEDS)),
+            }
+            for k, part in enumerate(parts)
+        }
+        for arm, sign in (("tied", 1), ("tied-x5", -1))
+        for i in (1, 2, 3)
+    ]
+    return {"runs": runs, "twins": twins}
 
 
 def _examples() -> dict[str, Any]:

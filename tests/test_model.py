@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 import flax.linen as nn
@@ -37,8 +38,13 @@ def body_and_input(cfg: ModelConfig, dtype: Any = np.float32) -> tuple[Any, np.n
     return body, rng.standard_normal((2, cfg.seq_len, cfg.d_model)).astype(dtype)
 
 
-def recompute(cfg: ModelConfig, body: Any, x: np.ndarray) -> list[np.ndarray]:
-    """Every state of the residual stream, then the normed last one: NumPy, one head and one position at a time."""
+def recompute(
+    cfg: ModelConfig, body: Any, x: np.ndarray, left_out: Container[tuple[int, str]] = ()
+) -> list[np.ndarray]:
+    """Every state of the residual stream, then the normed last one: NumPy, one head and one position at a time.
+
+    `left_out` names parts that add nothing: the layer's number, from 0, and `attention` or `mlp`.
+    """
     p = jax.tree.map(np.asarray, body)["params"]
 
     def norm(x: np.ndarray, kind: str, scale: dict[str, Any] | None) -> np.ndarray:
@@ -82,8 +88,10 @@ def recompute(cfg: ModelConfig, body: Any, x: np.ndarray) -> list[np.ndarray]:
     states = [x]
     for i in range(cfg.layers):
         layer = p[f"layer_{i}"]
-        x = x + np.stack([attention(a, layer["attention"]) for a in norm(x, cfg.norm, layer.get("attention_norm"))])
-        x = x + mlp(norm(x, cfg.norm, layer.get("mlp_norm")), layer["mlp"])
+        if (i, "attention") not in left_out:
+            x = x + np.stack([attention(a, layer["attention"]) for a in norm(x, cfg.norm, layer.get("attention_norm"))])
+        if (i, "mlp") not in left_out:
+            x = x + mlp(norm(x, cfg.norm, layer.get("mlp_norm")), layer["mlp"])
         states.append(x)
     return [*states, norm(x, cfg.norm, p.get("final_norm"))]
 

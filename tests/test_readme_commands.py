@@ -60,6 +60,7 @@ RUN_HERE = {
     "tiedjax analyze evolution RUN": "tiedjax analyze evolution study/runs/one-3",
     "tiedjax analyze gradients RUN": "tiedjax analyze gradients study/runs/one-3",
     "tiedjax analyze lens RUN": "tiedjax analyze lens study/runs/one-3",
+    "tiedjax analyze blocks RUN": "tiedjax analyze blocks study/runs/one-3",
     "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/one-3",
     "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/one-3",
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": (

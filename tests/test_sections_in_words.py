@@ -23,6 +23,7 @@ from small_study import complete, small_study
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.instruments.alignment import section as alignment
 from tiedjax.analysis.instruments.calibration import section as calibration
+from tiedjax.analysis.instruments.contribution import section as contribution
 from tiedjax.analysis.instruments.cooccurrence import section as cooccurrence
 from tiedjax.analysis.instruments.lens import section as lens
 from tiedjax.analysis.instruments.norms import section as norms
@@ -108,6 +109,8 @@ def test_every_statement_has_the_name_of_its_claim() -> None:
         "tied_lens_worse_at_0",
         "tied_lens_farther_at_1",
         "tied_lens_worse_at_1",
+        "tied_block_1_costs_less",
+        "tied_block_1_adds_less",
         "tied_frequent_central",
         "tied_underpredicts_rare",
         "tied_overconfident_on_frequent",
@@ -233,6 +236,55 @@ def test_early_layers_that_do_not_differ_and_one_seed() -> None:
     assert "tied lenses are nearer to it at input than those" in lens.verdict(results)[0]
     results["lens"]["twins"][0]["tuned_kl"] = few(0.1, None)
     assert lens.verdict(results) == []
+
+
+@pytest.mark.parametrize(
+    ("cost", "added", "sentences"),
+    [
+        (
+            few(0.5, 0.2),
+            few(-0.7, 0.1),
+            (
+                f"Skipping block 1 costs tied more than untied, by 0.500{N}±{N}0.200 bits a held-out token.",
+                f"Block 1 of tied adds less than untied’s, by 0.700{N}±{N}0.100 times the norm of what it reads.",
+            ),
+        ),
+        (
+            few(-0.5, 0.2),
+            few(-0.1, 0.3),
+            (
+                f"Skipping block 1 costs tied less than untied, by 0.500{N}±{N}0.200 bits a held-out token.",
+                "Whether block 1 of tied adds more or less than untied’s is undecided: the difference is "
+                f"−0.100{N}±{N}0.300 times the norm of what it reads.",
+            ),
+        ),
+        (
+            few(0.1, 0.2),
+            few(0.7, None),
+            (
+                "Whether skipping block 1 costs tied more or less than untied is undecided: the difference is "
+                f"0.100{N}±{N}0.200 bits a held-out token.",
+                "Block 1 of tied adds more than untied’s, by 0.700 times the norm of what it reads (one seed).",
+            ),
+        ),
+        (
+            few(-0.5, None),
+            few(None, None),
+            (
+                "Skipping block 1 costs tied less than untied, by 0.500 bits a held-out token (one seed).",
+                "Whether block 1 of tied adds more or less than untied’s could not be measured.",
+            ),
+        ),
+    ],
+)
+def test_how_an_early_block_differs_from_the_twins(
+    cost: dict[str, Any], added: dict[str, Any], sentences: tuple[str, str]
+) -> None:
+    results = small_study()
+    twins = [twin for twin in results["blocks"]["twins"] if twin["arm"] == "tied"]
+    for twin in twins:
+        twin["whole"] = {"added": added, "skip_cost": cost} if twin["early"] else twin["attention"]
+    assert tuple(contribution.answers(results)) == sentences
 
 
 def test_models_that_are_better_than_a_bigram() -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.alignment.align import align as fits_of
     from tiedjax.analysis.instruments.alignment.align import measure as align
     from tiedjax.analysis.instruments.calibration.calibration import measure as calibration
+    from tiedjax.analysis.instruments.contribution.contribution import measure as blocks
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import contexts_of
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence
     from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
@@ -46,6 +47,7 @@ __all__ = [
     "Score",
     "Searches",
     "align",
+    "blocks",
     "calibration",
     "contexts_of",
     "cooccurrence",
@@ -83,6 +85,7 @@ _HOMES = {
     "Score": "tiedjax.analysis.basis.chance:Score",
     "Searches": f"{_INSTRUMENTS}.neighbours.search:Searches",
     "align": f"{_INSTRUMENTS}.alignment.align:measure",
+    "blocks": f"{_INSTRUMENTS}.contribution.contribution:measure",
     "calibration": f"{_INSTRUMENTS}.calibration.calibration:measure",
     "contexts_of": f"{_INSTRUMENTS}.cooccurrence.cooccurrence:contexts_of",
     "cooccurrence": f"{_INSTRUMENTS}.cooccurrence.cooccurrence:measure",

@@ -241,3 +241,8 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def half_width(span: Mapping[str, Any]) -> float | None:
+    """Half the width of an interval that has become JSON; None without one."""
+    return None if span["low"] is None else (span["high"] - span["low"]) / 2

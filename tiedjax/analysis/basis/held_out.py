@@ -57,6 +57,7 @@ class FrozenModel:
         )
         self.body = jax.device_put(params["body"])
         self.U_VD = jax.device_put(np.asarray(self.tables.output, np.float32))
+        self.E_VD = self.U_VD if self.tables.tied else jax.device_put(np.asarray(self.tables.input, np.float32))
         self.norm: dict[str, Any] = self.body["params"].get("final_norm", {})
 
     def describe(self, name: str) -> list[dict[str, Any]]:
@@ -73,15 +74,10 @@ class FrozenModel:
 
         N = W T.
         """
-        E_VD = jax.device_put(np.asarray(self.tables.input, np.float32))
-        inputs_WT = np.asarray(tokens_WS)[:, :-1]
-        rows = max(1, min(len(inputs_WT), _FORWARD // inputs_WT.shape[1]))
         parts = []
-        for start in range(0, len(inputs_WT), rows):
-            part_BT = inputs_WT[start : start + rows]
-            full_BT = np.concatenate([part_BT, np.zeros((rows - len(part_BT), part_BT.shape[1]), part_BT.dtype)])
-            x_LND = np.asarray(_states(self.config, self.body, E_VD, full_BT))
-            parts.append(x_LND[selection, : part_BT.size])
+        for tokens_BS, windows in batches(tokens_WS):
+            x_LND = np.asarray(_states(self.config, self.body, self.E_VD, tokens_BS[:, :-1]))
+            parts.append(x_LND[selection, : windows * (tokens_BS.shape[1] - 1)])
         return np.concatenate(parts, axis=1)
 
     def normed(self, x_ND: Any) -> jax.Array:
@@ -116,6 +112,23 @@ def held_out_windows(prepared: Prepared, seq_len: int, tokens: int) -> np.ndarra
     windows = prepared.windows("eval", seq_len)
     count = min(max(1, tokens // seq_len), len(windows))
     return windows.read(np.arange(count) * len(windows) // count)
+
+
+def batches(tokens_WS: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Windows [W, T + 1] in batches of one shape that go through the body at once, the last filled up with zeros.
+
+    With each batch, how many of its windows are among those given.
+    """
+    tokens_WS = np.asarray(tokens_WS)
+    rows = max(1, min(len(tokens_WS), _FORWARD // (tokens_WS.shape[1] - 1)))
+    for start in range(0, len(tokens_WS), rows):
+        part_BS = tokens_WS[start : start + rows]
+        yield np.pad(part_BS, ((0, rows - len(part_BS)), (0, 0))), len(part_BS)
+
+
+def first_third(layers: int) -> int:
+    """How many of a model's layers are early ones: a third of them, rounded down."""
+    return layers // 3
 
 
 def chunks(count: int) -> Iterator[slice]:

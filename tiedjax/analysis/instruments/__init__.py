@@ -37,6 +37,7 @@ _FOLDERS = {
     "norms": "norms",
     "spectrum": "shape",
     "lens": "lens",
+    "blocks": "contribution",
     "calibration": "calibration",
     "cooccurrence": "cooccurrence",
     "map": "picture",

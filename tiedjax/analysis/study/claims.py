@@ -21,7 +21,8 @@ Results = Mapping[str, Any]
 
 def claims(results: Results) -> dict[str, Statement]:
     """By name, every claim that the results have something to say about."""
-    made = [*_early_layers(results), *_centrality(results), *_calibration(results), *_cooccurrence(results)]
+    of_layers = [*_early_layers(results), *_early_blocks(results)]
+    made = [*of_layers, *_centrality(results), *_calibration(results), *_cooccurrence(results)]
     return {name: Statement(claim, margin) for name, claim, margin in made}
 
 
@@ -37,6 +38,18 @@ def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
                 f"the tuned lens {where} is worse at the next token than {reference}'s by more than in the end (bits)"
             )
             yield f"{arm}_lens_worse_at_{twin['state']}", claim, Interval(**twin["beyond_last"])
+
+
+def _early_blocks(results: Results) -> Iterator[tuple[str, str, Interval]]:
+    """Early layers contribute less: skipping an early block costs less, and it adds less to the residual stream."""
+    arm, reference = results["headline"]["arm"], results["headline"]["reference"]
+    for twin in results["blocks"]["twins"]:
+        if twin["arm"] == arm and twin["early"]:
+            block, whole = twin["block"], twin["whole"]
+            claim = f"skipping block {block} costs {arm} less than {reference} (bits)"
+            yield f"{arm}_block_{block}_costs_less", claim, affine(Interval(**whole["skip_cost"]), -1.0, 0.0)
+            claim = f"block {block} of {arm} adds less than {reference}'s, relative to what it reads"
+            yield f"{arm}_block_{block}_adds_less", claim, affine(Interval(**whole["added"]), -1.0, 0.0)
 
 
 def _centrality(results: Results) -> Iterator[tuple[str, str, Interval]]:

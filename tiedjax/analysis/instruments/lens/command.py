@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _paper(states: list[dict[str, Any]]) -> str:
-    lines = [[s["name"], s["score"]["kl"]["mean"], _half(s["score"]["kl"])] for s in states]
+    lines = [[s["name"], s["score"]["kl"]["mean"], arguments.half_width(s["score"]["kl"])] for s in states]
     table = arguments.text_table(["state", "KL", "+-"], lines)
     return f"{table}\nKL(final || lens), bits; paper's form: each state is read with the translator of the state before"
 
@@ -65,10 +65,10 @@ def _states(states: list[dict[str, Any]]) -> str:
         [
             s["name"],
             s["tuned"]["kl"]["mean"],
-            _half(s["tuned"]["kl"]),
+            arguments.half_width(s["tuned"]["kl"]),
             s["logit"]["kl"]["mean"],
             s["tuned"]["cross_entropy"]["mean"],
-            _half(s["tuned"]["cross_entropy"]),
+            arguments.half_width(s["tuned"]["cross_entropy"]),
             s["logit"]["cross_entropy"]["mean"],
             s["published"]["kl"]["mean"],
         ]
@@ -101,7 +101,3 @@ def _fits(states: list[dict[str, Any]]) -> str:
         if s["fit"]
     ]
     return arguments.text_table(["translator", "iterations", "converged", "training KL", "held-out KL"], lines)
-
-
-def _half(span: dict[str, Any]) -> float | None:
-    return None if span["low"] is None else (span["high"] - span["low"]) / 2

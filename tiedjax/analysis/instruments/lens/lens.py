@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.held_out import FrozenModel, Reading, held_out_windows, readings, training_windows
+from tiedjax.analysis.basis.held_out import (
+    FrozenModel,
+    Reading,
+    first_third,
+    held_out_windows,
+    readings,
+    training_windows,
+)
 from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, Baselines, CountPredictors
 from tiedjax.analysis.instruments.lens.training import CRITERION, Minimum, fit, teacher, translated
 from tiedjax.data.prepared import Prepared
@@ -144,7 +151,7 @@ def training_tokens(width: int) -> int:
 
 def early_states(layers: int) -> range:
     """The states of the first third of the layers, the input among them."""
-    return range(layers // 3 + 1)
+    return range(first_third(layers) + 1)
 
 
 def name_of(state: int) -> str:

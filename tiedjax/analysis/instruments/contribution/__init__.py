@@ -1,0 +1,1 @@
+"""How much each block contributes to the residual stream and to the prediction."""

@@ -1,0 +1,161 @@
+"""Contribution: what each block adds to the residual stream, and what text costs without it, tied against untied."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.basis import drawing, numbers, plain_json
+from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.statistics import Interval, interval, paired
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.contribution.contribution import PARTS, RunContribution, early_blocks, measure
+from tiedjax.errors import UserError
+
+QUANTITIES = ("added", "skip_cost")
+
+
+def collect(study: StudyRuns) -> dict[str, Any]:
+    """Every block of every run, and the differences between twins, paired by seed."""
+    runs = [{"arm": arm, "seed": seed} | _record(study, run) for (arm, seed), run in study.runs.items()]
+    return {"runs": runs, "twins": list(_twins(study.study.reference, runs))}
+
+
+def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
+    try:
+        prepared = study.text(run)
+        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
+    except UserError as error:
+        return {"not_measured": str(error)}
+
+
+def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Arm minus reference: each quantity of every block that both have, and of its parts."""
+    by_arm: dict[str, dict[int, RunContribution]] = {}
+    for run in plain_json.measured(runs, RunContribution):
+        by_arm.setdefault(run.arm, {})[run.seed] = run.value
+    reference = by_arm.get(reference_arm, {})
+    for arm, subject in by_arm.items():
+        seeds = reference.keys() & subject.keys()
+        if arm == reference_arm or not seeds:
+            continue
+        blocks = min(len(side[min(seeds)].blocks) for side in (subject, reference))
+        for block in range(1, blocks + 1):
+            record: dict[str, Any] = {"arm": arm, "block": block, "early": block in early_blocks(blocks)}
+            for part, quantity in itertools.product(PARTS, QUANTITIES):
+                subject_means, reference_means = (
+                    _by_seed(side, block, part, quantity) for side in (subject, reference)
+                )
+                record.setdefault(part, {})[quantity] = to_plain(paired(subject_means, reference_means))
+            yield record
+
+
+def _mean(run: RunContribution, block: int, part: str, quantity: str) -> float | None:
+    span: Interval = getattr(getattr(run.blocks[block - 1], part), quantity)
+    return span.mean
+
+
+def _by_seed(runs: Mapping[int, RunContribution], block: int, part: str, quantity: str) -> dict[int, float | None]:
+    return {seed: _mean(run, block, part, quantity) for seed, run in runs.items()}
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """Its figure; none where nothing was measured."""
+    if _by_arm(results):
+        added = _curves("added", "norm added / norm read", "what each block adds")
+        cost = _curves("skip_cost", "bits a held-out token", "what skipping it costs")
+        yield drawing.Plot("blocks", [added, cost])
+
+
+def not_measured(results: drawing.Results) -> list[str]:
+    """What could not be measured, and why."""
+    return plain_json.not_measured(results["blocks"]["runs"])
+
+
+def answers(results: drawing.Results) -> list[str]:
+    """Two sentences for each early block: does the baseline arm's contribute less than its twin's?"""
+    arm, reference = results["headline"]["arm"], results["headline"]["reference"]
+    lines = []
+    for twin in results["blocks"]["twins"]:
+        if twin["arm"] == arm and twin["early"]:
+            block, whole = twin["block"], twin["whole"]
+            costs = f"skipping block {block} costs {arm}", f"than {reference}", "bits a held-out token"
+            adds = f"block {block} of {arm} adds", f"than {reference}’s", "times the norm of what it reads"
+            lines += [_compared(whole["skip_cost"], *costs), _compared(whole["added"], *adds)]
+    return lines
+
+
+def _compared(span: Mapping[str, Any], before: str, after: str, unit: str) -> str:
+    """A difference in words: more or less, and by how much, or that it is undecided."""
+    question, size = f"Whether {before} more or less {after}", numbers.spread(span)
+    if span["mean"] is None:
+        return f"{question} could not be measured."
+    if span["low"] is not None and span["low"] <= 0 <= span["high"]:
+        return f"{question} is undecided: the difference is {size} {unit}."
+    side, one_seed = "more" if span["mean"] > 0 else "less", " (one seed)" if span["low"] is None else ""
+    return f"{before[0].upper()}{before[1:]} {side} {after}, by {size.removeprefix('−')} {unit}{one_seed}."
+
+
+def rows(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per arm and block, over seeds: what the block and its parts add, and what skipping them costs."""
+    lines = []
+    for arm, runs in _by_arm(results).items():
+        for block in range(1, len(runs[0].blocks) + 1):
+            line: dict[str, Any] = {"arm": arm, "block": block, "first": block == 1}
+            for part in PARTS:
+                line[part] = {
+                    quantity: drawing.spread(_mean(run, block, part, quantity) for run in runs)
+                    for quantity in QUANTITIES
+                }
+            lines.append(line)
+    return lines
+
+
+def differences(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per arm and block: arm minus reference."""
+    lines: list[dict[str, Any]] = []
+    for twin in results["blocks"]["twins"]:
+        line = {"arm": twin["arm"], "block": twin["block"], "first": twin["block"] == 1}
+        spans = {part: {quantity: numbers.spread(twin[part][quantity]) for quantity in QUANTITIES} for part in PARTS}
+        lines.append(line | spans)
+    return lines
+
+
+def losses(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm: what a held-out token costs with every block."""
+    return [
+        {"arm": arm, "bits": drawing.spread(run.loss.mean for run in runs)} for arm, runs in _by_arm(results).items()
+    ]
+
+
+def _by_arm(results: drawing.Results) -> dict[str, list[RunContribution]]:
+    return drawing.by_run(plain_json.measured(results["blocks"]["runs"], RunContribution))
+
+
+def _curves(quantity: str, label: str, title: str) -> Callable[[drawing.Axes, drawing.Results], None]:
+    """One quantity of whole blocks, arms as lines, with intervals over seeds."""
+
+    def draw(ax: drawing.Axes, results: drawing.Results) -> None:
+        by_arm = _by_arm(results)
+        for i, (arm, runs) in enumerate(by_arm.items()):
+            blocks = range(1, len(runs[0].blocks) + 1)
+            spans = [interval(_mean(run, block, "whole", quantity) for run in runs) for block in blocks]
+            places = np.array(blocks) + 0.06 * (i - (len(by_arm) - 1) / 2)
+            means, halves = drawing.floats([s.mean for s in spans]), [s.half_width or 0.0 for s in spans]
+            colour = drawing.colours(results)[arm]
+            ax.errorbar(places, means, halves, color=colour, marker="o", markersize=3.5, linewidth=1.4, label=arm)
+        last = max(len(run.blocks) for runs in by_arm.values() for run in runs)
+        ax.set_xticks(range(1, last + 1, max(1, last // 8)))
+        # The first block adds and costs several times what the others do; an exact 0 and a gain are to be seen as well.
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+        ax.yaxis.set_major_formatter(drawing.plain_ticks)
+        ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
+        ax.set_xlabel("block")
+        ax.set_ylabel(label)
+        ax.set_title(title)
+
+    return draw
