@@ -9,6 +9,7 @@ from typing import Any
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
+from tiedjax.analysis.instruments.hurdles.section import over_seeds
 from tiedjax.analysis.study import sentences, verdicts
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
@@ -18,6 +19,8 @@ from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
+
+OF_EVERY_SEED = ("lens", "hurdles")  # sections whose seeds are collected one by one, the longest first
 
 
 def summarize(
@@ -39,6 +42,10 @@ def summarize(
     if parts is None:
         held = StudyRuns(study, runs)
         parts = {name: collect(name, held) for name in parts_of(study)}
+    together = {
+        name: SECTIONS[name].together(study.reference, [run for seed in study.seeds for run in parts[f"{name} {seed}"]])
+        for name in OF_EVERY_SEED
+    }
     walk = parts["walk"]
     final = [r for r in walk["comparisons"] if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
@@ -50,6 +57,7 @@ def summarize(
             held_out_losses(runs, arm),
             held_out_losses(runs, study.baseline),
         )
+        | {"hurdles": over_seeds(together["hurdles"]["runs"], arm)}
         | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
         for arm in study.arms
         if any(a == arm for a, _ in runs)
@@ -68,9 +76,7 @@ def summarize(
         "gradients": [arm_and_seed(key) | to_plain(flow) for key, flow in flows.items()],
         "evolution": walk["evolution"],
         **{name: parts[name] for name in SECTIONS if name in parts},
-        "lens": SECTIONS["lens"].together(
-            study.reference, [run for seed in study.seeds for run in parts[f"lens {seed}"]]
-        ),
+        **together,
         "examples": walk["examples"],
         "runs": [arm_and_seed(key) | run_facts(run) for key, run in runs.items()],
         "study": {
@@ -94,10 +100,14 @@ def summarize(
 def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
     """What takes long, each from the runs alone, so that several processes can share it out: the longest first."""
     sections = {name: section.collect for name, section in SECTIONS.items() if hasattr(section, "collect")}
-    of_every_seed = sections.pop("lens")
+    of_every_seed = {name: sections.pop(name) for name in OF_EVERY_SEED}
     return {
         "walk": over_snapshots,
-        **{f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds},
+        **{
+            f"{name} {seed}": partial(collect_seed, seed=seed)
+            for name, collect_seed in of_every_seed.items()
+            for seed in study.seeds
+        },
         "between_seeds": between_seeds,
         "reproducible_share": _reproducible_shares,
         **sections,
@@ -107,7 +117,7 @@ def parts_of(study: StudyConfig) -> dict[str, Callable[[StudyRuns], Any]]:
 def seed_of(name: str) -> int | None:
     """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
     kind, _, seed = name.partition(" ")
-    return int(seed) if kind == "lens" else None
+    return int(seed) if kind in OF_EVERY_SEED else None
 
 
 def collect(name: str, held: StudyRuns) -> Any:
