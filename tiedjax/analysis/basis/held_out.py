@@ -207,4 +207,4 @@ def _model_bits(cfg: ModelConfig, norm: Any, x_CD: jax.Array, U_VD: jax.Array, t
     """What the targets cost the model whose last states are x, [C]."""
     logits_CV = jnp.matmul(final_norm(cfg, norm, x_CD), U_VD.T, precision="highest")
     at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
-    return (jax.nn.logsumexp(logits_CV, axis=-1) - at_target_C) / np.log(2)
+    return jnp.asarray((jax.nn.logsumexp(logits_CV, axis=-1) - at_target_C) / np.log(2))

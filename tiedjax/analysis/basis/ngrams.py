@@ -65,7 +65,7 @@ class NGrams:
         return np.asarray(smoothed_V / smoothed_V.sum())
 
     def bits(self, tokens_WS: np.ndarray) -> dict[str, np.ndarray]:
-        """What every target costs each of PREDICTORS: bits, float64 [W, T]; of the held-out windows, or some of them."""
+        """What every target costs each of PREDICTORS: bits, float64 [W, T]; of held-out windows, all or some."""
         occurrences = self._counts.of(tokens_WS)
         p_WT = {
             "uniform": np.full(occurrences.target_WT.shape, 1 / occurrences.V),

@@ -64,16 +64,15 @@ def token_bytes(tokenizer_path: Path) -> np.ndarray | None:
     if tree["model"].get("type") in ("WordPiece", "WordLevel"):
         return None
     has_bytes = bool(tree["model"].get("byte_fallback"))
-    size = lambda text: 1 if has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", text) else len(_encoded(text))
-    bytes_N = np.array([math.nan if text is None else size(text) for text in strings], np.float64)
+    bytes_N = np.full(len(strings), math.nan)
+    for i, text in enumerate(strings):
+        if text is not None:
+            is_byte = has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            bytes_N[i] = 1 if is_byte else len(text.encode("utf-8", "surrogateescape"))
     for token in tree.get("added_tokens") or []:
         if token.get("special"):
             bytes_N[token["id"]] = 0
     return bytes_N
-
-
-def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 _SPACE = "\u2581"  # SentencePiece's sign for a space

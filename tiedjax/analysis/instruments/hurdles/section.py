@@ -86,12 +86,13 @@ def without_a_model(results: drawing.Results) -> list[str]:
         return []
     costs = [f"{drawing.mean(run.losses[name].bits.mean for run in runs)} bits ({name})" for name in PREDICTORS]
     tokens, windows = _counts([run.held_out_tokens for run in runs]), _counts([run.held_out_windows for run in runs])
+    counted = _counts([run.training_tokens for run in runs])
     beta, gamma = _counts([run.beta for run in runs]), _counts([run.gamma for run in runs])
     return [
         f"Without a model a token costs {', '.join(costs)}: means over runs.",
         f"Losses are over {tokens} held-out tokens in {windows} windows, those of each run’s own evaluation.",
-        f"The predictors count {_counts([run.training_tokens for run in runs])} training tokens that the run was shown; "
-        f"the strength of the bigram’s prior is {beta}, of the trigram’s {gamma}.",
+        f"The predictors count {counted} training tokens that the run was shown; the strength of the bigram’s prior is "
+        f"{beta}, of the trigram’s {gamma}.",
     ]
 
 
