@@ -101,11 +101,11 @@ def early_training(results: Results) -> list[str]:
     worse = {arm: gap["mean"] for arm, gap in _gaps(results, "less_bigram").items() if gap["mean"] > 0}
     if not worse:
         return []
+    most = numbers.number(max(worse.values()), 2)
     up_to, was = ("", "it was") if len(worse) == 1 else ("up to ", "they were")
     return [
-        f"Early training: {_named(list(worse))} {up_to}{numbers.number(max(worse.values()), 2)} bits a token worse than "
-        f"a bigram of the text that {was} shown. What the report says of layers and calibration is about learning a "
-        "bigram."
+        f"Early training: {_named(list(worse))} {up_to}{most} bits a token worse than a bigram of the text that {was} "
+        "shown. What the report says of layers and calibration is about learning a bigram."
     ]
 
 
@@ -115,7 +115,7 @@ def early_mark(results: Results) -> str:
 
 
 def against_ngrams(results: Results) -> list[str]:
-    """On which side of a bigram of its text each arm lies, the baseline by how much; then where the trigram lies."""
+    """On which side of a bigram of its text each arm lies, the baseline by how much; and where the trigram lies."""
     gaps, beyond, arm = _gaps(results, "less_bigram"), _gaps(results, "less_trigram"), results["headline"]["arm"]
     if not gaps:
         return []
@@ -146,7 +146,9 @@ def what_ngrams_are(results: Results) -> str:
     """What stands in the first table's columns of bigram and trigram; empty where it has none."""
     if not _gaps(results, "less_bigram"):
         return ""
-    return "Bigram and trigram count the text that each run was shown, and predict the held-out tokens that the run does."
+    return (
+        "Bigram and trigram count the text that each run was shown, and predict the held-out tokens that the run does."
+    )
 
 
 def _gaps(results: Results, name: str) -> dict[str, Mapping[str, Any]]:
