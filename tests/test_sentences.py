@@ -319,11 +319,11 @@ BESIDE_NGRAMS = {
         f"{MEAN} untied and x5 are above the bigram of the text that they were shown, and tied is below it, by "
         f"0.31{N}±{N}0.02 bits a token. The trigram is 0.19{N}±{N}0.02 bits lower than tied.",
     ),
-    "undecided": (
+    "an interval that holds 0": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.01, 0.02), "x5": (-0.1, 0.05)}, {
             "untied": (0.04, 0.04), "tied": (0.02, 0.03), "x5": (0.3, 0.05)}),
         f"{MEAN} every arm is below the bigram of the text that it was shown, tied by 0.01{N}±{N}0.02 bits a token "
-        f"(undecided). The trigram is 0.02{N}±{N}0.03 bits (undecided) lower than tied.",
+        f"(the interval holds 0). The trigram is 0.02{N}±{N}0.03 bits (the interval holds 0) lower than tied.",
     ),
     "one seed": (
         with_hurdles({"untied": (-0.4, None), "tied": (-0.31, None), "x5": (-0.1, None)}),

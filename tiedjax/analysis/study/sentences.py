@@ -159,9 +159,9 @@ def _gaps(results: Results, name: str) -> dict[str, Mapping[str, Any]]:
 
 def _distance(span: Mapping[str, Any], unit: str) -> str:
     """The size of a difference, with a remark where its interval holds 0."""
-    undecided = span["low"] is not None and span["low"] <= 0 <= span["high"]
+    holds_0 = span["low"] is not None and span["low"] <= 0 <= span["high"]
     size = numbers.spread({**span, "mean": abs(span["mean"])}, 2)
-    return f"{size}{unit}{' (undecided)' if undecided else ''}"
+    return f"{size}{unit}{' (the interval holds 0)' if holds_0 else ''}"
 
 
 def _named(arms: list[str]) -> str:

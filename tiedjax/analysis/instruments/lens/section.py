@@ -218,12 +218,12 @@ def _cross_entropy(ax: drawing.Axes, results: drawing.Results) -> None:
         ax.plot(_curve(runs, "tuned", "cross_entropy"), color=colour, marker="o", markersize=3.5)
         ax.plot(_curve(runs, "logit", "cross_entropy"), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.4)
     all_runs = _measured_runs(results)
-    last = len(all_runs[0].states) - 1
     for name in PREDICTORS:
         bits = _bits(all_runs, name)
         ax.axhline(bits, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
-        offset = (0, -11 if name == "trigram" else 2)
-        ax.annotate(name, (last, bits), xytext=offset, textcoords="offset points", ha="right", color=drawing.MUTED)
+        side = {"bigram": "bottom", "trigram": "top"}.get(name, "center")  # these two lie near one another
+        beyond_edge = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}  # of all curves
+        ax.annotate(name, (1, bits), (3, 0), **beyond_edge, va=side, color=drawing.MUTED)
     _state_axis(ax, results)
     low = min(_curve(all_runs, "tuned", "cross_entropy").min(), _bits(all_runs, "trigram"))
     ax.set_ylim(low - 0.7, _bits(all_runs, "uniform") + 0.6)
