@@ -91,6 +91,8 @@ def test_a_part_of_the_windows_is_measured_alone(run: Run) -> None:
         if name != "uniform":
             assert abs(parts[0] - parts[1]) > 1e-3
     assert odd.held_out_bytes + even.held_out_bytes == whole.held_out_bytes
+    bits_of_odd = odd.losses["model"].bits.mean * odd.held_out_tokens
+    assert odd.losses["model"].bits_per_byte == pytest.approx(bits_of_odd / odd.held_out_bytes)
     assert (odd.beta, odd.gamma, odd.training_tokens) == (whole.beta, whole.gamma, whole.training_tokens)
     with pytest.raises(UserError, match=r"^hurdles: slice\(99, None, None\) selects none of the 24 held-out windows$"):
         measure(model, run, prepared, windows=slice(99, None))

@@ -389,6 +389,7 @@ def test_early_training_is_said_while_an_arm_is_worse_than_a_bigram(
 def test_statements_on_layers_and_calibration_are_marked_while_training_is_early() -> None:
     names = ("lens_farther_at_0", "lens_worse_at_12", "overconfident_on_frequent", "underpredicts_rare")
     others = ("tied_nearer_output", "tied_lens_costs_loss", "x5_underpredicts_rare", "tied_frequent_central")
+    others += ("tied_lens_worse_at_1_costs_loss",)  # of an arm that is called so
     for mean, mark in [(0.1, "early training"), (-0.1, "")]:
         results = with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.3, 0.02), "x5": (mean, 0.05)})
         made = [*(f"tied_{name}" for name in names), *others]
