@@ -290,49 +290,54 @@ BESIDE_NGRAMS = {
     "all below, the trigram lower": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (-0.1, 0.05)}, {
             "untied": (0.04, 0.04), "tied": (0.12, 0.03), "x5": (0.3, 0.05)}),
-        f"{MEAN} every arm is below the bigram of the text that it was shown, tied by 0.31{N}±{N}0.02 bits a token. "
-        f"The trigram is 0.12{N}±{N}0.03 bits lower than tied.",
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.31{N}±{N}0.02 bits a token. The trigram’s is 0.12{N}±{N}0.03 bits lower than tied’s.",
     ),
     "all below, the trigram higher": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (-0.3, 0.05)}, {
             "untied": (-0.04, 0.04), "tied": (-0.12, 0.03), "x5": (0.3, 0.05)}),
-        f"{MEAN} every arm is below the bigram of the text that it was shown, tied by 0.31{N}±{N}0.02 bits a token. "
-        f"The trigram is 0.12{N}±{N}0.03 bits higher than tied.",
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.31{N}±{N}0.02 bits a token. The trigram’s is 0.12{N}±{N}0.03 bits higher than tied’s.",
     ),
     "all above": (
         with_hurdles({"untied": (0.4, 0.04), "tied": (0.32, 0.02), "x5": (0.1, 0.05)}),
-        f"{MEAN} every arm is above the bigram of the text that it was shown, tied by 0.32{N}±{N}0.02 bits a token. "
-        f"The trigram is 0.82{N}±{N}0.02 bits lower than tied.",
+        f"{MEAN} every arm’s loss is above that of a bigram of the text that it was shown, tied’s by "
+        f"0.32{N}±{N}0.02 bits a token. The trigram’s is 0.82{N}±{N}0.02 bits lower than tied’s.",
     ),
     "one above": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (0.1, 0.05)}),
-        f"{MEAN} x5 is above the bigram of the text that it was shown, and untied and tied are below it, tied by "
-        f"0.31{N}±{N}0.02 bits a token. The trigram is 0.19{N}±{N}0.02 bits lower than tied.",
+        f"{MEAN} the loss of x5 is above that of a bigram of the text that it was shown, and the loss of untied and "
+        f"tied is below it, tied’s by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.19{N}±{N}0.02 bits lower than tied’s.",
     ),
     "the baseline above": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (0.31, 0.02), "x5": (-0.1, 0.05)}),
-        f"{MEAN} untied and x5 are below the bigram of the text that they were shown, and tied is above it, by "
-        f"0.31{N}±{N}0.02 bits a token. The trigram is 0.81{N}±{N}0.02 bits lower than tied.",
+        f"{MEAN} the loss of untied and x5 is below that of a bigram of the text that they were shown, and the loss "
+        f"of tied is above it, by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.81{N}±{N}0.02 bits lower than tied’s.",
     ),
     "the baseline below": (
         with_hurdles({"untied": (0.4, 0.04), "tied": (-0.31, 0.02), "x5": (0.1, 0.05)}),
-        f"{MEAN} untied and x5 are above the bigram of the text that they were shown, and tied is below it, by "
-        f"0.31{N}±{N}0.02 bits a token. The trigram is 0.19{N}±{N}0.02 bits lower than tied.",
+        f"{MEAN} the loss of untied and x5 is above that of a bigram of the text that they were shown, and the loss "
+        f"of tied is below it, by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.19{N}±{N}0.02 bits lower than tied’s.",
     ),
     "an interval that holds 0": (
         with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.01, 0.02), "x5": (-0.1, 0.05)}, {
             "untied": (0.04, 0.04), "tied": (0.02, 0.03), "x5": (0.3, 0.05)}),
-        f"{MEAN} every arm is below the bigram of the text that it was shown, tied by 0.01{N}±{N}0.02 bits a token "
-        f"(the interval holds 0). The trigram is 0.02{N}±{N}0.03 bits (the interval holds 0) lower than tied.",
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.01{N}±{N}0.02 bits a token (the interval holds 0). "
+        f"The trigram’s is 0.02{N}±{N}0.03 bits (the interval holds 0) lower than tied’s.",
     ),
     "one seed": (
         with_hurdles({"untied": (-0.4, None), "tied": (-0.31, None), "x5": (-0.1, None)}),
-        f"{ONE} every arm is below the bigram of the text that it was shown, tied by 0.31 bits a token. "
-        "The trigram is 0.19 bits lower than tied.",
+        f"{ONE} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by 0.31 bits a token. "
+        "The trigram’s is 0.19 bits lower than tied’s.",
     ),
     "the baseline not measured": (
         with_hurdles({"untied": (-0.4, 0.04), "x5": (0.1, 0.05)}),
-        f"{MEAN} x5 is above the bigram of the text that it was shown, and untied is below it.",
+        f"{MEAN} the loss of x5 is above that of a bigram of the text that it was shown, and the loss of untied is "
+        "below it.",
     ),
 }  # fmt: skip
 

@@ -102,9 +102,9 @@ def early_training(results: Results) -> list[str]:
     if not worse:
         return []
     most = numbers.number(max(worse.values()), 2)
-    up_to, was = ("", "it was") if len(worse) == 1 else ("up to ", "they were")
+    size, was = (f"is {most}", "it was") if len(worse) == 1 else (f"are up to {most}", "they were")
     return [
-        f"Early training: {_named(list(worse))} {up_to}{most} bits a token worse than a bigram of the text that {was} "
+        f"Early training: {_named(list(worse))} {size} bits a token worse than a bigram of the text that {was} "
         "shown. What the report says of layers and calibration is about learning a bigram."
     ]
 
@@ -115,7 +115,7 @@ def early_mark(results: Results) -> str:
 
 
 def against_ngrams(results: Results) -> list[str]:
-    """On which side of a bigram of its text each arm lies, the baseline by how much; and where the trigram lies."""
+    """On which side of a bigram's loss each arm's lies, the baseline's by how much; and where the trigram's lies."""
     gaps, beyond, arm = _gaps(results, "less_bigram"), _gaps(results, "less_trigram"), results["headline"]["arm"]
     if not gaps:
         return []
@@ -123,22 +123,25 @@ def against_ngrams(results: Results) -> list[str]:
     below = [name for name in gaps if name not in above]
     seeds = "In one seed" if all(gap["low"] is None for gap in gaps.values()) else "On the mean over seeds"
     if not (above and below):
-        text = f"{seeds}, every arm is {'above' if above else 'below'} the bigram of the text that it was shown"
-        by = f"{arm} by"
+        side = "above" if above else "below"
+        text = f"{seeds}, every arm’s loss is {side} that of a bigram of the text that it was shown"
+        by = f"{arm}’s by"
     else:
         (side, arms), (last_side, last_arms) = sorted(  # the baseline's side last, so that a number can follow
             [("above", above), ("below", below)], key=lambda side: arm in side[1]
         )
         was = "it was" if len(arms) == 1 else "they were"
-        text = f"{seeds}, {_named(arms)} {side} the bigram of the text that {was} shown"
-        text += f", and {_named(last_arms)} {last_side} it"
-        by = "by" if last_arms == [arm] else f"{arm} by"
+        text = (
+            f"{seeds}, the loss of {_named(arms)} is {side} that of a bigram of the text that {was} shown, "
+            f"and the loss of {_named(last_arms)} is {last_side} it"
+        )
+        by = "by" if last_arms == [arm] else f"{arm}’s by"
     if arm not in gaps:
         return [f"{text}."]
     order = "higher" if beyond[arm]["mean"] < 0 else "lower"
     return [
-        f"{text}, {by} {_distance(gaps[arm], ' bits a token')}. The trigram is {_distance(beyond[arm], ' bits')} "
-        f"{order} than {arm}."
+        f"{text}, {by} {_distance(gaps[arm], ' bits a token')}. The trigram’s is {_distance(beyond[arm], ' bits')} "
+        f"{order} than {arm}’s."
     ]
 
 
@@ -165,9 +168,9 @@ def _distance(span: Mapping[str, Any], unit: str) -> str:
 
 
 def _named(arms: list[str]) -> str:
-    """a is; a and b are; a, b and c are."""
+    """a; a and b; a, b and c."""
     *first, last = arms
-    return f"{', '.join(first)} and {last} are" if first else f"{last} is"
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def what_repeats(results: Results) -> list[str]:
