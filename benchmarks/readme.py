@@ -49,7 +49,7 @@ def answer(results: dict[str, Any]) -> str:
 
 def findings(results: dict[str, Any]) -> str:
     """The table of arms, the other findings, how sure they are, and what the study was."""
-    environment = results["environment"]
+    environment, near_edge = results["environment"], sentences.near_edge(results)
     packages = environment["packages"]
     made = (
         f"{len(results['runs'])} runs trained and analysed in {environment['study_seconds'] / 60:.1f} minutes on a "
@@ -57,13 +57,14 @@ def findings(results: dict[str, Any]) -> str:
         f"flax {packages['flax']})"
     )
     lines = [
+        *(line for warning in sentences.early_training(results) for line in (warning, "")),
         *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
         *(f"* {finding}" for finding in [*losses.verdicts(results), *sentences.answer(results)[1:]]),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
-        " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
+        " ".join(filter(None, [sentences.what_ngrams_are(results), sentences.certainty(results), near_edge])),
         f"The quick study: {made}.",
     ]
     return "\n".join(lines) + "\n"

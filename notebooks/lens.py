@@ -11,7 +11,7 @@
 #
 # **What does each layer already predict, tied against untied?** The logit lens reads a hidden state with the final
 # norm and the output table; the tuned lens maps it first by a translator that is fitted to the model's own final
-# prediction. Beside them what uniform, unigram and bigram predictors reach.
+# prediction. Beside them what uniform, unigram, bigram and trigram predictors reach.
 #
 # Needs a finished study (`tiedjax study`) and the text that it was trained on, which is prepared again if it is not in
 # the cache. Fits layers × runs translators: about a minute for the quick study on a laptop.
@@ -72,7 +72,7 @@ def draw(ax, kind, score, levels):
         ax.plot(values.T, color=colour[arm], linewidth=0.6, alpha=0.5)
         ax.plot(values.mean(axis=0), "o-", markersize=4, color=colour[arm], label=arm)
     for name, value in levels.items():
-        style = {"uniform": "-.", "unigram": "--", "bigram": ":"}[name]
+        style = {"uniform": "-.", "unigram": "--", "bigram": ":", "trigram": (0, (1, 4))}[name]
         ax.axhline(value, color="gray", linestyle=style, label=f"{name}: {value:.2f}")
     state_axis(ax)
     ax.set_title(f"{kind} lens")
@@ -104,10 +104,11 @@ levels = {
     "uniform": mean(lambda b: b.uniform.cross_entropy),
     "unigram": mean(lambda b: b.unigram.cross_entropy),
     "bigram": mean(lambda b: b.bigram_cross_entropy),
+    "trigram": mean(lambda b: b.trigram_cross_entropy),
 }
 fig, axes = plt.subplots(1, 2, figsize=(10, 3.8))
 draw(axes[0], "logit", "cross_entropy", levels)
-draw(axes[1], "tuned", "cross_entropy", {name: levels[name] for name in ("unigram", "bigram")})
+draw(axes[1], "tuned", "cross_entropy", {name: levels[name] for name in ("unigram", "bigram", "trigram")})
 axes[0].set_ylabel("cross-entropy (bits per token)")
 axes[0].legend()
 plt.show()

@@ -21,6 +21,8 @@ from tiedjax.analysis.instruments.contribution.contribution import RunContributi
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
 from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
+from tiedjax.analysis.instruments.hurdles.hurdles import Hurdles
+from tiedjax.analysis.instruments.hurdles.section import over_seeds
 from tiedjax.analysis.instruments.lens.lens import RunLens
 from tiedjax.analysis.instruments.neighbours.overlap import NeighbourOverlap
 from tiedjax.analysis.instruments.norms.norms import Norms
@@ -108,6 +110,7 @@ def small_study() -> dict[str, Any]:
         "calibration": _calibration(),
         "cooccurrence": [_cooccurrence(*table) for table in TABLES],
         "map": [_map(arm, role) for arm in ARMS[:2] for role in ROLES[arm]],
+        "hurdles": {"runs": [_hurdles(arm, seed) for arm in ARMS for seed in SEEDS]},
         "lens": _lens(),
         "blocks": _blocks(),
         "examples": _examples(),
@@ -126,7 +129,8 @@ def small_study() -> dict[str, Any]:
         "environment": {"device": "none", "packages": {"jax": "1.2.3"}, "study_seconds": 61.0},
         "notes": ["A note."],
     }
-    results["arms"] = {arm: _arm(arm, results["comparisons"]) for arm in ARMS}
+    of_arm = lambda arm: {"hurdles": to_plain(over_seeds(results["hurdles"]["runs"], arm))}
+    results["arms"] = {arm: _arm(arm, results["comparisons"]) | of_arm(arm) for arm in ARMS}
     results["between_seeds"] = to_plain(verdicts.between_seeds(list(_between_seeds())))
     results["headline"] = to_plain(verdicts.headline(STUDY, results["arms"], results["comparisons"]))
     results["changes"] = to_plain(verdicts.changes(STUDY, results["arms"], results["comparisons"]))
@@ -376,6 +380,7 @@ def _lens() -> dict[str, Any]:
             "baselines": {
                 "uniform": {"cross_entropy": {"mean": 11.0}}, "unigram": {"cross_entropy": {"mean": 9.0}},
                 "bigram_cross_entropy": {"mean": value(1, arm, "shared", 2, seed) - 0.75},
+                "trigram_cross_entropy": {"mean": value(1, arm, "shared", 2, seed) - 0.95},
             },
         })
         for arm in ARMS for seed in SEEDS
@@ -423,6 +428,25 @@ def _blocks() -> dict[str, Any]:
         for i in (1, 2, 3)
     ]
     return {"runs": runs, "twins": twins}
+
+
+def _hurdles(arm: str, seed: int) -> dict[str, Any]:
+    """The bigram lies between tied, which is below it, and tied-x5."""
+    model = value(6, arm, "output", 4, seed)
+    losses: dict[str, Any] = {
+        "model": {
+            "nats": value(4, arm, "output", 4, seed),
+            "bits": {"mean": model},
+            "bits_per_byte": value(2, arm, "output", 4, seed),
+            "model_less": None,
+        }
+    }
+    for name, bits in {"uniform": 11.0, "unigram": 9.1, "bigram": 6.307, "trigram": 6.025}.items():
+        bits += 0 if name == "uniform" else seed / 100
+        losses[name] = {"bits": {"mean": bits}, "model_less": {"mean": model - bits}}
+    about = {"arm": arm, "seed": seed, "held_out_windows": 13, "held_out_tokens": 832, "held_out_bytes": 2901}
+    counted = {"training_tokens": 8001 + seed, "beta": 32.0, "gamma": 8.0 if seed else 4.0}
+    return dict(complete(Hurdles, about | counted | {"losses": losses}))
 
 
 def _examples() -> dict[str, Any]:

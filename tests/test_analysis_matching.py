@@ -17,7 +17,7 @@ import tiedjax
 from tiedjax import cli
 from tiedjax.analysis.basis.matching import Matching, match, matched
 from tiedjax.analysis.basis.tables import Table
-from tiedjax.analysis.basis.tokens import token_strings
+from tiedjax.analysis.basis.tokens import token_bytes, token_strings
 from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
 
@@ -226,6 +226,32 @@ def test_added_tokens_and_other_spellings_stand_as_they_are(tmp_path):
     pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 3}, unk_token="[UNK]"))
     pieces.save(str(tmp_path / "p.json"))
     assert token_strings(tmp_path / "p.json") == ["[UNK]", "the", None, "##s"]
+
+
+def test_bytes_of_tokens_add_up_to_those_of_the_text(tmp_path):
+    text = "naïve café 日本, the ship 🚢 came home\n\tin the evening\x00"
+    tokenizer = train_bpe([*PROSE, "naïve café 日本 " * 30], 400)
+    tokenizer.add_tokens(["evening"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    ids = tokenizer.encode(text).ids
+    assert "\ufffd" in {tokenizer.decode([i]) for i in ids}, "some tokens are parts of a character"
+    bytes_N = token_bytes(tmp_path / "t.json")
+    assert bytes_N[ids].sum() == len(text.encode())
+    assert (len(bytes_N), bytes_N[tokenizer.token_to_id("<|endoftext|>")]) == (tokenizer.get_vocab_size(), 0)
+    assert bytes_N[tokenizer.token_to_id("evening")] == 7
+
+
+def test_bytes_of_tokens_of_other_families(tmp_path):
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "<0xE6>": 2, "▁the": 3, "日": 5}
+    for fallback in (True, False):
+        pieces = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=fallback))
+        pieces.add_special_tokens(["<unk>"])
+        pieces.save(str(tmp_path / "p.json"))
+        found = token_bytes(tmp_path / "p.json")
+        np.testing.assert_array_equal(found, [0, 1, 1, 4, np.nan, 3] if fallback else [0, 6, 6, 4, np.nan, 3])
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 3}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "w.json"))
+    assert token_bytes(tmp_path / "w.json") is None
 
 
 @pytest.mark.parametrize(

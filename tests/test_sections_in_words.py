@@ -93,6 +93,19 @@ def test_the_figures_word_for_word() -> None:
     assert figures_text(small_study()).splitlines() == FIGURES.read_text(encoding="utf-8").splitlines()
 
 
+def test_the_note_on_early_training_stands_before_the_verdict_and_goes_with_its_reason() -> None:
+    results = small_study()
+    note, lead = '<p class="warning" role="note">Early training: ', '<p class="lead">'
+    page = page_of(results, {})
+    assert page.count('role="note"') == 1
+    assert page.index("<h1>") < page.index(note) < page.index(lead)
+    assert page_text(results).count("(early training)") == 4 + 6  # headings with their links, statements
+    results["arms"]["tied-x5"]["hurdles"]["less_bigram"] = few(-0.001, 0.3)
+    page = page_of(results, {})
+    assert "early training" not in page.lower()
+    assert 'role="note"' not in page
+
+
 def test_every_statement_has_the_name_of_its_claim() -> None:
     """`statements` of results.json: scripts read them by name."""
     assert list(small_study()["statements"]) == [
@@ -285,18 +298,6 @@ def test_how_an_early_block_differs_from_the_twins(
     for twin in twins:
         twin["whole"] = {"added": added, "skip_cost": cost} if twin["early"] else twin["attention"]
     assert tuple(contribution.answers(results)) == sentences
-
-
-def test_models_that_are_better_than_a_bigram() -> None:
-    results = small_study()
-    for run in results["lens"]["runs"]:
-        run["baselines"]["bigram_cross_entropy"]["mean"] = 9.5
-    assert lens.against_bigram(results) == [
-        "On average the models are 8.28 bits a token better than a bigram of the text that they were shown."
-    ]
-    for run in results["lens"]["runs"]:
-        run["baselines"]["bigram_cross_entropy"]["mean"] = None
-    assert lens.against_bigram(results) == []
 
 
 TWIN = "than its untied twin"

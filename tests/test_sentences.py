@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -268,6 +269,163 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
     }
 
 
+def with_hurdles(bigram: dict[str, Any], trigram: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Results whose arms are so many bits (mean, half) above the bigram and the trigram: by default 0.5 more."""
+    results = small_results()
+    beyond = trigram or {arm: (mean + 0.5, half) for arm, (mean, half) in bigram.items()}
+    for i, (arm, summary) in enumerate(results["arms"].items()):
+        nothing = {"mean": None, "low": None, "high": None, "n": 0, "confidence": 0.95}
+        summary["hurdles"] = {
+            "bits_per_byte": span(1.71 + i, 0.02 + i / 100) if arm in bigram else nothing,
+            "less_bigram": span(*bigram[arm]) if arm in bigram else nothing,
+            "less_trigram": span(*beyond[arm]) if arm in bigram else nothing,
+        }
+    return results
+
+
+MEAN, ONE = "On the mean over seeds,", "In one seed,"
+BESIDE_NGRAMS = {
+    "all below, the trigram lower": (
+        with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (-0.1, 0.05)}, {
+            "untied": (0.04, 0.04), "tied": (0.12, 0.03), "x5": (0.3, 0.05)}),
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.31{N}±{N}0.02 bits a token. The trigram’s is 0.12{N}±{N}0.03 bits lower than tied’s.",
+    ),
+    "all below, the trigram higher": (
+        with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (-0.3, 0.05)}, {
+            "untied": (-0.04, 0.04), "tied": (-0.12, 0.03), "x5": (0.3, 0.05)}),
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.31{N}±{N}0.02 bits a token. The trigram’s is 0.12{N}±{N}0.03 bits higher than tied’s.",
+    ),
+    "all above": (
+        with_hurdles({"untied": (0.4, 0.04), "tied": (0.32, 0.02), "x5": (0.1, 0.05)}),
+        f"{MEAN} every arm’s loss is above that of a bigram of the text that it was shown, tied’s by "
+        f"0.32{N}±{N}0.02 bits a token. The trigram’s is 0.82{N}±{N}0.02 bits lower than tied’s.",
+    ),
+    "one above": (
+        with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.31, 0.02), "x5": (0.1, 0.05)}),
+        f"{MEAN} the loss of x5 is above that of a bigram of the text that it was shown, and the loss of untied and "
+        f"tied is below it, tied’s by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.19{N}±{N}0.02 bits lower than tied’s.",
+    ),
+    "the baseline above": (
+        with_hurdles({"untied": (-0.4, 0.04), "tied": (0.31, 0.02), "x5": (-0.1, 0.05)}),
+        f"{MEAN} the loss of untied and x5 is below that of a bigram of the text that they were shown, and the loss "
+        f"of tied is above it, by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.81{N}±{N}0.02 bits lower than tied’s.",
+    ),
+    "the baseline below": (
+        with_hurdles({"untied": (0.4, 0.04), "tied": (-0.31, 0.02), "x5": (0.1, 0.05)}),
+        f"{MEAN} the loss of untied and x5 is above that of a bigram of the text that they were shown, and the loss "
+        f"of tied is below it, by 0.31{N}±{N}0.02 bits a token. "
+        f"The trigram’s is 0.19{N}±{N}0.02 bits lower than tied’s.",
+    ),
+    "an interval that holds 0": (
+        with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.01, 0.02), "x5": (-0.1, 0.05)}, {
+            "untied": (0.04, 0.04), "tied": (0.02, 0.03), "x5": (0.3, 0.05)}),
+        f"{MEAN} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by "
+        f"0.01{N}±{N}0.02 bits a token (the interval holds 0). "
+        f"The trigram’s is 0.02{N}±{N}0.03 bits (the interval holds 0) lower than tied’s.",
+    ),
+    "one seed": (
+        with_hurdles({"untied": (-0.4, None), "tied": (-0.31, None), "x5": (-0.1, None)}),
+        f"{ONE} every arm’s loss is below that of a bigram of the text that it was shown, tied’s by 0.31 bits a token. "
+        "The trigram’s is 0.19 bits lower than tied’s.",
+    ),
+    "the baseline not measured": (
+        with_hurdles({"untied": (-0.4, 0.04), "x5": (0.1, 0.05)}),
+        f"{MEAN} the loss of x5 is above that of a bigram of the text that it was shown, and the loss of untied is "
+        "below it.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BESIDE_NGRAMS)
+def test_on_which_side_of_a_bigram_the_arms_lie(case: str) -> None:
+    results, sentence = BESIDE_NGRAMS[case]
+    assert sentences.against_ngrams(results) == [sentence]
+    said = sentences.answer(results)
+    assert said.index(sentence) == len(sentences.against_baseline(results)) + 1
+    numbers_of = [re.findall(r"\d+\.\d+", part) for part in sentence.split(". ")]
+    assert max(map(len, numbers_of)) <= 3
+
+
+def test_nothing_is_said_of_n_grams_that_nobody_measured() -> None:
+    for results in (small_results(), with_hurdles({})):
+        assert sentences.against_ngrams(results) == sentences.early_training(results) == []
+        assert sentences.early_mark(results) == sentences.what_ngrams_are(results) == ""
+        assert list(sentences.arm_columns(results)) == list(sentences.arm_rows(results)[0])
+        assert "less_bigram" not in sentences.arm_columns(results)
+
+
+ABOUT = "What the report says of layers and calibration is about learning a bigram."
+
+
+@pytest.mark.parametrize(
+    ("bigram", "warning"),
+    [
+        (
+            {"untied": (-0.4, 0.04), "tied": (0.12, 0.2), "x5": (-0.1, 0.05)},
+            "Early training: tied is 0.12 bits a token worse than a bigram of the text that it was shown.",
+        ),
+        (
+            {"untied": (-0.4, 0.04), "tied": (0.12, 0.2), "x5": (0.35, 0.05)},
+            "Early training: tied and x5 are up to 0.35 bits a token worse than a bigram of the text that they were "
+            "shown.",
+        ),
+        (
+            {"untied": (0.06, None), "tied": (0.47, None), "x5": (0.35, None)},
+            "Early training: untied, tied and x5 are up to 0.47 bits a token worse than a bigram of the text that they "
+            "were shown.",
+        ),
+        ({"untied": (-0.4, 0.04), "tied": (-0.01, 0.2), "x5": (0.0, 0.0)}, None),
+    ],
+)
+def test_early_training_is_said_while_an_arm_is_worse_than_a_bigram(
+    bigram: dict[str, Any], warning: str | None
+) -> None:
+    results = with_hurdles(bigram)
+    assert sentences.early_training(results) == ([f"{warning} {ABOUT}"] if warning else [])
+    assert sentences.early_mark(results) == (" (early training)" if warning else "")
+
+
+def test_statements_on_layers_and_calibration_are_marked_while_training_is_early() -> None:
+    names = ("lens_farther_at_0", "lens_worse_at_12", "overconfident_on_frequent", "underpredicts_rare")
+    others = ("tied_nearer_output", "tied_lens_costs_loss", "x5_underpredicts_rare", "tied_frequent_central")
+    others += ("tied_lens_worse_at_1_costs_loss",)  # of an arm that is called so
+    for mean, mark in [(0.1, "early training"), (-0.1, "")]:
+        results = with_hurdles({"untied": (-0.4, 0.04), "tied": (-0.3, 0.02), "x5": (mean, 0.05)})
+        made = [*(f"tied_{name}" for name in names), *others]
+        results["statements"] = {name: statement(0.1, 0.01, "holds") | {"claim": name} for name in made}
+        marks = {row["claim"]: row["early"] for row in sentences.verdicts(results)}
+        assert marks == {name: "" if name in others else mark for name in made}
+
+
+def test_the_first_table_has_bits_a_byte_and_what_n_grams_would_cost_less() -> None:
+    results = with_hurdles({"untied": (-0.412, 0.04), "x5": (0.1, 0.05)})
+    assert list(sentences.arm_columns(results).items())[1:6] == [
+        ("loss", "Held-out loss, nats a token"),
+        ("bits_per_byte", "Bits a byte"),
+        ("less_bigram", "Less the bigram’s, bits a token"),
+        ("less_trigram", "Less the trigram’s, bits a token"),
+        ("cost", "Loss against tied"),
+    ]
+    cells = [list(row.values())[1:5] for row in sentences.arm_rows(results)]
+    assert cells == [
+        [f"4.521{N}±{N}0.030", f"1.710{N}±{N}0.020", f"−0.412{N}±{N}0.040", f"+0.088{N}±{N}0.040"],
+        [f"4.533{N}±{N}0.040", "–", "–", "–"],
+        [f"4.694{N}±{N}0.050", f"3.710{N}±{N}0.040", f"+0.100{N}±{N}0.050", f"+0.600{N}±{N}0.050"],
+    ]
+    assert list(sentences.arm_columns(results)) == list(sentences.arm_rows(results)[1])
+    assert sentences.what_ngrams_are(results) == (
+        "Bigram and trigram count the text that each run was shown, and predict the held-out tokens that the run does."
+    )
+    for summary in results["arms"].values():
+        summary["hurdles"]["bits_per_byte"] = span(1.7) | {"mean": None}
+    assert "bits_per_byte" not in sentences.arm_columns(results), "no tokenizer, no bytes"
+    assert "less_bigram" in sentences.arm_columns(results)
+
+
 @pytest.mark.parametrize(
     ("costs", "cell"),
     [
@@ -320,13 +478,14 @@ def test_every_verdict_stands_beside_its_claim() -> None:
         )
     )
     assert shown == [
-        {"claim": "claim of 0.154", "verdict": "holds", "edge": "", "margin": f"0.154{N}±{N}0.031"},
+        {"claim": "claim of 0.154", "verdict": "holds", "edge": "", "early": "", "margin": f"0.154{N}±{N}0.031"},
         {
             "claim": "claim of -0.04",
             "verdict": "the opposite",
             "edge": "near the edge",
+            "early": "",
             "margin": f"−0.040{N}±{N}0.010",
         },
-        {"claim": "claim of 0.022", "verdict": "holds", "edge": "", "margin": f"0.022{N}±{N}0.013"},
-        {"claim": "claim of 0.3", "verdict": "undecided", "edge": "", "margin": f"0.300{N}±{N}0.400"},
+        {"claim": "claim of 0.022", "verdict": "holds", "edge": "", "early": "", "margin": f"0.022{N}±{N}0.013"},
+        {"claim": "claim of 0.3", "verdict": "undecided", "edge": "", "early": "", "margin": f"0.300{N}±{N}0.400"},
     ]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.gradients.gradients import measure as gradients
     from tiedjax.analysis.instruments.gradients.gradients import output_share, smooth
     from tiedjax.analysis.instruments.graph_distance.graph_distance import measure as spectral
+    from tiedjax.analysis.instruments.hurdles.hurdles import measure as hurdles
     from tiedjax.analysis.instruments.lens.lens import measure as lens
     from tiedjax.analysis.instruments.neighbours.overlap import measure as knn
     from tiedjax.analysis.instruments.neighbours.overlap import shared
@@ -57,6 +58,7 @@ __all__ = [
     "fits_of",
     "gradients",
     "held_out_windows",
+    "hurdles",
     "interval",
     "knn",
     "lens",
@@ -95,6 +97,7 @@ _HOMES = {
     "fits_of": f"{_INSTRUMENTS}.alignment.align:align",
     "gradients": f"{_INSTRUMENTS}.gradients.gradients:measure",
     "held_out_windows": "tiedjax.analysis.basis.held_out:held_out_windows",
+    "hurdles": f"{_INSTRUMENTS}.hurdles.hurdles:measure",
     "interval": "tiedjax.analysis.basis.statistics:interval",
     "knn": f"{_INSTRUMENTS}.neighbours.overlap:measure",
     "lens": f"{_INSTRUMENTS}.lens.lens:measure",

@@ -21,7 +21,7 @@ from tiedjax import tying
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.tables import Table
 from tiedjax.config import ModelConfig
-from tiedjax.data.batches import Batches
+from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.prepared import Prepared
 from tiedjax.lookup import lookup
 from tiedjax.model import Norm, Transformer
@@ -74,11 +74,24 @@ class FrozenModel:
 
         N = W T.
         """
-        parts = []
+        return np.concatenate(list(self.parts_of_states(tokens_WS, selection)), axis=1)
+
+    def parts_of_states(self, tokens_WS: np.ndarray, selection: slice = slice(None)) -> Iterator[np.ndarray]:
+        """The same, a few whole windows at a time."""
         for tokens_BS, windows in batches(tokens_WS):
             x_LND = np.asarray(_states(self.config, self.body, self.E_VD, tokens_BS[:, :-1]))
-            parts.append(x_LND[selection, : windows * (tokens_BS.shape[1] - 1)])
-        return np.concatenate(parts, axis=1)
+            yield x_LND[selection, : windows * (tokens_BS.shape[1] - 1)]
+
+    def bits(self, tokens_WS: np.ndarray) -> np.ndarray:
+        """What every target of windows [W, T + 1] costs the model: bits, float64 [W, T]."""
+        targets_WT = np.asarray(tokens_WS)[:, 1:]
+        target_N, parts = targets_WT.reshape(-1), []
+        for x_1ND in self.parts_of_states(tokens_WS, slice(-1, None)):
+            of_part_N, target_N = np.split(target_N, [x_1ND.shape[1]])
+            for chunk in chunks(len(of_part_N)):
+                bits_C = _model_bits(self.config, self.norm, x_1ND[0, chunk], self.U_VD, of_part_N[chunk])
+                parts.append(np.asarray(bits_C, np.float64))
+        return np.concatenate(parts).reshape(targets_WT.shape)
 
     def normed(self, x_ND: Any) -> jax.Array:
         """The final norm of hidden states: what the output table is multiplied with."""
@@ -112,6 +125,16 @@ def held_out_windows(prepared: Prepared, seq_len: int, tokens: int) -> np.ndarra
     windows = prepared.windows("eval", seq_len)
     count = min(max(1, tokens // seq_len), len(windows))
     return windows.read(np.arange(count) * len(windows) // count)
+
+
+def evaluated_windows(run: Any, prepared: Prepared) -> np.ndarray:
+    """The held-out windows on which the run's own `eval_loss` is taken: int32 [W, T + 1].
+
+    First those with even numbers, then, from the place (W + 1) // 2 on, those with odd ones.
+    """
+    cfg = run.config
+    parts = eval_batches(prepared, cfg.model.seq_len, cfg.data.batch_size, limit=cfg.train.eval_batches)
+    return np.concatenate([tokens_BS[weight_B > 0] for _, tokens_BS, weight_B in parts])
 
 
 def batches(tokens_WS: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
@@ -193,3 +216,11 @@ def compare(final_CV: jax.Array, predictor_CV: jax.Array, target_C: jax.Array) -
     kl_C = jnp.sum(jnp.exp(final_CV) * (final_CV - predictor_CV), axis=-1)
     nll_C = -jnp.take_along_axis(predictor_CV, target_C[:, None], axis=-1)[:, 0]
     return kl_C / np.log(2), nll_C / np.log(2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _model_bits(cfg: ModelConfig, norm: Any, x_CD: jax.Array, U_VD: jax.Array, target_C: jax.Array) -> jax.Array:
+    """What the targets cost the model whose last states are x, [C]."""
+    logits_CV = jnp.matmul(final_norm(cfg, norm, x_CD), U_VD.T, precision="highest")
+    at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
+    return jnp.asarray((jax.nn.logsumexp(logits_CV, axis=-1) - at_target_C) / np.log(2))

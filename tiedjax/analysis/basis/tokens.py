@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +51,28 @@ def token_strings(tokenizer_path: Path) -> list[str | None]:
     for spelling, i in tokenizer.get_vocab(with_added_tokens=True).items():
         strings[i] = spelling if spelling in added_tokens else to_text(spelling)
     return strings
+
+
+def token_bytes(tokenizer_path: Path) -> np.ndarray | None:
+    """How many bytes of text each id stands for, float64 [ids]: 0 for special tokens, NaN for an id that no token has.
+
+    Bytes are those of UTF-8, a part of a character counting those that it has. None for a tokenizer whose tokens do not
+    say how they are joined (WordPiece, WordLevel). UserError for a file that is no tokenizer.json.
+    """
+    strings = token_strings(tokenizer_path)
+    tree = json.loads(tokenizer_path.read_text(encoding="utf-8"))
+    if tree["model"].get("type") in ("WordPiece", "WordLevel"):
+        return None
+    has_bytes = bool(tree["model"].get("byte_fallback"))
+    bytes_N = np.full(len(strings), math.nan)
+    for i, text in enumerate(strings):
+        if text is not None:
+            is_byte = has_bytes and re.fullmatch("<0x[0-9A-F]{2}>", text)
+            bytes_N[i] = 1 if is_byte else len(text.encode("utf-8", "surrogateescape"))
+    for token in tree.get("added_tokens") or []:
+        if token.get("special"):
+            bytes_N[token["id"]] = 0
+    return bytes_N
 
 
 _SPACE = "\u2581"  # SentencePiece's sign for a space

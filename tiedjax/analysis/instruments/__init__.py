@@ -17,7 +17,10 @@ the report is the number of the command. It returns frozen dataclasses; a score 
     VERSION           of these records: another number where a key changes its meaning or goes (none: 1)
     KEYS              what it reads of results.json, where that is not its own name alone
 
-and what `section.html.j2` calls to put numbers into words (there it is `s`).
+One whose runs take long each has `collect(study, seed)`, records of that seed's runs, so that seeds can be shared out,
+and `together(reference, runs)`, what results.json holds of the records of all seeds;
+
+and each what `section.html.j2` calls to put numbers into words (there it is `s`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ _FOLDERS = {
     "evolution": "evolution",
     "norms": "norms",
     "spectrum": "shape",
+    "hurdles": "hurdles",
     "lens": "lens",
     "blocks": "contribution",
     "calibration": "calibration",

@@ -6,6 +6,7 @@ study.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,12 @@ def claims(results: Results) -> dict[str, Statement]:
     of_layers = [*_early_layers(results), *_early_blocks(results)]
     made = [*of_layers, *_centrality(results), *_calibration(results), *_cooccurrence(results)]
     return {name: Statement(claim, margin) for name, claim, margin in made}
+
+
+def of_layers_or_calibration(name: str, arm: str) -> bool:
+    """Whether a claim about the baseline arm is one on layers or calibration, which early training makes another."""
+    kinds = r"lens_(farther|worse)_at_\d+|overconfident_on_frequent|underpredicts_rare"
+    return re.fullmatch(f"{re.escape(arm)}_({kinds})", name) is not None
 
 
 def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:

@@ -10,6 +10,7 @@ from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
+from tiedjax.analysis.instruments.hurdles.section import over_seeds
 from tiedjax.analysis.study import losses, sentences, verdicts
 from tiedjax.analysis.study.claims import claims
 from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
@@ -20,6 +21,8 @@ from tiedjax.config import StudyConfig
 from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
 from tiedjax.text import nearest
+
+OF_EVERY_SEED = ("lens", "hurdles")  # sections whose seeds are collected one by one, the longest first
 
 
 def summarize(
@@ -42,6 +45,11 @@ def summarize(
     if parts is None:
         held = StudyRuns(study, runs)
         parts = {name: collect(name, held) for name in parts_of(study)}
+    together = {
+        name: SECTIONS[name].together(study.reference, runs_of_all)
+        for name in OF_EVERY_SEED
+        if (runs_of_all := [run for seed in study.seeds for run in parts.get(f"{name} {seed}", ())])
+    }
     walk, loss = parts["walk"], REPORTED_LOSS if sweep else "eval_loss"
     final = [r for r in walk["comparisons"] if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
@@ -55,6 +63,7 @@ def summarize(
             held_out_losses(runs, study.reference, loss),
         )
         | {"second_eval_loss": interval(held_out_losses(runs, arm, "second_eval_loss").values())}
+        | ({"hurdles": over_seeds(together["hurdles"]["runs"], arm)} if "hurdles" in together else {})
         | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
         for arm in study.arms
         if any(a == arm for a, _ in runs)
@@ -73,7 +82,7 @@ def summarize(
         "gradients": [arm_and_seed(key) | to_plain(flow) for key, flow in flows.items()],
         "evolution": walk["evolution"],
         **{name: parts[name] for name in SECTIONS if name in parts},
-        **_lens(study, parts),
+        **together,
         "examples": walk["examples"],
         "runs": [arm_and_seed(key) | run_facts(run, loss) for key, run in runs.items()],
         "study": {
@@ -109,26 +118,24 @@ def parts_of(study: StudyConfig, instruments: Collection[str] | None = None) -> 
             raise UserError(f"--instruments: {name!r} is none of {', '.join(sections)}{nearest(name, sections)}")
     if instruments is not None:
         sections = {name: collect for name, collect in sections.items() if name in instruments}
-    of_every_seed = sections.pop("lens", None)
+    of_every_seed = {name: sections.pop(name) for name in OF_EVERY_SEED if name in sections}
     return {
         "walk": over_snapshots,
-        **({f"lens {seed}": partial(of_every_seed, seed=seed) for seed in study.seeds} if of_every_seed else {}),
+        **{
+            f"{name} {seed}": partial(collect_seed, seed=seed)
+            for name, collect_seed in of_every_seed.items()
+            for seed in study.seeds
+        },
         "between_seeds": between_seeds,
         "reproducible_share": _reproducible_shares,
         **sections,
     }
 
 
-def _lens(study: StudyConfig, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The section of the lens, from its part of every seed; nothing where there is none."""
-    runs = [run for seed in study.seeds for run in parts.get(f"lens {seed}", ())]
-    return {"lens": SECTIONS["lens"].together(study.reference, runs)} if runs else {}
-
-
 def seed_of(name: str) -> int | None:
     """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
     kind, _, seed = name.partition(" ")
-    return int(seed) if kind == "lens" else None
+    return int(seed) if kind in OF_EVERY_SEED else None
 
 
 def collect(name: str, held: StudyRuns) -> Any:

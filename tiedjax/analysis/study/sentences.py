@@ -8,14 +8,30 @@ from typing import Any
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.statistics import CONFIDENCE
 from tiedjax.analysis.basis.tables import ROLES
+from tiedjax.analysis.study.claims import of_layers_or_calibration
 from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]
 
+EARLY_TRAINING = "early training"
+HURDLES = {  # of the first table's columns
+    "bits_per_byte": "Bits a byte",
+    "less_bigram": "Less the bigram’s, bits a token",
+    "less_trigram": "Less the trigram’s, bits a token",
+}
+
 
 def answer(results: Results) -> list[str]:
-    """The verdict in one sentence; then how each arm differs, what training repeats, and the gradient's share."""
-    return [verdict(results), *against_baseline(results), *what_repeats(results), *gradient_share(results)]
+    """The verdict in one sentence; then how each arm differs, how the losses compare with n-grams, what training
+    repeats, and the gradient's share.
+    """
+    return [
+        verdict(results),
+        *against_baseline(results),
+        *against_ngrams(results),
+        *what_repeats(results),
+        *gradient_share(results),
+    ]
 
 
 def verdict(results: Results) -> str:
@@ -79,6 +95,83 @@ def _where_it_lies(arm: str, statement: Mapping[str, Any]) -> str:
         f"the {arm} table lies nearer to the {nearer} table than to the {other} table, by "
         f"{margin_of(statement, absolute=True)}{seeds}.{edge(statement)}"
     )
+
+
+def early_training(results: Results) -> list[str]:
+    """A warning while any arm is worse than a bigram of its text; none where no arm is, or none was compared."""
+    worse = {arm: gap["mean"] for arm, gap in _gaps(results, "less_bigram").items() if gap["mean"] > 0}
+    if not worse:
+        return []
+    most = numbers.number(max(worse.values()), 2)
+    size, was = (f"is {most}", "it was") if len(worse) == 1 else (f"are up to {most}", "they were")
+    return [
+        f"Early training: {_named(list(worse))} {size} bits a token worse than a bigram of the text that {was} "
+        "shown. What the report says of layers and calibration is about learning a bigram."
+    ]
+
+
+def early_mark(results: Results) -> str:
+    """What follows the heading of a section on layers or calibration while training is early."""
+    return f" ({EARLY_TRAINING})" if early_training(results) else ""
+
+
+def against_ngrams(results: Results) -> list[str]:
+    """On which side of a bigram's loss each arm's lies, the baseline's by how much; and where the trigram's lies."""
+    gaps, beyond, arm = _gaps(results, "less_bigram"), _gaps(results, "less_trigram"), results["headline"]["arm"]
+    if not gaps:
+        return []
+    above = [name for name, gap in gaps.items() if gap["mean"] > 0]
+    below = [name for name in gaps if name not in above]
+    seeds = "In one seed" if all(gap["low"] is None for gap in gaps.values()) else "On the mean over seeds"
+    if not (above and below):
+        side = "above" if above else "below"
+        text = f"{seeds}, every arm’s loss is {side} that of a bigram of the text that it was shown"
+        by = f"{arm}’s by"
+    else:
+        (side, arms), (last_side, last_arms) = sorted(  # the baseline's side last, so that a number can follow
+            [("above", above), ("below", below)], key=lambda side: arm in side[1]
+        )
+        was = "it was" if len(arms) == 1 else "they were"
+        text = (
+            f"{seeds}, the loss of {_named(arms)} is {side} that of a bigram of the text that {was} shown, "
+            f"and the loss of {_named(last_arms)} is {last_side} it"
+        )
+        by = "by" if last_arms == [arm] else f"{arm}’s by"
+    if arm not in gaps:
+        return [f"{text}."]
+    order = "higher" if beyond[arm]["mean"] < 0 else "lower"
+    return [
+        f"{text}, {by} {_distance(gaps[arm], ' bits a token')}. The trigram’s is {_distance(beyond[arm], ' bits')} "
+        f"{order} than {arm}’s."
+    ]
+
+
+def what_ngrams_are(results: Results) -> str:
+    """What stands in the first table's columns of bigram and trigram; empty where it has none."""
+    if not _gaps(results, "less_bigram"):
+        return ""
+    return (
+        "Bigram and trigram count the text that each run was shown, and predict the held-out tokens that the run does."
+    )
+
+
+def _gaps(results: Results, name: str) -> dict[str, Mapping[str, Any]]:
+    """By arm, one of its HURDLES, where it was measured."""
+    spans = {arm: summary.get("hurdles", {}).get(name) for arm, summary in results["arms"].items()}
+    return {arm: span for arm, span in spans.items() if span and span["mean"] is not None}
+
+
+def _distance(span: Mapping[str, Any], unit: str) -> str:
+    """The size of a difference, with a remark where its interval holds 0."""
+    holds_0 = span["low"] is not None and span["low"] <= 0 <= span["high"]
+    size = numbers.spread({**span, "mean": abs(span["mean"])}, 2)
+    return f"{size}{unit}{' (the interval holds 0)' if holds_0 else ''}"
+
+
+def _named(arms: list[str]) -> str:
+    """a; a and b; a, b and c."""
+    *first, last = arms
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def what_repeats(results: Results) -> list[str]:
@@ -219,24 +312,27 @@ def _change_of(statement: Mapping[str, Any], sign: int, unit: str = "") -> str:
 
 
 def verdicts(results: Results) -> list[dict[str, str]]:
-    """Each statement with its verdict in words and its margin."""
+    """Each statement with its verdict in words and its margin; `early` marks those on early training."""
+    early = bool(early_training(results))
     return [
         {
             "claim": statement["claim"],
             "verdict": statement["verdict"],
             "edge": "near the edge" if statement["near_edge"] else "",
+            "early": EARLY_TRAINING if early and of_layers_or_calibration(name, results["headline"]["arm"]) else "",
             "margin": margin_of(statement),
         }
-        for statement in results["statements"].values()
+        for name, statement in results["statements"].items()
     ]
 
 
 def arm_columns(results: Results) -> dict[str, str]:
-    """What the first table's columns are called, by the keys of `arm_rows`."""
+    """What the first table's columns are called, by the keys of `arm_rows`; those of hurdles where some arm has any."""
     head = results["headline"]
     return {
         "arm": "Arm",
         "loss": "Held-out loss, nats a token",
+        **{name: title for name, title in HURDLES.items() if _gaps(results, name)},
         "cost": f"Loss against {head['arm']}",
         "output": f"Nearness to {head['reference']}’s output table",
         "input": f"Nearness to {head['reference']}’s input table",
@@ -246,8 +342,11 @@ def arm_columns(results: Results) -> dict[str, str]:
 
 
 def arm_rows(results: Results) -> list[dict[str, str]]:
-    """Per arm: held-out loss, the baseline's taken off, nearness to the reference's tables, gradient share."""
+    """Per arm: held-out loss, beside n-grams, the baseline's taken off, nearness to the reference's tables, gradient
+    share.
+    """
     rows = []
+    by_hurdle = {name: gaps for name in HURDLES if (gaps := _gaps(results, name))}
     for arm, summary in results["arms"].items():
         near = summary["alignment"].get(SHARED, {})
         cells = {role: near.get(f"vs_{role}", {}).get(results["headline"]["fit"], {}) for role in ("output", "input")}
@@ -255,6 +354,7 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
             {
                 "arm": arm,
                 "loss": numbers.spread(summary["eval_loss"]),
+                **{name: _hurdle(name, gaps.get(arm)) for name, gaps in by_hurdle.items()},
                 "cost": _cost(results["statements"].get(f"{arm}_costs_loss")),
                 **{role: numbers.spread(cell.get(results["headline"]["measure"])) for role, cell in cells.items()},
                 "early": numbers.percent(summary["early_output_share"]),
@@ -262,6 +362,11 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def _hurdle(name: str, span: Mapping[str, Any] | None) -> str:
+    """A cell of HURDLES: differences with their sign."""
+    return numbers.spread(span) if span is None or name == "bits_per_byte" else numbers.signed(span)
 
 
 def _cost(statement: Mapping[str, Any] | None) -> str:

@@ -83,7 +83,7 @@ def _baselines(baselines: dict[str, Any]) -> str:
         [name, baselines[name]["kl"]["mean"], baselines[name]["cross_entropy"]["mean"]]
         for name in ("uniform", "unigram")
     ]
-    lines.append(["bigram", None, baselines["bigram_cross_entropy"]["mean"]])
+    lines += [[name, None, baselines[f"{name}_cross_entropy"]["mean"]] for name in ("bigram", "trigram")]
     table = arguments.text_table(["without a model", "KL", "CE"], lines)
     return f"{table}\ncounted over the {baselines['training_tokens']} training tokens that the run was shown\n"
 

@@ -27,7 +27,8 @@ from tiedjax.analysis.basis.held_out import (
     readings,
     training_windows,
 )
-from tiedjax.analysis.instruments.lens.baselines import MOST_TOKENS, Baselines, CountPredictors
+from tiedjax.analysis.basis.ngrams import ngrams_shown
+from tiedjax.analysis.instruments.lens.baselines import Baselines, beside
 from tiedjax.analysis.instruments.lens.training import CRITERION, Minimum, fit, teacher, translated
 from tiedjax.data.prepared import Prepared
 
@@ -107,14 +108,14 @@ def measure(
     held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
     training_WS = np.concatenate(list(training_windows(run, prepared, fitted_on or training_tokens(width))))
     read_by_lenses = lens(model, training_WS, held_out_WS, report)
-    count_predictors = CountPredictors(training_windows(run, prepared, MOST_TOKENS), held_out_WS, rows)
+    ngrams = ngrams_shown(run, prepared, model.step, held_out_WS, rows)
     return RunLens(
         **vars(read_by_lenses),
         step=model.step,
         rows=rows,
         width=width,
         criterion=CRITERION,
-        baselines=count_predictors.beside(model),
+        baselines=beside(model, ngrams, held_out_WS),
     )
 
 

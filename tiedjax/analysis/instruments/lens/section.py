@@ -9,6 +9,7 @@ import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json, published
 from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.ngrams import PREDICTORS
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.study_runs import StudyRuns
@@ -18,8 +19,7 @@ from tiedjax.analysis.instruments.lens.training import CRITERION
 from tiedjax.errors import UserError
 
 QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") for score in ("kl", "cross_entropy")}
-PREDICTORS = ("uniform", "unigram", "bigram")
-VERSION = 2  # of its part of results.json
+VERSION = 3  # of its part of results.json
 
 
 def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
@@ -144,23 +144,6 @@ def _places_in_words(early: Sequence[Mapping[str, Any]], name: str, higher: str,
     return " but ".join(placed) or f"nowhere measurably {higher}"
 
 
-def against_bigram(results: drawing.Results) -> list[str]:
-    """Whether the models predict better than a bigram of the text that they were shown."""
-    pairs = [
-        (run.states[-1].tuned.cross_entropy.mean, run.baselines.bigram_cross_entropy.mean)
-        for run in _measured_runs(results)
-    ]
-    gaps = interval(model - bigram for model, bigram in pairs if model is not None and bigram is not None)
-    if gaps.mean is None:
-        return []
-    better = "better" if gaps.mean < 0 else "worse"
-    size = numbers.number(abs(gaps.mean), 2)
-    return [
-        f"On average the models are {size} bits a token {better} than a bigram of the text that they were shown"
-        + ("." if gaps.mean < 0 else ": read what follows as early training.")
-    ]
-
-
 def rows(results: drawing.Results) -> list[dict[str, Any]]:
     """Per arm and state: tuned lens, logit lens and the published reading, over seeds."""
     lines = []
@@ -198,7 +181,8 @@ def training(results: drawing.Results) -> str:
 def _bits(runs: Sequence[RunLens], name: str) -> float:
     """What a predictor without a model costs, over runs."""
     beside = [run.baselines for run in runs]
-    spans = [b.bigram_cross_entropy if name == "bigram" else getattr(b, name).cross_entropy for b in beside]
+    is_reading = name in ("uniform", "unigram")
+    spans = [getattr(b, name).cross_entropy if is_reading else getattr(b, f"{name}_cross_entropy") for b in beside]
     return float(np.mean([span.mean for span in spans]))
 
 
@@ -234,14 +218,14 @@ def _cross_entropy(ax: drawing.Axes, results: drawing.Results) -> None:
         ax.plot(_curve(runs, "tuned", "cross_entropy"), color=colour, marker="o", markersize=3.5)
         ax.plot(_curve(runs, "logit", "cross_entropy"), color=colour, linestyle=(0, (1, 1.5)), linewidth=1.4)
     all_runs = _measured_runs(results)
-    last = len(all_runs[0].states) - 1
     for name in PREDICTORS:
         bits = _bits(all_runs, name)
         ax.axhline(bits, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
-        offset = (0, -11 if name == "bigram" else 2)  # the curves end just above the bigram's line
-        ax.annotate(name, (last, bits), xytext=offset, textcoords="offset points", ha="right", color=drawing.MUTED)
+        side = {"bigram": "bottom", "trigram": "top"}.get(name, "center")  # these two lie near one another
+        beyond_edge = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}  # of all curves
+        ax.annotate(name, (1, bits), (3, 0), **beyond_edge, va=side, color=drawing.MUTED)
     _state_axis(ax, results)
-    low = min(_curve(all_runs, "tuned", "cross_entropy").min(), _bits(all_runs, "bigram"))
+    low = min(_curve(all_runs, "tuned", "cross_entropy").min(), _bits(all_runs, "trigram"))
     ax.set_ylim(low - 0.7, _bits(all_runs, "uniform") + 0.6)
     ax.set_ylabel("bits per held-out token")
     ax.set_title("next token; dotted: logit lens")
