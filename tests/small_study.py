@@ -113,6 +113,7 @@ def small_study() -> dict[str, Any]:
         "hurdles": {"runs": [_hurdles(arm, seed) for arm in ARMS for seed in SEEDS]},
         "lens": _lens(),
         "blocks": _blocks(),
+        "samples": _samples(),
         "examples": _examples(),
         "runs": [_run(arm, seed) for arm in ARMS for seed in SEEDS],
         "study": {
@@ -455,6 +456,15 @@ def _examples() -> dict[str, Any]:
         for arm in ARMS
     }
     return {"seed": 0, "tokens": [{"id": 5, "token": " the", "count": 4321, "arms": arms}]}
+
+
+def _samples() -> dict[str, Any]:
+    texts = [
+        {"arm": arm, "seed": seed, "begins_document": True, "text": f" the {arm}\n\tof <b>{seed}</b>"}
+        for arm, seed in (("untied", 0), ("tied", 1))
+    ]
+    unwritten = {"arm": "tied-x5", "seed": 0, "not_measured": "tied-x5-0: holds no checkpoint"}
+    return {"tokens": 13, "temperature": 0.5, "draw_seed": 0, "arms": [*texts, unwritten]}
 
 
 def _run(arm: str, seed: int) -> dict[str, Any]:

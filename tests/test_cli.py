@@ -17,7 +17,7 @@ from runs import arguments
 from tiedjax import cli
 from tiedjax.config import RunConfig, leaf_fields
 
-COMMANDS = ("study", "train", "bench", "compile", "data", "analyze", "report")
+COMMANDS = ("study", "train", "bench", "compile", "data", "analyze", "sample", "report")
 HEAVY = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax", "grain", "tensorflow", "tensorflow_datasets")
 HEAVY += ("matplotlib", "jinja2", "pydantic", "ruamel", "safetensors", "tokenizers", "tensorboardX")
 
@@ -138,9 +138,10 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
 
 MISUSES = {
     "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
-    "trian x": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'trian'; did you mean "
-    "'train'?",
-    "frobnicate": "COMMAND: must be one of study, train, bench, compile, data, analyze, report; got 'frobnicate'",
+    "trian x": "COMMAND: must be one of study, train, bench, compile, data, analyze, sample, report; got 'trian'; did "
+    "you mean 'train'?",
+    "frobnicate": "COMMAND: must be one of study, train, bench, compile, data, analyze, sample, report; got "
+    "'frobnicate'",
     "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
     "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",
@@ -167,6 +168,9 @@ MISUSES = {
     "analyze map": "the following arguments are required: A; usage: tiedjax analyze map A [B] [options] (see tiedjax "
     "analyze map --help)",
     "analyze knn a b --train.lr 3": "unknown option '--train.lr'; tiedjax analyze knn --help lists all",
+    "sample": "the following arguments are required: RUN; usage: tiedjax sample RUN [options] "
+    "(see tiedjax sample --help)",
+    "sample a --temp 1": "unknown option '--temp'; did you mean '--temperature'?",
     "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
     "(see tiedjax report --help)",
 }
@@ -189,6 +193,7 @@ ADDRESSES: dict[str, list[str]] = {
     "data.source of prepared data": ["train", "TINY", "--out", "RUN", "--data.source", "prepared:gs://bucket/data"],
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
+    "run of a sample": ["sample", "gs://bucket/run@400"],
     "table": ["analyze", "norms", "gs://bucket/run@400"],
     "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],

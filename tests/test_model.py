@@ -14,7 +14,7 @@ import pytest
 from conftest import small_config
 
 from tiedjax.config import ModelConfig
-from tiedjax.model import Transformer, init_body, wide_gradient_product
+from tiedjax.model import CACHE, Transformer, empty_cache, init_body, wide_gradient_product
 from tiedjax.sharding import Layout
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -107,6 +107,29 @@ def test_every_hidden_state_agrees_with_numpy(name: str, platform: str, monkeypa
     h_BTD, states_LBTD = Transformer(cfg).apply(body, x_BTD, hidden_states=True)
     for got, expected in zip([*states_LBTD, h_BTD], recompute(cfg, body, x_BTD), strict=True):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("pieces", [[1] * 8, [3, 1, 4], [8], [5]])
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_cache_continues_as_if_all_were_read_at_once(name: str, scan: bool, pieces: list[int]) -> None:
+    """Whatever the pieces, one with room to spare; every hidden state again against NumPy."""
+    cfg = model_config(name, layers=3, scan_layers=scan)
+    unrolled, x_BTD = body_and_input(dataclasses.replace(cfg, scan_layers=False), np.float64)
+    body = stack_layers(unrolled) if scan else unrolled
+    whole_LBTD = np.stack(recompute(cfg, unrolled, x_BTD))
+    cache, start = empty_cache(cfg, len(x_BTD), cfg.seq_len), 0
+    for T in pieces:
+        piece_BTD = x_BTD[:, start : start + T]
+        (h_BTD, states_LBTD), changed = Transformer(cfg).apply(
+            {**body, CACHE: cache}, piece_BTD, hidden_states=True, mutable=CACHE
+        )
+        assert jax.tree.map(jnp.shape, changed[CACHE]) == jax.tree.map(jnp.shape, cache)
+        cache, expected_LBTD = changed[CACHE], whole_LBTD[:, :, start : start + T]
+        np.testing.assert_allclose(states_LBTD, expected_LBTD[:-1], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(h_BTD, expected_LBTD[-1], rtol=0, atol=1e-10)
+        start += T
 
 
 @pytest.mark.usefixtures("float64")

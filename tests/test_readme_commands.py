@@ -41,6 +41,7 @@ RUN_HERE = {
     ),
     "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/one-3 --json norms.json",
     "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/one-3 --against study/runs/two-3",
+    "tiedjax sample RUN [--prompt TEXT]": "tiedjax sample study/runs/one-3@8 --prompt lies --tokens 9",
     "tiedjax report DIR": "tiedjax report study",
     "tiedjax train --help": "tiedjax train --help",
     "tiedjax train tiny --out runs/mine": (

@@ -60,6 +60,9 @@ class FakeRun:
         shared = self._grown(self._start["input"], lesson + 0.6 * self._noise["input"], step, 0.02)
         return SimpleNamespace(input=shared, output=shared, tied=True)
 
+    def params(self, step: int | None = None) -> None:
+        raise UserError(f"{self.path}: holds no checkpoint")
+
     def _table(self, role: str, step: int) -> np.ndarray:
         return self._grown(
             self._start[role], self._lesson[role] + 0.6 * self._noise[role], step, 0.02 if role == "output" else 0.004

@@ -34,6 +34,21 @@ def causal_attention(
     return BACKENDS[chosen(backend, layout.platform, layout.cuda, q_BTHK)](q_BTHK, k_BTGK, v_BTGK, layout)
 
 
+def attention_to_cache(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array) -> jax.Array:
+    """As `causal_attention`, [B, T, H, K], for queries at positions `start` to start + T - 1 of the S in a cache.
+
+    Keys and values of later positions, which are not written yet, must be finite. Plain XLA on every platform.
+    """
+    B, T, H, K = q_BTHK.shape
+    S, G = k_BSGK.shape[1:3]
+    q_BTGMK = (q_BTHK * jnp.asarray(K**-0.5, q_BTHK.dtype)).reshape(B, T, G, H // G, K)
+    wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    score_BGMTS = jnp.einsum("btgmk,bsgk->bgmts", q_BTGMK, k_BSGK, preferred_element_type=wide)
+    visible_TS = jnp.arange(S)[None, :] <= start + jnp.arange(T)[:, None]
+    weight_BGMTS = jax.nn.softmax(jnp.where(visible_TS[None, None, None], score_BGMTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bgmts,bsgk->btgmk", weight_BGMTS.astype(v_BSGK.dtype), v_BSGK).reshape(q_BTHK.shape)
+
+
 _by_name = jax.checkpoint_policies.save_only_these_names(_SAVED_NAME)
 
 

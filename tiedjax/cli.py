@@ -18,7 +18,7 @@ from tiedjax.config_errors import meant_key
 from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_path, place_and_step
 from tiedjax.host import platform_flags
 from tiedjax.text import nearest, seconds
 
@@ -152,6 +152,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     data_command.add_arguments(command("data", "prepare text for training", data_command.run))
     analyze_command.add_arguments(command("analyze", "run one instrument on tables or runs", analyze_command.run))
+
+    sample = command("sample", "print what a trained model writes", _sample)
+    sample.add_argument("directory", metavar="RUN", help="a run directory, or RUN@STEP for an earlier checkpoint")
+    sample.add_argument(
+        "--prompt", default="", metavar="TEXT", help="how the document begins; needs a run with a tokenizer [nothing]"
+    )
+    sample.add_argument("--tokens", type=int, default=100, metavar="N", help="tokens written after it [100]")
+    sample.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="logits are divided by it; 1: the model's own probabilities, 0: the likeliest token each time [1]",
+    )
+    sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
 
     report = command("report", "redraw the report of a study from its results.json", _report)
     report.add_argument("directory", metavar="DIR", help="study directory")
@@ -302,6 +317,16 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
 def _fail(line: str, status: int) -> int:
     print(f"tiedjax: {line}", file=sys.stderr, flush=True)
     return status
+
+
+def _sample(args: argparse.Namespace) -> int:
+    place, step = place_and_step(args.directory)
+    from tiedjax.run import load_run
+    from tiedjax.sample import sample_text
+
+    run, options = load_run(place), {"tokens": args.tokens, "temperature": args.temperature, "seed": args.seed}
+    print(sample_text(run, args.prompt, step=step, **options))
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -25,6 +25,13 @@ def local_path(text: str | Path, option: str) -> Path:
     return Path(text)
 
 
+def place_and_step(text: str) -> tuple[str, int | None]:
+    """RUN@STEP in two; a path that exists as it stands is not cut, and has no step."""
+    if not Path(text).exists() and (match := re.fullmatch(r"(.+)@(\d+)", text)):
+        return match[1], int(match[2])
+    return text, None
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Replaces the file by one with this content (text as UTF-8), whole or not at all; or raises UserError."""
     path = Path(path)

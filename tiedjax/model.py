@@ -1,14 +1,14 @@
 """The transformer body in Flax Linen: hidden states in, hidden states out; it never sees a table.
 
-Axes: B batch, T position, S position attended to, D width, H query heads, G key/value heads, M = H / G queries for
-each, K head width, F MLP width, L layers, N several axes laid flat.
+Axes: B batch, T position, S position attended to or kept in a cache, D width, H query heads, G key/value heads,
+M = H / G queries for each, K head width, F MLP width, L layers, N several axes laid flat.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.attention import causal_attention, save_attention
+from tiedjax.attention import attention_to_cache, causal_attention, save_attention
 from tiedjax.config import ModelConfig
 from tiedjax.sharding import ONE_DEVICE, Layout
+
+CACHE = "cache"  # the collection of the variables that hold what earlier positions left to attend to
 
 
 def compute_dtype(cfg: ModelConfig, layout: Layout = ONE_DEVICE) -> jnp.dtype:
@@ -109,21 +111,28 @@ class Norm(nn.Module):
         return y.astype(self.dtype)
 
 
-def rotate(x_BTHK: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) on halves of the head width; computed in float32."""
-    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+def rotation(S: int, K: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines [1, S, 1, 1, K / 2] and signed sines [1, S, 1, 2, K / 2] of `rotate` at positions 0 to S - 1, float64."""
     frequency_K2 = theta ** (-np.arange(0, K, 2) / K)
-    angle_1T11K = (np.arange(T)[:, None] * frequency_K2)[None, :, None, None, :]
-    sine_1T11K = np.sin(angle_1T11K)
-    parts = np.cos(angle_1T11K), np.concatenate([-sine_1T11K, sine_1T11K], axis=3)
-    cos, sin = (jnp.asarray(part, wide(x_BTHK.dtype)) for part in parts)
+    angle_1S11K = (np.arange(S)[:, None] * frequency_K2)[None, :, None, None, :]
+    sine_1S11K = np.sin(angle_1S11K)
+    return np.cos(angle_1S11K), np.concatenate([-sine_1S11K, sine_1S11K], axis=3)
+
+
+def rotate(x_BTHK: jax.Array, angles: Sequence[np.ndarray | jax.Array]) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) on halves of the head width; computed in float32.
+
+    `angles` are those of `rotation` at x's positions.
+    """
+    K = x_BTHK.shape[3]
+    cos, sin = (jnp.asarray(part, wide(x_BTHK.dtype)) for part in angles)
     x_BTH2K = x_BTHK.astype(wide(x_BTHK.dtype)).reshape(*x_BTHK.shape[:-1], 2, K // 2)
     # The other half by reversing the axis of two: a concatenation is a kernel of its own on a GPU, and a slow one.
     return (x_BTH2K * cos + x_BTH2K[..., ::-1, :] * sin).astype(x_BTHK.dtype).reshape(x_BTHK.shape)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries."""
+    """Causal self-attention with grouped queries; over a cache of keys and values where it is given one."""
 
     cfg: ModelConfig
     layer: int
@@ -144,12 +153,32 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q_BTHK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="query_norm")(q_BTHK)
             k_BTGK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="key_norm")(k_BTGK)
-        if cfg.position == "rope":
-            q_BTHK, k_BTGK = rotate(q_BTHK, cfg.rope_theta), rotate(k_BTGK, cfg.rope_theta)
-        y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, backend=cfg.attention, layout=self.layout)
+        if self.has_variable(CACHE, "key"):
+            y_BTHK = self._continued(q_BTHK, k_BTGK, v_BTGK)
+        else:
+            if cfg.position == "rope":
+                angles = rotation(T, K, cfg.rope_theta)
+                q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
+            y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, backend=cfg.attention, layout=self.layout)
         y_BTD = y_BTHK.reshape(B, T, cfg.heads * K)
         std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
         return Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+
+    def _continued(self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
+        """Attention of the positions that follow those in the cache, to these and to one another; adds them to it."""
+        kept: dict[str, Any] = {name: self.get_variable(CACHE, name) for name in ("length", "key", "value")}
+        cfg, start, T, S = self.cfg, kept["length"], q_BTHK.shape[1], kept["key"].shape[1]
+        if cfg.position == "rope":
+            whole = (jnp.asarray(part, wide(self.dtype)) for part in rotation(S, cfg.head_width, cfg.rope_theta))
+            angles = [jax.lax.dynamic_slice_in_dim(part, start, T, axis=1) for part in whole]
+            q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
+        k_BSGK, v_BSGK = (
+            jax.lax.dynamic_update_slice_in_dim(kept[name], new_BTGK, start, axis=1)
+            for name, new_BTGK in (("key", k_BTGK), ("value", v_BTGK))
+        )
+        for name, changed in {"length": start + T, "key": k_BSGK, "value": v_BSGK}.items():
+            self.put_variable(CACHE, name, changed)
+        return attention_to_cache(q_BTHK, k_BSGK, v_BSGK, start)
 
 
 @jax.custom_vjp
@@ -249,6 +278,9 @@ class Transformer(nn.Module):
 
     With `hidden_states=True` also returns x_LBTD, the L + 1 states of the residual stream: the input, then the output
     of every layer, the last one before the final norm.
+
+    With a cache, which starts as `empty_cache`, x_BTD are the positions that follow those in it: `apply({**body, CACHE:
+    cache}, x_BTD, mutable=CACHE) -> (h_BTD, {CACHE: cache})`. It must have room for them.
     """
 
     cfg: ModelConfig
@@ -264,7 +296,7 @@ class Transformer(nn.Module):
         if cfg.scan_layers:
             scanned = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, CACHE: 0},
                 split_rngs={"params": True},
                 length=cfg.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -290,6 +322,22 @@ def init_body(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
         layers = [params.pop(f"layer_{i}") for i in range(cfg.layers)]
         params["layers"] = jax.tree.map(_stack, *layers, is_leaf=_boxed)
     return {"params": params}
+
+
+def empty_cache(cfg: ModelConfig, batch: int, positions: int) -> dict[str, Any]:
+    """A cache of no positions yet, for B = `batch` sequences of at most S = `positions`, as `Transformer` takes it.
+
+    For each layer `key` and `value`, [B, S, G, K] in the compute dtype, and `length`, how many positions they hold,
+    int32 []; with a leading axis L where the layers are scanned.
+    """
+    stacked = (cfg.layers,) if cfg.scan_layers else ()
+
+    def layer() -> dict[str, Any]:
+        shape = (*stacked, batch, positions, cfg.groups, cfg.head_width)
+        rows = {name: jnp.zeros(shape, compute_dtype(cfg)) for name in ("key", "value")}
+        return {"attention": {**rows, "length": jnp.zeros(stacked, jnp.int32)}}
+
+    return {"layers": layer()} if cfg.scan_layers else {f"layer_{i}": layer() for i in range(cfg.layers)}
 
 
 def _boxed(x: Any) -> bool:

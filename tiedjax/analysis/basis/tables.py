@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_path, place_and_step
 
 ROLES = ("input", "output")
 _RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
@@ -155,9 +154,7 @@ def _split(text: str) -> tuple[str, str | None]:
 
 
 def _read_run(text: str, place: str, pick: str | None) -> Table:
-    step = None
-    if not Path(place).exists() and (match := re.fullmatch(r"(.+)@(\d+)", place)):
-        place, step = match[1], int(match[2])
+    place, step = place_and_step(place)
     if pick is not None and pick not in ROLES:
         raise UserError(f"{text}: {pick!r} is not a role; use #input or #output")
     from tiedjax.tying import distinct  # here, as for the run: it brings JAX

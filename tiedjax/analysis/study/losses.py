@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tiedjax.analysis.basis import numbers
@@ -15,22 +15,32 @@ POWER = 0.8  # of a difference that is said to be within reach
 
 def verdicts(results: Results) -> list[str]:
     """Whether tied or untied has the lower held-out loss, alike in width; then at equal parameters, where an arm is."""
-    head = results["headline"]
+    head, unit = results["headline"], _unit(results)
     pairs = [("At equal width", head["reference"], head["arm"], f"{head['reference']}_costs_loss")]
     pairs += [
         ("At equal parameters", arm, head["reference"], f"{arm}_against_{head['reference']}")
         for arm in results["study"].get("equal_parameters", {})
     ]
     return [
-        _verdict(where, first, second, results["statements"][name])
+        _verdict(where, first, second, results["statements"][name], unit)
         for where, first, second, name in pairs
         if name in results["statements"]
     ]
 
 
-def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any]) -> str:
+def _unit(results: Results) -> Callable[[float], str]:
+    """From a difference to its unit, with what it is in bits a byte where that is known."""
+    summary = results["arms"][results["headline"]["arm"]]
+    per_byte = summary.get("hurdles", {}).get("bits_per_byte", {}).get("mean")
+    if per_byte is None or not summary["eval_loss"]["mean"]:
+        return lambda difference: "nats a token"
+    bits_per_byte = per_byte / summary["eval_loss"]["mean"]  # of a nat a token
+    return lambda difference: f"nats a token ({numbers.number(abs(difference) * bits_per_byte)} bits a byte)"
+
+
+def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any], unit_of: Callable[[float], str]) -> str:
     """About a statement whose margin is the first arm's loss less the second's."""
-    unit = "nats a token"
+    unit = unit_of(statement["margin"])
     if statement["interval"] is None:
         better, worse = (first, second) if statement["margin"] < 0 else (second, first)
         gap = margin_of(statement, absolute=True)
