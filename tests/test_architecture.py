@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "analysis": {
         "config",
+        "flops",
         "config_files",
         "tying",
         "model",
