@@ -281,8 +281,8 @@ def test_a_wrong_option_is_one_line(case: str, capfd: pytest.CaptureFixture[str]
 def test_a_missing_config_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     _, err = tiedjax("bench", tmp_path / "none.yaml", status=2)
     assert err == (
-        f"tiedjax: {tmp_path / 'none.yaml'}: no such file, and no run config of that name; there are olmo_1b, "
-        "olmo_300m, olmo_60m, olmo_7b, quick, tiny\n"
+        f"tiedjax: {tmp_path / 'none.yaml'}: no such file, and no run config of that name; there are g43, olmo_1b, "
+        "olmo_300m, olmo_60m, olmo_7b, prose, quick, tiny\n"
     )
 
 

@@ -38,8 +38,8 @@ def test_an_installed_tiedjax_finds_its_configs_by_name_from_any_folder(site: Pa
     assert err.splitlines() == [
         "tiedjax: overrides: train.steps: must be >= 1, got 0",
         "tiedjax: --workers: must be at least 1, got 0",
-        "tiedjax: tinny: no such file, and no run config of that name; there are olmo_1b, olmo_300m, olmo_60m, "
-        "olmo_7b, quick, tiny; did you mean 'tiny'?",
+        "tiedjax: tinny: no such file, and no run config of that name; there are g43, olmo_1b, olmo_300m, olmo_60m, "
+        "olmo_7b, prose, quick, tiny; did you mean 'tiny'?",
     ]
 
 
