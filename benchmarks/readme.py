@@ -1,6 +1,8 @@
 """Writes the blocks of numbers in README.md and docs/speed.md from saved results: none is typed by hand.
 
 python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
+python benchmarks/readme.py studies/small --machine "2-core x86-64 virtual machine"   # after `tiedjax study small`
+python benchmarks/readme.py studies/rates --machine "2-core x86-64 virtual machine"   # after `tiedjax study rates`
 python benchmarks/readme.py                                                           # again, from what was saved
 """
 
@@ -17,8 +19,9 @@ from tiedjax.analysis.study import losses, sentences
 from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
-SAVED = ROOT / "benchmarks" / "results" / "quick_study.json"
-PICTURE = ROOT / "docs" / "quick_study.png"
+RESULTS = ROOT / "benchmarks" / "results"
+STUDIES = ("quick", "small", "rates")
+PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
     "without_roles": "without the role split and its metrics",
@@ -30,15 +33,21 @@ KEPT = (
 )
 
 
+def saved(name: str) -> Path:
+    """Where a study's results are kept."""
+    return RESULTS / f"{name}_study.json"
+
+
 def save(study: Path, machine: str) -> None:
-    """Keeps of a study what README shows, and the picture."""
+    """Keeps of a study what README shows, and of the small one the picture."""
     results = json.loads((study / "results.json").read_text(encoding="utf-8"))
+    if results["name"] not in STUDIES:
+        raise SystemExit(f"{study}: is the study {results['name']!r}; README shows {', '.join(STUDIES)}")
     kept = {name: results[name] for name in KEPT}
     kept["environment"]["machine"] = machine
-    SAVED.parent.mkdir(parents=True, exist_ok=True)
-    SAVED.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PICTURE.parent.mkdir(exist_ok=True)
-    shutil.copyfile(study / "figures" / "nearness.png", PICTURE)
+    saved(results["name"]).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    if results["name"] == "small":
+        shutil.copyfile(study / "figures" / "nearness.png", PICTURE)
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -47,27 +56,39 @@ def answer(results: dict[str, Any]) -> str:
     return f"**{sentences.verdict(results)}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n"
 
 
-def findings(results: dict[str, Any]) -> str:
+def findings(name: str, results: dict[str, Any], made: str) -> str:
     """The table of arms, the other findings, how sure they are, and what the study was."""
-    environment, near_edge = results["environment"], sentences.near_edge(results)
+    environment = results["environment"]
     packages = environment["packages"]
-    made = (
-        f"{len(results['runs'])} runs trained and analysed in {environment['study_seconds'] / 60:.1f} minutes on a "
-        f"{environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
+    where = (
+        f"on a {environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
         f"flax {packages['flax']})"
     )
+    found = [*losses.verdicts(results), *sentences.answer(results)[1 if name == "small" else 0 :]]
     lines = [
-        *(line for warning in sentences.early_training(results) for line in (warning, "")),
         *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
-        *(f"* {finding}" for finding in [*losses.verdicts(results), *sentences.answer(results)[1:]]),
+        *(f"* {finding}" for finding in found),
+        *(f"* {sentence}" for sentence in (losses.sweeps(results) if results["sweep"] else [])),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
-        " ".join(filter(None, [sentences.what_ngrams_are(results), sentences.certainty(results), near_edge])),
-        f"The quick study: {made}.",
+        " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
+        f"The {name} study: {made} {where}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def at_once(results: dict[str, Any]) -> str:
+    """How long a study took that was trained and analysed by one command."""
+    minutes = results["environment"]["study_seconds"] / 60
+    return f"{len(results['runs'])} runs trained and analysed in {minutes:.1f} minutes"
+
+
+def in_parts(results: dict[str, Any]) -> str:
+    """How long training took of a study that was trained first and analysed later."""
+    minutes = sum(run["training_seconds"] for run in results["runs"]) / 60
+    return f"{len(results['runs'])} runs that trained for {minutes:.0f} minutes in all, beside others, analysed later"
 
 
 def span(quantiles: dict[str, float], digits: int = 2) -> str:
@@ -81,7 +102,7 @@ def cost_rows() -> str:
     heads = [
         "config",
         "on",
-        "step, ms",
+        "step under AdamW, ms",
         "MFU, and its bound",
         "compiled PyTorch, times ours",
         "without the role split, times ours",
@@ -93,11 +114,11 @@ def cost_rows() -> str:
         cells = ("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         rows.append([f"`{config}`", machine, f"{1e3 * seconds:.1f}", mfu, *cells])
 
-    for name, measured in json.loads((SAVED.parent / "step_cpu.json").read_text(encoding="utf-8")).items():
+    for name, measured in json.loads((RESULTS / "step_cpu.json").read_text(encoding="utf-8")).items():
         sides = measured["sides"]
         machine = measured["environment"]["machine"]
         add(name, machine, sides["tiedjax"]["step_seconds"]["median"], "–", sides)
-    for path in sorted(SAVED.parent.glob("gpu_*.json")):
+    for path in sorted(RESULTS.glob("gpu_*.json")):
         parts = json.loads(path.read_text(encoding="utf-8"))
         for part, measured in parts.items():
             kind, _, name = part.partition(":")
@@ -115,7 +136,7 @@ def cost_rows() -> str:
 
 def bound(name: str, card: str) -> str:
     """What a step's compiled program allows on this card at most, in words to put behind what was measured."""
-    compiled = json.loads((SAVED.parent / "compile_gpu.json").read_text(encoding="utf-8"))
+    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8"))
     if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
         return ""
     return f" of at most {compiled[name]['gpu']['mfu_causal_bound']:.0%}"
@@ -141,7 +162,7 @@ def loss_buffers(compiled: dict[str, Any], noun: str) -> list[str]:
 
 def gpu_bounds() -> str:
     """What was compiled for GPUs that were not there."""
-    compiled = json.loads((SAVED.parent / "compile_gpu.json").read_text(encoding="utf-8"))
+    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8"))
     gib = lambda size: f"{size / 2**30:.1f}"
     heads = ["config", "for", "tokens a GPU", "in all, GiB", "GB moved", "kernels", "bound, ms", "MFU at most"]
     heads += ["bytes sent, times a count by hand", "of them beside computing", "roles' share of the bytes moved"]
@@ -179,7 +200,7 @@ def gpu_bounds() -> str:
 
 def costs() -> str:
     """What the benchmarks on a CPU measured and what was compiled for TPUs, a line each."""
-    read = lambda name: json.loads((SAVED.parent / f"{name}.json").read_text(encoding="utf-8"))
+    read = lambda name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     steps, loss, data, compiled = (read(name) for name in ("step_cpu", "loss_cpu", "data", "compile"))
     lines = []
     for name, measured in steps.items():
@@ -191,7 +212,7 @@ def costs() -> str:
             if side in sides
         )
         roles = f"; without the role split and its metrics {span(sides['without_roles']['over_tiedjax'])}"
-        lines.append(f"* A step of `{name}.yaml`, role metrics on: {milliseconds} ms; {others}{roles}.")
+        lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}{roles}.")
     memory = loss["memory"]
     lines.append(
         f"* The loss with its gradients at {memory['tokens']:,} tokens, V = {memory['rows']:,}, D = {memory['width']}: "
@@ -232,7 +253,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def gpu_costs() -> str:
     """What `gpu.py` found on each card; a part that was not run has no row."""
     lines = []
-    for path in sorted(SAVED.parent.glob("gpu_*.json")):
+    for path in sorted(RESULTS.glob("gpu_*.json")):
         parts = json.loads(path.read_text(encoding="utf-8"))
         environment = next(iter(parts.values()))["environment"]
         versions, card = environment["versions"], environment["device"]["kind"]
@@ -309,9 +330,15 @@ def _peers(parts: dict[str, Any]) -> list[str]:
 
 def pages() -> dict[Path, str]:
     """README.md and docs/speed.md as the saved results want them."""
-    study = json.loads(SAVED.read_text(encoding="utf-8"))
+    quick, small, rates = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
     blocks = {
-        ROOT / "README.md": {"answer": answer(study), "quick study": findings(study), "costs": cost_rows()},
+        ROOT / "README.md": {
+            "answer": answer(small),
+            "small study": findings("small", small, in_parts(small)),
+            "quick study": findings("quick", quick, at_once(quick)),
+            "rates study": findings("rates", rates, in_parts(rates)),
+            "costs": cost_rows(),
+        },
         ROOT / "docs" / "speed.md": {
             "CPU and TPU costs": costs(),
             "GPU costs": gpu_costs(),
@@ -331,7 +358,7 @@ def _filled(text: str, blocks: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="a finished quick study")
+    parser.add_argument("study", nargs="?", type=Path, help="a finished study: quick, small or rates")
     parser.add_argument("--machine", help="what it ran on, in words")
     args = parser.parse_args()
     if args.study:

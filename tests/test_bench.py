@@ -141,6 +141,7 @@ def test_the_table_says_the_utilisation_or_why_it_is_unknown(kind: str, line: st
         "tokens_per_second": 1234567.0,
         "step_seconds": {"median": 0.5, "p10": 0.25, "p90": 0.75},
         "steps": {"warm_up": 3, "measured": 40, "windows": 10},
+        "muon_over_model_flops": 0.0 if kind == "abacus" else 0.0625,
         "peak_memory_bytes": 2_500_000,
         "peak_memory_source": "device",
         "loss": 2.0,
@@ -153,6 +154,7 @@ def test_the_table_says_the_utilisation_or_why_it_is_unknown(kind: str, line: st
         "tokens per second  1,234,567",
         "step               500.00 ms (p10 250.00, p90 750.00 of 10 windows)",
         line,
+        *([] if kind == "abacus" else ["Muon               6.2% of the model's FLOPs on top"]),
         "peak memory        2.5 MB a device (by the device)",
         "loss               2.0000 in step 43, 3.0000 in step 1",
         "compilation        4.0 s",
@@ -225,7 +227,7 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 
 KEYS = {
     *("tokens_per_second", "step_seconds", "mfu_causal", "mfu_full", "mfu_unknown", "peak_memory_bytes"),
-    *("peak_memory_source", "loss", "first_loss", "steps", "compile_seconds", "compute_dtype"),
+    *("muon_over_model_flops", "peak_memory_source", "loss", "first_loss", "steps", "compile_seconds", "compute_dtype"),
     *("device", "versions", "flags", "config"),
 }
 

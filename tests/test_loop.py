@@ -180,6 +180,40 @@ def test_saved_parameters_give_the_logged_held_out_loss(finished: Path) -> None:
         assert run.metrics[name][-1] == pytest.approx(losses.mean(), abs=1e-5)
 
 
+def test_a_second_text_is_evaluated_by_the_run_s_own_tokenizer(finished: Path, text: Path, tmp_path: Path) -> None:
+    """It changes nothing else, and may come or go when a run is continued."""
+    other = write_text(tmp_path / "other.jsonl", seed=7)
+    changes = {"data.second_source": f"text:{other}", "train.stop_at": 4, "train.eval_every": 4}
+    assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
+    assert cli.main(arguments(tmp_path / "run", text, {"data.second_source": f"text:{other}"})) == 0
+    run = tiedjax.load_run(tmp_path / "run")
+    own = dataclasses.replace(run.config.data, source=f"text:{other}", tokenizer=str(run.tokenizer_path))
+    windows = prepare(own, 320, report=lambda line: None).windows("eval", 16)
+    tokens_NS = windows.read(range(min(len(windows), 3 * 8)))
+    params = run.params()
+    U_VD = params["tables"]["shared"]
+    h_NTD = np.asarray(run.model().apply(params["body"], U_VD[tokens_NS[:, :-1]]), np.float64)
+    logits_NTV = h_NTD @ U_VD.T.astype(np.float64)
+    target_NT = np.take_along_axis(logits_NTV, tokens_NS[:, 1:, None], axis=-1)[..., 0]
+    expected = (np.log(np.exp(logits_NTV).sum(-1)) - target_NT).mean()
+    second = run.metrics["second_eval_loss"]
+    assert np.flatnonzero(np.isfinite(second)).tolist() == [3, STEPS - 1]
+    assert second[-1] == pytest.approx(expected, abs=1e-5)
+    assert second[-1] != pytest.approx(run.metrics["eval_loss"][-1], abs=1e-2)
+    final, plain = saved_state(tmp_path / "run", STEPS), saved_state(finished, STEPS)
+    assert all(final[name].tobytes() == plain[name].tobytes() for name in plain)
+
+
+def test_a_second_text_that_is_nowhere_is_refused(
+    capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
+) -> None:
+    assert cli.main(arguments(tmp_path / "run", text, {"data.second_source": f"text:{tmp_path}/none*"})) == 2
+    assert capsys.readouterr().err == (
+        f"tiedjax: data.second_source: missing corpus: no file matches '{tmp_path}/none*'; give a path or a glob of "
+        "files\n"
+    )
+
+
 def test_a_tied_snapshot_is_one_array_and_an_untied_one_two(finished: Path, text: Path, tmp_path: Path) -> None:
     assert cli.main(arguments(tmp_path / "untied", text, {"tying.scheme": "untied", "train.stop_at": 1})) == 0
     tied, untied = saved_state(finished, STEPS), saved_state(tmp_path / "untied", 1)
@@ -417,7 +451,7 @@ def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, mo
         clock[0] += 0.5 if packed and values is packed[-1] else 0.0
         return read(values)
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(loop.jax, "device_get", reading)
     monkeypatch.setattr(recording, "packed", packing)
     changes = {"train.log_every": 2, "train.snapshot_every": 100, "train.stop_at": 7, "train.eval_every": "null"}

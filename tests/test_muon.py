@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import optax
 import pytest
 from runs import STEPS, arguments, assert_same_run, saved_state
 
-from tiedjax import cli
+from tiedjax import cli, muon, sharding
+from tiedjax.config import BodyOptimizerConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
+from tiedjax.cost import bench
+from tiedjax.flops import flops_per_token
 from tiedjax.muon import orthogonalized, scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
+from tiedjax.step import make_steps
 
 SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (16, 16)}
 
@@ -112,3 +117,32 @@ def test_a_run_that_is_continued_is_the_same_run(text: Path, tmp_path: Path) -> 
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     momenta = [name for name in saved_state(tmp_path / "whole", STEPS) if "/mu/" in name and "kernel" in name]
     assert len(momenta) == 2 * 7
+
+
+# ---- What it costs ----
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
+def test_flops_are_those_of_the_products_that_it_makes(shape: tuple[int, int]) -> None:
+    jaxpr = jax.make_jaxpr(lambda x: orthogonalized(x))(jnp.ones((1, *shape)))
+    products = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "dot_general"]
+    counted = 0
+    for product in products:
+        ((contracted,), _), _ = product.params["dimension_numbers"]
+        left, result = product.invars[0].aval.shape, product.outvars[0].aval.shape
+        counted += 2 * left[contracted] * int(np.prod(result))
+    assert muon.flops(*shape) == counted > 0
+
+
+def test_the_share_of_muon_is_over_all_matrices_of_the_body() -> None:
+    model = ModelConfig(layers=2, d_model=8, heads=2, d_ff=12, seq_len=4, vocab_size=16)
+    optimizer = OptimizerConfig(body=BodyOptimizerConfig(kind="muon"))
+    for scan in (False, True):
+        cfg = RunConfig(
+            model=dataclasses.replace(model, scan_layers=scan), optimizer=optimizer, data=DataConfig(batch_size=3)
+        )
+        steps = make_steps(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
+        of_muon = 2 * (4 * muon.flops(8, 8) + 3 * muon.flops(8, 12))
+        of_model = 3 * 4 * flops_per_token(model, causal=True)
+        assert bench.muon_over_model(cfg, steps) == pytest.approx(of_muon / of_model)
+    assert bench.muon_over_model(RunConfig(model=model), steps) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -207,8 +208,11 @@ def _second(cfg: RunConfig, prepared: Prepared) -> Prepared | None:
         return None
     tokenizer = str(prepared.tokenizer_path) if prepared.tokenizer_path else cfg.data.tokenizer
     other = dataclasses.replace(cfg.data, source=cfg.data.second_source, tokenizer=tokenizer, max_documents=None)
-    second = prepare(other, cfg.model.vocab_size, report=process.say)
-    second.windows("eval", cfg.model.seq_len)  # fails now rather than at the first evaluation
+    try:
+        second = prepare(other, cfg.model.vocab_size, report=process.say)
+        second.windows("eval", cfg.model.seq_len)  # fails now rather than at the first evaluation
+    except UserError as error:
+        raise UserError(re.sub("^data.source", "data.second_source", str(error))) from None
     return second
 
 

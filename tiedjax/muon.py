@@ -72,6 +72,12 @@ def orthogonalized(x_LIO: jax.Array, layout: Layout = ONE_DEVICE) -> jax.Array:
     return x.swapaxes(-1, -2) if turned else x
 
 
+def flops(inputs: int, outputs: int) -> int:
+    """Floating-point operations of the iterations on one matrix: three products of each, two with the Gram matrix."""
+    short, long = sorted((inputs, outputs))
+    return ITERATIONS * (2 * short**2 * long + 2 * short**3 + 2 * short**2 * long)
+
+
 def _by_stacks(tree: Any, layout: Layout) -> Any:
     """`orthogonalized` of every leaf, scaled by shape; those whose paths differ in the layer's number are one stack."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tiedjax import model, sharding, tying
+from tiedjax import model, muon, sharding, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
@@ -24,6 +24,7 @@ from tiedjax.files import write_atomically
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token
 from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
+from tiedjax.optimizer import part_of
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, decided, make_steps
 
@@ -124,6 +125,17 @@ def utilisation(cfg: RunConfig, device_kind: str, tokens_per_second: float) -> d
     return {"mfu_causal": causal, "mfu_full": full, "peak_flops": peak}
 
 
+def muon_over_model(cfg: RunConfig, steps: Steps) -> float:
+    """FLOPs of Muon's iterations in a step over those of the model, causal; 0 where no matrix is updated by it."""
+    if cfg.optimizer.body.kind != "muon":
+        return 0.0
+    leaves = jax.tree_util.tree_leaves_with_path(steps.abstract.params)
+    shapes = [leaf.shape for path, leaf in leaves if part_of(path) == "matrices"]
+    of_muon = sum(math.prod(layers) * muon.flops(inputs, outputs) for *layers, inputs, outputs in shapes)
+    tokens = cfg.data.batch_size * cfg.model.seq_len
+    return float(of_muon / (tokens * flops_per_token(cfg.model, causal=True)))
+
+
 def bench(
     cfg: RunConfig, steps: int = 50, examine: Callable[[Stepper], Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
@@ -141,7 +153,8 @@ def bench(
         process.keep_freed_memory()
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = decided(cfg, mesh)
-    stepper = Stepper(cfg, mesh, make_steps(cfg, mesh))
+    program = make_steps(cfg, mesh)
+    stepper = Stepper(cfg, mesh, program)
     stepper.run(WARM_UP)
     windows = [len(part) for part in np.array_split(np.arange(steps), min(WINDOWS, steps))]
     seconds = quantiles([stepper.run(window) / window for window in windows])
@@ -155,6 +168,7 @@ def bench(
         "tokens_per_second": tokens_per_second,
         "step_seconds": seconds,
         **utilisation(cfg, about["device"]["kind"], tokens_per_second / mesh.size),
+        "muon_over_model_flops": muon_over_model(cfg, program),
         "peak_memory_bytes": peak_memory,
         "peak_memory_source": source,
         "loss": losses[-1],
@@ -182,6 +196,7 @@ def table(result: Mapping[str, Any]) -> str:
         "tokens per second": f"{result['tokens_per_second']:,.0f}",
         "step": f"{median:.2f} ms (p10 {p10:.2f}, p90 {p90:.2f} of {steps['windows']} windows)",
         "MFU": mfu,
+        **({"Muon": f"{extra:.1%} of the model's FLOPs on top"} if (extra := result["muon_over_model_flops"]) else {}),
         "peak memory": f"{result['peak_memory_bytes'] / 1e6:,.1f} MB a device (by the {result['peak_memory_source']})",
         "loss": f"{result['loss']:.4f} in step {after}, {result['first_loss']:.4f} in step 1",
         "compilation": f"{result['compile_seconds']:.1f} s",
