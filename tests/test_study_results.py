@@ -209,7 +209,7 @@ def test_losses_are_compared_with_the_baseline_by_seed(found):
 def test_the_answer_says_what_holds(mixes, start, verdict):
     study, runs = fake_study(mixes=mixes, steps=[0, 400])
     results = summarize(study, runs)
-    assert results["answer"].startswith(start)
+    assert results["findings"][0].startswith(start)
     assert results["statements"]["tied_nearer_output"]["verdict"] == verdict
 
 
@@ -227,7 +227,7 @@ def test_one_seed_claims_nothing():
         "near_edge": False,
         "n": 1,
     }
-    assert results["answer"].startswith("One seed, so only a hint")
+    assert results["findings"][0].startswith("One seed, so only a hint")
     assert any("One seed" in note for note in results["notes"])
 
 

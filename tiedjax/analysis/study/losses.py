@@ -30,7 +30,7 @@ def verdicts(results: Results) -> list[str]:
 
 def _unit(results: Results) -> Callable[[float], str]:
     """From a difference to its unit, with what it is in bits a byte where that is known."""
-    summary = results["arms"][results["headline"]["arm"]]
+    summary = results["arms"].get(results["headline"]["arm"], {})
     per_byte = summary.get("hurdles", {}).get("bits_per_byte", {}).get("mean")
     if per_byte is None or not summary["eval_loss"]["mean"]:
         return lambda difference: "nats a token"

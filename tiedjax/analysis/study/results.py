@@ -168,7 +168,7 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
 
 def _missing(study: StudyConfig, runs: Runs) -> list[str]:
     """The names of the study's runs that are not among these."""
-    return [f"{arm}-{seed}" for seed in study.seeds for arm in study.arms if (arm, seed) not in runs]
+    return [f"{arm}-{seed}" for arm in study.arms for seed in study.seeds if (arm, seed) not in runs]
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
