@@ -39,7 +39,9 @@ class Saves:
         it cannot hold the early ones and the last.
         """
         limit = None if train.snapshot_gib is None else train.snapshot_gib * 2**30
-        for times in range(1, train.steps // train.snapshot_every + 2):
+        most = train.steps // train.snapshot_every + 1  # times as far apart: then none but the early ones and the last
+        fewest = 1 if limit is None else max(1, int(most / max(1, limit // table_bytes)))  # below it is too much
+        for times in range(min(fewest, most), most + 1):
             planned = snapshot_steps(times * train.snapshot_every, train.steps)
             rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
             size = table_bytes * len(planned) - table_bytes // 2 * rounded

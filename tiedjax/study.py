@@ -261,7 +261,8 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
 def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`loop.train` of a resolved config, as a task: the outcome's fields."""
     cfg, folder = structure(RunConfig, config, out), Path(out)
-    if until is not None and time.monotonic() >= until and not is_trained(folder, cfg):
+    too_late = until is not None and time.monotonic() >= until and not is_trained(folder, cfg)
+    if until is not None and process.main_says(too_late):
         return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
     return dataclasses.asdict(train(cfg, folder, until=until))
 

@@ -161,6 +161,11 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
         notes.append(
             f"{', '.join(same)}: begins with the reference's own tables, so part of its nearness is inherited."
         )
+    model = {arm: run.config.model for (arm, _), run in runs.items()}
+    if other := [arm for arm in model if model[arm] != model[study.reference]]:
+        notes.append(
+            f"{', '.join(other)}: has another body than the reference's, and shares the order of the data alone."
+        )
     if missing := _missing(study, runs):
         notes.append(f"Not among the results: {', '.join(missing)}.")
     return notes
