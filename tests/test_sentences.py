@@ -237,7 +237,6 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
         "output": "Nearness to untied’s output table",
         "input": "Nearness to untied’s input table",
         "early": "Output share of gradient, to step 50",
-        "overall": "Output share of gradient, whole run",
     }
     untied, tied, x5 = sentences.arm_rows(small_results())
     assert untied == {
@@ -247,7 +246,6 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
         "output": "–",
         "input": "–",
         "early": f"74.4{N}±{N}3.1{N}%",
-        "overall": f"64.2{N}±{N}0.8{N}%",
     }
     assert tied == {
         "arm": "tied",
@@ -256,7 +254,6 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
         "output": f"0.283{N}±{N}0.006",
         "input": f"0.129{N}±{N}0.025",
         "early": f"76.6{N}±{N}4.1{N}%",
-        "overall": f"61.6{N}±{N}0.6{N}%",
     }
     assert x5 == {
         "arm": "x5",
@@ -265,7 +262,6 @@ def test_the_first_table_has_losses_their_cost_nearness_and_who_supplies_the_gra
         "output": f"0.188{N}±{N}0.011",
         "input": f"0.151{N}±{N}0.019",
         "early": f"71.3{N}±{N}2.2{N}%",
-        "overall": f"66.6{N}±{N}0.4{N}%",
     }
 
 

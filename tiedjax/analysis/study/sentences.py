@@ -337,7 +337,6 @@ def arm_columns(results: Results) -> dict[str, str]:
         "output": f"Nearness to {head['reference']}’s output table",
         "input": f"Nearness to {head['reference']}’s input table",
         "early": f"Output share of gradient, to step {head['early_steps'][1]}",
-        "overall": "Output share of gradient, whole run",
     }
 
 
@@ -358,7 +357,6 @@ def arm_rows(results: Results) -> list[dict[str, str]]:
                 "cost": _cost(results["statements"].get(f"{arm}_costs_loss")),
                 **{role: numbers.spread(cell.get(results["headline"]["measure"])) for role, cell in cells.items()},
                 "early": numbers.percent(summary["early_output_share"]),
-                "overall": numbers.percent(summary["overall_output_share"]),
             }
         )
     return rows
