@@ -484,6 +484,7 @@ def _arm(arm: str, comparisons: list[dict[str, Any]]) -> dict[str, Any]:
         "overall_output_share": interval(value(0, arm, "output", 2, seed) + 0.3 for seed in SEEDS),
         "differs_from_reference": changed[arm],
         "second_eval_loss": interval([]),
+        "second_source": None,
         "eval_loss_against_baseline": paired(losses(arm), losses("tied")),
     }
     return dict(to_plain(summary))

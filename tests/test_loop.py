@@ -181,7 +181,7 @@ def test_saved_parameters_give_the_logged_held_out_loss(finished: Path) -> None:
 
 
 def test_a_second_text_is_evaluated_by_the_run_s_own_tokenizer(finished: Path, text: Path, tmp_path: Path) -> None:
-    """It changes nothing else, and may come or go when a run is continued."""
+    """It changes nothing else."""
     other = write_text(tmp_path / "other.jsonl", seed=7)
     changes = {"data.second_source": f"text:{other}", "train.stop_at": 4, "train.eval_every": 4}
     assert cli.main(arguments(tmp_path / "run", text, changes)) == 0

@@ -55,6 +55,15 @@ def test_who_predicts_better_is_the_first_thing_said(said: dict[str, Any], sente
     assert losses.verdicts(results(untied_costs_loss=said)) == [sentence]
 
 
+def test_a_difference_is_given_in_bits_a_byte_with_its_sign() -> None:
+    """2.5 bits a byte are 5 nats a token here: half as many."""
+    known = results(untied_costs_loss=statement(-0.022, 0.043, "undecided"))
+    known["arms"] = {"tied": {"eval_loss": span(5.0), "hurdles": {"bits_per_byte": span(2.5)}}}
+    assert f"is −0.022{N}±{N}0.043 nats a token (−0.011 bits a byte). " in losses.verdicts(known)[0]
+    known["statements"]["untied_costs_loss"] = statement(-0.082, 0.043, "the opposite")
+    assert f"is 0.082{N}±{N}0.043 nats a token (0.041 bits a byte) lower. " in losses.verdicts(known)[0]
+
+
 def test_at_equal_parameters_the_arm_is_held_against_the_reference() -> None:
     first, second = losses.verdicts(
         results(
@@ -93,11 +102,13 @@ def choice(best: int, at_edge: list[str]) -> dict[str, Any]:
 
 def test_what_was_swept_is_said_of_every_arm() -> None:
     assert losses.sweeps({}) == [
-        "Every arm has the same learning rate; with each at its own best rate the comparison may come out otherwise."
+        "No rate was swept; with each arm at its own best rates the comparison may come out otherwise."
     ]
-    assert losses.sweeps({"sweep": {"tied": choice(1, []), "untied": choice(2, ["a.rate"])}}) == [
-        "Each arm has the options that were best for it on two other seeds and on the held-out windows with even "
-        "numbers; its losses here are of the odd ones.",
+    swept = {"tied": choice(1, []), "untied": choice(2, ["a.rate"])}
+    assert losses.sweeps({"sweep": swept, "arms": {"untied": {}, "tied": {}, "x5": {}}}) == [
+        "tied, untied: each has the options that were best for it on 1 other seed and on the held-out windows with "
+        "even numbers; all losses here are of the odd ones.",
+        "x5: not swept.",
         "Of 4 points tied is best with a.rate 0.02 and b.kind y.",
         "Of 4 points untied is best with a.rate 0.04 and b.kind x: a.rate lies at the edge of what was tried, so that "
         "a better one may lie beyond.",
@@ -120,11 +131,10 @@ def costs(second: float | None) -> dict[str, Any]:
     return {
         "headline": {"arm": "tied"},
         "arms": {
-            "untied": {"second_eval_loss": span(second, 0.041)},
-            "tied": {"second_eval_loss": span(None)},
-            "other": {"second_eval_loss": span(None)},
+            "untied": {"second_eval_loss": span(second, 0.041), "second_source": "text:b"},
+            "tied": {"second_eval_loss": span(None), "second_source": None},
+            "other": {"second_eval_loss": span(None), "second_source": None},
         },
-        "study": {"config": {"data": {"second_source": "text:b"}}},
         "runs": [
             run("untied", 3_000_000, 20, 8.0),
             run("untied", 3_000_000, 20, 10.0),
@@ -148,4 +158,7 @@ def test_what_an_arm_costs_stands_beside_the_baseline() -> None:
         ["other", "2,500,000", "1.50", "–"],
     ]
     assert losses.cost_columns(costs(7.1))[-1] == "Loss on text:b, nats a token"
+    two = costs(7.1)
+    two["arms"]["tied"]["second_source"] = "text:c"
+    assert losses.cost_columns(two)[-1] == "Loss on the second text, nats a token"
     assert [row[-1] for row in losses.cost_rows(costs(7.1))] == [f"7.100{N}±{N}0.041", "–", "–"]

@@ -101,13 +101,23 @@ def test_a_settled_plan_has_each_arm_at_its_own_best_point_and_nothing_else_chan
         (
             "arm_sweeps: {untied: {tying.scheme: [untied, tied]}}",
             {},
-            "arm 'untied': tying.scheme is swept; leave it out of the arm",
+            "arm 'untied': sweep: tying.scheme cannot be swept; give each value an arm of its own",
         ),
         ("sweep: {train.stepz: [5, 6]}", {}, "arm 'untied': unknown key 'train.stepz'; did you mean 'train.steps'?"),
         (
             "sweep: {optimizer.tables.input.b2: [0.9, 0.95]}",
             {},
             "arm 'tied': optimizer.tables.input.b2: the tied scheme has no table for the input role alone; ",
+        ),
+        (
+            "arm_sweeps: {tied: {train.seed: [5, 6]}}",
+            {},
+            "arm 'tied': sweep: train.seed cannot be swept; give each value an arm of its own",
+        ),
+        (
+            "equal_parameters: {other: mlp}\narm_sweeps: {untied: {model.d_ff: [8, 9]}}",
+            {},
+            "arm 'untied': sweep: model.d_ff cannot be swept where equal_parameters settles the shape",
         ),
         ("equal_parameters: {none: mlp}", {}, "equal_parameters: no arm is named 'none'; the arms are 'untied', "),
         (

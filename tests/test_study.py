@@ -56,7 +56,7 @@ def test_a_time_limit_ends_between_steps_and_the_same_command_goes_on(
     assert out.endswith(f"{last}trained\n")
     tiedjax(*command, cwd=place)
     own, whole = results(place / "out"), results(study_folder / "study")
-    for name in ("runs", "comparisons", "gradients", "evolution", "headline", "arms", "norms", "missing"):
+    for name in ("runs", "comparisons", "gradients", "evolution", "headline", "changes", "norms", "missing"):
         assert own[name] == whole[name], name
 
 
@@ -129,15 +129,15 @@ def test_each_arm_is_trained_at_its_best_of_the_sweep(place: Path) -> None:
     command = ("study", "STUDY.yaml", "--out", "out", "--instruments", "norms", "--workers", "2")
     tiedjax(*command, "--time-limit", "0.01s", cwd=place, status=75)
     out, _ = tiedjax(*command, cwd=place)
-    assert "run of the sweep 1 of 10: two,optimizer.tables.output.learning_rate=0.01,seed=8\n" in out
+    assert "run of the sweep 1 of 10: two-0-8\n" in out
     assert "try a lower optimizer.learning_rate; this point is out\n" in out
     choices = json.loads((place / "out" / "sweep.json").read_text())
     for arm, choice in choices.items():
         losses = []
-        for point in choice["tried"]:
-            ((key, value),) = point["values"].items()
+        for number, point in enumerate(choice["tried"]):
+            (value,) = point["values"].values()
             for seed in (8, 9):
-                folder = place / "out" / "sweep" / f"{arm},{key}={value},seed={seed}"
+                folder = place / "out" / "sweep" / f"{arm}-{number}-{seed}"
                 if value < 1:
                     loss = load_run(folder).metrics["eval_loss_even"][-1]
                     assert point["losses"][str(seed)] == loss
@@ -148,6 +148,9 @@ def test_each_arm_is_trained_at_its_best_of_the_sweep(place: Path) -> None:
             options = load_run(place / "out" / "runs" / f"{arm}-{seed}").config.optimizer
             chosen = options.learning_rate if arm == "one" else options.tables.output.learning_rate
             assert [chosen] == list(best.values())
+    again, _ = tiedjax(*command, cwd=place)
+    assert "this point is out" not in again, "it diverged before"
+    assert json.loads((place / "out" / "sweep.json").read_text()) == choices
     assert choices["one"]["best"] == 1
     assert choices["one"]["tried"][2]["mean"] is None
     assert choices["one"]["at_edge"] == []

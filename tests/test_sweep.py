@@ -36,6 +36,11 @@ def test_a_best_value_with_none_beyond_it_lies_at_the_edge(best: int, edge: list
     assert choose("tied", POINTS, losses).at_edge == edge
 
 
+def test_a_switch_has_no_edge() -> None:
+    points = [{"a": value} for value in (True, False)]
+    assert choose("tied", points, {(p, 7): float(p) for p in range(2)}).at_edge == []
+
+
 def test_the_order_of_the_values_does_not_make_an_edge() -> None:
     points = [{"a": value} for value in (2.0, 1.0, 3.0)]
     assert choose("tied", points, {(p, 7): float(p) for p in range(3)}).at_edge == []

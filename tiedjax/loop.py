@@ -41,7 +41,7 @@ from tiedjax.step import Steps, TrainState, decided, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
-    *("data.cache", "data.workers", "data.second_source", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
+    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype"),

@@ -21,8 +21,9 @@ from tiedjax.errors import UserError
 from tiedjax.flops import matmul_parameters
 
 Point = Mapping[str, Any]  # of a sweep: the values of its options by dotted key
+NEVER_SWEPT = ("tying.scheme", "train.seed", "train.threads")  # what makes an arm, a run, a machine
 TOLERANCE = 0.01  # of parameter counts that are called equal
-_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)  # of the MLP's width, the first that meets the tolerance
+_MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)  # of the MLP's width, the first that meets half of the tolerance
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
         runs[name, seed] = resolved(name, arm.tree, seed, arm.points[0] if arm.points else {})
     for name, arm in arms.items():
         for (place, point), seed in itertools.product(enumerate(arm.points), study.sweep_seeds):
-            trials[name, place, seed] = resolved(name, arm.tree, seed, point)
+            trial = resolved(name, arm.tree, seed, point)
+            few = dataclasses.replace(trial.train, snapshot_every=trial.train.steps)  # nobody looks at its tables
+            trials[name, place, seed] = dataclasses.replace(trial, train=few)
     for name, shared in [(study.reference, False), (study.baseline, True)]:
         options = runs[name, study.seeds[0]].tying
         if tying.scheme_of(options).shares_one_table != shared:
@@ -119,6 +122,7 @@ def swept_by(study: StudyConfig, arm: str) -> dict[str, list[Any]]:
 def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> None:
     """UserError for a sweep that cannot choose: too few values, the study's seeds, an option given elsewhere."""
     given, both = dict(flatten(last)), sorted(set(study.seeds) & set(study.sweep_seeds))
+    made_equal = bool(study.equal_parameters)
     for arm, changes in study.arms.items():
         for key, values in swept_by(study, arm).items():
             if len(values) < 2 or any(values.count(value) > 1 for value in values):
@@ -127,6 +131,12 @@ def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> No
                 raise UserError(
                     f"{path}: sweep_seeds: must be other seeds than the study's, or a choice is judged by what made "
                     f"it; both have {both}"
+                )
+            if key in NEVER_SWEPT:
+                raise UserError(f"{path}: arm {arm!r}: sweep: {key} cannot be swept; give each value an arm of its own")
+            if key.startswith("model.") and arm in {*study.equal_parameters, *([study.reference] * made_equal)}:
+                raise UserError(
+                    f"{path}: arm {arm!r}: sweep: {key} cannot be swept where equal_parameters settles the shape"
                 )
             if key in given:
                 raise UserError(f"--{key}: {path} sweeps it; change its values there")

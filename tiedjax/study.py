@@ -28,7 +28,7 @@ from tiedjax.errors import TrainingError, UserError
 from tiedjax.estimate import foreseen
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process
-from tiedjax.host.workers import Crew, Task, call
+from tiedjax.host.workers import Crew, ProcessEnded, Task, call
 from tiedjax.loop import Outcome, train
 from tiedjax.plan import Plan
 from tiedjax.run import Run, load_run
@@ -37,6 +37,7 @@ from tiedjax.text import duration
 if TYPE_CHECKING:
     from tiedjax.analysis.basis.study_runs import StudyRuns
 
+DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its update was not finite
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -67,7 +68,7 @@ def workers_for(plan: Plan, asked: int | None = None) -> int:
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(asked or max(1, cores // plan.threads), len(plan.runs))
+    return min(asked or max(1, cores // plan.threads), max(len(plan.runs), len(plan.trials)))
 
 
 def run_study(plan: Plan, out: Path, workers: int = 1, extent: Extent = Extent()) -> Outcome:
@@ -110,9 +111,8 @@ class _Study:
         if self._crew:
             for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in self._plan.runs.values()):
                 prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
-        if process.is_main():
-            configs = [*self._plan.trials.values(), *self._plan.runs.values()]
-            print(foreseen(configs, self._crew.size if self._crew else 1), flush=True)
+        configs = [*self._plan.trials.values(), *self._plan.runs.values()]
+        process.say(foreseen(configs, self._crew.size if self._crew else 1))
         if self._plan.trials:
             outcome = self._sweep()
             if not outcome.complete:
@@ -137,7 +137,11 @@ class _Study:
         done = sum(is_trained(self._folder(key), cfg) for key, cfg in self._plan.runs.items())
         words = f"{done} of {len(self._plan.runs)} runs are trained"
         if self._plan.trials and not self._choices:
-            tried = sum(is_trained(self._trial_folder(key), cfg) for key, cfg in self._plan.trials.items())
+            tried = sum(
+                is_trained(folder, cfg) or (folder / DIVERGED).exists()
+                for key, cfg in self._plan.trials.items()
+                for folder in [self._trial_folder(key)]
+            )
             words = f"{tried} of {len(self._plan.trials)} runs of the sweep are trained"
         return words
 
@@ -160,9 +164,7 @@ class _Study:
 
     def _trial_folder(self, trial: tuple[str, int, int]) -> Path:
         arm, place, seed = trial
-        point = self._plan.arms[arm].points[place]
-        options = [f"{key}={value}" for key, value in point.items()]
-        return self._out / "sweep" / ",".join([arm, *options, f"seed={seed}"])
+        return self._out / "sweep" / f"{arm}-{place}-{seed}"
 
     def _run_task(self, function: str, folder: Path, cfg: RunConfig, kind: str) -> Task:
         """A run as a task; those of one kind compile the same."""
@@ -173,9 +175,8 @@ class _Study:
         """Trains at every point of every arm's sweep, and settles the plan by the best."""
         tasks = []
         for trial, cfg in self._plan.trials.items():
-            few = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, snapshot_every=cfg.train.steps))
             kind = f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}"
-            tasks.append(self._run_task("try_run", self._trial_folder(trial), few, kind))
+            tasks.append(self._run_task("try_run", self._trial_folder(trial), cfg, kind))
         results = self._call("run of the sweep", tasks)
         outcome = self._outcome(results, len(tasks))
         if outcome.complete:
@@ -269,11 +270,18 @@ def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[
 
 def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
+    out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
+    if process.main_says((Path(out) / DIVERGED).exists()):
+        return out_of_it
     try:
         outcome = train_run(config, out, until)
+    except ProcessEnded:
+        raise
     except TrainingError as error:
-        print(f"{Path(out).name}: {error}; this point is out", flush=True)
-        return dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
+        process.say(f"{Path(out).name}: {error}; this point is out")
+        if process.is_main():
+            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error)}) + "\n")
+        return out_of_it
     losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
     if losses is None:
         raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")

@@ -58,7 +58,7 @@ def choose(arm: str, points: Sequence[Point], losses: Mapping[tuple[int, int], f
 
 def _at_edge(option: str, points: Sequence[Point], best: Point) -> bool:
     """Whether no value beyond the best one was tried; a value that is no number has no edge."""
-    values = [point[option] for point in points if isinstance(point[option], int | float)]
+    values = [point[option] for point in points if type(point[option]) in (int, float)]  # True is an int
     return best[option] in values and best[option] in (min(values), max(values))
 
 

@@ -50,7 +50,7 @@ def _early_layers(results: Results) -> Iterator[tuple[str, str, Interval]]:
 def _early_blocks(results: Results) -> Iterator[tuple[str, str, Interval]]:
     """Early layers contribute less: skipping an early block costs less, and it adds less to the residual stream."""
     arm, reference = results["headline"]["arm"], results["headline"]["reference"]
-    for twin in results["blocks"]["twins"]:
+    for twin in results.get("blocks", {}).get("twins", ()):
         if twin["arm"] == arm and twin["early"]:
             block, whole = twin["block"], twin["whole"]
             claim = f"skipping block {block} costs {arm} less than {reference} (bits)"

@@ -35,25 +35,24 @@ def _unit(results: Results) -> Callable[[float], str]:
     if per_byte is None or not summary["eval_loss"]["mean"]:
         return lambda difference: "nats a token"
     bits_per_byte = per_byte / summary["eval_loss"]["mean"]  # of a nat a token
-    return lambda difference: f"nats a token ({numbers.number(abs(difference) * bits_per_byte)} bits a byte)"
+    return lambda difference: f"nats a token ({numbers.number(difference * bits_per_byte)} bits a byte)"
 
 
 def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any], unit_of: Callable[[float], str]) -> str:
     """About a statement whose margin is the first arm's loss less the second's."""
-    unit = unit_of(statement["margin"])
+    margin, gap = statement["margin"], margin_of(statement, absolute=True)
+    better, worse = (first, second) if margin < 0 else (second, first)
     if statement["interval"] is None:
-        better, worse = (first, second) if statement["margin"] < 0 else (second, first)
-        gap = margin_of(statement, absolute=True)
+        unit = unit_of(abs(margin))
         return f"{where} the held-out loss of {better} is {gap} {unit} below that of {worse} (one seed)."
     if statement["verdict"] == "undecided":
         return (
             f"{where} it is undecided which predicts better: the held-out loss of {first} less that of {second} is "
-            f"{margin_of(statement, signed=True)} {unit}. {_reach(statement)}{edge(statement)}"
+            f"{margin_of(statement, signed=True)} {unit_of(margin)}. {_reach(statement)}{edge(statement)}"
         )
-    better, worse = (first, second) if statement["margin"] < 0 else (second, first)
     return (
-        f"{where} {better} predicts better than {worse}: its held-out loss is {margin_of(statement, absolute=True)} "
-        f"{unit} lower. {_reach(statement)}{edge(statement)}"
+        f"{where} {better} predicts better than {worse}: its held-out loss is {gap} {unit_of(abs(margin))} lower. "
+        f"{_reach(statement)}{edge(statement)}"
     )
 
 
@@ -68,14 +67,16 @@ def _reach(statement: Mapping[str, Any]) -> str:
 def sweeps(results: Results) -> list[str]:
     """What each arm's sweep chose, and where the best lies at an edge; that all arms share their rates without one."""
     if not results.get("sweep"):
-        return [
-            "Every arm has the same learning rate; with each at its own best rate the comparison may come out "
-            "otherwise."
-        ]
+        return ["No rate was swept; with each arm at its own best rates the comparison may come out otherwise."]
+    seeds = {len(point["losses"]) for choice in results["sweep"].values() for point in choice["tried"]}
+    others = [arm for arm in results["arms"] if arm not in results["sweep"]]
     sentences = [
-        "Each arm has the options that were best for it on two other seeds and on the held-out windows with even "
-        "numbers; its losses here are of the odd ones."
+        f"{', '.join(results['sweep'])}: each has the options that were best for it on {max(seeds)} other "
+        f"{'seed' if max(seeds) == 1 else 'seeds'} and on the held-out windows with even numbers; all losses here are "
+        "of the odd ones."
     ]
+    if others:
+        sentences.append(f"{', '.join(others)}: not swept.")
     for arm, choice in results["sweep"].items():
         best = choice["tried"][choice["best"]]["values"]
         chosen = " and ".join(f"{option} {_value(value)}" for option, value in best.items())
@@ -106,7 +107,8 @@ def cost_columns(results: Results) -> list[str]:
     baseline = results["headline"]["arm"]
     columns = ["Arm", "Parameters", f"FLOPs a token, times {baseline}’s", f"Training time, times {baseline}’s"]
     if _second(results):
-        columns.append(f"Loss on {results['study']['config']['data']['second_source']}, nats a token")
+        texts = {arm["second_source"] for arm in results["arms"].values() if arm["second_source"]}
+        columns.append(f"Loss on {texts.pop() if len(texts) == 1 else 'the second text'}, nats a token")
     return columns
 
 

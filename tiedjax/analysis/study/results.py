@@ -63,6 +63,7 @@ def summarize(
             held_out_losses(runs, study.reference, loss),
         )
         | {"second_eval_loss": interval(held_out_losses(runs, arm, "second_eval_loss").values())}
+        | {"second_source": next(run.config.data.second_source for (a, _), run in runs.items() if a == arm)}
         | ({"hurdles": over_seeds(together["hurdles"]["runs"], arm)} if "hurdles" in together else {})
         | {"overrides": study.arms[arm], "differs_from_reference": differences(study, runs, arm, seeds[0])}
         for arm in study.arms
@@ -163,9 +164,8 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
         )
     model = {arm: run.config.model for (arm, _), run in runs.items()}
     if other := [arm for arm in model if model[arm] != model[study.reference]]:
-        notes.append(
-            f"{', '.join(other)}: has another body than the reference's, and shares the order of the data alone."
-        )
+        names = ", ".join(other)
+        notes.append(f"Not twins of {study.reference} in the body, but in the order of the data alone: {names}.")
     if missing := _missing(study, runs):
         notes.append(f"Not among the results: {', '.join(missing)}.")
     return notes
