@@ -170,7 +170,7 @@ MISUSES = {
     "analyze knn a b --train.lr 3": "unknown option '--train.lr'; tiedjax analyze knn --help lists all",
     "sample": "the following arguments are required: RUN; usage: tiedjax sample RUN [options] "
     "(see tiedjax sample --help)",
-    "sample a --temp 1": "unknown option '--temp'; did you mean '--temperature'?",
+    "sample a --temprature 1": "unknown option '--temprature'; did you mean '--temperature'?",
     "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
     "(see tiedjax report --help)",
 }
@@ -193,7 +193,7 @@ ADDRESSES: dict[str, list[str]] = {
     "data.source of prepared data": ["train", "TINY", "--out", "RUN", "--data.source", "prepared:gs://bucket/data"],
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
-    "run of a sample": ["sample", "gs://bucket/run@400"],
+    "run of a sample": ["sample", "gs://bucket/run"],
     "table": ["analyze", "norms", "gs://bucket/run@400"],
     "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],
