@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import pytest
-from programs import REPOSITORY
+from programs import REPOSITORY, finish, start
 
 from tiedjax import lm
 from tiedjax.config import RunConfig
@@ -165,6 +166,22 @@ def test_the_width_of_an_equal_arm_is_cut_by_the_mesh(tmp_path: Path) -> None:
     run = (REPOSITORY / "configs" / "olmo_1b.yaml").read_text() + "mesh: {tensor: 8}\n"
     plan = loaded(tmp_path, "equal_parameters: {other: mlp}", run)
     assert plan.runs["other", 0].model.d_ff % (8 * 128) == 0
+
+
+def test_a_study_is_loaded_before_a_cluster_is_joined() -> None:
+    """JAX refuses to join one in a process that has made an array."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+from tiedjax.plan import load_study
+load_study({str(REPOSITORY / "configs" / "studies" / "rates.yaml")!r})
+import jax
+jax.distributed.initialize("127.0.0.1:{port}", 1, 0)
+print(jax.process_count())
+"""
+    out, _ = finish(start(["-c", program]), seconds=60)
+    assert out.splitlines()[-1] == "1"
 
 
 def test_too_little_to_make_equal_is_said(tmp_path: Path) -> None:

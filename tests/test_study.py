@@ -11,7 +11,7 @@ import pytest
 from programs import tiedjax
 
 from tiedjax import load_run
-from tiedjax.study import foreseen
+from tiedjax.study import diverged, foreseen
 
 
 def results(study: Path) -> dict[str, Any]:
@@ -160,6 +160,13 @@ def test_each_arm_is_trained_at_its_best_of_the_sweep(place: Path) -> None:
     for run in saved["runs"]:
         metrics = load_run(place / "out" / "runs" / run["name"]).metrics
         assert run["eval_loss"] == metrics["eval_loss_odd"][-1] != metrics["eval_loss_even"][-1]
+
+
+def test_a_run_is_on_record_as_diverged_for_its_own_config_alone(tmp_path: Path) -> None:
+    assert not diverged(tmp_path, {"a": 1})
+    (tmp_path / "diverged.json").write_text(json.dumps({"error": "step 3: the loss is nan", "config": {"a": 1}}))
+    assert diverged(tmp_path, {"a": 1})
+    assert not diverged(tmp_path, {"a": 2})
 
 
 def test_a_study_says_first_what_it_will_write(study_folder: Path) -> None:

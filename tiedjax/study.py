@@ -138,7 +138,7 @@ class _Study:
         words = f"{done} of {len(self._plan.runs)} runs are trained"
         if self._plan.trials and not self._choices:
             tried = sum(
-                is_trained(folder, cfg) or (folder / DIVERGED).exists()
+                is_trained(folder, cfg) or diverged(folder, to_tree(cfg))
                 for key, cfg in self._plan.trials.items()
                 for folder in [self._trial_folder(key)]
             )
@@ -271,7 +271,7 @@ def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[
 def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
     out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
-    if process.main_says((Path(out) / DIVERGED).exists()):
+    if process.main_says(diverged(Path(out), config)):
         return out_of_it
     try:
         outcome = train_run(config, out, until)
@@ -280,12 +280,18 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
     except TrainingError as error:
         process.say(f"{Path(out).name}: {error}; this point is out")
         if process.is_main():
-            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error)}) + "\n")
+            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error), "config": config}) + "\n")
         return out_of_it
     losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
     if losses is None:
         raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
     return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
+
+
+def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config is on record here as one that diverged."""
+    record = folder / DIVERGED
+    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == config
 
 
 def is_trained(folder: Path, cfg: RunConfig) -> bool:
