@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "loss": {"sharding", "lookup", "exp_product"},
     "model": {"config", "sharding", "attention"},
     "muon": {"sharding"},
-    "optimizer": {"config", "muon", "sharding"},
+    "table_rules": {"tying"},
+    "optimizer": {"config", "muon", "sharding", "table_rules", "tying"},
     "host": {"host"},
     "flops": {"config"},
     "checkpoint": set(),
@@ -130,7 +131,7 @@ HOMES: dict[str, set[str]] = {
     "openTSNE": {"analysis/instruments/picture/projection.py"},
     "pydantic": {"config_files.py"},
     "ruamel": {"config_files.py"},
-    "optax": {"muon.py", "optimizer.py", "step.py"},
+    "optax": {"muon.py", "optimizer.py", "step.py", "table_rules.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
 LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}

@@ -13,10 +13,10 @@ from tiedjax.saves import Saves, snapshot_steps
 MIB = 2**20
 
 
-def saves(table_mib: float = 256, **options: Any) -> Saves:
+def saves(table_mib: float = 256, account_mib: float = 0, **options: Any) -> Saves:
     """Of a run whose tables take so much and whose state takes four times that; 400 steps unless said otherwise."""
     train = TrainConfig(**{"steps": 400, "checkpoint_every": 100, "snapshot_every": 80, **options})
-    return Saves.of(train, int(table_mib * MIB), int(4 * table_mib * MIB))
+    return Saves.of(train, int(table_mib * MIB), int(account_mib * MIB), int(4 * table_mib * MIB))
 
 
 def test_the_snapshot_schedule_is_dense_early() -> None:

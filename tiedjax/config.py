@@ -126,11 +126,50 @@ class ModelConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class TyingConfig(_Checked):
-    """How the two tables share parameters, and how much each role's gradient counts."""
+    """How the two tables share parameters, how much each role's gradient counts, and what is kept of their updates."""
 
     scheme: Literal["tied", "untied"] = _option("tied", "one table for both roles, or one for each")
     input_grad_scale: float = _option(1.0, "factor on the table's gradient from its input role", at_least=0)
     output_grad_scale: float = _option(1.0, "factor on the table's gradient from its output role", at_least=0)
+    grad_scale_schedule: Literal["constant", "linear", "cosine", "window"] = _option(
+        "constant",
+        "how the two factors run over the updates: constant; to 1 between grad_scale_from and grad_scale_until, "
+        "linearly or as half a cosine; window: 1 outside of these two",
+    )
+    grad_scale_from: int = _option(
+        1, "the update at which the factors begin to change, or the window's first", at_least=1
+    )
+    grad_scale_until: int | None = _option(
+        None, "the update at which the factors are 1, or the window's last; null: the run's last", at_least=1
+    )
+    input_grad_scale_deciles: tuple[float, ...] | None = _option(
+        None, "ten more factors on the input role's gradient, by token frequency, rarest tenth first; null: none"
+    )
+    output_grad_scale_deciles: tuple[float, ...] | None = _option(
+        None, "ten further factors on the output role's gradient, by token frequency, rarest tenth first; null: none"
+    )
+    output_update_share: float | None = _option(
+        None,
+        "share of the output role in the role updates (of both norms) that a controller holds by a further factor on "
+        "the input role's gradient; null: no controller",
+        above=0,
+        below=1,
+    )
+    account: Literal["auto", "whole", "checked", "rows", "off"] = _option(
+        "auto",
+        "running sums of what each role wrote into a table of both: whole, whole with the output role's kept beside "
+        "the input's, of 2,048 rows, or none; auto: whole below 2^26 numbers, rows above",
+    )
+
+    def _check(self) -> None:
+        for name in ("input_grad_scale_deciles", "output_grad_scale_deciles"):
+            factors = getattr(self, name)
+            if factors is not None and (len(factors) != 10 or any(not 0 <= x < math.inf for x in factors)):
+                raise UserError(f"{name}: must be ten factors of at least 0, got {list(factors)}")
+        if self.grad_scale_until is not None and self.grad_scale_until < self.grad_scale_from:
+            raise UserError(
+                f"grad_scale_until: must be >= grad_scale_from = {self.grad_scale_from}, got {self.grad_scale_until}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +185,16 @@ class BodyOptimizerConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class RoleOptimizerConfig(_Checked):
-    """What updates the table of one role, where it has one of its own."""
+    """What updates the table of one role; where both have one table, its learning rate is that of its part."""
 
-    kind: Literal["adamw", "sgd"] | None = _option(None, "null: optimizer.tables.kind")
-    learning_rate: float | None = _option(None, "peak; null: optimizer.tables.learning_rate", at_least=0)
+    kind: Literal["adamw", "sgd", "coupled", "by_role", "by_role_matched", "by_role_lazy", "lion"] | None = _option(
+        None, "null: optimizer.tables.kind"
+    )
+    learning_rate: float | None = _option(
+        None,
+        "peak; on a shared table, of this role's part of the update; null: optimizer.tables.learning_rate",
+        at_least=0,
+    )
     b2: float | None = _option(None, "null: optimizer.tables.b2", at_least=0, below=1)
     weight_decay: float | None = _option(None, "null: optimizer.tables.weight_decay", at_least=0)
     init_std: float | None = _option(None, "null: optimizer.tables.init_std", above=0)
@@ -159,13 +204,20 @@ class RoleOptimizerConfig(_Checked):
 class TableOptimizerConfig(_Checked):
     """What updates the tables and what they start from: both roles alike, unless one is given its own."""
 
-    kind: Literal["adamw", "sgd"] = _option("adamw", "sgd: the gradient averaged over updates with decay b1")
+    kind: Literal["adamw", "sgd", "coupled", "by_role", "by_role_matched", "by_role_lazy", "lion"] = _option(
+        "adamw",
+        "adamw: one second moment for both roles; coupled: and for all rows (arXiv 2502.08441); by_role: moments of "
+        "each role; by_role_matched: by_role with updates as large as adamw's; by_role_lazy: by_role with the input "
+        "role's rows at rest where the batch lacks them; sgd: the gradient averaged over updates with decay b1; lion: "
+        "sign of such an average (arXiv 2302.06675), without an account",
+    )
     learning_rate: float | None = _option(None, "peak learning rate; null: optimizer.learning_rate", at_least=0)
     b2: float | None = _option(None, "decay of AdamW's second moment; null: optimizer.b2", at_least=0, below=1)
     weight_decay: float | None = _option(None, "decoupled weight decay; null: optimizer.weight_decay", at_least=0)
     init_std: float | None = _option(
         None, "standard deviation of the initial numbers; null: 1 / sqrt(model.d_model)", above=0
     )
+    centered: bool = _option(False, "subtract the mean row after every update (arXiv 2601.02031)")
     input: RoleOptimizerConfig = RoleOptimizerConfig()
     output: RoleOptimizerConfig = RoleOptimizerConfig()
 
@@ -190,8 +242,11 @@ class OptimizerConfig(_Checked):
     weight_decay: float = _option(
         0.1, "decoupled weight decay of matrices and tables (never of norm scales)", at_least=0
     )
-    clip_norm: float | None = _option(
-        1.0, "largest global L2 norm of the gradient, role scales left out; null: no clipping", above=0
+    clip_norm: float | None = _option(1.0, "largest global L2 norm of the gradient; null: no clipping", above=0)
+    clip_by: Literal["raw", "scaled"] = _option(
+        "raw",
+        "whose norm clip_norm limits: the gradient's before role scales, which then leave the body's update alone, or "
+        "with them in it, as in arXiv 2603.26663",
     )
     moments_dtype: Literal["float32", "bfloat16"] = _option(
         "float32",

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from tiedjax import tying
-from tiedjax.config import RunConfig
+from tiedjax.config import ROLES, RunConfig
 from tiedjax.flops import flops_per_token, matmul_parameters
 from tiedjax.saves import Saves
 from tiedjax.text import binary, duration
 
-_MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1}  # arrays beside a parameter
+# Arrays beside a parameter; by_role keeps those of each role.
+_MOMENTS = {"adamw": 2, "muon": 1, "sgd": 1, "coupled": 1, "lion": 1}
+_MOMENTS |= {"by_role": 4, "by_role_matched": 5, "by_role_lazy": 4}
 _UTILISATION = 0.5  # of the rate of one large product, that a step reaches: some 0.5 on CPUs, 0.4 on GPUs
 _OVERHEAD = {True: 0.01, False: 0.001}  # seconds of a step of the smallest model, on a CPU and elsewhere
 _PRODUCT = {"cpu": 1024}  # rows of the square matrices that are timed; elsewhere 8192
@@ -45,7 +47,12 @@ def saves(cfg: RunConfig) -> Saves:
     moments += sum(_MOMENTS[options.tables.of(name).kind] for name in names) * table
     tables = 4 * len(names) * table
     width = 2 if options.moments_dtype == "bfloat16" else 4
-    return Saves.of(cfg.train, tables, tables + 4 * body + width * moments)
+    form, both = tying.follow(cfg), [name for name in names if name not in ROLES]
+    rows = {"off": 0, "rows": tying.SAMPLE_ROWS}.get(form, cfg.model.table_rows)
+    followed = len(both) * min(rows, cfg.model.table_rows) * cfg.model.d_model
+    account = 4 * followed * (2 if form == "checked" else 1)
+    moments += followed if not options.tables.kind.startswith("by_role") else 0
+    return Saves.of(cfg.train, tables, account, tables + 4 * body + width * moments + account)
 
 
 def product_rate() -> float:

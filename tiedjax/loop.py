@@ -131,7 +131,7 @@ def _train(
     checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
-    state, start = _begin(cfg, steps, checkpoints, about)
+    state, start = _begin(cfg, steps, checkpoints, about, counts_2V)
     trace.check(start, last)
     recorded = start > 0
     if recorded:
@@ -150,16 +150,17 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state))
+    saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state.account), _bytes(state))
     rounds = cfg.train.early_snapshots_dtype == "bfloat16"
     if start == 0:
         process.say(f"{label}: {saves}")
-        snapshots.save(0, state.params["tables"], about)
+        snapshots.save(0, _snapshot(state), about)
 
     # ---- Steps ----
     everywhere = partial(jax.device_put, device=steps.replicated)
-    role_scale = everywhere(tying.role_scale(cfg.tying))
-    decile_V = everywhere(frequency_deciles(counts_2V.sum(0)))
+    decile_V = frequency_deciles(counts_2V.sum(0))
+    role_scales = partial(tying.role_scale, cfg.tying, steps=cfg.train.steps, decile_V=decile_V)
+    decile_V, role_scale = everywhere(decile_V), everywhere(role_scales(start + 1))
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if steps.train not in _compiled:
         process.say(f"{label}: compiling the train step ...")
@@ -171,6 +172,8 @@ def _train(
     place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
     on_devices = _one_ahead(map(place, batches.iterate(start)))
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
+        if cfg.tying.grad_scale_schedule != "constant":
+            role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
         with trace.step(step, state), jax.transfer_guard("disallow"):
             state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
@@ -186,9 +189,10 @@ def _train(
             raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if snaps:
             if rounds and saves.snapshots[step]:
-                snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
+                tables = _rounded(state.params["tables"])
+                snapshots.save(step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
             else:
-                snapshots.save(step, state.params["tables"], about)
+                snapshots.save(step, _snapshot(state), about)
         if checks:
             snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
             checkpoints.save(step, state._asdict(), about)
@@ -250,6 +254,11 @@ def _all_finite(state: TrainState) -> jax.Array:
 @jax.jit
 def _rounded(tables: Any) -> Any:
     return jax.tree.map(lambda table: table.astype(jnp.bfloat16), tables)
+
+
+def _snapshot(state: TrainState) -> dict[str, Any]:
+    """What is saved for analysis alone: the tables and, where they have one, their account."""
+    return {"tables": state.params["tables"]} | ({"account": state.account} if state.account else {})
 
 
 def _bytes(tree: Any) -> int:
@@ -314,11 +323,14 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
     write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
-def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any]) -> tuple[TrainState, int]:
+def _begin(
+    cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any], counts_2V: np.ndarray
+) -> tuple[TrainState, int]:
     """The newest checkpoint's state, or a new one; and how many steps it has behind it."""
     saved = checkpoints.steps()
     if not saved:
-        return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
+        key = key_for(jax.random.key(cfg.train.seed), "params")
+        return steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled)), 0
     record = checkpoints.about(saved[-1])
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
         if record[part] != about[part]:

@@ -1,8 +1,9 @@
-"""AdamW and Muon with warmup and cosine decay, built from optax; the update is given the role gradients apart."""
+"""What updates the body and the tables, with warmup and cosine decay, and says which role wrote what."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tiedjax import tying
 from tiedjax.config import ROLES, OptimizerConfig
 from tiedjax.muon import scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
+from tiedjax.table_rules import TableRule, TableState, adam_direction, moment
+from tiedjax.tying import SHARED, Tables
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int, peak: float | None = None) -> optax.Schedule:
@@ -77,19 +81,6 @@ def rules(cfg: OptimizerConfig) -> dict[str, Rule]:
     }
 
 
-def clip_by_loss_gradient(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Multiplies the update by limit / grad_norm where `grad_norm` is above the limit.
-
-    Global-norm clipping, but by a norm that role scales do not enter: they must not change the body's update.
-    """
-
-    def update(updates: Any, state: optax.EmptyState, params: Any = None, *, grad_norm: jax.Array, **_: Any) -> Any:
-        factor = jnp.minimum(1.0, limit / grad_norm)
-        return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
 def scale_by_adam(b1: float, b2: float, eps: float, dtype: str | None) -> optax.GradientTransformation:
     """`optax.scale_by_adam`, bit for bit, but with both moments kept in `dtype` between updates (None: as it does).
 
@@ -97,20 +88,15 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str | None) -> optax.
     XLA would compute it with copies of the old moments, as large as what bfloat16 saves.
     """
 
-    def like(tree: Any, to: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, to)
-
     def init(params: Any) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
         count = optax.safe_increment(state.count)
-        mu = like(optax.tree.update_moment(grads, like(state.mu, grads), b1, 1), state.mu)
-        nu = like(optax.tree.update_moment(grads, like(state.nu, grads), b2, 2), state.nu)
-        mean = optax.tree.bias_correction(like(mu, grads), b1, count)
-        square = optax.tree.bias_correction(like(nu, grads), b2, count)
-        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        mu = jax.tree.map(lambda g, m: moment(g, m, b1, 1), grads, state.mu)
+        nu = jax.tree.map(lambda g, v: moment(g, v, b2, 2), grads, state.nu)
+        updates = jax.tree.map(lambda g, m, v: adam_direction(m, v, b1, b2, eps, count, g.dtype), grads, mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -127,38 +113,144 @@ def scale_by_rates(rates: Mapping[str, optax.Schedule]) -> optax.GradientTransfo
     return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
-def make_optimizer(
-    cfg: OptimizerConfig, steps: int, layout: Layout = ONE_DEVICE
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer over {"tables", "body"}, whose parts are updated by the rules of `rules`.
+class OptimizerState(NamedTuple):
+    """The body's state, and that of each table by its name."""
 
-    `update` takes, beside the gradient of the parameters, `grad_norm`: the norm of the loss's gradient before any role
-    scale, and `role_grads`: `Tables` of the raw [V, D] gradient of each role. No rule has a use for the latter; a
-    transformation in this chain that treats the roles apart needs no other channel.
+    body: Any
+    tables: dict[str, TableState]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What updates {"tables", "body"}, by the rules of `rules`.
+
+    Attributes:
+      cfg: its options.
+      steps: the length of the schedule, in updates.
+      body: of {"body": ...}, without clipping.
+      tables: by name.
     """
+
+    cfg: OptimizerConfig
+    steps: int
+    body: optax.GradientTransformation
+    tables: Mapping[str, TableRule]
+
+    def init(self, params: Mapping[str, Any], rows: tying.Rows | None = None) -> OptimizerState:
+        """The state before the first update of `params`, which may be boxed; `rows` are those that are followed."""
+        tables = {name: rule.init(params["tables"][name], rows) for name, rule in self.tables.items()}
+        return OptimizerState(self.body.init({"body": params["body"]}), tables)
+
+    def update(
+        self,
+        grads: Mapping[str, Any],
+        role_grads: Tables,
+        state: OptimizerState,
+        params: Mapping[str, Any],
+        *,
+        grad_norm: jax.Array,
+        rows: tying.Rows | None = None,
+    ) -> tuple[dict[str, Any], OptimizerState, dict[str, tying.Parts]]:
+        """What to add to `params`, the next state, and what of the tables' update each role wrote.
+
+        `grads` is the gradient of the parameters with the role scales in it, `role_grads` each role's part of that of
+        the tables, {name: gradient} each. Clipping compares `grad_norm` with its limit.
+        """
+        clipped = partial(_clipped, limit=self.cfg.clip_norm, norm=grad_norm)
+        body, body_state = self.body.update({"body": clipped(grads["body"])}, state.body, {"body": params["body"]})
+        tables, states = {}, {}
+        for name, rule in self.tables.items():
+            by_role = Tables(*(clipped(own[name]) for own in role_grads)) if rule.needs_roles else Tables(None, None)
+            direction, states[name] = rule.update(clipped(grads["tables"][name]), by_role, state.tables[name], rows)
+            tables[name] = self._table_update(name, direction, states[name], params["tables"][name])
+        new = OptimizerState(body_state, states)
+        return {"tables": tables, **body}, new, self.parts(new, rows)
+
+    def parts(self, state: OptimizerState, rows: tying.Rows | None) -> dict[str, tying.Parts]:
+        """What each role wrote into each table in the update that led to `state`: nothing without an account.
+
+        With the decay they sum to that update, and with what centring took from the table that it began with.
+        """
+        return {name: self._parts(name, state.tables[name], rows) for name, rule in self.tables.items() if rule.follows}
+
+    def _parts(self, name: str, state: TableState, rows: tying.Rows | None) -> tying.Parts:
+        rule, done = self.tables[name], jnp.maximum(state.updates - 1, 0)
+        directions = rule.parts(state, rows)
+        roles = Tables(
+            *(
+                None if part is None else -self._rate(role if rule.role_rates else name, done) * part
+                for role, part in zip(ROLES, directions.roles, strict=True)
+            )
+        )
+        check = directions.check
+        if check is not None:
+            check = -self._rate("output" if rule.role_rates else name, done) * check
+        if self.cfg.tables.centered:
+            means = Tables(*(None if part is None else jnp.mean(part, axis=0, keepdims=True) for part in roles))
+            roles = Tables(*(None if part is None else part - mean for part, mean in zip(roles, means, strict=True)))
+            check = None if check is None else check - means.output
+        wide = jax.tree.leaves(roles)[0].dtype
+        return tying.Parts(roles, check, self._rate(name, done).astype(wide) * self._weight_decay(name))
+
+    def _table_update(self, name: str, direction: jax.Array, state: TableState, table: jax.Array) -> jax.Array:
+        rule, done, decay = self.tables[name], state.updates - 1, self._weight_decay(name)
+        if rule.role_rates:
+            roles = rule.parts(state, None).roles
+            directed = sum(-self._rate(role, done) * part for role, part in zip(ROLES, roles, strict=True))
+            update = directed - self._rate(name, done).astype(table.dtype) * decay * table
+        else:
+            update = -self._rate(name, done) * (direction + decay * table if decay else direction)
+        if self.cfg.tables.centered:
+            update -= jnp.mean(table + update, axis=0, keepdims=True)
+        return jnp.asarray(update)
+
+    def _rate(self, name: str, done: jax.Array) -> jax.Array:
+        """Of the update after `done`: of a table, or of a role by its name."""
+        part = name if name in ROLES else "tables"
+        return learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done)
+
+    def _weight_decay(self, name: str) -> float:
+        return rules(self.cfg)[name if name in ROLES else "tables"].weight_decay
+
+
+def _clipped(tree: Any, *, limit: float | None, norm: jax.Array) -> Any:
+    """The gradient times limit / norm where the norm is above the limit."""
+    if not limit:
+        return tree
+    factor = jnp.minimum(1.0, limit / norm)
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), tree)
+
+
+def make_optimizer(
+    cfg: OptimizerConfig,
+    steps: int,
+    layout: Layout = ONE_DEVICE,
+    *,
+    tables: Sequence[str] = (SHARED,),
+    follow: tying.Follow = "off",
+) -> Optimizer:
+    """The optimizer over {"tables", "body"}, whose tables have these names; `follow` is the form of the account."""
     dtype = None if cfg.moments_dtype == "float32" else cfg.moments_dtype
     by_part = rules(cfg)
 
-    def direction(kind: str, b2: float) -> optax.GradientTransformation:
-        if kind == "muon":
-            return scale_by_muon(layout, dtype)
-        if kind == "sgd":
-            return optax.ema(cfg.b1, accumulator_dtype=dtype)
-        return scale_by_adam(cfg.b1, b2, cfg.eps, dtype)
+    def table_rule(name: str) -> TableRule:
+        rule = by_part[name if name in ROLES else "tables"]
+        writers = (name,) if name in ROLES else ROLES
+        rates = {by_part[role].learning_rate for role in writers} | {rule.learning_rate}
+        return TableRule(rule.kind, cfg.b1, rule.b2, cfg.eps, dtype, writers, follow, role_rates=len(rates) > 1)
 
-    decays = sorted({rule.weight_decay for rule in by_part.values()} - {0.0})
+    def direction(kind: str) -> optax.GradientTransformation:
+        return scale_by_muon(layout, dtype) if kind == "muon" else scale_by_adam(cfg.b1, cfg.b2, cfg.eps, dtype)
+
+    body = {part: by_part[part] for part in ("matrices", "scales")}
+    decay = body["matrices"].weight_decay
+    kept = partial(_by_part, {part: bool(rule.weight_decay) for part, rule in body.items()})
     chain = [
-        clip_by_loss_gradient(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
-        _transformations(direction, {part: (rule.kind, rule.b2) for part, rule in by_part.items()}),
-        *(
-            optax.add_decayed_weights(
-                decay, partial(_by_part, {part: rule.weight_decay == decay for part, rule in by_part.items()})
-            )
-            for decay in decays
-        ),
-        scale_by_rates({part: learning_rate(cfg, steps, rule.learning_rate) for part, rule in by_part.items()}),
+        _transformations(direction, {part: (rule.kind,) for part, rule in body.items()}),
+        optax.add_decayed_weights(decay, kept) if decay else optax.identity(),
+        scale_by_rates({part: learning_rate(cfg, steps, rule.learning_rate) for part, rule in body.items()}),
     ]
-    return optax.with_extra_args_support(optax.chain(*chain))
+    return Optimizer(cfg, steps, optax.chain(*chain), {name: table_rule(name) for name in tables})
 
 
 def _transformations(

@@ -14,7 +14,7 @@ import numpy as np
 
 from tiedjax import tying
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
-from tiedjax.config import RunConfig
+from tiedjax.config import ROLES, RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
@@ -28,6 +28,21 @@ class RunTables(NamedTuple):
     input: np.ndarray
     output: np.ndarray
     tied: bool
+
+
+class RunAccount(NamedTuple):
+    """Who wrote a table of both roles, up to one step: NumPy float32 [rows, D] each, which sum to the table's rows.
+
+    Attributes:
+      rows: int [rows], ascending: all of the table or those that the run followed.
+      initial: what is left of the initial table.
+      input, output: what the updates of each role wrote and decay has left.
+    """
+
+    rows: np.ndarray
+    initial: np.ndarray
+    input: np.ndarray
+    output: np.ndarray
 
 
 class Run:
@@ -96,10 +111,34 @@ class Run:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
         dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
-        abstract = _without_sharding(abstract_params(self.config)["tables"], dtype)
+        abstract = {"tables": _without_sharding(abstract_params(self.config)["tables"], dtype)}
         saved = jax.tree.map(partial(np.asarray, dtype=np.float32), snapshots.restore(step, abstract))
-        tables = tying.scheme_of(self.config.tying).tables(saved)
+        tables = tying.scheme_of(self.config.tying).tables(saved["tables"])
         return RunTables(tables.input, tables.output, tables.input is tables.output)
+
+    def account(self, step: int | None = None) -> RunAccount:
+        """Who wrote the shared table, up to `step`; by default the last snapshot. UserError where no run kept that."""
+        form = tying.follow(self.config)
+        names = [p.name for p in tying.scheme_of(self.config.tying).parameters if p.name not in ROLES]
+        if form == "off" or len(names) != 1:
+            reason = (
+                "tying.account was off" if names else f"under {self.config.tying.scheme} each role has its own table"
+            )
+            raise UserError(f"{self.path}: has no account of one table: {reason}")
+        step, snapshots = self._choose(step, self._snapshots, "snapshot")
+        sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, self.config.model.table_rows),), np.int32)
+
+        def opened(tables: Any, sample_S: jax.Array) -> Any:
+            return tying.opened(tables, names, form, tying.rows_of(form, self.config.model.table_rows, sample_S))
+
+        abstract = jax.eval_shape(opened, abstract_params(self.config)["tables"], sample)
+        saved: tying.Account = snapshots.restore(step, {"account": _without_sharding(abstract)})["account"]
+        written, kept = saved.written[names[0]], np.exp(np.float64(saved.log_kept[names[0]][0]))
+        rows = np.arange(self.config.model.table_rows) if saved.rows.sample is None else saved.rows.sample
+        table, initial = (tables.input[rows] for tables in (self.tables(step), self.tables(0)))
+        initial = np.asarray(kept * initial, np.float32)
+        output = written.output if form == "checked" else table - initial - written.input
+        return RunAccount(rows, initial, written.input, output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""

@@ -32,19 +32,21 @@ class Saves:
     state_bytes: int
 
     @classmethod
-    def of(cls, train: TrainConfig, table_bytes: int, state_bytes: int) -> Saves:
-        """Of a run whose tables and whose whole state take so many bytes.
+    def of(cls, train: TrainConfig, table_bytes: int, account_bytes: int, state_bytes: int) -> Saves:
+        """Of a run whose tables, their account and its whole state take so many bytes.
 
         Snapshots from `snapshot_every` on lie as many times farther apart as `snapshot_gib` asks for. UserError where
         it cannot hold the early ones and the last.
         """
         limit = None if train.snapshot_gib is None else train.snapshot_gib * 2**30
         most = train.steps // train.snapshot_every + 1  # times as far apart: then none but the early ones and the last
-        fewest = 1 if limit is None else max(1, int(most / max(1, limit // table_bytes)))  # below it is too much
+        fewest = (
+            1 if limit is None else max(1, int(most / max(1, limit // (table_bytes + account_bytes))))
+        )  # below it is too much
         for times in range(min(fewest, most), most + 1):
             planned = snapshot_steps(times * train.snapshot_every, train.steps)
             rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
-            size = table_bytes * len(planned) - table_bytes // 2 * rounded
+            size = (table_bytes + account_bytes) * len(planned) - table_bytes // 2 * rounded
             if limit is None or size <= limit:
                 states = -(-train.steps // (train.checkpoint_every or train.steps))
                 return cls(planned, size, states, min(train.keep_checkpoints, states), state_bytes)

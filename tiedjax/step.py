@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,19 +20,27 @@ from tiedjax import model, sharding, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
 from tiedjax.lm import SummedLoss, init_params, summed_loss
-from tiedjax.optimizer import learning_rate, make_optimizer
+from tiedjax.optimizer import OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import ONE_DEVICE, Layout
 from tiedjax.tying import Tables
 
 DECILES = 10
+HOLD_GAIN = 0.05  # of the controller of the output role's share, in each update: momentum follows within some ten
+MOST_HELD = 1000.0  # its factor, and one over the smallest
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: updates done, {"tables", "body"} in float32, optimizer state."""
+    """What a step reads and writes: updates done, {"tables", "body"} in float32, optimizer state, the account.
+
+    `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
+    holds `tying.output_update_share`, None without it.
+    """
 
     step: jax.Array
     params: dict[str, Any]
-    opt_state: Any
+    opt_state: OptimizerState
+    account: tying.Account | None = None
+    held: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -39,18 +48,21 @@ class Steps:
     """The compiled functions of one config on one mesh, and the shardings of what they take.
 
     Attributes:
-      init: (key) -> TrainState, made in place on the mesh.
+      init: (key, sample_S) -> TrainState, made in place on the mesh; `sample_S` are the rows of an account of a sample
+        of rows, int32 [`sampled`], None for every other.
       train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state.
       evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
+      sampled: how many rows the account has, if it has not all.
       batch: the sharding of tokens and weights.
       replicated: the sharding of role_scale, decile_V and metrics.
     """
 
-    init: Callable[[jax.Array], TrainState]
+    init: Callable[..., TrainState]
     train: jax.stages.Wrapped
     evaluate: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     abstract: TrainState
+    sampled: int | None
     batch: NamedSharding
     replicated: NamedSharding
 
@@ -190,43 +202,99 @@ def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     )
 
 
+def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
+    """The next logarithm of the factor on the input role's gradient after an update with this share of the output's."""
+
+    def odds(x: jax.Array) -> jax.Array:
+        return jnp.log(x) - jnp.log1p(-x)
+
+    most = math.log(MOST_HELD)
+    next_scale = log_scale + HOLD_GAIN * (odds(jnp.clip(share, 1e-3, 1 - 1e-3)) - odds(jnp.asarray(wanted)))
+    return jnp.clip(jnp.where(jnp.isfinite(share), next_scale, log_scale), -most, most)
+
+
 @functools.lru_cache(maxsize=8)
 def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     scheme = tying.scheme_of(cfg.tying)
     layout = sharding.Layout(mesh)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout)
+    names, form = [parameter.name for parameter in scheme.parameters], tying.follow(cfg)
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout, tables=names, follow=form)
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     gradients = loss_and_gradients(cfg, layout)
     evaluation = summed_loss(cfg, layout, z_loss=0.0)
+    followed = [name for name, rule in optimizer.tables.items() if rule.shared and rule.follows]
+    sampled = min(tying.SAMPLE_ROWS, cfg.model.table_rows) if form == "rows" and followed else None
+    wanted_share = cfg.tying.output_update_share
 
-    def init(root: jax.Array) -> TrainState:
+    def init(root: jax.Array, sample_S: jax.Array | None) -> TrainState:
         params = init_params(cfg, root)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
+        account = tying.opened(params["tables"], followed, form, rows)
+        held = None if wanted_share is None else jnp.zeros(())
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params, rows), account, held)
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
         tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
         return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
+    def account_metrics(
+        state: TrainState, raw: Tables, parts: dict[str, tying.Parts], new: TrainState
+    ) -> dict[str, jax.Array]:
+        """What the roles' updates were, and what the last ones did to the loss of this batch."""
+        if not parts:
+            return {}
+        rows = state.account.rows if state.account else None
+        before = optimizer.parts(state.opt_state, rows)
+        change = tying.compromise(raw, before, state.params["tables"], rows)
+        found = {name: jnp.where(state.step > 0, value, jnp.nan) for name, value in change.items()}
+        for name in followed:
+            share = optimizer.tables[name].input_step_share(new.opt_state.tables[name], rows)
+            found |= {} if share is None else {"input_step_share": share}
+        if new.account:
+            found["account_error"] = tying.error(new.account, new.params["tables"])
+        return found
+
     def train(
         state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if state.held is not None:
+            role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
         value, (grads, role_grads, activation_square) = gradients(state.params, tokens_BS, role_scale)
         with jax.named_scope("roles"):
             grad_norm = unscaled_norm(grads, state.params, role_grads)
             about_roles = role_metrics(role_grads, decile_V)
+            # What is only observed is behind barriers: fused with the update it would change the update's last bits.
+            role_grads = jax.lax.optimization_barrier(role_grads)
+            scaled = jax.tree.map(lambda s, g: s.astype(g.dtype) * g, role_scale, role_grads)
+            raw_by_role, scaled_by_role = (scheme.by_role(state.params["tables"], g) for g in (role_grads, scaled))
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(
-                grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=role_grads
+            updates, opt_state, parts = optimizer.update(
+                grads,
+                scaled_by_role,
+                state.opt_state,
+                state.params,
+                grad_norm=grad_norm if cfg.optimizer.clip_by == "raw" else optax.tree.norm(grads),
+                rows=state.account.rows if state.account else None,
             )
             params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("account"):
+            about_updates = tying.update_metrics(parts) if parts else {}
+            account = tying.advanced(state.account, parts) if state.account else None
+            held = state.held
+            if held is not None and wanted_share is not None:
+                about_updates["held_input_scale"] = jnp.exp(held)
+                held = _held(held, about_updates["output_update_share"], wanted_share)
+            new = TrainState(state.step + 1, params, opt_state, account, held)
+            about_updates |= account_metrics(state, raw_by_role, parts, new)
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
             **about_roles,
             "activation_grad_norm": jnp.sqrt(activation_square),
+            **about_updates,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return new, metrics
 
     def evaluate(params: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         with _precision(cfg, layout):
@@ -234,14 +302,17 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 
     # On a CPU the many small draws take twice as long to compile with all that LLVM can do, and run once.
     quick = {"xla_backend_optimization_level": 1} if layout.platform == "cpu" else None
-    boxed = jax.eval_shape(init, jax.random.key(0))
+    sample = None if sampled is None else jax.ShapeDtypeStruct((sampled,), jnp.int32)
+    boxed = jax.eval_shape(init, jax.random.key(0), sample)
     placed, everywhere = sharding.shardings(boxed, mesh), sharding.replicated(mesh)
     batch = sharding.batch_sharding(mesh)
     abstract = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
     )
     return Steps(
-        init=jax.jit(lambda root: nn.unbox(init(root)), out_shardings=placed, compiler_options=quick),
+        init=jax.jit(
+            lambda root, sample_S=None: nn.unbox(init(root, sample_S)), out_shardings=placed, compiler_options=quick
+        ),
         train=jax.jit(
             train,
             donate_argnums=0,
@@ -250,6 +321,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         ),
         evaluate=jax.jit(evaluate, in_shardings=(placed.params, batch, batch), out_shardings=everywhere),
         abstract=abstract,
+        sampled=sampled,
         batch=batch,
         replicated=everywhere,
     )

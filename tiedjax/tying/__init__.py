@@ -1,10 +1,26 @@
-"""Tying: who owns the table parameters, and the exact split of their gradient by role.
+"""Tying: who owns the table parameters, the exact split of their gradient by role, and the account of who wrote them.
 
 Only this room knows tied from untied. Everyone else is given `Tables`, one [V, D] array for each role; under tying
 the two are the same array. `tables` holds the pair, `split` what divides its gradient, `schemes` how it comes from
-parameters.
+parameters, `account` what each role's updates wrote.
 """
 
+from tiedjax.tying.account import (
+    SAMPLE_ROWS,
+    Account,
+    Follow,
+    Parts,
+    Rows,
+    advanced,
+    compromise,
+    error,
+    follow,
+    opened,
+    rows_of,
+    sampled_rows,
+    taken,
+    update_metrics,
+)
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
@@ -19,18 +35,32 @@ from tiedjax.tying.split import role_scale, split_gradient, zero_taps
 from tiedjax.tying.tables import SHARED, Tables, distinct
 
 __all__ = [
+    "SAMPLE_ROWS",
     "SCHEMES",
     "SHARED",
+    "Account",
+    "Follow",
     "Law",
     "Parameter",
+    "Parts",
+    "Rows",
     "Scheme",
     "Tables",
+    "advanced",
+    "compromise",
     "distinct",
+    "error",
+    "follow",
     "init_tables",
+    "opened",
     "refuse_options_of_roles",
     "role_scale",
+    "rows_of",
+    "sampled_rows",
     "scheme_of",
     "split_gradient",
+    "taken",
+    "update_metrics",
     "without_scales",
     "zero_taps",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tiedjax.config import ROLES, RunConfig, TyingConfig
@@ -52,6 +53,13 @@ class Scheme:
     parameters: tuple[Parameter, ...]
     tables: Callable[[Mapping[str, jax.Array]], Tables]
 
+    def by_role(self, params: Mapping[str, jax.Array], role_grads: Tables) -> Tables:
+        """For each role {name: gradient}: what its gradient of the tables [V, D] is to the parameters."""
+        transposed = jax.vjp(self.tables, dict(params))[1]
+        zeros = jax.tree.map(jnp.zeros_like, role_grads)
+        alone = Tables(role_grads._replace(output=zeros.output), role_grads._replace(input=zeros.input))
+        return Tables(*(transposed(each)[0] for each in alone))
+
     @property
     def shares_one_table(self) -> bool:
         """Whether both roles are one and the same array."""
@@ -82,21 +90,48 @@ def scheme_of(cfg: TyingConfig) -> Scheme:
     return SCHEMES[cfg.scheme](cfg)
 
 
+# What a compiled step is given as an argument.
+SCALES = tuple(f.name for f in dataclasses.fields(TyingConfig) if "grad_scale" in f.name)
+
+
 def without_scales(cfg: TyingConfig) -> TyingConfig:
     """What a compiled step depends on: all but the role scales, which it is given as arguments."""
-    return dataclasses.replace(cfg, input_grad_scale=1.0, output_grad_scale=1.0)
+    plain = TyingConfig()
+    return dataclasses.replace(cfg, **{name: getattr(plain, name) for name in SCALES})
 
 
 def refuse_options_of_roles(cfg: RunConfig) -> None:
-    """UserError if the optimizer has options for the table of a role that has no table of its own."""
+    """UserError for options of one role, or of both roles' updates, that the scheme or another option leaves void."""
     own = {parameter.name for parameter in scheme_of(cfg.tying).parameters}
+    both, tables, options = bool(own - set(ROLES)), cfg.optimizer.tables, cfg.tying
     for role in ROLES:
-        for option, value in vars(getattr(cfg.optimizer.tables, role)).items():
-            if value is not None and role not in own:
+        for option, value in vars(getattr(tables, role)).items():
+            if value is not None and role not in own and option != "learning_rate":
                 raise UserError(
-                    f"optimizer.tables.{role}.{option}: the {cfg.tying.scheme} scheme has no table for the {role} role "
+                    f"optimizer.tables.{role}.{option}: the {options.scheme} scheme has no table for the {role} role "
                     f"alone; give optimizer.tables.{option} instead"
                 )
+        scale, by_decile = (getattr(options, f"{role}_grad_scale{end}") for end in ("", "_deciles"))
+        kind = tables.of(role).kind
+        if role in own and kind != "sgd" and (scale not in (0, 1) or by_decile):
+            name, given = (
+                (f"{role}_grad_scale", f"{scale:g}") if scale not in (0, 1) else (f"{role}_grad_scale_deciles", "it")
+            )
+            raise UserError(
+                f"tying.{name}: {given} changes nothing under the {options.scheme} scheme, where {kind} divides each "
+                f"role's gradient by its own size; give optimizer.tables.{role}.learning_rate, or a scale of 0 to "
+                "freeze it"
+            )
+    if options.output_update_share is not None and (not both or options.account == "off"):
+        reason = "tying.account is off" if both else f"the {options.scheme} scheme shares none"
+        raise UserError(f"tying.output_update_share: needs the account of a table of both roles, and {reason}")
+    if both and tables.kind == "lion":
+        rates = [role for role in ROLES if getattr(tables, role).learning_rate is not None]
+        if options.account != "off" or rates:
+            raise UserError(
+                "optimizer.tables.kind: lion's update is the sign of a sum, of which no role has a bounded part; set "
+                "tying.account off and give the roles no learning rates, or take another kind"
+            )
 
 
 def init_tables(scheme: Scheme, root: jax.Array, shape: tuple[int, int], law: Callable[[str], Law]) -> dict[str, Any]:

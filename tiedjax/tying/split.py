@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tiedjax.config import TyingConfig
 from tiedjax.tying.tables import Tables
 
 
-def role_scale(cfg: TyingConfig) -> Tables:
-    """The factors on the two role gradients, as float32 scalars."""
-    return Tables(jnp.float32(cfg.input_grad_scale), jnp.float32(cfg.output_grad_scale))
+def role_scale(cfg: TyingConfig, update: int = 1, steps: int = 1, decile_V: np.ndarray | None = None) -> Tables:
+    """The factors on the two role gradients in an update (the first is 1) of a run of so many, as float32 scalars.
+
+    Where a role has factors by frequency they are [V, 1], by `decile_V`: 0 (rarest) to 9, -1 for a factor of 1.
+    """
+    last = cfg.grad_scale_until or steps
+    done = min(max((update - cfg.grad_scale_from) / max(last - cfg.grad_scale_from, 1), 0.0), 1.0)
+    weight = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "window": float(cfg.grad_scale_from <= update <= last),
+    }[cfg.grad_scale_schedule]
+
+    def of(factor: float, by_decile: tuple[float, ...] | None) -> np.ndarray:
+        full: Any = factor
+        if by_decile is not None:
+            assert decile_V is not None
+            full = factor * np.where(decile_V < 0, 1.0, np.array(by_decile)[decile_V])[:, None]
+        return np.asarray(1 + (full - 1) * weight if weight < 1 else full, np.float32)
+
+    return Tables(
+        of(cfg.input_grad_scale, cfg.input_grad_scale_deciles),
+        of(cfg.output_grad_scale, cfg.output_grad_scale_deciles),
+    )
 
 
 def zero_taps(tables: Tables) -> Tables:

@@ -1,0 +1,289 @@
+"""What updates a table, and which part of each update each role wrote.
+
+Where both roles write one table, a rule with one second moment for both is linear in the role gradients given that
+moment, so that its update is the sum of a part of each role: the first moment of a role's gradient in place of the
+whole one's. A rule with moments of each role has its two parts to begin with. Parts are directions: the learning rate,
+decay and centring are the optimizer's.
+
+Axes: V rows of the table, D its width, S the rows that are followed (all of them, or a sample), R the check rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from tiedjax.tying import Follow, Parts, Rows, Tables, taken
+
+
+class TableState(NamedTuple):
+    """The moments of one table; what a rule does not need is None.
+
+    Attributes:
+      updates: updates done.
+      mu, nu: first and second moment of the gradient, [V, D]; coupled: nu is [D]. None where each role has its own.
+      role_mu: `Tables` of the first moment of each role: the input's of the rows that are followed, the output's of
+        the check rows, or both of all rows.
+      role_nu: `Tables` of the second moment of each role, [V, D].
+      input_square: [S], the input role's part of the sum of nu over each row: the average of g_input * g.
+      matched: by how much the sum of both parts was multiplied in the last update.
+      row_updates: [V], how often each row was in a batch's input; `present`: [V], whether it was in the last one's.
+    """
+
+    updates: jax.Array
+    mu: Any = None
+    nu: Any = None
+    role_mu: Tables = Tables(None, None)
+    role_nu: Tables = Tables(None, None)
+    input_square: Any = None
+    matched: Any = None
+    row_updates: Any = None
+    present: Any = None
+
+
+def moment(gradient: jax.Array, old: jax.Array, decay: float, order: int) -> jax.Array:
+    """The exponential average of the gradient to the power of `order`, in the dtype that it is kept in."""
+    average: jax.Array = optax.tree.update_moment(gradient, old.astype(gradient.dtype), decay, order)
+    return average.astype(old.dtype)
+
+
+def adam_direction(
+    mu: jax.Array, nu: jax.Array, b1: float, b2: float, eps: float, updates: Any, dtype: Any
+) -> jax.Array:
+    """mean / (sqrt(square) + eps) of bias-corrected moments, computed in `dtype`."""
+    mean = optax.tree.bias_correction(mu.astype(dtype), b1, updates)
+    square = optax.tree.bias_correction(nu.astype(dtype), b2, updates)
+    direction: jax.Array = mean / (jnp.sqrt(square) + eps)
+    return direction
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """One table's rule.
+
+    Attributes:
+      kind: as in `TableOptimizerConfig`.
+      dtype: in which moments are kept between updates; None: that of the table.
+      writers: the roles that write the table.
+      follow: which rows' parts are wanted, where both roles write it.
+      role_rates: whether the roles' parts are given learning rates of their own.
+    """
+
+    kind: str
+    b1: float
+    b2: float
+    eps: float
+    dtype: str | None
+    writers: tuple[str, ...]
+    follow: Follow
+    role_rates: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether both roles write the table."""
+        return len(self.writers) > 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether the roles' parts can be told, and are wanted."""
+        return self.follow != "off"
+
+    @property
+    def needs_roles(self) -> bool:
+        """Whether an update depends on the gradient of each role."""
+        return self.apart or (self.shared and (self.follows or self.role_rates))
+
+    @property
+    def apart(self) -> bool:
+        """Whether each role has whole moments of its own."""
+        return self.kind.startswith("by_role") and (self.shared or self._lazy)
+
+    @property
+    def _lazy(self) -> bool:
+        return self.kind == "by_role_lazy" and "input" in self.writers
+
+    @property
+    def _whole_input(self) -> bool:
+        return self.shared and (self.role_rates or self.follow in ("whole", "checked"))
+
+    @property
+    def _both(self) -> bool:
+        """Whether the first moment is kept as the sum of those of the roles."""
+        return self.shared and self.follow == "checked" and not self.apart
+
+    def init(self, table: Any, rows: Rows | None) -> TableState:
+        """The state before the first update; `table` may be boxed with its logical axes, which moments then have."""
+
+        def zeros(of: Any = None) -> Any:
+            return _zeros(table, self.dtype, of)
+
+        updates = jnp.zeros((), jnp.int32)
+        if self.apart:
+            own = Tables(*(zeros() if role in self.writers else None for role in Tables._fields))
+            matched = self.kind == "by_role_matched"
+            return TableState(
+                updates,
+                nu=zeros() if matched else None,
+                role_mu=own,
+                role_nu=own,
+                matched=jnp.ones(()) if matched else None,
+                row_updates=_rows_of(table, jnp.int32) if self._lazy else None,
+                present=_rows_of(table, jnp.bool_) if self._lazy else None,
+            )
+        nu = {"sgd": None, "lion": None, "coupled": zeros("rows")}.get(self.kind, zeros())
+        follows = self.shared and self.follow != "off" and rows is not None
+        role_input = zeros() if self._whole_input else zeros(rows.sample) if follows and rows else None
+        role_output = (zeros() if self._both else zeros(rows.check)) if follows and rows else None
+        return TableState(
+            updates,
+            mu=None if self._both else zeros(),
+            nu=nu,
+            role_mu=Tables(role_input, role_output),
+            input_square=_rows_of(table, None, rows.sample) if follows and rows and nu is not None else None,
+        )
+
+    def update(
+        self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
+    ) -> tuple[jax.Array, TableState]:
+        """The direction [V, D] of an update by `gradient` [V, D], the sum of those of `by_role`, and the next state."""
+        updates = optax.safe_increment(state.updates)
+        if self.kind == "lion":
+            ahead = moment(gradient, state.mu.astype(gradient.dtype), self.b1, 1)
+            return jnp.sign(ahead), TableState(updates, moment(gradient, state.mu, self.b2, 1))
+        after = self._update_apart if self.apart else self._update_together
+        state = after(gradient, by_role, state._replace(updates=updates), rows)
+        return self._direction(state), state
+
+    def parts(self, state: TableState, rows: Rows | None) -> Parts:
+        """What the roles have in the update that led to this state: directions that sum to its own, row by row.
+
+        Of a table of both roles these must be followed, or have rates of their own.
+        """
+        if not self.shared:
+            whole = self._direction(state)
+            return Parts(Tables(*(whole if role in self.writers else None for role in Tables._fields)))
+        sample, check, _ = rows or Rows(None, None, None)
+        if self.apart:
+            by_role = self._apart(state)
+            own = by_role.output if self.follow == "checked" else taken(by_role.output, check)
+            return Parts(Tables(*(taken(part, sample) for part in by_role)), own)
+        nu, mu = state.nu, state.role_mu
+
+        def of_rows(kept: Any) -> Any:
+            return taken(nu, kept) if nu is not None and nu.ndim > 1 else nu
+
+        mu_input_S = taken(mu.input, sample) if self._whole_input else mu.input
+        from_input = self._of(mu_input_S, of_rows(sample), state.updates)
+        if self._both:
+            from_output = self._of(mu.output, of_rows(sample), state.updates)
+            return Parts(Tables(from_input, from_output), from_output)
+        from_output = self._of(taken(state.mu, sample), of_rows(sample), state.updates) - from_input
+        own = None if mu.output is None or rows is None else self._of(mu.output, of_rows(check), state.updates)
+        return Parts(Tables(from_input, from_output), own)
+
+    def input_step_share(self, state: TableState, rows: Rows | None) -> jax.Array | None:
+        """The input role's share of the second moment, which sets the size of steps; None where it has none."""
+        if state.input_square is None or rows is None:
+            return None
+        nu = state.nu.astype(state.input_square.dtype)
+        size = len(state.input_square) * jnp.sum(nu) if nu.ndim == 1 else jnp.sum(taken(nu, rows.sample))
+        return jnp.sum(state.input_square) / size
+
+    def _direction(self, state: TableState) -> jax.Array:
+        if self.apart:
+            both = [part for part in self._apart(state) if part is not None]
+            total: jax.Array = sum(both[1:], both[0])
+            return total
+        mu = state.role_mu.input + state.role_mu.output if self._both else state.mu
+        return self._of(mu, state.nu, state.updates)
+
+    def _of(self, mu: jax.Array, nu: Any, updates: jax.Array) -> jax.Array:
+        """The direction of a first moment; the rows of `nu` are those of `mu`, or it is one row for all, or None."""
+        wide = jnp.promote_types(mu.dtype, jnp.float32)
+        updates = jnp.maximum(updates, 1)  # before the first update moments are 0, and so must be what they give
+        if nu is None:
+            mean: jax.Array = optax.tree.bias_correction(mu.astype(wide), self.b1, updates)
+            return mean
+        nu = nu[None] if nu.ndim < mu.ndim else nu
+        return adam_direction(mu, nu, self.b1, self.b2, self.eps, updates, wide)
+
+    def _update_together(
+        self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
+    ) -> TableState:
+        sample, check, _ = rows or Rows(None, None, None)
+        kept = Tables(None if self._whole_input else sample, None if self._both else check)
+        role_mu = Tables(
+            *(
+                None if old is None else moment(taken(g, those), old, self.b1, 1)
+                for old, g, those in zip(state.role_mu, by_role, kept, strict=True)
+            )
+        )
+        nu = state.nu
+        if self.kind == "coupled":
+            nu = moment(jnp.mean(jnp.square(gradient), axis=0), nu, self.b2, 1)
+        elif nu is not None:
+            nu = moment(gradient, nu, self.b2, 2)
+        square = state.input_square
+        if square is not None:
+            product_SD = taken(by_role.input, sample) * taken(gradient, sample)
+            square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
+        mu = None if self._both else moment(gradient, state.mu, self.b1, 1)
+        return TableState(state.updates, mu, nu, role_mu, input_square=square)
+
+    def _update_apart(self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None) -> TableState:
+        role_mu: dict[str, Any] = dict.fromkeys(Tables._fields)
+        role_nu: dict[str, Any] = dict.fromkeys(Tables._fields)
+        for role in self.writers:
+            g, mu, nu = getattr(by_role, role), getattr(state.role_mu, role), getattr(state.role_nu, role)
+            role_mu[role], role_nu[role] = moment(g, mu, self.b1, 1), moment(g, nu, self.b2, 2)
+            if self._lazy and role == "input":
+                present_V = jnp.any(g != 0, axis=-1)
+                role_mu[role], role_nu[role] = (
+                    jnp.where(present_V[:, None], now, before)
+                    for now, before in [(role_mu[role], mu), (role_nu[role], nu)]
+                )
+                state = state._replace(present=present_V, row_updates=state.row_updates + present_V)
+        state = state._replace(role_mu=Tables(**role_mu), role_nu=Tables(**role_nu))
+        if self.kind != "by_role_matched":
+            return state
+        nu = moment(gradient, state.nu, self.b2, 2)
+        together = self._of(state.role_mu.input + state.role_mu.output, nu, state.updates)
+        size = jnp.linalg.norm(sum(self._apart(state._replace(matched=None))))
+        matched = jnp.where(size > 0, jnp.linalg.norm(together) / jnp.where(size > 0, size, 1), 1)
+        return state._replace(nu=nu, matched=matched.astype(state.matched.dtype))
+
+    def _apart(self, state: TableState) -> Tables:
+        """The direction of each role's own moments; None for a role that does not write the table."""
+        parts: dict[str, Any] = dict.fromkeys(Tables._fields)
+        for role in self.writers:
+            lazy = self._lazy and role == "input"
+            updates = state.row_updates[:, None] if lazy else state.updates
+            part = self._of(getattr(state.role_mu, role), getattr(state.role_nu, role), updates)
+            part = jnp.where(state.present[:, None], part, 0) if lazy else part
+            parts[role] = part if state.matched is None else state.matched.astype(part.dtype) * part
+        return Tables(**parts)
+
+
+def _zeros(table: Any, dtype: str | None, rows: Any = None) -> Any:
+    """Zeros like the table; of these rows alone; or ("rows") of one row for all, [D]."""
+    if isinstance(table, nn.LogicallyPartitioned):
+        axes = table.names
+        names = axes if rows is None else axes[1:] if isinstance(rows, str) else (None, *axes[1:])
+        return nn.LogicallyPartitioned(_zeros(table.value, dtype, rows), names=names)
+    if isinstance(rows, str):
+        return jnp.zeros(table.shape[1:], dtype or table.dtype)
+    shape = table.shape if rows is None else (len(rows), *table.shape[1:])
+    return jnp.zeros(shape, dtype or table.dtype)
+
+
+def _rows_of(table: Any, dtype: Any, rows: Any = None) -> Any:
+    """Zeros, one for each row of the table or for each of these, in `dtype` (None: the table's)."""
+    if isinstance(table, nn.LogicallyPartitioned):
+        names = (table.names[0] if rows is None else None,)
+        return nn.LogicallyPartitioned(_rows_of(table.value, dtype, rows), names=names)
+    return jnp.zeros(len(table) if rows is None else len(rows), dtype or table.dtype)

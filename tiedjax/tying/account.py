@@ -1,0 +1,230 @@
+"""The account: what each role's updates wrote into a table that both write, and what they did to the next batch's loss.
+
+An optimizer says which part of every update is whose (`parts`); their running sums, decayed as the table is, are C:
+
+    E_t = A_t E_0 + C_input,t + C_output,t        A_t: the product of all (1 - rate * weight decay)
+
+Exact on the trajectory that was run, whatever clipping, schedule and row scales were: an account, not a cause, since
+both roles decide the gradients and the second moment. C_output is the rest where only C_input is kept; of the check
+rows both are, and what (1) misses there is the account's error.
+
+Axes: V rows of a table, D its width, S the rows that are followed (all of them, or a sample), R the check rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax.config import ROLES, RunConfig
+from tiedjax.errors import UserError
+from tiedjax.tying.tables import Tables
+
+Follow = Literal["off", "rows", "whole", "checked"]
+
+WHOLE_BELOW = 2**26  # numbers of a table
+SAMPLE_ROWS = 2048
+CHECK_ROWS = 16
+MOST_FREQUENT = 256
+
+
+class Rows(NamedTuple):
+    """The rows that are followed.
+
+    Attributes:
+      sample: [S] of a table, None where all are.
+      check: [R] of a table, where what the output role wrote is known by itself and not as the rest.
+      places: [R], where those are among the rows that are followed.
+    """
+
+    sample: Any
+    check: Any
+    places: Any
+
+
+class Parts(NamedTuple):
+    """What the roles wrote into one table in an update.
+
+    Attributes:
+      roles: `Tables` of [S, D]; of a table that one role writes, the other's is None.
+      check: [R, D], what the output role wrote by its own moment, or [V, D] where it is not the rest anywhere.
+      decay: which part of the table the update took away, rate * weight decay.
+    """
+
+    roles: Tables
+    check: Any = None
+    decay: Any = None
+
+
+class Account(NamedTuple):
+    """The running sums, by the name of each table that both roles write.
+
+    Attributes:
+      rows: the rows that are followed.
+      written: {name: `Tables` of C}: the input role's [S, D], the output role's as `Parts.check`.
+      initial: {name: E_0 of the check rows}.
+      log_kept: {name: [2]}, the logarithm of A_t, and what is to be taken off the next addition to it.
+    """
+
+    rows: Rows
+    written: dict[str, Tables]
+    initial: dict[str, Any]
+    log_kept: dict[str, Any]
+
+
+def follow(cfg: RunConfig) -> Follow:
+    """The form that a run's account has."""
+    form = cfg.tying.account
+    if form == "auto":
+        # A mean row is that of all rows: centring needs what was written into each.
+        small = cfg.model.table_rows * cfg.model.d_model < WHOLE_BELOW or cfg.optimizer.tables.centered
+        return "whole" if small else "rows"
+    if form == "rows" and cfg.optimizer.tables.centered:
+        raise UserError(
+            "tying.account: rows cannot be followed with optimizer.tables.centered, whose mean is that of all rows; "
+            "set it to whole or off"
+        )
+    return form
+
+
+def sampled_rows(counts_V: np.ndarray, rows: int = SAMPLE_ROWS) -> np.ndarray:
+    """int32, ascending: the `MOST_FREQUENT` tokens, and of the others as many of each tenth by frequency.
+
+    Tokens that never occur are the rarest.
+    """
+    order = np.argsort(-np.asarray(counts_V), kind="stable")
+    often, others = order[:MOST_FREQUENT], order[MOST_FREQUENT:]
+    places = np.linspace(0, len(others) - 1, min(rows - len(often), len(others))).round().astype(int)
+    return np.sort(np.concatenate([often, others[places]])).astype(np.int32)
+
+
+def rows_of(form: Follow, table_rows: int, sample: Any = None) -> Rows | None:
+    """The rows of an account of this form; `sample` are those of the form "rows"."""
+    if form == "off":
+        return None
+    if form == "rows":
+        places = np.linspace(0, len(sample) - 1, CHECK_ROWS).round().astype(np.int32)
+        return Rows(jnp.asarray(sample), jnp.asarray(sample)[places], jnp.asarray(places))
+    check = jnp.asarray(np.unique(np.linspace(0, table_rows - 1, CHECK_ROWS).round().astype(np.int32)))
+    return Rows(None, check, check)
+
+
+def opened(tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None) -> Account | None:
+    """The account before the first update of those of these tables that have the names.
+
+    Tables may be boxed with their logical axes, which the sums then have. None where nothing is followed.
+    """
+    names = tuple(names)
+    if rows is None or not names:
+        return None
+
+    def zeros(name: str, kept: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, taken(tables[name], kept))
+
+    check = None if form == "checked" else rows.check
+    return Account(
+        rows,
+        {name: Tables(zeros(name, rows.sample), zeros(name, check)) for name in names},
+        {name: taken(tables[name], rows.check) for name in names},
+        {name: jnp.zeros(2, jax.tree.leaves(tables[name])[0].dtype) for name in names},
+    )
+
+
+def taken(table: Any, rows: Any) -> Any:
+    """These rows of an array (None: all), which may be boxed with its logical axes."""
+    if rows is None:
+        return table
+    if isinstance(table, nn.LogicallyPartitioned):
+        return nn.LogicallyPartitioned(table.value[rows], names=(None, *table.names[1:]))
+    return table[rows]
+
+
+def advanced(account: Account, parts: Mapping[str, Parts]) -> Account:
+    """The account after an update that consisted of `parts`."""
+    written, log_kept = {}, {}
+    for name, sums in account.written.items():
+        part = parts[name]
+        new = Tables(part.roles.input, part.check)
+        written[name] = Tables(*(C + (D - part.decay * C) for C, D in zip(sums, new, strict=True)))
+        # A sum of very many small numbers: what each addition loses is taken off the next (Kahan).
+        total, lost = account.log_kept[name]
+        step = jnp.log1p(-part.decay).astype(total.dtype) - lost
+        log_kept[name] = jnp.stack([total + step, (total + step - total) - step])
+    return account._replace(written=written, log_kept=log_kept)
+
+
+def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
+    """||E - A E_0 - C_input - C_output|| / ||E|| over the check rows of all tables that both roles write."""
+    missed, size = [], []
+    for name, sums in account.written.items():
+        E_RD = tables[name][account.rows.check]
+        own = sums.output if len(sums.output) == len(E_RD) else sums.output[account.rows.check]
+        kept = jnp.exp(account.log_kept[name][0])
+        rest_RD = E_RD - kept * account.initial[name] - sums.input[account.rows.places] - own
+        missed.append(jnp.sum(jnp.square(rest_RD)))
+        size.append(jnp.sum(jnp.square(E_RD)))
+    return jnp.sqrt(sum(missed) / sum(size))
+
+
+def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
+    """Norms and share of what the two roles wrote in an update, and the cosine of that where they wrote one table.
+
+    The share is output / (input + output).
+    """
+    square = dict.fromkeys(ROLES, jnp.zeros(()))
+    product = jnp.zeros(())
+    for part in parts.values():
+        for role in ROLES:
+            if (own := getattr(part.roles, role)) is not None:
+                square[role] += jnp.sum(jnp.square(own))
+        if _of_both(part):
+            product += jnp.sum(part.roles.input * part.roles.output)
+    norm = {role: jnp.sqrt(value) for role, value in square.items()}
+    metrics = {
+        "input_update_norm": norm["input"],
+        "output_update_norm": norm["output"],
+        "output_update_share": norm["output"] / (norm["input"] + norm["output"]),
+    }
+    if any(_of_both(part) for part in parts.values()):
+        metrics["role_update_cosine"] = product / (norm["input"] * norm["output"])
+    return metrics
+
+
+def compromise(
+    role_grads: Tables, parts: Mapping[str, Parts], tables: Mapping[str, jax.Array], rows: Rows | None
+) -> dict[str, jax.Array]:
+    """What the last update did to this batch's loss through the tables, to first order, in nats.
+
+    `role_grads` has for each role the gradient of the mean loss with respect to {name: table}, before any scale;
+    `parts` are those of the last update, `tables` what it made of them. m_A_B is <G_A, D_B>: through the use that role
+    A makes of a table, of what role B wrote. The columns of that matrix are summed as `input_loss_change` and
+    `output_loss_change`; beside them the change by decay.
+    """
+    matrix = {(reader, writer): jnp.zeros(()) for reader in ROLES for writer in ROLES}
+    decayed = jnp.zeros(())
+    for name, part in parts.items():
+        followed = rows.sample if rows is not None and _of_both(part) else None
+        written = [own for own in part.roles if own is not None]
+        before_SD = (taken(tables[name], followed) - sum(written[1:], written[0])) / (1 - part.decay)
+        for reader in ROLES:
+            G_SD = taken(getattr(role_grads, reader)[name], followed)
+            for writer in ROLES:
+                if (own := getattr(part.roles, writer)) is not None:
+                    matrix[reader, writer] += jnp.sum(G_SD * own)
+            decayed -= part.decay * jnp.sum(G_SD * before_SD)
+    short = {"input": "in", "output": "out"}
+    return {
+        **{f"m_{short[reader]}_{short[writer]}": value for (reader, writer), value in matrix.items()},
+        "input_loss_change": matrix["input", "input"] + matrix["output", "input"],
+        "output_loss_change": matrix["input", "output"] + matrix["output", "output"],
+        "decay_loss_change": decayed,
+    }
+
+
+def _of_both(part: Parts) -> bool:
+    return all(own is not None for own in part.roles)
