@@ -2,9 +2,10 @@
 
 Only this room knows tied from untied. Everyone else is given `Tables`, one [V, D] array for each role; under tying
 the two are the same array. `tables` holds the pair, `split` what divides its gradient, `schemes` how it comes from
-parameters.
+parameters, `anatomy` what the output role's gradient is made of.
 """
 
+from tiedjax.tying.anatomy import common_mode, pull_and_push
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
@@ -25,8 +26,10 @@ __all__ = [
     "Parameter",
     "Scheme",
     "Tables",
+    "common_mode",
     "distinct",
     "init_tables",
+    "pull_and_push",
     "refuse_options_of_roles",
     "role_scale",
     "scheme_of",
