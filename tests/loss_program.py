@@ -26,11 +26,20 @@ def inputs() -> tuple[Any, ...]:
     return rng.standard_normal((B, T, D)), rng.standard_normal((V, D)), targets_BT, rng.random((B, T))
 
 
-def plain(h_BTD: Any, U_VD: Any, targets_BT: Any, weights_BT: Any, z_loss: float, soft_cap: float | None) -> Any:
+def plain(
+    h_BTD: Any,
+    U_VD: Any,
+    targets_BT: Any,
+    weights_BT: Any,
+    z_loss: float,
+    soft_cap: float | None,
+    bias_V: Any = 0.0,
+) -> Any:
     """The definition, left to automatic differentiation."""
     logits_BTV = jnp.einsum("btd,vd->btv", h_BTD, U_VD)
     if soft_cap is not None:
         logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    logits_BTV += jnp.broadcast_to(bias_V, logits_BTV.shape)
     log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     one_hot_BTV = jax.nn.one_hot(targets_BT, V, dtype=logits_BTV.dtype)
     loss_BT = log_sum_BT - (logits_BTV * one_hot_BTV).sum(-1) + z_loss * log_sum_BT**2
@@ -97,6 +106,29 @@ def agreement_of_powers(dtype: Any) -> dict[str, float]:
     return found
 
 
+def agreement_of_bias(dtype: Any) -> dict[str, float]:
+    """With a bias, and its gradient too: rows, bias and its gradient are cut over `tensor` alike."""
+    arrays, bias_V = inputs(), np.random.default_rng(1).standard_normal(V)
+    found, place = {}, lambda layout, *axes: jax.NamedSharding(layout.mesh, partition_spec(axes))
+    for z_loss, soft_cap in [(0.0, None), (0.1, 2.0)]:
+        options = {"z_loss": z_loss, "soft_cap": soft_cap}
+        definition = lambda h, U, bias, options=options: plain(h, U, *arrays[2:], **options, bias_V=bias)
+        wanted = jax.value_and_grad(definition, argnums=(0, 1, 2))(*arrays[:2], bias_V)
+        for shape in MESHES:
+            layout = Layout(make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])))
+
+            def total(h_BTD: Any, U_VD: Any, bias_V: Any, layout: Layout = layout, options: Any = options) -> Any:
+                return cross_entropy(h_BTD, U_VD, *arrays[2:], bias_V=bias_V, chunk=5, layout=layout, **options)[0]
+
+            states, table = place(layout, "batch", None, None), place(layout, "vocab", "embed")
+            run = jax.jit(
+                jax.value_and_grad(total, argnums=(0, 1, 2)), in_shardings=(states, table, place(layout, "vocab"))
+            )
+            got = run(*(array.astype(dtype) for array in (*arrays[:2], bias_V)))
+            found[f"{shape} z {z_loss} cap {soft_cap}"] = worst(got, wanted)
+    return found
+
+
 COLLECTIVE = re.compile(r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
 
 
@@ -123,5 +155,6 @@ if __name__ == "__main__":
     results["collectives"] = {str(shape): collectives(shape) for shape in MESHES}
     with jax.enable_x64(True):
         results["float64"] = agreement(np.float64)
+        results["bias"] = agreement_of_bias(np.float64)
         results["powers"] = agreement_of_powers(np.float64)
     print(json.dumps(results))

@@ -68,5 +68,23 @@ def of_muon() -> dict[str, float]:
     return results | {"scanned (1, 8, 1)": largest_difference(scanned, (1, 8, 1))}
 
 
+def of_anatomy() -> dict[str, float]:
+    """What `observe` says of a start, relative to one device."""
+    cfg = small_config(layers=1, data=DataConfig(batch_size=16, microbatches=2))
+
+    def observed(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        steps = step.make_steps(cfg, sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])))
+        params = steps.init(jax.random.key(0)).params
+        return dict(jax.device_get(steps.observe(params, random_tokens(cfg), params["body"])))
+
+    one, results = observed((1, 1, 1)), {}
+    for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+        many = observed(shape)
+        assert len(one) == len(many) == 7
+        results[str(shape)] = max(float(abs(many[name] / one[name] - 1)) for name in one)
+    return results
+
+
 if __name__ == "__main__":
-    print(json.dumps(of_muon() if sys.argv[1] == "muon" else of_scheme(sys.argv[1])))
+    others = {"muon": of_muon, "anatomy": of_anatomy}
+    print(json.dumps(others[sys.argv[1]]() if sys.argv[1] in others else of_scheme(sys.argv[1])))

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "flops": {"config"},
     "checkpoint": set(),
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
-    "step": {"config", "tying", "model", "loss", "optimizer", "sharding", "lm"},
+    "step": {"config", "tying", "model", "lookup", "loss", "optimizer", "sharding", "lm"},
     "run": {"config", "config_files", "tying", "model", "checkpoint", "lm"},
     "data": {"config", "data"},
     "sample": {"config", "tying", "model", "lookup", "run", "data"},

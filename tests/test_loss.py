@@ -19,19 +19,29 @@ from tiedjax.sharding import Layout
 
 
 def oracle(
-    h_BTD: Any, U_VD: Any, targets_BT: Any, weights_BT: Any, z_loss: float = 0.0, soft_cap: float | None = None
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """(loss, gradient of h, gradient of U) by SciPy in float64, written down by hand."""
+    h_BTD: Any,
+    U_VD: Any,
+    targets_BT: Any,
+    weights_BT: Any,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
+    bias_V: Any = None,
+) -> tuple[Any, ...]:
+    """(loss, gradient of h, gradient of U and, if there is one, of the bias) by SciPy in float64, by hand."""
     h, U = np.asarray(h_BTD, np.float64), np.asarray(U_VD, np.float64)
     raw = h @ U.T
     logits = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
     slope = 1.0 if soft_cap is None else 1 - (logits / soft_cap) ** 2
+    logits = logits if bias_V is None else logits + np.asarray(bias_V, np.float64)
     log_p, log_sum = scipy.special.log_softmax(logits, -1), scipy.special.logsumexp(logits, -1)
     weights = np.where(targets_BT >= 0, weights_BT, 0)
     picked = np.take_along_axis(log_p, np.maximum(targets_BT, 0)[..., None], -1)[..., 0]
     residual = np.exp(log_p) * (1 + 2 * z_loss * log_sum[..., None]) - np.eye(len(U))[targets_BT]
-    residual *= weights[..., None] * slope
-    return np.sum(weights * (z_loss * log_sum**2 - picked)), residual @ U, np.einsum("btv,btd->vd", residual, h)
+    residual *= weights[..., None]
+    of_bias = [] if bias_V is None else [residual.sum((0, 1))]
+    residual *= slope
+    loss = np.sum(weights * (z_loss * log_sum**2 - picked))
+    return loss, residual @ U, np.einsum("btv,btd->vd", residual, h), *of_bias
 
 
 def example(B: int = 3, T: int = 5, V: int = 11, D: int = 7) -> tuple[np.ndarray, ...]:
@@ -41,11 +51,13 @@ def example(B: int = 3, T: int = 5, V: int = 11, D: int = 7) -> tuple[np.ndarray
     return rng.standard_normal((B, T, D)), rng.standard_normal((V, D)), targets_BT, rng.random((B, T))
 
 
-def fused(*arrays: Any, **options: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def fused(*arrays: Any, bias_V: Any = None, **options: Any) -> tuple[jax.Array, ...]:
+    """The loss and its gradients, of the bias too if there is one."""
     h_BTD, U_VD, *about = arrays
-    total = lambda h, U: cross_entropy(h, U, *about, **options)[0]
-    loss, (dh_BTD, dU_VD) = jax.value_and_grad(total, argnums=(0, 1))(jnp.asarray(h_BTD), jnp.asarray(U_VD))
-    return loss, dh_BTD, dU_VD
+    total = lambda h, U, bias: cross_entropy(h, U, *about, bias_V=bias, **options)[0]
+    inputs = jax.tree.map(jnp.asarray, (h_BTD, U_VD, bias_V))
+    loss, grads = jax.value_and_grad(total, argnums=(0, 1, 2))(*inputs)
+    return loss, *grads[: 2 if bias_V is None else 3]
 
 
 def relative(found: Any, wanted: Any) -> float:
@@ -67,6 +79,39 @@ def test_loss_and_gradients_agree_with_scipy(
     total, weight = cross_entropy(*arrays, **options, chunk=chunk)  # the path without gradients
     np.testing.assert_allclose(total, oracle(*arrays, **options)[0], rtol=1e-12)
     np.testing.assert_allclose(weight, arrays[3][arrays[2] >= 0].sum(), rtol=1e-14)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize(("z_loss", "soft_cap"), [(0.0, None), (0.1, 1.5)])
+@pytest.mark.parametrize("kernel", [None, powers])
+def test_a_bias_is_added_to_the_logits_and_has_its_gradient(
+    kernel: Any, z_loss: float, soft_cap: float | None, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a kernel, which knows of no bias, would compute the loss without one."""
+    monkeypatch.setattr(loss, "kernel_for", lambda *_: kernel)
+    arrays = example()
+    bias_V = np.log(np.random.default_rng(1).dirichlet(np.ones(len(arrays[1]))))
+    options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias_V": bias_V}
+    wanted = oracle(*arrays, **options)
+    for found, expected in zip(fused(*arrays, **options, chunk=chunk), wanted, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    total, _ = cross_entropy(*arrays, **options, chunk=chunk)  # the path without gradients
+    np.testing.assert_allclose(total, wanted[0], rtol=1e-12)
+    tripled = jax.grad(lambda bias: 3 * cross_entropy(*arrays, **{**options, "bias_V": bias})[0])(bias_V)
+    np.testing.assert_allclose(tripled, 3 * wanted[3], rtol=1e-12, atol=1e-12)
+    assert abs(float(total) - oracle(*arrays, z_loss, soft_cap)[0]) > 0.01
+
+
+def test_the_gradient_of_the_bias_is_not_rounded_to_the_dtype_of_the_states() -> None:
+    h_BTD, U_VD, *about = example(8, 32, 500, 64)
+    bias_V = np.random.default_rng(1).standard_normal(len(U_VD)).astype(np.float32)
+    U_VD = U_VD.astype(np.float32) / 8
+    *_, dU_VD, d_bias_V = fused(h_BTD.astype("bfloat16"), U_VD, *about, bias_V=bias_V)
+    *_, wanted_VD, wanted_V = oracle(h_BTD.astype("bfloat16"), U_VD.astype("bfloat16"), *about, bias_V=bias_V)
+    assert (dU_VD.dtype, d_bias_V.dtype) == (np.float32, np.float32)
+    assert relative(d_bias_V, wanted_V) < 1e-6
+    assert relative(dU_VD, wanted_VD) < 1e-3
 
 
 @pytest.mark.usefixtures("float64")
@@ -192,6 +237,8 @@ def test_on_every_mesh_it_is_the_definition(on_meshes: dict[str, Any]) -> None:
     assert max(on_meshes["float32"].values()) < 1e-5
     assert set(on_meshes["powers"]) == {str(shape) for shape in MESHES}
     assert max(on_meshes["powers"].values()) < 1e-12
+    assert len(on_meshes["bias"]) == 2 * len(MESHES)
+    assert max(on_meshes["bias"].values()) < 1e-12
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -23,6 +23,13 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device(subject: str) -> 
         assert difference <= 1e-5, case
 
 
+def test_every_mesh_gives_the_anatomy_of_one_device() -> None:
+    out, _ = finish(start([TESTS / "mesh_program.py", "anatomy"], devices=8))
+    differences = json.loads(out.splitlines()[-1])
+    assert len(differences) == 3
+    assert max(differences.values()) <= 1e-5
+
+
 def test_colliding_axes_raise() -> None:
     assert sharding.partition_spec(["vocab", "embed"]) == jax.P("tensor", "fsdp")
     with pytest.raises(ValueError, match="claim a mesh axis twice"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -50,15 +51,37 @@ def _abstract_params(cfg: RunConfig) -> dict[str, Any]:
 
 def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:
     """The loss of the whole model on the tables that a scheme provides."""
-    transformer, dtype = model.Transformer(cfg.model, layout), model.compute_dtype(cfg.model, layout)
-    options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
+    with_states = loss_and_states(cfg, layout, z_loss)
 
     def total(
         tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap)
+        return loss_sum, weight
+
+    return total
+
+
+def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function (tables, body, tokens_BS, weights_B, tap, bias_V) -> the two sums of `SummedLoss`, and h_BTD.
+
+    `bias_V` is added to the logits, as in `cross_entropy`.
+    """
+    transformer, dtype = model.Transformer(cfg.model, layout), model.compute_dtype(cfg.model, layout)
+    options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
+
+    def total(
+        tables: Tables,
+        body: Any,
+        tokens_BS: jax.Array,
+        weights_B: jax.Array,
+        tap: jax.Array | None = None,
+        bias_V: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
         h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, tap, **options))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
-        return loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, z_loss=z_loss, **options)
+        sums = loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, bias_V=bias_V, z_loss=z_loss, **options)
+        return *sums, h_BTD
 
     return total

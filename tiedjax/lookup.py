@@ -37,6 +37,16 @@ def lookup(
     return _lookup(E_VD, tokens_BT, tap, dtype, layout, row_sums(gradient, layout.platform))
 
 
+def sums_by_token(
+    x_BTD: jax.Array, tokens_BT: jax.Array, E_VD: jax.Array, *, layout: Layout = ONE_DEVICE, gradient: str = "auto"
+) -> jax.Array:
+    """The sums of x over the places of each token, [V, D] with the dtype and the layout of a table E_VD.
+
+    Ids outside the table are left out. `gradient` names the method of summing: see `row_sums`.
+    """
+    return _table_gradient(x_BTD, tokens_BT, E_VD, layout, row_sums(gradient, layout.platform))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _lookup(
     E_VD: jax.Array, tokens_BT: jax.Array, tap: jax.Array | None, dtype: Any, layout: Layout, method: Any

@@ -33,16 +33,19 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
+    bias_V: jax.Array | None = None,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
     chunk: int | None = None,
     gradient: str = "auto",
     layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of -log softmax(h U^T)[target] + z_loss * logsumexp^2 in nats, and the sum of the weights.
+    """Weighted sum of -log softmax(h U^T + bias)[target] + z_loss * logsumexp^2 in nats, and the sum of the weights.
 
     Negative targets are ignored; a target outside the table gives NaN. With `soft_cap` logits l become
-    soft_cap * tanh(l / soft_cap) (Gemma 2, arXiv 2408.00118); the z-loss is that of PaLM (arXiv 2204.02311). Products
+    soft_cap * tanh(l / soft_cap) (Gemma 2, arXiv 2408.00118), to which the bias is added; the z-loss is that of PaLM
+    (arXiv 2204.02311). The bias, in nats, lies like the table's rows; its gradient is the sum over tokens of
+    weight * ((1 + 2 z_loss * logsumexp) softmax - onehot), unrounded, and None is no bias and costs nothing. Products
     take the dtype of h and sum in float32 (float64 if h is), as do the softmax and the table's gradient. Logits exist
     for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, or D if more and below 0.8 GiB). When
     differentiated, both gradients are computed with the loss, in three matrix products; weights have none. `gradient`
@@ -52,7 +55,7 @@ def cross_entropy(
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
     weights_BT = jnp.where(targets_BT < 0, 0, jnp.where(targets_BT < len(U_VD), weights_BT, jnp.nan)).astype(wide)
     spec = _Spec(z_loss, soft_cap, chunk, layout, row_sums(gradient, layout.platform))
-    return _summed(h_BTD, U_VD, jnp.maximum(targets_BT, 0), weights_BT, spec), jnp.sum(weights_BT)
+    return _summed(h_BTD, U_VD, jnp.maximum(targets_BT, 0), weights_BT, bias_V, spec), jnp.sum(weights_BT)
 
 
 @dataclass(frozen=True)
@@ -79,26 +82,40 @@ class _Spec:
         return fewest if self.chunk else next(whole, fewest)
 
 
-_TABLE, _TOKENS, _STATES = ("vocab", None), ("batch", None), ("batch", None, None)
+_TABLE, _BIAS, _TOKENS, _STATES = ("vocab", None), ("vocab",), ("batch", None), ("batch", None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _summed(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, spec: _Spec) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _summed(
+    h_BTD: jax.Array,
+    U_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    bias_V: jax.Array | None,
+    spec: _Spec,
+) -> jax.Array:
     """The summed loss alone; nothing is computed for gradients."""
 
-    def local(h_BTD: jax.Array, U_VD: jax.Array, *about_BT: jax.Array) -> jax.Array:
+    def local(h_BTD: jax.Array, U_VD: jax.Array, bias_V: jax.Array | None, *about_BT: jax.Array) -> jax.Array:
         def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
-            return total + _chunk_loss(chunk, U_VD, spec)[0], None
+            return total + _chunk_loss(chunk, U_VD, bias_V, spec).loss, None
 
         chunks = _cut(h_BTD, about_BT, spec.chunks(about_BT[0].size, U_VD.shape))
         total, _ = jax.lax.scan(add, jnp.zeros((), chunks[2].dtype), chunks)
         return _across(jax.lax.psum, total, spec.layout.names("data", "fsdp"))
 
-    run = spec.layout.per_device(local, [_STATES, _TABLE, _TOKENS, _TOKENS], ())
-    return run(h_BTD, U_VD.astype(h_BTD.dtype), targets_BT, weights_BT)
+    run = spec.layout.per_device(local, [_STATES, _TABLE, _BIAS, _TOKENS, _TOKENS], ())
+    return run(h_BTD, U_VD.astype(h_BTD.dtype), bias_V, targets_BT, weights_BT)
 
 
-def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, spec: _Spec) -> Any:
+def _forward(
+    h_BTD: jax.Array,
+    U_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    bias_V: jax.Array | None,
+    spec: _Spec,
+) -> Any:
     layout = spec.layout
     fsdp, tensor, data = (layout.names(name) for name in ("fsdp", "tensor", "data"))
 
@@ -108,7 +125,7 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
     by_columns = bool(fsdp) and layout.platform != "tpu"
     turned = by_columns or layout.platform == "cpu"
 
-    def local(h_BTD: jax.Array, U: jax.Array, *about_BT: jax.Array) -> Any:
+    def local(h_BTD: jax.Array, U: jax.Array, bias_V: jax.Array | None, *about_BT: jax.Array) -> Any:
         wide, tokens = about_BT[1].dtype, about_BT[0].size
         if by_columns:
             U = jax.lax.all_gather(U.T, fsdp, axis=0, tiled=True)
@@ -116,18 +133,19 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
         def table() -> jax.Array:
             return U.T if by_columns else U  # turned back where it is used: XLA makes that part of the products
 
-        chunks, gradients = _way(tokens, h_BTD.dtype, table, spec)
+        chunks, gradients = _way(tokens, h_BTD.dtype, table, bias_V, spec)
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
-            total, dU = carry
+            total, dU, d_bias_V = carry
             part = gradients(chunk)
             dU += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform, turned)
             dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
-            return (total + part.loss, dU), (dh_CD, part.d_target_C)
+            return (total + part.loss, dU, jax.tree.map(jnp.add, d_bias_V, part.d_bias_V)), (dh_CD, part.d_target_C)
 
         rows, width = table().shape
-        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if turned else (rows, width), wide))
-        (total, dU), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
+        no_bias_V = None if bias_V is None else jnp.zeros(rows, wide)
+        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if turned else (rows, width), wide), no_bias_V)
+        (total, dU, d_bias_V), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
         dU_VD = dU.T if turned else dU
         dh_ND, d_target_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
         dh_BTD = dh_ND.reshape(h_BTD.shape)
@@ -142,13 +160,18 @@ def _forward(h_BTD: jax.Array, U_VD: jax.Array, targets_BT: jax.Array, weights_B
             dU_VD = jax.lax.psum_scatter(dU_VD, fsdp, scatter_dimension=1, tiled=True)
         if data:
             dU_VD = jax.lax.psum(dU_VD, data)
-        return _across(jax.lax.psum, total, layout.names("data", "fsdp")), dh_BTD, dU_VD
+        batch = layout.names("data", "fsdp")
+        if d_bias_V is not None:
+            d_bias_V = _across(jax.lax.psum, d_bias_V, batch)
+        return _across(jax.lax.psum, total, batch), dh_BTD, dU_VD, d_bias_V
 
-    results: list[Axes] = [(), _STATES, ("vocab", "embed")]
+    results: list[Axes] = [(), _STATES, ("vocab", "embed"), _BIAS]
     given = ("vocab", "embed") if by_columns else _TABLE
-    run = layout.per_device(local, [_STATES, given, _TOKENS, _TOKENS], results)
-    total, dh_BTD, dU_VD = run(h_BTD, U_VD.astype(h_BTD.dtype), targets_BT, weights_BT)
-    return total, (dh_BTD, dU_VD.astype(U_VD.dtype))
+    run = layout.per_device(local, [_STATES, given, _BIAS, _TOKENS, _TOKENS], results)
+    total, dh_BTD, dU_VD, d_bias_V = run(h_BTD, U_VD.astype(h_BTD.dtype), bias_V, targets_BT, weights_BT)
+    if bias_V is not None:
+        d_bias_V = d_bias_V.astype(bias_V.dtype)
+    return total, (dh_BTD, dU_VD.astype(U_VD.dtype), d_bias_V)
 
 
 def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turned: bool) -> jax.Array:
@@ -165,8 +188,10 @@ def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turn
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:
-    dh_BTD, dU_VD = residuals
-    return (cotangent * dh_BTD).astype(dh_BTD.dtype), cotangent.astype(dU_VD.dtype) * dU_VD, None, None
+    dh_BTD, dU_VD, d_bias_V = residuals
+    if d_bias_V is not None:
+        d_bias_V *= cotangent.astype(d_bias_V.dtype)
+    return (cotangent * dh_BTD).astype(dh_BTD.dtype), cotangent.astype(dU_VD.dtype) * dU_VD, None, None, d_bias_V
 
 
 _summed.defvjp(_forward, _backward)
@@ -185,36 +210,57 @@ def _across(reduce: Callable[..., jax.Array], x: jax.Array, axes: tuple[str, ...
     return reduce(x, axes) if axes else x
 
 
-def _chunk_loss(chunk: Any, U_VD: jax.Array, spec: _Spec) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The summed loss of a chunk; its gradient with respect to the raw logits [C, V], in the dtype of h; and what that
-    dtype misses of the gradient at each target [C].
+class _Chunk(NamedTuple):
+    """The summed loss of a chunk and its gradient with respect to the logits.
+
+    Attributes:
+      d_CV: with respect to h U^T, in the dtype of h.
+      missed_C: what that dtype misses of it at each target.
+      d_bias_V: with respect to the bias; None without one.
+    """
+
+    loss: jax.Array
+    d_CV: jax.Array
+    missed_C: jax.Array
+    d_bias_V: jax.Array | None
+
+
+def _chunk_loss(chunk: Any, U_VD: jax.Array, bias_V: jax.Array | None, spec: _Spec) -> _Chunk:
+    """By way of float32 logits in memory.
 
     With rows of the table spread over `tensor` the maximum, the sum and the target's logit are put together from all.
     """
     h_CD, target_C, weight_C = chunk
     tensor, cap = spec.layout.names("tensor"), spec.soft_cap
-    logit_CV = jnp.matmul(h_CD, U_VD.T, preferred_element_type=weight_C.dtype)
+    product_CV = jnp.matmul(h_CD, U_VD.T, preferred_element_type=weight_C.dtype)
     if cap is not None:
-        logit_CV = cap * jnp.tanh(logit_CV / cap)
+        product_CV = cap * jnp.tanh(product_CV / cap)
+    logit_CV = product_CV if bias_V is None else product_CV + bias_V.astype(weight_C.dtype)[None]
     row_C1 = own_rows(target_C, len(U_VD), tensor)[:, None]
+
+    def at_target(x_CV: jax.Array) -> jax.Array:
+        """0 where the target's row is on another device."""
+        return jnp.take_along_axis(x_CV, row_C1, axis=-1, mode="fill", fill_value=0)[:, 0]
+
     local_most_C, local_sum_C = (_in_one_pass if spec.layout.platform == "gpu" else _in_two_passes)(logit_CV)
     most_C = _across(jax.lax.pmax, local_most_C, tensor)
     sum_C = _across(jax.lax.psum, local_sum_C * jnp.exp(local_most_C - most_C) if tensor else local_sum_C, tensor)
     power_CV = jnp.exp(logit_CV - most_C[:, None])
-    target_logit_C1 = jnp.take_along_axis(logit_CV, row_C1, axis=-1, mode="fill", fill_value=0)
-    target_logit_C = _across(jax.lax.psum, target_logit_C1[:, 0], tensor)
+    target_logit_C = _across(jax.lax.psum, at_target(logit_CV), tensor)
     log_sum_C = most_C + jnp.log(sum_C)
     loss_C = log_sum_C - target_logit_C + spec.z_loss * jnp.square(log_sum_C)
     # The target's own entry, about -1 where all others are small, is apart: most of what rounding loses is lost there.
     rate_C = weight_C * (1 + 2 * spec.z_loss * log_sum_C) / sum_C
     d_target_C = rate_C * jnp.exp(target_logit_C - most_C) - weight_C
     d_CV = power_CV * rate_C[:, None]
+    is_target_CV = row_C1 == jnp.arange(len(U_VD))[None]
+    d_bias_V = None if bias_V is None else jnp.where(is_target_CV, d_target_C[:, None], d_CV).sum(axis=0)
     if cap is not None:
-        d_CV *= 1 - jnp.square(logit_CV / cap)
-        d_target_C *= 1 - jnp.square(target_logit_C / cap)
+        d_CV *= 1 - jnp.square(product_CV / cap)
+        d_target_C *= 1 - jnp.square(at_target(product_CV) / cap)
     narrow_C = d_target_C.astype(h_CD.dtype)
-    d_CV = jnp.where(row_C1 == jnp.arange(len(U_VD))[None], narrow_C[:, None], d_CV.astype(h_CD.dtype))
-    return jnp.sum(weight_C * loss_C), d_CV, d_target_C - narrow_C
+    d_CV = jnp.where(is_target_CV, narrow_C[:, None], d_CV.astype(h_CD.dtype))
+    return _Chunk(jnp.sum(weight_C * loss_C), d_CV, d_target_C - narrow_C, d_bias_V)
 
 
 class _Gradients(NamedTuple):
@@ -224,6 +270,7 @@ class _Gradients(NamedTuple):
       d_CV, h_CD: the table's gradient is d^T h and, unless `d_target_C` is None, that many times each token's state in
         its target's row.
       dh_CD: with respect to the states, in float32.
+      d_bias_V: with respect to the bias; None without one.
     """
 
     loss: jax.Array
@@ -231,30 +278,31 @@ class _Gradients(NamedTuple):
     h_CD: jax.Array
     dh_CD: jax.Array
     d_target_C: jax.Array | None
+    d_bias_V: jax.Array | None
 
 
 def _way(
-    tokens: int, dtype: Any, table: Callable[[], jax.Array], spec: _Spec
+    tokens: int, dtype: Any, table: Callable[[], jax.Array], bias_V: jax.Array | None, spec: _Spec
 ) -> tuple[int, Callable[[Any], _Gradients]]:
     """Into how many chunks the tokens are cut and what computes a chunk: without logits where a kernel does that.
 
-    `table` gives U_VD.
+    `table` gives U_VD. The kernel takes neither a soft-cap nor a bias.
     """
     U_VD = table()
     chunks = spec.chunks(tokens, U_VD.shape, dtype.itemsize)
     product = None
-    if spec.soft_cap is None:
+    if spec.soft_cap is None and bias_V is None:
         product = kernel_for(spec.layout, dtype, -(-tokens // chunks), U_VD.shape)
     if product is not None:
         return chunks, functools.partial(_from_powers, U_VD=U_VD, spec=spec, product=product)
-    return spec.chunks(tokens, U_VD.shape), lambda chunk: _from_logits(chunk, table(), spec)
+    return spec.chunks(tokens, U_VD.shape), lambda chunk: _from_logits(chunk, table(), bias_V, spec)
 
 
-def _from_logits(chunk: Any, U_VD: jax.Array, spec: _Spec) -> _Gradients:
+def _from_logits(chunk: Any, U_VD: jax.Array, bias_V: jax.Array | None, spec: _Spec) -> _Gradients:
     """By way of float32 logits in memory, on any device."""
-    loss, d_CV, missed_C = _chunk_loss(chunk, U_VD, spec)
+    loss, d_CV, missed_C, d_bias_V = _chunk_loss(chunk, U_VD, bias_V, spec)
     dh_CD = jnp.matmul(d_CV, U_VD, preferred_element_type=loss.dtype)
-    return _Gradients(loss, d_CV, chunk[0], dh_CD, None if d_CV.dtype == loss.dtype else missed_C)
+    return _Gradients(loss, d_CV, chunk[0], dh_CD, None if d_CV.dtype == loss.dtype else missed_C, d_bias_V)
 
 
 def _from_powers(chunk: Any, *, U_VD: jax.Array, spec: _Spec, product: ExpProduct) -> _Gradients:
@@ -277,7 +325,7 @@ def _from_powers(chunk: Any, *, U_VD: jax.Array, spec: _Spec, product: ExpProduc
     d_target_C = rate_C * target_power_C - weight_C
     dh_CD = rate_C[:, None] * jnp.matmul(power_CV, U_VD, preferred_element_type=wide) + d_target_C[:, None] * row_CD
     h_CD = (rate_C[:, None] * h_CD).astype(h_CD.dtype)
-    return _Gradients(jnp.sum(weight_C * loss_C), power_CV, h_CD, dh_CD, d_target_C)
+    return _Gradients(jnp.sum(weight_C * loss_C), power_CV, h_CD, dh_CD, d_target_C, None)
 
 
 def _in_two_passes(logit_CV: jax.Array) -> tuple[jax.Array, jax.Array]:

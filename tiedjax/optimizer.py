@@ -196,7 +196,8 @@ class Optimizer:
         rule, done, decay = self.tables[name], state.updates - 1, self._weight_decay(name)
         if rule.role_rates:
             roles = rule.parts(state, None).roles
-            directed = sum(-self._rate(role, done) * part for role, part in zip(ROLES, roles, strict=True))
+            written = [-self._rate(role, done) * part for role, part in zip(ROLES, roles, strict=True)]
+            directed = sum(written[1:], written[0])
             update = directed - self._rate(name, done).astype(table.dtype) * decay * table
         else:
             update = -self._rate(name, done) * (direction + decay * table if decay else direction)
@@ -207,7 +208,7 @@ class Optimizer:
     def _rate(self, name: str, done: jax.Array) -> jax.Array:
         """Of the update after `done`: of a table, or of a role by its name."""
         part = name if name in ROLES else "tables"
-        return learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done)
+        return jnp.asarray(learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done))
 
     def _weight_decay(self, name: str) -> float:
         return rules(self.cfg)[name if name in ROLES else "tables"].weight_decay

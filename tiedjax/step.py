@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from tiedjax import model, sharding, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
-from tiedjax.lm import SummedLoss, init_params, summed_loss
+from tiedjax.lm import SummedLoss, init_params, loss_and_states, summed_loss
+from tiedjax.lookup import sums_by_token
 from tiedjax.optimizer import OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import ONE_DEVICE, Layout
 from tiedjax.tying import Tables
@@ -52,6 +53,7 @@ class Steps:
         of rows, int32 [`sampled`], None for every other.
       train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state.
       evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
+      observe: (params, tokens_BS, body_update) -> metrics, as `anatomy` says.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
       sampled: how many rows the account has, if it has not all.
       batch: the sharding of tokens and weights.
@@ -61,10 +63,17 @@ class Steps:
     init: Callable[..., TrainState]
     train: jax.stages.Wrapped
     evaluate: Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    observe: Callable[[Any, jax.Array, Any], dict[str, jax.Array]]
     abstract: TrainState
     sampled: int | None
     batch: NamedSharding
     replicated: NamedSharding
+
+
+def _cut(x_B: jax.Array, parts: int) -> jax.Array:
+    """A batch in `parts` microbatches, along a new first axis."""
+    # Row r goes to microbatch r % parts: every device keeps its own rows and none are exchanged.
+    return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
 
 def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
@@ -79,9 +88,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     # Of the loss, not of the mean: the weight that divides it is known only after the last microbatch.
     gradient = jax.value_and_grad(total, argnums=(0, 1, 4), has_aux=True)
 
-    def cut(x_B: jax.Array) -> jax.Array:
-        # Row r goes to microbatch r % parts: every device keeps its own rows and none are exchanged.
-        return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
+    cut = functools.partial(_cut, parts=parts)
 
     @jax.custom_vjp
     def summed(
@@ -163,6 +170,54 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
         gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
         with _precision(cfg, layout):
             return gradient(params, taps, jnp.zeros(()), tokens_BS, role_scale)
+
+    return compute
+
+
+def anatomy(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., dict[str, jax.Array]]:
+    """The function (params, tokens_BS, body_update) -> metrics of the mean loss's gradient, with z-loss, at `params`.
+
+    They are what `tying.pull_and_push` and `tying.common_mode` say of the output role's gradient and, unless
+    `body_update` is None, `body_loss_change`: the inner product of the body's gradient with that tree, in nats, the
+    first-order change of this batch's loss by that update. Microbatches are taken one after the other.
+    """
+    scheme, parts = tying.scheme_of(cfg.tying), cfg.data.microbatches
+    total = loss_and_states(cfg, layout, cfg.train.z_loss)
+
+    def compute(params: dict[str, Any], tokens_BS: jax.Array, body_update: Any) -> dict[str, jax.Array]:
+        tables, body = scheme.tables(params["tables"]), params["body"]
+
+        def loss_sum(U_VD: jax.Array, bias_V: jax.Array, body: Any, tokens_BS: jax.Array) -> Any:
+            weights_B = jnp.ones(tokens_BS.shape[0])
+            loss, *rest = total(Tables(tables.input, U_VD), body, tokens_BS, weights_B, None, bias_V)
+            return loss, rest
+
+        def sums(tokens_BS: jax.Array) -> dict[str, jax.Array]:
+            gradient = jax.grad(loss_sum, argnums=(0, 1) if body_update is None else (0, 1, 2), has_aux=True)
+            (G_VD, r_V, *d_body), (weight, h_BTD) = gradient(tables.output, no_bias_V, body, tokens_BS)
+            options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
+            products = [jax.tree.map(lambda g, update: jnp.sum(g * update), of_body, body_update) for of_body in d_body]
+            return {
+                "G_VD": G_VD,
+                "pull_VD": -sums_by_token(h_BTD, tokens_BS[:, 1:], tables.output, **options),
+                "r_V": r_V,
+                "h_D": jnp.sum(h_BTD, axis=(0, 1), dtype=r_V.dtype),
+                "weight": weight,
+                "change": optax.tree.sum(products),
+            }
+
+        no_bias_V = jnp.zeros(len(tables.output), tables.output.dtype)
+        batches = _cut(tokens_BS, parts)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums, batches[0]))
+        add = lambda carry, tokens_BS: (jax.tree.map(jnp.add, carry, sums(tokens_BS)), None)
+        with _precision(cfg, layout):
+            summed, _ = jax.lax.scan(add, start, batches)
+        mean = {name: x / summed["weight"] for name, x in summed.items()}
+        return {
+            **tying.pull_and_push(mean["G_VD"], mean["pull_VD"]),
+            **tying.common_mode(mean["G_VD"], mean["r_V"], mean["h_D"]),
+            **({} if body_update is None else {"body_loss_change": mean["change"]}),
+        }
 
     return compute
 
@@ -319,6 +374,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             in_shardings=(placed, batch, everywhere, everywhere),
             out_shardings=(placed, everywhere),
         ),
+        observe=jax.jit(anatomy(cfg, layout), in_shardings=(placed.params, batch, None), out_shardings=everywhere),
         evaluate=jax.jit(evaluate, in_shardings=(placed.params, batch, batch), out_shardings=everywhere),
         abstract=abstract,
         sampled=sampled,

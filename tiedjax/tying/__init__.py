@@ -2,7 +2,7 @@
 
 Only this room knows tied from untied. Everyone else is given `Tables`, one [V, D] array for each role; under tying
 the two are the same array. `tables` holds the pair, `split` what divides its gradient, `schemes` how it comes from
-parameters, `account` what each role's updates wrote.
+parameters, `account` what each role's updates wrote, `anatomy` what the output role's gradient is made of.
 """
 
 from tiedjax.tying.account import (
@@ -21,6 +21,7 @@ from tiedjax.tying.account import (
     taken,
     update_metrics,
 )
+from tiedjax.tying.anatomy import common_mode, pull_and_push
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
@@ -47,12 +48,14 @@ __all__ = [
     "Scheme",
     "Tables",
     "advanced",
+    "common_mode",
     "compromise",
     "distinct",
     "error",
     "follow",
     "init_tables",
     "opened",
+    "pull_and_push",
     "refuse_options_of_roles",
     "role_scale",
     "rows_of",
