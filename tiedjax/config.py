@@ -296,6 +296,11 @@ class TrainConfig(_Checked):
         "and hides movements of less than 2^-9 of a value",
     )
 
+    @property
+    def last(self) -> int:
+        """The step after which training ends: `stop_at` if that comes before all `steps`."""
+        return min(self.steps, self.stop_at or self.steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(_Checked):

@@ -62,9 +62,9 @@ class Outcome:
     time_is_up: bool = False
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.finished and not self.signal and not self.time_is_up
+    def stopped(self) -> bool:
+        """Whether a signal or the time has ended it, so that nothing else is to begin."""
+        return self.signal is not None or self.time_is_up
 
 
 def train(
@@ -96,7 +96,7 @@ def _train(
     held: ExitStack,
 ) -> int:
     """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
-    last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
+    last = cfg.train.last
     trace = profiling.Trace(profile, out / "profile", process.say)
     if jax.default_backend() == "cpu":
         _refuse_other_threads(cfg)
@@ -151,7 +151,6 @@ def _train(
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
     saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state))
-    rounds = cfg.train.early_snapshots_dtype == "bfloat16"
     if start == 0:
         process.say(f"{label}: {saves}")
         snapshots.save(0, state.params["tables"], about)
@@ -185,7 +184,7 @@ def _train(
         if (checks or snaps) and not _all_finite(state):
             raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if snaps:
-            if rounds and saves.snapshots[step]:
+            if saves.snapshots[step]:
                 snapshots.save(step, _rounded(state.params["tables"]), {**about, ROUNDED_TO: "bfloat16"})
             else:
                 snapshots.save(step, state.params["tables"], about)
