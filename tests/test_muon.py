@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tiedjax.config import BodyOptimizerConfig, DataConfig, ModelConfig, Optimiz
 from tiedjax.cost import bench
 from tiedjax.flops import flops_per_token
 from tiedjax.muon import orthogonalized, scale_by_muon
+from tiedjax.optimizer import part_of
 from tiedjax.sharding import ONE_DEVICE, Layout
 from tiedjax.step import make_steps
 
@@ -134,15 +134,24 @@ def test_flops_are_those_of_the_products_that_it_makes(shape: tuple[int, int]) -
     assert muon.flops(*shape) == counted > 0
 
 
-def test_the_share_of_muon_is_over_all_matrices_of_the_body() -> None:
+@pytest.mark.parametrize("changes", [{}, {"mlp": "gelu", "kv_heads": 2}, {"scan_layers": True}])
+def test_the_flops_of_a_step_are_over_all_matrices_of_the_body(changes: dict[str, Any]) -> None:
+    """Those that the model declares; with keys and values of half the width in one case."""
+    model = ModelConfig(layers=2, d_model=8, heads=4, d_ff=12, seq_len=4, vocab_size=16, **changes)
+    cfg = RunConfig(model=model, optimizer=OptimizerConfig(body=BodyOptimizerConfig(kind="muon")))
+    steps = make_steps(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
+    leaves = jax.tree_util.tree_leaves_with_path(steps.abstract.params)
+    shapes = [leaf.shape for path, leaf in leaves if part_of(path) == "matrices"]
+    matrices = [shape[-2:] for shape in shapes for _ in range(shape[0] if model.scan_layers else 1)]
+    assert len(matrices) == 2 * (6 if changes.get("mlp") else 7)
+    assert muon.step_flops(model) == sum(muon.flops(*shape) for shape in matrices)
+
+
+def test_the_share_of_muon_is_over_the_model() -> None:
     model = ModelConfig(layers=2, d_model=8, heads=2, d_ff=12, seq_len=4, vocab_size=16)
     optimizer = OptimizerConfig(body=BodyOptimizerConfig(kind="muon"))
-    for scan in (False, True):
-        cfg = RunConfig(
-            model=dataclasses.replace(model, scan_layers=scan), optimizer=optimizer, data=DataConfig(batch_size=3)
-        )
-        steps = make_steps(cfg, sharding.make_mesh(cfg.mesh, jax.devices()[:1]))
-        of_muon = 2 * (4 * muon.flops(8, 8) + 3 * muon.flops(8, 12))
-        of_model = 3 * 4 * flops_per_token(model, causal=True)
-        assert bench.muon_over_model(cfg, steps) == pytest.approx(of_muon / of_model)
-    assert bench.muon_over_model(RunConfig(model=model), steps) == 0
+    of_muon = 2 * (4 * muon.flops(8, 8) + 3 * muon.flops(8, 12))
+    of_model = 3 * 4 * flops_per_token(model, causal=True)
+    cfg = RunConfig(model=model, optimizer=optimizer, data=DataConfig(batch_size=3))
+    assert bench.muon_over_model(cfg) == pytest.approx(of_muon / of_model)
+    assert bench.muon_over_model(RunConfig(model=model)) == 0

@@ -36,6 +36,11 @@ def test_the_snapshot_schedule_is_dense_early() -> None:
             {"early_snapshots_dtype": "bfloat16", "keep_checkpoints": 1},
             "will write 13 snapshots (2.38 GiB) and keep 1 of 4 states (1.00 GiB)",
         ),
+        ({"account_mib": 128}, "will write 13 snapshots (4.88 GiB) and keep 2 of 4 states (2.00 GiB)"),
+        (
+            {"account_mib": 128, "early_snapshots_dtype": "bfloat16"},
+            "will write 13 snapshots (4.00 GiB) and keep 2 of 4 states (2.00 GiB)",
+        ),
         ({"checkpoint_every": None}, "will write 13 snapshots (3.25 GiB) and keep 1 of 1 states (1.00 GiB)"),
         ({"checkpoint_every": 399}, "will write 13 snapshots (3.25 GiB) and keep 2 of 2 states (2.00 GiB)"),
         ({"snapshot_every": 1, "steps": 1}, "will write 2 snapshots (512.00 MiB) and keep 1 of 1 states (1.00 GiB)"),
@@ -49,7 +54,27 @@ def test_what_a_run_will_write_is_counted(options: dict[str, Any], says: str) ->
 
 
 def test_all_bytes_are_those_of_snapshots_and_of_kept_states() -> None:
-    assert saves().bytes == (13 * 256 + 2 * 1024) * MIB
+    assert saves().bytes(0, 400) == (13 * 256 + 2 * 1024) * MIB
+
+
+@pytest.mark.parametrize(
+    ("done", "last", "snapshots", "states"),
+    [
+        (0, 50, [0, 1, 2, 4, 8, 16, 32], 1),  # that of the last step
+        (50, 400, [64, 80, 160, 240, 320, 400], 2),
+        (80, 200, [160], 2),
+        (300, 400, [320, 400], 1),
+        (310, 319, [], 1),
+    ],
+)
+def test_of_a_run_that_has_begun_only_what_is_left_counts(
+    done: int, last: int, snapshots: list[int], states: int
+) -> None:
+    """Two states are kept of those after each hundred steps."""
+    assert saves().bytes(done, last) == (256 * len(snapshots) + 1024 * states) * MIB
+    early = [step for step in snapshots if step in (1, 2, 4, 8, 16, 32, 64)]
+    rounded = saves(early_snapshots_dtype="bfloat16")
+    assert rounded.bytes(done, last) == saves().bytes(done, last) - 128 * len(early) * MIB
 
 
 @pytest.mark.parametrize(
@@ -63,15 +88,16 @@ def test_all_bytes_are_those_of_snapshots_and_of_kept_states() -> None:
 def test_a_limit_puts_regular_snapshots_farther_apart(gib: float, steps: list[int]) -> None:
     planned = saves(snapshot_gib=gib)
     assert list(planned.snapshots) == steps
-    assert planned.snapshot_bytes == 256 * MIB * len(steps) <= gib * 2**30
+    assert planned.snapshot_bytes(0, 400) == 256 * MIB * len(steps) <= gib * 2**30
 
 
 def test_a_limit_that_the_early_snapshots_exceed_is_refused() -> None:
-    assert saves(snapshot_gib=2.75, snapshot_every=399).snapshots[256]
+    assert 256 in saves(snapshot_gib=2.75, snapshot_every=399).snapshots
     with pytest.raises(UserError) as caught:
         saves(snapshot_gib=2.5, snapshot_every=399)
     assert str(caught.value) == (
         "train.snapshot_gib: 2.5 cannot hold the 11 snapshots that are left without regular ones, 2.75 GiB; raise it, "
         "or set train.early_snapshots_dtype to bfloat16"
     )
-    assert saves(snapshot_gib=2.5, snapshot_every=399, early_snapshots_dtype="bfloat16").snapshot_bytes < 2**31
+    rounded = saves(snapshot_gib=2.5, snapshot_every=399, early_snapshots_dtype="bfloat16")
+    assert rounded.snapshot_bytes(0, 400) < 2**31

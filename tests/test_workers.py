@@ -29,7 +29,7 @@ import json, sys
 from tiedjax.errors import TrainingError
 from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
 trees = json.loads(sys.argv[1])
-train = "tiedjax.study:train_run"
+train = "tiedjax.work:train_run"
 tasks = [Task(out, train, {"config": tree, "out": out, "until": None}) for out, tree in trees.items()]
 begins = lambda place, task: print("begins", place, flush=True)
 try:

@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 time is up, 128 + N signal N."""
+    """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 run me again, 128 + N signal N."""
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         platform_flags.apply()  # before any command imports JAX
@@ -96,30 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.set_defaults(run=run)
         return sub
 
-    study = command("study", "train every run of a study, analyse them, write the report", _study)
-    named = ", ".join(packaged_configs("study"))
-    study.add_argument("config", nargs="?", metavar="STUDY", help=f"study file, or a name of these: {named} [quick]")
-    study.add_argument("--out", metavar="DIR", help="study directory; default: studies/NAME")
-    study.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="runs trained side by side on a CPU; default: one for every train.threads cores",
-    )
-    study.add_argument("--train-only", action="store_true", help="train, and leave the analysis for later")
-    study.add_argument("--analyse-only", action="store_true", help="analyse the runs that are trained, and train none")
-    study.add_argument(
-        "--instruments", metavar="A,B", help="analyse with these alone, beside what the answer needs; default: all"
-    )
-    study.add_argument(
-        "--time-limit",
-        metavar="TIME",
-        help="stop training after so long (90s, 8m, 1.5h), between two steps, analyse what is trained and exit with "
-        "status 75; the same command continues",
-    )
-    study.epilog = "keys of a study file:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
-    _add_cluster(study)
-    _add_overrides(study)
+    _add_study(command("study", "train every run of a study, analyse them, write the report", _study))
 
     train = command("train", "train one run, or continue it", _train)
     named = ", ".join(packaged_configs("run"))
@@ -190,6 +167,32 @@ def _joined(argv: list[str]) -> Iterator[str]:
             yield from (arg, following)
 
 
+def _add_study(study: argparse.ArgumentParser) -> None:
+    named = ", ".join(packaged_configs("study"))
+    study.add_argument("config", nargs="?", metavar="STUDY", help=f"study file, or a name of these: {named} [quick]")
+    study.add_argument("--out", metavar="DIR", help="study directory; default: studies/NAME")
+    study.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs trained side by side on a CPU; default: one for every train.threads cores",
+    )
+    study.add_argument("--train-only", action="store_true", help="train, and leave the analysis for later")
+    study.add_argument("--analyse-only", action="store_true", help="analyse the runs that are trained, and train none")
+    study.add_argument(
+        "--instruments", metavar="A,B", help="analyse with these alone, beside what the answer needs; default: all"
+    )
+    study.add_argument(
+        "--time-limit",
+        metavar="TIME",
+        help="stop training after so long (90s, 8m, 1.5h), between two steps, analyse what is trained and exit with "
+        "status 75; the same command continues",
+    )
+    study.epilog = "keys of a study file:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
+    _add_cluster(study)
+    _add_overrides(study)
+
+
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several processes", "SLURM and TPU slices are recognised without these")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
@@ -242,7 +245,7 @@ def _study(args: argparse.Namespace) -> int:
     workers = study.workers_for(plan, args.workers) if alone else 1
     if workers == 1:
         platform_flags.use_threads(plan.threads)
-    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent))
+    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=AGAIN)
 
 
 def _extent(args: argparse.Namespace, config: StudyConfig) -> Any:
@@ -289,7 +292,8 @@ def _compile(args: argparse.Namespace) -> int:
     return run(cfg, args.topology, json_file)
 
 
-def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
+def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinished: int = 0) -> int:
+    """The exit status of `work` in the cluster that the arguments name; `unfinished` is that of what stop_at ends."""
     import jax
 
     from tiedjax import loop
@@ -311,7 +315,9 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any]) -> int:
         return _fail(why.line, why.status)
     if outcome and outcome.signal:
         return 128 + int(outcome.signal)
-    return AGAIN if outcome and outcome.time_is_up else 0
+    if outcome and outcome.time_is_up:
+        return AGAIN
+    return unfinished if outcome and not outcome.finished else 0
 
 
 def _fail(line: str, status: int) -> int:

@@ -338,6 +338,11 @@ class TrainConfig(_Checked):
     eval_batches: int | None = _option(None, "batches per evaluation; null: all held-out windows", at_least=1)
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
+    anatomy: bool | None = _option(
+        None,
+        "at snapshots, measure what the output role's gradient is made of and what the body's update did to the loss; "
+        "needs room for another copy of the body; null: where tables are below 2^26 numbers",
+    )
     snapshot_every: int = _option(100, "steps between table snapshots, after 0, 1, 2, 4, 8, ...", at_least=1)
     snapshot_gib: float | None = _option(
         None,
@@ -350,6 +355,11 @@ class TrainConfig(_Checked):
         "dtype in which the snapshots of steps 1, 2, 4, 8, ... below snapshot_every are saved; bfloat16 halves them, "
         "and hides movements of less than 2^-9 of a value",
     )
+
+    @property
+    def last(self) -> int:
+        """The step after which training ends: `stop_at` if that comes before all `steps`."""
+        return min(self.steps, self.stop_at or self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
-"""What a study will take, said before its first step: bytes on the disk, and very roughly the time."""
+"""What a study will take, said before its first step, bytes on the disk and very roughly the time; and what is left."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from tiedjax import tying
+from tiedjax import muon, tying
 from tiedjax.config import ROLES, RunConfig
 from tiedjax.flops import flops_per_token, matmul_parameters
 from tiedjax.saves import Saves
@@ -22,19 +22,56 @@ _OVERHEAD = {True: 0.01, False: 0.001}  # seconds of a step of the smallest mode
 _PRODUCT = {"cpu": 1024}  # rows of the square matrices that are timed; elsewhere 8192
 
 
-def foreseen(runs: Collection[RunConfig], at_once: int) -> str:
-    """The line that says what these runs will write and roughly how long this machine trains them, so many at once."""
-    written = sum(saves(cfg).bytes for cfg in runs)
-    flops = sum(
-        flops_per_token(cfg.model, causal=True) * cfg.model.seq_len * cfg.data.batch_size * cfg.train.steps
-        for cfg in runs
-    )
-    overhead = sum(cfg.train.steps for cfg in runs) * _OVERHEAD[jax.default_backend() == "cpu"] / at_once
+def foreseen(runs: Collection[tuple[RunConfig, int]], at_once: int) -> str | None:
+    """The line that says what is left of these runs, each beside the steps that it has before it, so many at once.
+
+    That is what they will write and roughly how long this machine trains them. None where nothing is left.
+    """
+    left = [(cfg, steps) for cfg, steps in runs if steps]
+    if not left:
+        return None
+    written = sum(saves(cfg).bytes(cfg.train.last - steps, cfg.train.last) for cfg, steps in left)
+    flops = sum(step_flops(cfg) * steps for cfg, steps in left)
+    overhead = sum(steps for _, steps in left) * _OVERHEAD[jax.default_backend() == "cpu"] / at_once
     seconds = overhead + flops / (_UTILISATION * jax.device_count() * product_rate())
     return (
-        f"{len(runs)} runs, {binary(written)} to write; training all of them takes very roughly {duration(seconds)} "
-        "on this machine"
+        f"{len(left)} of {len(runs)} runs are left, {binary(written)} to write; training them takes very roughly "
+        f"{duration(seconds)} on this machine"
     )
+
+
+class Progress:
+    """What is said as each of the `kind` of run begins: which it is, and about how long training will still take.
+
+    `left` has by name the steps that each has before it; `at_once` train side by side. How long a step takes is known
+    from those that have ended; those that had nothing left say nothing about it.
+    """
+
+    def __init__(self, kind: str, left: Mapping[str, int], at_once: int):
+        self._kind, self._left, self._at_once = kind, left, at_once
+        self._began: dict[str, float] = {}
+        self._took: dict[str, float] = {}
+
+    def begins(self, name: str) -> str:
+        """The line for the run that begins."""
+        self._began[name] = time.monotonic()
+        line = f"{self._kind} {len(self._began)} of {len(self._left)}: {name}"
+        trained = sum(self._left[ended] for ended in self._took)
+        if not trained:
+            return line
+        seconds = sum(self._took.values()) / trained * (sum(self._left.values()) - trained) / self._at_once
+        return f"{line}; about {duration(seconds)} of training left"
+
+    def ended(self, name: str) -> None:
+        """Hears that the run has done all its steps."""
+        if self._left[name]:
+            self._took[name] = time.monotonic() - self._began[name]
+
+
+def step_flops(cfg: RunConfig) -> int:
+    """Floating-point operations of a step: those of the model over its batch, and of Muon's iterations."""
+    of_model = flops_per_token(cfg.model, causal=True) * cfg.model.seq_len * cfg.data.batch_size
+    return of_model + (muon.step_flops(cfg.model) if cfg.optimizer.body.kind == "muon" else 0)
 
 
 def saves(cfg: RunConfig) -> Saves:

@@ -28,12 +28,17 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 }
 
 
+def layer_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every matrix of one layer."""
+    D, F, heads, groups = cfg.d_model, cfg.d_ff, cfg.heads * cfg.head_width, cfg.groups * cfg.head_width
+    wide = 2 if cfg.mlp == "swiglu" else 1
+    return [(D, heads), (D, groups), (D, groups), (heads, D), *[(D, F)] * wide, (F, D)]
+
+
 def matmul_parameters(cfg: ModelConfig) -> int:
     """Parameters that every token is multiplied by: the body's matrices and one table (a lookup multiplies nothing)."""
-    D, F = cfg.d_model, cfg.d_ff
-    attention = 2 * D * cfg.heads * cfg.head_width + 2 * D * cfg.groups * cfg.head_width
-    mlp = (3 if cfg.mlp == "swiglu" else 2) * D * F
-    return cfg.layers * (attention + mlp) + cfg.table_rows * D
+    layer = sum(inputs * outputs for inputs, outputs in layer_matrices(cfg))
+    return cfg.layers * layer + cfg.table_rows * cfg.d_model
 
 
 def flops_per_token(cfg: ModelConfig, *, causal: bool) -> int:

@@ -44,10 +44,11 @@ MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
-    *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype"),
+    *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
 }
 
 
+BODY_UPDATE = "body_update"  # in a state: of the body by the last update, where the next step is observed
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
 _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
@@ -62,9 +63,9 @@ class Outcome:
     time_is_up: bool = False
 
     @property
-    def complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.finished and not self.signal and not self.time_is_up
+    def stopped(self) -> bool:
+        """Whether a signal or the time has ended it, so that nothing else is to begin."""
+        return self.signal is not None or self.time_is_up
 
 
 def train(
@@ -96,7 +97,7 @@ def _train(
     held: ExitStack,
 ) -> int:
     """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
-    last = min(cfg.train.steps, cfg.train.stop_at or cfg.train.steps)
+    last = cfg.train.last
     trace = profiling.Trace(profile, out / "profile", process.say)
     if jax.default_backend() == "cpu":
         _refuse_other_threads(cfg)
@@ -131,7 +132,7 @@ def _train(
     checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
-    state, start = _begin(cfg, steps, checkpoints, about, counts_2V)
+    state, body_update, start = _begin(cfg, steps, checkpoints, about, counts_2V)
     trace.check(start, last)
     recorded = start > 0
     if recorded:
@@ -151,7 +152,6 @@ def _train(
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
     saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state.account), _bytes(state))
-    rounds = cfg.train.early_snapshots_dtype == "bfloat16"
     if start == 0:
         process.say(f"{label}: {saves}")
         snapshots.save(0, _snapshot(state), about)
@@ -171,31 +171,36 @@ def _train(
     stop.listen()
     place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
     on_devices = _one_ahead(map(place, batches.iterate(start)))
+    observed = saves.snapshots if tying.anatomy_wanted(cfg) else {}
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
+        about_step = _observed(steps, state, tokens_BS, body_update, step) if step in observed else {}
+        before, body_update = _copied(state.params["body"]) if step + 1 in observed else None, None
         if cfg.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
         with trace.step(step, state), jax.transfer_guard("disallow"):
             state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
+        if before is not None:
+            body_update = _difference(state.params["body"], before)
         counting.check()
         ends = stop.requested_at(step) or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
-        recorder.record(step, metrics, deciles=snaps)
+        recorder.record(step, metrics | about_step, deciles=snaps)
         if evaluates or checks or snaps:
             recorder.flush(partial(evaluation, state) if evaluates else None)
         if (checks or snaps) and not _all_finite(state):
             raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if snaps:
-            if rounds and saves.snapshots[step]:
+            if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
                 snapshots.save(step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
             else:
                 snapshots.save(step, _snapshot(state), about)
         if checks:
             snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
-            checkpoints.save(step, state._asdict(), about)
+            checkpoints.save(step, state._asdict() | ({BODY_UPDATE: body_update} if body_update else {}), about)
             if not recorded:
                 checkpoints.wait()  # for the first one only: what is recorded must be there
                 _record_state(out, step)
@@ -249,6 +254,18 @@ def _one_ahead(batches: Iterator[jax.Array]) -> Iterator[jax.Array]:
 @jax.jit
 def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+_difference = jax.jit(lambda after, before: jax.tree.map(jnp.subtract, after, before), donate_argnums=1)
+
+
+def _observed(steps: Steps, state: TrainState, tokens_BS: jax.Array, body_update: Any, step: int) -> dict[str, Any]:
+    """What is measured of a step before it is taken; the first has no update behind it."""
+    if body_update is None:
+        body_update = _difference(state.params["body"], _copied(state.params["body"]))
+    metrics = steps.observe(state.params, tokens_BS, body_update)
+    return {name: value for name, value in metrics.items() if step > 1 or name != "body_loss_change"}
 
 
 @jax.jit
@@ -325,15 +342,21 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
 
 def _begin(
     cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any], counts_2V: np.ndarray
-) -> tuple[TrainState, int]:
-    """The newest checkpoint's state, or a new one; and how many steps it has behind it."""
+) -> tuple[TrainState, Any, int]:
+    """The newest checkpoint's state, or a new one; the body's last update, if the next step is to measure what it did;
+    and how many steps it has behind it."""
     saved = checkpoints.steps()
     if not saved:
         key = key_for(jax.random.key(cfg.train.seed), "params")
-        return steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled)), 0
+        return steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled)), None, 0
     record = checkpoints.about(saved[-1])
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
         if record[part] != about[part]:
             place = checkpoints.directory / str(saved[-1])
             raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
-    return TrainState(**checkpoints.restore(saved[-1], steps.abstract._asdict())), saved[-1]
+    wanted = steps.abstract._asdict()
+    if any(name.startswith(f"{BODY_UPDATE}/") for name in record["fingerprints"]):
+        wanted[BODY_UPDATE] = steps.abstract.params["body"]
+    restored = checkpoints.restore(saved[-1], wanted)
+    body_update = restored.pop(BODY_UPDATE, None)
+    return TrainState(**restored), body_update, saved[-1]

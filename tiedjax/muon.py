@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tiedjax.config import ModelConfig
+from tiedjax.flops import layer_matrices
 from tiedjax.sharding import ONE_DEVICE, Layout
 
 MOMENTUM = 0.95
@@ -76,6 +78,11 @@ def flops(inputs: int, outputs: int) -> int:
     """Floating-point operations of the iterations on one matrix: three products of each, two with the Gram matrix."""
     short, long = sorted((inputs, outputs))
     return ITERATIONS * (2 * short**2 * long + 2 * short**3 + 2 * short**2 * long)
+
+
+def step_flops(cfg: ModelConfig) -> int:
+    """Those of the iterations on every matrix of the body, once a step."""
+    return cfg.layers * sum(flops(inputs, outputs) for inputs, outputs in layer_matrices(cfg))
 
 
 def _by_stacks(tree: Any, layout: Layout) -> Any:

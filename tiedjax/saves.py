@@ -20,15 +20,18 @@ def snapshot_steps(every: int, last: int) -> dict[int, bool]:
 
 @dataclass(frozen=True)
 class Saves:
-    """The snapshots of a run, by step (True: an early one), its states, those of them that are kept, and all in bytes.
+    """The snapshots of a run, by step (True: rounded to bfloat16), and its states.
 
-    str() is what is said before step 1.
+    A state is saved every `state_every` steps and after the last of `steps`, and the newest `most_kept` are kept. str()
+    is what is said before step 1.
     """
 
     snapshots: dict[int, bool]
-    snapshot_bytes: int
-    states: int
-    kept: int
+    table_bytes: int
+    account_bytes: int
+    steps: int
+    state_every: int
+    most_kept: int
     state_bytes: int
 
     @classmethod
@@ -40,28 +43,39 @@ class Saves:
         """
         limit = None if train.snapshot_gib is None else train.snapshot_gib * 2**30
         most = train.steps // train.snapshot_every + 1  # times as far apart: then none but the early ones and the last
-        fewest = (
-            1 if limit is None else max(1, int(most / max(1, limit // (table_bytes + account_bytes))))
-        )  # below it is too much
+        snapshot = table_bytes + account_bytes
+        fewest = 1 if limit is None else max(1, int(most / max(1, limit // snapshot)))  # below it is too much
         for times in range(min(fewest, most), most + 1):
-            planned = snapshot_steps(times * train.snapshot_every, train.steps)
-            rounded = sum(planned.values()) if train.early_snapshots_dtype == "bfloat16" else 0
-            size = (table_bytes + account_bytes) * len(planned) - table_bytes // 2 * rounded
-            if limit is None or size <= limit:
-                states = -(-train.steps // (train.checkpoint_every or train.steps))
-                return cls(planned, size, states, min(train.keep_checkpoints, states), state_bytes)
+            early = snapshot_steps(times * train.snapshot_every, train.steps)
+            snapshots = {step: early[step] and train.early_snapshots_dtype == "bfloat16" for step in early}
+            every, kept = train.checkpoint_every or train.steps, train.keep_checkpoints
+            planned = cls(snapshots, table_bytes, account_bytes, train.steps, every, kept, state_bytes)
+            if limit is None or planned.snapshot_bytes(0, train.steps) <= limit:
+                return planned
         raise UserError(
-            f"train.snapshot_gib: {train.snapshot_gib:g} cannot hold the {len(planned)} snapshots that are left "
-            f"without regular ones, {binary(size)}; raise it, or set train.early_snapshots_dtype to bfloat16"
+            f"train.snapshot_gib: {train.snapshot_gib:g} cannot hold the {len(snapshots)} snapshots that are left "
+            f"without regular ones, {binary(planned.snapshot_bytes(0, train.steps))}; raise it, or set "
+            "train.early_snapshots_dtype to bfloat16"
         )
 
-    @property
-    def bytes(self) -> int:
-        """All that is left on the disk."""
-        return self.snapshot_bytes + self.kept * self.state_bytes
+    def snapshot_bytes(self, done: int, last: int) -> int:
+        """Of the snapshots of the updates after `done` up to `last`; that of the start belongs to the first."""
+        first = done + 1 if done else 0
+        taken = [rounded for step, rounded in self.snapshots.items() if first <= step <= last]
+        return (self.table_bytes + self.account_bytes) * len(taken) - self.table_bytes // 2 * sum(taken)
+
+    def bytes(self, done: int, last: int) -> int:
+        """All that the updates after `done` up to `last` leave on the disk."""
+        return self.snapshot_bytes(done, last) + min(self.most_kept, self._states(done, last)) * self.state_bytes
+
+    def _states(self, done: int, last: int) -> int:
+        """How many are saved after more than `done` and at most `last` updates, the last of which saves one too."""
+        return -(-last // self.state_every) - done // self.state_every
 
     def __str__(self) -> str:
+        states = self._states(0, self.steps)
+        kept = min(self.most_kept, states)
         return (
-            f"will write {len(self.snapshots)} snapshots ({binary(self.snapshot_bytes)}) and keep {self.kept} of "
-            f"{self.states} states ({binary(self.kept * self.state_bytes)})"
+            f"will write {len(self.snapshots)} snapshots ({binary(self.snapshot_bytes(0, self.steps))}) and keep "
+            f"{kept} of {states} states ({binary(kept * self.state_bytes)})"
         )

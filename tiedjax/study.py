@@ -4,40 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import functools
 import json
 import os
 import platform
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
-from tiedjax import sweep
-from tiedjax.config import RunConfig, StudyConfig
-from tiedjax.config_files import structure, to_tree, to_yaml
+from tiedjax import sweep, work
+from tiedjax.config import RunConfig
+from tiedjax.config_files import to_tree, to_yaml
 from tiedjax.data.prepare import prepare
-from tiedjax.errors import TrainingError, UserError
-from tiedjax.estimate import foreseen
+from tiedjax.estimate import Progress, foreseen
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process
-from tiedjax.host.workers import Crew, ProcessEnded, Task, call
-from tiedjax.loop import Outcome, train
+from tiedjax.host.workers import Crew, Task, call
+from tiedjax.loop import Outcome
 from tiedjax.plan import Plan
-from tiedjax.run import Run, load_run
-from tiedjax.text import duration
+from tiedjax.work import is_trained
 
-if TYPE_CHECKING:
-    from tiedjax.analysis.basis.study_runs import StudyRuns
-
-DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its update was not finite
+ANALYSIS = "tiedjax.analysis.study.tasks"  # whose functions are called as tasks; it loads what training does without
 REPORTED_PACKAGES = ("tiedjax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -75,7 +69,7 @@ def run_study(plan: Plan, out: Path, workers: int = 1, extent: Extent = Extent()
     """Trains what is not yet trained, then writes results.json, report.html and figures/ in `out`.
 
     With more than one of `workers`, that many processes of this machine train a run each, and analyse side by side.
-    Returns the outcome of the run that was stopped, or else of the last one.
+    Returns the outcome of a run that was stopped, or else of one that `train.stop_at` has ended, or else of any.
     """
     began = time.monotonic()
     until = None if extent.time_limit is None else began + extent.time_limit
@@ -90,6 +84,8 @@ def run_study(plan: Plan, out: Path, workers: int = 1, extent: Extent = Extent()
             return outcome
         if outcome.time_is_up:
             print(f"time is up: {study.done()}; the same command continues", flush=True)
+        elif not outcome.finished:
+            print(f"train.stop_at: {study.done()}; a later one, or none, continues", flush=True)
         if extent.analyses:
             study.analyse(began)
         return dataclasses.replace(outcome, signal=crew.signal if crew else None)
@@ -102,6 +98,7 @@ class _Study:
         self._plan, self._out, self._crew, self._extent, self._until = plan, out, crew, extent, until
         self._choices: dict[str, sweep.Choice] = {}
         self._parts: dict[str, Any] = {}
+        self._size = crew.size if crew else 1
 
     def train(self) -> Outcome:
         """Every run of the sweeps, then every run of the settled plan, and parts of the results beside them.
@@ -111,18 +108,19 @@ class _Study:
         if self._crew:
             for data, vocab_size in dict.fromkeys((cfg.data, cfg.model.vocab_size) for cfg in self._plan.runs.values()):
                 prepare(data, vocab_size, report=partial(print, flush=True))  # once, by one process
-        configs = [*self._plan.trials.values(), *self._plan.runs.values()]
-        process.say(foreseen(configs, self._crew.size if self._crew else 1))
-        if self._plan.trials:
-            outcome = self._sweep()
-            if not outcome.complete:
+        trials = {self._trial_folder(trial): cfg for trial, cfg in self._plan.trials.items()}
+        runs = {self._folder(run): cfg for run, cfg in self._plan.runs.items()}
+        left = [(cfg, work.steps_left(folder, cfg)) for folder, cfg in (trials | runs).items()]
+        if line := foreseen(left, self._size):
+            process.say(line)
+        if trials:
+            outcome = self._sweep(trials)
+            if not outcome.finished or outcome.stopped:
                 return outcome
-        runs = [
-            self._run_task("train_run", self._folder(run), cfg, f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}")
-            for run, cfg in self._plan.runs.items()
-        ]
-        parts = self._part_tasks(self._plan.runs) if self._crew and self._extent.analyses else {}
-        results = self._call("run", runs, list(parts.values()))
+            runs = {self._folder(run): cfg for run, cfg in self._plan.runs.items()}
+        whole = all(cfg.train.last == cfg.train.steps or is_trained(folder, cfg) for folder, cfg in runs.items())
+        parts = self._part_tasks(self._plan.runs) if self._crew and self._extent.analyses and whole else {}
+        results = self._train("run", "train_run", runs, list(parts.values()))
         self._parts = {name: results[place] for place, name in enumerate(parts, len(runs)) if place in results}
         return self._outcome(results, len(runs))
 
@@ -138,7 +136,7 @@ class _Study:
         words = f"{done} of {len(self._plan.runs)} runs are trained"
         if self._plan.trials and not self._choices:
             tried = sum(
-                is_trained(folder, cfg) or diverged(folder, to_tree(cfg))
+                is_trained(folder, cfg) or work.diverged(folder, to_tree(cfg))
                 for key, cfg in self._plan.trials.items()
                 for folder in [self._trial_folder(key)]
             )
@@ -152,7 +150,9 @@ class _Study:
             print(f"nothing to report yet: no run of {self._plan.study.reference} is trained")
             return
         missing = {name: task for name, task in self._part_tasks(trained).items() if name not in self._parts}
-        results = self._call("", [], [dataclasses.replace(task, after=()) for task in missing.values()])
+        if missing:
+            print("analysing ...", flush=True)
+        results = self._call([dataclasses.replace(task, after=()) for task in missing.values()])
         if self._crew and self._crew.signal:
             return
         self._parts |= {name: results[place] for place, name in enumerate(missing)}
@@ -166,20 +166,11 @@ class _Study:
         arm, place, seed = trial
         return self._out / "sweep" / f"{arm}-{place}-{seed}"
 
-    def _run_task(self, function: str, folder: Path, cfg: RunConfig, kind: str) -> Task:
-        """A run as a task; those of one kind compile the same."""
-        arguments = {"config": to_tree(cfg), "out": str(folder), "until": self._until}
-        return Task(folder.name, f"{__name__}:{function}", arguments, kind)
-
-    def _sweep(self) -> Outcome:
+    def _sweep(self, trials: Mapping[Path, RunConfig]) -> Outcome:
         """Trains at every point of every arm's sweep, and settles the plan by the best."""
-        tasks = []
-        for trial, cfg in self._plan.trials.items():
-            kind = f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}"
-            tasks.append(self._run_task("try_run", self._trial_folder(trial), cfg, kind))
-        results = self._call("run of the sweep", tasks)
-        outcome = self._outcome(results, len(tasks))
-        if outcome.complete:
+        results = self._train("run of the sweep", "try_run", trials)
+        outcome = self._outcome(results, len(trials))
+        if outcome.finished and not outcome.stopped:
             losses = {trial: results[place]["loss"] for place, trial in enumerate(self._plan.trials)}
             choices = {}
             for arm, each in self._plan.arms.items():
@@ -214,31 +205,44 @@ class _Study:
                     "runs": of,
                 }
                 after = tuple(place for place, run in enumerate(runs) if run in of)
-                tasks[name] = Task(f"{self._out}: {name}", f"{__name__}:analyse_part", arguments, "analysis", after)
+                tasks[name] = Task(f"{self._out}: {name}", f"{ANALYSIS}:analyse_part", arguments, "analysis", after)
         return tasks
 
-    def _call(self, kind: str, runs: Sequence[Task], parts: Sequence[Task] = ()) -> dict[int, Any]:
+    def _train(
+        self, kind: str, function: str, runs: Mapping[Path, RunConfig], parts: Sequence[Task] = ()
+    ) -> dict[int, Any]:
         """Place: result of the runs and, beside them, the parts; after a run that was stopped no other begins."""
-        at_once, began, begun = self._crew.size if self._crew else 1, time.monotonic(), 0
+        tasks = [work.task(function, folder, cfg, self._until) for folder, cfg in runs.items()]
+        left = {folder.name: work.steps_left(folder, cfg) for folder, cfg in runs.items()}
+        progress, begun = Progress(kind, left, self._size), 0
 
         def begins(place: int, task: Task) -> None:
             nonlocal begun
             begun += 1
-            done = max(0, begun - at_once)
-            left = (time.monotonic() - began) / max(done, 1) * (len(runs) - done)
-            if place < len(runs) and process.is_main():
-                left_words = f"; about {duration(left)} left" if done else ""
-                print(f"{kind} {begun} of {len(runs)}: {task.name}{left_words}", flush=True)
+            if place < len(runs):
+                process.say(progress.begins(task.name))
             elif begun == len(runs) + 1:
                 print("analysing ...", flush=True)
 
         def stops(task: Task, result: Any) -> bool:
-            return task in runs and not _outcome(result).complete
+            if task.name not in left:
+                return False
+            progress.ended(task.name)
+            return _outcome(result).stopped
 
+        return self._call([*tasks, *parts], begins, stops)
+
+    def _call(
+        self,
+        tasks: Sequence[Task],
+        begins: Callable[[int, Task], None] = lambda place, task: None,
+        stops: Callable[[Task, Any], bool] = lambda task, result: False,
+    ) -> dict[int, Any]:
+        """`Crew.run`; without a crew one after the other, in this process."""
         if self._crew:
-            return self._crew.run([*runs, *parts], begins, stops)
+            return self._crew.run(tasks, begins, stops)
         results: dict[int, Any] = {}
-        for place, task in enumerate([*runs, *parts]):
+        for place, task in enumerate(tasks):
             begins(place, task)
             results[place] = call(task)
             if stops(task, results[place]):
@@ -246,9 +250,9 @@ class _Study:
         return results
 
     def _outcome(self, results: Mapping[int, Mapping[str, Any]], runs: int) -> Outcome:
-        """Of the run that was stopped, or else of the last one."""
+        """Of a run that was stopped, or else of one that `train.stop_at` has ended, or else of any."""
         trained = [_outcome(results[place]) for place in range(runs) if place in results]
-        ended = next((each for each in trained if not each.complete), (trained or [Outcome(0, finished=False)])[-1])
+        ended = max(trained, key=lambda outcome: (outcome.stopped, not outcome.finished), default=Outcome(0, False))
         heard = self._crew.signal if self._crew else ended.signal
         return dataclasses.replace(ended, signal=heard)
 
@@ -259,108 +263,26 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
     return Outcome(result["step"], result["finished"], signal.Signals(heard) if heard else None, result["time_is_up"])
 
 
-def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
-    """`loop.train` of a resolved config, as a task: the outcome's fields."""
-    cfg, folder = structure(RunConfig, config, out), Path(out)
-    too_late = until is not None and time.monotonic() >= until and not is_trained(folder, cfg)
-    if until is not None and process.main_says(too_late):
-        return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
-    return dataclasses.asdict(train(cfg, folder, until=until))
-
-
-def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
-    """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
-    out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
-    if process.main_says(diverged(Path(out), config)):
-        return out_of_it
-    try:
-        outcome = train_run(config, out, until)
-    except ProcessEnded:
-        raise
-    except TrainingError as error:
-        process.say(f"{Path(out).name}: {error}; this point is out")
-        if process.is_main():
-            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error), "config": config}) + "\n")
-        return out_of_it
-    losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
-    if losses is None:
-        raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
-    return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
-
-
-def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a run of this config is on record here as one that diverged."""
-    record = folder / DIVERGED
-    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == config
-
-
-def is_trained(folder: Path, cfg: RunConfig) -> bool:
-    """Whether a run's folder holds the state after its last step."""
-    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir()
-
-
-def analyse_part(study: Mapping[str, Any], folder: str, name: str, runs: Sequence[tuple[str, int]]) -> Any:
-    """One of `results.parts_of` these runs, as a task."""
-    from tiedjax.analysis.basis.blocked import few_threads
-    from tiedjax.analysis.study.results import collect
-
-    held = _held(json.dumps(study), folder, tuple((arm, seed) for arm, seed in runs))
-    model = next(iter(held.runs.values())).config.model
-    with few_threads(model.table_rows * model.d_model):
-        return collect(name, held)
-
-
-@functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
-def _held(study: str, folder: str, runs: tuple[tuple[str, int], ...]) -> StudyRuns:
-    """Runs of a study, whose tables a process reads once for all its parts."""
-    from tiedjax.analysis.basis.study_runs import StudyRuns
-
-    return StudyRuns(structure(StudyConfig, json.loads(study), folder), _loaded(Path(folder), runs))
-
-
-def _loaded(folder: Path, runs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Run]:
-    return {(arm, seed): load_run(folder / f"{arm}-{seed}") for arm, seed in runs}
-
-
 def draw_report(out: Path, crew: Crew | None = None) -> str:
     """Redraws the report from results.json; returns the answer, in this version's words, and where the report is."""
     from tiedjax.analysis.study import losses, sentences
     from tiedjax.analysis.study.page import refuse_other_results, write_report
     from tiedjax.analysis.study.sections import SECTIONS
+    from tiedjax.analysis.study.tasks import read_results
 
-    results = _read_results(out)
+    results = read_results(out)
     refuse_other_results(results)
     drawings = None
     if crew:
         place = {"out": str(out)}
         drawn = crew.run(
-            [Task(f"{out}: {name}", f"{__name__}:draw_section", place | {"name": name}) for name in SECTIONS]
+            [Task(f"{out}: {name}", f"{ANALYSIS}:draw_section", place | {"name": name}) for name in SECTIONS]
         )
         drawings = {name: panels for section in sorted(drawn) for name, panels in drawn[section].items()}
     if not crew or not crew.signal:
         write_report(results, out, drawings)
     said = [losses.missing(results), *losses.verdicts(results), *sentences.answer(results)]
     return "\n".join([*filter(None, said), f"report: {out / 'report.html'}"])
-
-
-def draw_section(out: str, name: str) -> dict[str, list[str]]:
-    """`page.draw` of one section, as a task."""
-    from tiedjax.analysis.study.page import draw
-
-    return draw(_read_results(Path(out)), name, Path(out))
-
-
-def _read_results(out: Path) -> dict[str, Any]:
-    path = out / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax study` writes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: must hold an object, got {type(results).__name__}; `tiedjax study` writes it")
-    return results
 
 
 def _write_results(
@@ -372,8 +294,9 @@ def _write_results(
     began: float,
 ) -> None:
     from tiedjax.analysis.study.results import summarize
+    from tiedjax.analysis.study.tasks import loaded
 
-    runs = _loaded(out / "runs", trained)
+    runs = loaded(out / "runs", trained)
     environment = environment_now() | {"study_seconds": time.monotonic() - began}
     results = summarize(plan.study, runs, environment=environment, parts=parts, sweep=choices)
     write_atomically(out / "results.json", json.dumps(results | {"name": plan.name}, indent=1, allow_nan=False))

@@ -24,7 +24,6 @@ from tiedjax.files import write_atomically
 from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token
 from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
-from tiedjax.optimizer import part_of
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, decided, make_steps
 
@@ -125,15 +124,12 @@ def utilisation(cfg: RunConfig, device_kind: str, tokens_per_second: float) -> d
     return {"mfu_causal": causal, "mfu_full": full, "peak_flops": peak}
 
 
-def muon_over_model(cfg: RunConfig, steps: Steps) -> float:
+def muon_over_model(cfg: RunConfig) -> float:
     """FLOPs of Muon's iterations in a step over those of the model, causal; 0 where no matrix is updated by it."""
     if cfg.optimizer.body.kind != "muon":
         return 0.0
-    leaves = jax.tree_util.tree_leaves_with_path(steps.abstract.params)
-    shapes = [leaf.shape for path, leaf in leaves if part_of(path) == "matrices"]
-    of_muon = sum(math.prod(layers) * muon.flops(inputs, outputs) for *layers, inputs, outputs in shapes)
     tokens = cfg.data.batch_size * cfg.model.seq_len
-    return float(of_muon / (tokens * flops_per_token(cfg.model, causal=True)))
+    return muon.step_flops(cfg.model) / (tokens * flops_per_token(cfg.model, causal=True))
 
 
 def bench(
@@ -168,7 +164,7 @@ def bench(
         "tokens_per_second": tokens_per_second,
         "step_seconds": seconds,
         **utilisation(cfg, about["device"]["kind"], tokens_per_second / mesh.size),
-        "muon_over_model_flops": muon_over_model(cfg, program),
+        "muon_over_model_flops": muon_over_model(cfg),
         "peak_memory_bytes": peak_memory,
         "peak_memory_source": source,
         "loss": losses[-1],

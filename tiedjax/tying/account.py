@@ -92,6 +92,12 @@ def follow(cfg: RunConfig) -> Follow:
     return form
 
 
+def anatomy_wanted(cfg: RunConfig) -> bool:
+    """Whether a run measures at its snapshots what the output role's gradient is made of."""
+    small = cfg.model.table_rows * cfg.model.d_model < WHOLE_BELOW
+    return small if cfg.train.anatomy is None else cfg.train.anatomy
+
+
 def sampled_rows(counts_V: np.ndarray, rows: int = SAMPLE_ROWS) -> np.ndarray:
     """int32, ascending: the `MOST_FREQUENT` tokens, and of the others as many of each tenth by frequency.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.plain_json import to_plain
-from tiedjax.analysis.basis.statistics import interval, paired
+from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.calibration.calibration import Group, RunCalibration, measure
 from tiedjax.errors import UserError
 
@@ -39,20 +41,11 @@ def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
 
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference: each score of each stratum, and those of all positions."""
-    by_arm: dict[str, dict[int, RunCalibration]] = {}
-    for run in plain_json.measured(runs, RunCalibration):
-        by_arm.setdefault(run.arm, {})[run.seed] = run.value
-    for arm, subject in by_arm.items():
-        if arm == reference or not subject.keys() & by_arm.get(reference, {}).keys():
-            continue
+    for pair in twins(reference, runs, RunCalibration):
         for stratum in THIRDS:
-            record: dict[str, Any] = {"arm": arm, "stratum": stratum}
+            record: dict[str, Any] = {"arm": pair.arm, "stratum": stratum}
             for name in SCORES:
-                subject_scores, reference_scores = (
-                    {seed: _stratum_score(run, stratum, name) for seed, run in side.items()}
-                    for side in (subject, by_arm[reference])
-                )
-                record[name] = to_plain(paired(subject_scores, reference_scores))
+                record[name] = to_plain(pair.difference(partial(_stratum_score, stratum=stratum, name=name)))
             yield record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.plain_json import to_plain
-from tiedjax.analysis.basis.statistics import Interval, interval, paired
+from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.contribution.contribution import PARTS, RunContribution, early_blocks, measure
 from tiedjax.errors import UserError
 
@@ -35,32 +37,19 @@ def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference: each quantity of every block that both have, and of its parts."""
-    by_arm: dict[str, dict[int, RunContribution]] = {}
-    for run in plain_json.measured(runs, RunContribution):
-        by_arm.setdefault(run.arm, {})[run.seed] = run.value
-    reference = by_arm.get(reference_arm, {})
-    for arm, subject in by_arm.items():
-        seeds = reference.keys() & subject.keys()
-        if arm == reference_arm or not seeds:
-            continue
-        blocks = min(len(side[min(seeds)].blocks) for side in (subject, reference))
+    for pair in twins(reference_arm, runs, RunContribution):
+        blocks = min(len(run.blocks) for side in (pair.subject, pair.reference) for run in side.values())
         for block in range(1, blocks + 1):
-            record: dict[str, Any] = {"arm": arm, "block": block, "early": block in early_blocks(blocks)}
+            record: dict[str, Any] = {"arm": pair.arm, "block": block, "early": block in early_blocks(blocks)}
             for part, quantity in itertools.product(PARTS, QUANTITIES):
-                subject_means, reference_means = (
-                    _by_seed(side, block, part, quantity) for side in (subject, reference)
-                )
-                record.setdefault(part, {})[quantity] = to_plain(paired(subject_means, reference_means))
+                mean = partial(_mean, block=block, part=part, quantity=quantity)
+                record.setdefault(part, {})[quantity] = to_plain(pair.difference(mean))
             yield record
 
 
 def _mean(run: RunContribution, block: int, part: str, quantity: str) -> float | None:
     span: Interval = getattr(getattr(run.blocks[block - 1], part), quantity)
     return span.mean
-
-
-def _by_seed(runs: Mapping[int, RunContribution], block: int, part: str, quantity: str) -> dict[int, float | None]:
-    return {seed: _mean(run, block, part, quantity) for seed, run in runs.items()}
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from tiedjax.analysis.basis import drawing, numbers, plain_json, published
 from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.ngrams import PREDICTORS
 from tiedjax.analysis.basis.plain_json import to_plain
-from tiedjax.analysis.basis.statistics import Interval, interval, paired
+from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.lens import lens
 from tiedjax.analysis.instruments.lens.lens import RunLens, State, early_states
 from tiedjax.analysis.instruments.lens.training import CRITERION
@@ -42,22 +44,15 @@ def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Arm minus reference at every state."""
-    by_arm: dict[str, dict[int, RunLens]] = {}
-    for run in plain_json.measured(runs, RunLens):
-        by_arm.setdefault(run.arm, {})[run.seed] = run.value
-    reference = by_arm.get(reference_arm, {})
-    for arm, subject in by_arm.items():
-        seeds = reference.keys() & subject.keys()
-        if arm == reference_arm or not seeds:
-            continue
-        states = subject[min(seeds)].states
+    for pair in twins(reference_arm, runs, RunLens):
+        states = next(iter(pair.subject.values())).states
         for state, named_state in enumerate(states):
-            record: dict[str, Any] = {"arm": arm, "state": state, "name": named_state.name}
+            record: dict[str, Any] = {"arm": pair.arm, "state": state, "name": named_state.name}
             record["early"] = state in early_states(len(states) - 1)
-            for name, quantity in QUANTITIES.items():
-                subject_scores, reference_scores = (_by_seed(side, state, *quantity) for side in (subject, reference))
-                record[name] = to_plain(paired(subject_scores, reference_scores))
-            record["beyond_last"] = to_plain(paired(_above_last(subject, state), _above_last(reference, state)))
+            for name, (lens_name, score) in QUANTITIES.items():
+                quantity = partial(_state_score, state=state, lens_name=lens_name, score=score)
+                record[name] = to_plain(pair.difference(quantity))
+            record["beyond_last"] = to_plain(pair.difference(partial(_above_last, state=state)))
             yield record
 
 
@@ -67,16 +62,14 @@ def _score(state: State, lens_name: str, score: str) -> float | None:
     return span.mean
 
 
-def _by_seed(runs: Mapping[int, RunLens], state: int, lens_name: str, score: str) -> dict[int, float | None]:
-    return {seed: _score(run.states[state], lens_name, score) for seed, run in runs.items()}
+def _state_score(run: RunLens, state: int, lens_name: str, score: str) -> float | None:
+    return _score(run.states[state], lens_name, score)
 
 
-def _above_last(runs: Mapping[int, RunLens], state: int) -> dict[int, float | None]:
-    """How much worse at the next token a state's tuned lens is than the model in the end, by seed."""
-    state_bits, last_bits = (_by_seed(runs, at, "tuned", "cross_entropy") for at in (state, -1))
-    return {
-        seed: a - b for seed in state_bits if (a := state_bits[seed]) is not None and (b := last_bits[seed]) is not None
-    }
+def _above_last(run: RunLens, state: int) -> float | None:
+    """How much worse at the next token a state's tuned lens is than the model in the end."""
+    state_bits, last_bits = (_state_score(run, at, "tuned", "cross_entropy") for at in (state, -1))
+    return None if state_bits is None or last_bits is None else state_bits - last_bits
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:

@@ -1,0 +1,57 @@
+"""What the workers of a study call: a part of the results, and a section's drawings."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiedjax.analysis.basis.blocked import few_threads
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.study.results import collect
+from tiedjax.config import StudyConfig
+from tiedjax.config_files import structure
+from tiedjax.errors import UserError
+from tiedjax.run import Run, load_run
+
+
+def analyse_part(study: Mapping[str, Any], folder: str, name: str, runs: Sequence[tuple[str, int]]) -> Any:
+    """One of `results.parts_of` these runs."""
+    held = _held(json.dumps(study), folder, tuple((arm, seed) for arm, seed in runs))
+    model = next(iter(held.runs.values())).config.model
+    with few_threads(model.table_rows * model.d_model):
+        return collect(name, held)
+
+
+@functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
+def _held(study: str, folder: str, runs: tuple[tuple[str, int], ...]) -> StudyRuns:
+    """Runs of a study, whose tables a process reads once for all its parts."""
+    return StudyRuns(structure(StudyConfig, json.loads(study), folder), loaded(Path(folder), runs))
+
+
+def loaded(folder: Path, runs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Run]:
+    """The runs of these arms and seeds in a study's folder of runs."""
+    return {(arm, seed): load_run(folder / f"{arm}-{seed}") for arm, seed in runs}
+
+
+def draw_section(out: str, name: str) -> dict[str, list[str]]:
+    """`page.draw` of one section."""
+    from tiedjax.analysis.study.page import draw
+
+    return draw(read_results(Path(out)), name, Path(out))
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """results.json of a study's folder; UserError unless it holds an object."""
+    path = out / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax study` writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: must hold an object, got {type(results).__name__}; `tiedjax study` writes it")
+    return results

@@ -1,0 +1,77 @@
+"""The runs of a study as tasks for its workers, and how far they are by what lies in their folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tiedjax import sweep
+from tiedjax.config import RunConfig
+from tiedjax.config_files import structure, to_tree
+from tiedjax.errors import TrainingError, UserError
+from tiedjax.files import write_atomically
+from tiedjax.host import process
+from tiedjax.host.workers import ProcessEnded, Task
+from tiedjax.loop import Outcome, train
+from tiedjax.run import load_run
+
+DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its update was not finite
+
+
+def task(function: str, folder: Path, cfg: RunConfig, until: float | None) -> Task:
+    """One of the functions below, by name, on a run; those of one kind compile the same."""
+    arguments = {"config": to_tree(cfg), "out": str(folder), "until": until}
+    kind = f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}"
+    return Task(folder.name, f"{__name__}:{function}", arguments, kind)
+
+
+def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
+    """`loop.train` of a resolved config, as a task: the outcome's fields."""
+    cfg, folder = structure(RunConfig, config, out), Path(out)
+    too_late = until is not None and time.monotonic() >= until and not is_trained(folder, cfg)
+    if until is not None and process.main_says(too_late):
+        return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
+    return dataclasses.asdict(train(cfg, folder, until=until))
+
+
+def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
+    """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
+    out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
+    if process.main_says(diverged(Path(out), config)):
+        return out_of_it
+    try:
+        outcome = train_run(config, out, until)
+    except ProcessEnded:
+        raise
+    except TrainingError as error:
+        process.say(f"{Path(out).name}: {error}; this point is out")
+        if process.is_main():
+            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error), "config": config}) + "\n")
+        return out_of_it
+    losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
+    if losses is None:
+        raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
+    return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
+
+
+def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config is on record here as one that diverged."""
+    record = folder / DIVERGED
+    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == config
+
+
+def is_trained(folder: Path, cfg: RunConfig) -> bool:
+    """Whether a run's folder holds the state after its last step."""
+    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir()
+
+
+def steps_left(folder: Path, cfg: RunConfig) -> int:
+    """How many steps a call still trains in a run's folder: none of one that diverged."""
+    if diverged(folder, to_tree(cfg)):
+        return 0
+    states = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    return max(0, cfg.train.last - max(states, default=0))
