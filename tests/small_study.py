@@ -16,6 +16,7 @@ from typing import Any
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval, paired
+from tiedjax.analysis.instruments.account.account import RunAccount
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
 from tiedjax.analysis.instruments.contribution.contribution import RunContribution
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
@@ -99,6 +100,7 @@ def small_study() -> dict[str, Any]:
         "comparisons": [_comparison(*pair, seed, fit) for pair in PAIRS for seed in SEEDS for fit in verdict_fits()],
         "alignment_over_steps": [_curve(*pair, seed) for pair in PAIRS for seed in SEEDS],
         "gradients": [_gradients(arm, seed) for arm in ARMS for seed in SEEDS],
+        "account": [_account(arm, seed) for arm in ARMS[1:] for seed in SEEDS],
         "evolution": [_evolution(*table) for table in TABLES],
         "knn": {"k": 7, "pairs": [_neighbours(*pair, seed) for pair in PAIRS for seed in SEEDS]},
         "spectral": {"k": 9, "eigenpairs": 11, "pairs": [_distance(*pair, seed) for pair in PAIRS for seed in SEEDS]},
@@ -214,6 +216,34 @@ def _gradients(arm: str, seed: int) -> dict[str, Any]:
             for step in (1, 400)
         ],
     }
+
+
+def _account(arm: str, seed: int) -> dict[str, Any]:
+    def shares(i: int) -> dict[str, float]:
+        parts = ("initial", "input", "output")
+        return {part: value(j, arm, "shared", i, seed) for j, part in enumerate(parts)}
+
+    changes = ("in_in", "in_out", "out_in", "out_out", "decay", "body", "output_update_share", "cosine")
+    changes += ("input_step_share",)
+    spans = [(0, 20, 1), (20, 200, 2), (0, 200, 3)]
+    names = ("input_to_input", "input_to_output", "output_to_input", "output_to_output")
+    return complete(RunAccount, {
+        "arm": arm, "seed": seed, "step": 200, "shares": shares(0),
+        "strata": {name: shares(i) for i, name in enumerate(THIRDS, 1)},
+        "early": {"first": 0, "last": 20, "rate": value(0, arm, "input", 4, seed)}
+        | {role: value(i, arm, role, 5, seed) for i, role in enumerate(("input", "output"), 1)},
+        "changes": [
+            {"first": first, "last": last}
+            | {
+                name: (-1) ** j * value(j, arm, "shared", i, seed) / (1000 if j < 6 else 10)
+                for j, name in enumerate(changes)
+            }
+            for first, last, i in spans
+        ],
+        "curve": {"steps": [1, 200]}
+        | {name: [value(j, arm, "shared", i, seed) / 1000 for i in (1, 2)] for j, name in enumerate(changes[:4])},
+        "nearness": {name: {"corrected": value(i, arm, "shared", 6, seed)} for i, name in enumerate(names)},
+    })  # fmt: skip
 
 
 def _evolution(arm: str, seed: int, role: str) -> dict[str, Any]:

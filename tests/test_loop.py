@@ -150,7 +150,7 @@ def test_early_snapshots_may_be_rounded_and_nothing_else(finished: Path, text: P
 def test_a_run_says_first_what_it_will_write(capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path) -> None:
     changes = {"train.checkpoint_every": 3, "train.stop_at": 1}
     assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
-    says = "run: will write 6 snapshots (120.00 KiB) and keep 2 of 3 states (180.02 KiB)\n"
+    says = "run: will write 6 snapshots (252.80 KiB) and keep 2 of 3 states (268.80 KiB)\n"
     assert capsys.readouterr().out.count(says) == 1
     assert cli.main(arguments(tmp_path / "run", text, {"train.checkpoint_every": 3})) == 0
     assert "will write" not in capsys.readouterr().out, "it is said once"

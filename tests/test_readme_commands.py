@@ -60,6 +60,7 @@ RUN_HERE = {
     "tiedjax analyze map A [B]": f"tiedjax analyze map {PAIR}",
     "tiedjax analyze evolution RUN": "tiedjax analyze evolution study/runs/one-3",
     "tiedjax analyze gradients RUN": "tiedjax analyze gradients study/runs/one-3",
+    "tiedjax analyze account RUN": "tiedjax analyze account study/runs/one-3",
     "tiedjax analyze hurdles RUN": "tiedjax analyze hurdles study/runs/one-3",
     "tiedjax analyze lens RUN": "tiedjax analyze lens study/runs/one-3",
     "tiedjax analyze blocks RUN": "tiedjax analyze blocks study/runs/one-3",

@@ -73,7 +73,8 @@ def drawn(ax: Any) -> list[str]:
         lines.append(f"{label} [{line.get_color()} {face} {line.get_linestyle()}]: {written(line.get_ydata())}"
                      f" at {written(line.get_xdata())}")  # fmt: skip
     for patch in ax.patches:
-        values = patch.get_data().values if hasattr(patch, "get_data") else []
+        bar = (patch.get_y(), patch.get_x(), patch.get_width()) if hasattr(patch, "get_width") else ()
+        values = patch.get_data().values if hasattr(patch, "get_data") else bar
         lines.append(f"{patch.get_label()} [{'filled' if patch.get_fill() else 'hollow'}]: {written(values)}")
     for mesh in ax.collections:
         values = mesh.get_array()

@@ -35,11 +35,13 @@ class RunAccount(NamedTuple):
 
     Attributes:
       rows: int [rows], ascending: all of the table or those that the run followed.
-      initial: what is left of the initial table.
+      log_kept: the logarithm of what decay has left of the initial table.
+      initial: that.
       input, output: what the updates of each role wrote and decay has left.
     """
 
     rows: np.ndarray
+    log_kept: float
     initial: np.ndarray
     input: np.ndarray
     output: np.ndarray
@@ -133,12 +135,12 @@ class Run:
 
         abstract = jax.eval_shape(opened, abstract_params(self.config)["tables"], sample)
         saved: tying.Account = snapshots.restore(step, {"account": _without_sharding(abstract)})["account"]
-        written, kept = saved.written[names[0]], np.exp(np.float64(saved.log_kept[names[0]][0]))
+        written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(self.config.model.table_rows) if saved.rows.sample is None else saved.rows.sample
         table, initial = (tables.input[rows] for tables in (self.tables(step), self.tables(0)))
-        initial = np.asarray(kept * initial, np.float32)
+        initial = np.asarray(np.exp(log_kept) * initial, np.float32)
         output = written.output if form == "checked" else table - initial - written.input
-        return RunAccount(rows, initial, written.input, output)
+        return RunAccount(rows, log_kept, initial, written.input, output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.basis.strata import strata
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.basis.tokens import most_frequent, token_texts
+    from tiedjax.analysis.instruments.account.account import measure as account
     from tiedjax.analysis.instruments.alignment.align import align as fits_of
     from tiedjax.analysis.instruments.alignment.align import measure as align
     from tiedjax.analysis.instruments.calibration.calibration import measure as calibration
@@ -47,6 +48,7 @@ __all__ = [
     "Interval",
     "Score",
     "Searches",
+    "account",
     "align",
     "blocks",
     "calibration",
@@ -86,6 +88,7 @@ _HOMES = {
     "Interval": "tiedjax.analysis.basis.statistics:Interval",
     "Score": "tiedjax.analysis.basis.chance:Score",
     "Searches": f"{_INSTRUMENTS}.neighbours.search:Searches",
+    "account": f"{_INSTRUMENTS}.account.account:measure",
     "align": f"{_INSTRUMENTS}.alignment.align:measure",
     "blocks": f"{_INSTRUMENTS}.contribution.contribution:measure",
     "calibration": f"{_INSTRUMENTS}.calibration.calibration:measure",

@@ -36,6 +36,7 @@ _FOLDERS = {
     "knn": "neighbours",
     "spectral": "graph_distance",
     "gradients": "gradients",
+    "account": "account",
     "evolution": "evolution",
     "norms": "norms",
     "spectrum": "shape",

@@ -1,0 +1,99 @@
+"""`tiedjax analyze account RUN`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from tiedjax.analysis.basis import arguments
+from tiedjax.errors import UserError
+
+if TYPE_CHECKING:
+    from tiedjax.analysis.instruments.account.account import RunAccount
+
+HELP = "who wrote a shared table, when, and what each role's updates did to the next batch's loss"
+SUBJECT = "run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN and the options."""
+    arguments.add_subject(parser, SUBJECT)
+    parser.add_argument(
+        "--twin", metavar="RUN", help="an untied run: beside its tables stands what each role wrote (default: none)"
+    )
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measures; UserError for bad input."""
+    from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.basis.tables import open_run
+    from tiedjax.analysis.instruments.account.account import measure
+    from tiedjax.tying import distinct
+
+    subject, twin = open_run(args.a), None
+    if args.twin:
+        twin = open_run(args.twin).tables()
+        shapes = [list(tables.input.shape) for tables in (subject.tables(), twin)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"--twin: {args.twin}: its tables are {shapes[1]}, those of {args.a} {shapes[0]}")
+    account = measure(subject, twin=twin)
+    roles = arguments.described_roles(args.a, distinct(subject.tables()))
+    result = arguments.run_result(args, roles, account.rows, account.width, account.table_rows - account.rows)
+    return result | to_plain(account), _text(args, account)
+
+
+def _text(args: argparse.Namespace, account: RunAccount) -> str:
+    of = "" if account.rows == account.table_rows else f" (a sample of the {account.table_rows})"
+    lines = [
+        f"{args.a} at step {account.step}: who wrote its table, shares of the squared norm of {account.rows} rows{of}",
+        arguments.text_table(
+            ["tokens", "rows", "initial", "input", "output"],
+            [
+                [name, shares.rows, shares.initial, shares.input, shares.output]
+                for name, shares in {"all": account.shares, **account.strata}.items()
+            ],
+        ),
+        "initial: what is left of the first table; input, output: of what that role's updates wrote; they sum to 1",
+        "",
+        "when it was written: shares of the last table",
+        arguments.text_table(
+            ["steps", "of all rates", "input", "output", "both"],
+            [
+                [f"{span.first + 1}-{span.last}", span.rate, span.input, span.output, span.input + span.output]
+                for span in account.spans
+            ],
+        ),
+        "of all rates: the span's share of the summed learning rate",
+        "",
+        "change of the next batch's loss by an update, to first order, in thousandths of a nat a token",
+        arguments.text_table(
+            ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", "body"],
+            [
+                [f"{change.first + 1}-{change.last}", *map(_thousandths, _of(change))]
+                for change in account.changes
+                if change.last > change.first
+            ],
+        ),
+        "in<-out: through the lookup, of what the output role wrote; body: at the steps where it was measured",
+    ]
+    if account.nearness:
+        lines += [
+            "",
+            f"what each role wrote beside the tables of {args.twin}: orthogonal map, chance: equally frequent rows",
+            arguments.text_table(
+                ["wrote", "beside", "score", "chance", "corrected"],
+                [
+                    [*name.split("_to_"), score.score, score.floor, score.corrected]
+                    for name, score in account.nearness.items()
+                ],
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _of(change: Any) -> list[float | None]:
+    return [change.in_in, change.in_out, change.out_in, change.out_out, change.decay, change.body]
+
+
+def _thousandths(value: float | None) -> float | None:
+    return None if value is None else 1000 * value

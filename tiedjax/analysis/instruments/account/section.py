@@ -1,0 +1,215 @@
+"""The account: who wrote each shared table, when, and what that did to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tiedjax.analysis.basis import drawing, numbers, plain_json
+from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.statistics import interval
+from tiedjax.analysis.basis.strata import STRATA
+from tiedjax.analysis.basis.study_runs import StudyRuns
+from tiedjax.analysis.instruments.account.account import CHANGES, PARTS, LossChange, RunAccount, Shares, measure
+from tiedjax.errors import UserError
+from tiedjax.tying import SHARED, Tables
+
+NAMES = {"initial": "initial table", "input": "input role", "output": "output role"}
+CURVES = {
+    "in_in": "lookup, by input role",
+    "in_out": "lookup, by output role",
+    "out_in": "prediction, by input role",
+    "out_out": "prediction, by output role",
+}
+_STYLES = {"in_in": drawing.INPUT, "in_out": "-", "out_in": drawing.INPUT, "out_out": "-"}
+_FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.LIGHT[1]}
+
+
+def collect(study: StudyRuns) -> list[dict[str, Any]]:
+    """The account of every run whose roles share a table, its twin's tables beside it."""
+    records = []
+    for (arm, seed), tables in study.last.items():
+        if [table.role for table in tables] != [SHARED]:
+            continue
+        found = {"arm": arm, "seed": seed}
+        twin = study.last.get((study.study.reference, seed), [])
+        alike = len(twin) == 2 and all(table.values.shape == tables[0].values.shape for table in twin)
+        try:
+            account = measure(tables[0].run, twin=Tables(*(table.values for table in twin)) if alike else None)
+            records.append(found | to_plain(account))
+        except UserError as error:
+            records.append(found | {"not_measured": str(error)})
+    return records
+
+
+def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
+    """Its figure; none where no run has an account."""
+    if _by_arm(results):
+        yield drawing.Plot("account", [_draw_shares, *(_changes(reader) for reader in ("in", "out"))])
+
+
+def not_measured(results: drawing.Results) -> list[str]:
+    """What could not be measured, and why."""
+    return plain_json.not_measured(results["account"])
+
+
+def why(results: drawing.Results) -> list[str]:
+    """Two sentences on the baseline arm, for the first screen too: who wrote its table, and what that does to loss."""
+    arm = results["headline"]["arm"]
+    accounts = _by_arm(results).get(arm)
+    return [_wrote(arm, accounts), _lookups_loss(arm, accounts)] if accounts else []
+
+
+def others(results: drawing.Results) -> list[str]:
+    """The same two of every other arm with a shared table."""
+    baseline = results["headline"]["arm"]
+    return [
+        sentence
+        for arm, accounts in _by_arm(results).items()
+        if arm != baseline
+        for sentence in (_wrote(arm, accounts), _lookups_loss(arm, accounts))
+    ]
+
+
+def when(results: drawing.Results) -> list[str]:
+    """One sentence for each arm: how much of the table the first tenth of the steps wrote, beside its rates."""
+    return [
+        f"The first {accounts[0].early.last:,} steps wrote "
+        f"{_percent([a.early.input + a.early.output for a in accounts])} of the final {arm} table; they have "
+        f"{_percent([a.early.rate for a in accounts], digits=0)} of the summed learning rate."
+        for arm, accounts in _by_arm(results).items()
+    ]
+
+
+def shares(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per arm and stratum of token frequency: the three shares, over seeds."""
+    return [
+        {"arm": arm, "tokens": name, "first": name == "all"}
+        | {part: drawing.spread(getattr(each, part) for each in of_seeds) for part in PARTS}
+        for arm, accounts in _by_arm(results).items()
+        for name, of_seeds in _strata(accounts).items()
+    ]
+
+
+def changes(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per arm and stretch of steps: M, decay and the body in thousandths of a nat a token, over seeds."""
+    lines: list[dict[str, Any]] = []
+    for arm, accounts in _by_arm(results).items():
+        for i, span in enumerate(accounts[0].changes):
+            of_seeds = [account.changes[i] for account in accounts]
+            cells = {
+                name: drawing.spread((_thousandths(getattr(each, name)) for each in of_seeds), 2)
+                for name in (*CHANGES, "decay", "body")
+            }
+            lines.append({"arm": arm, "steps": f"{span.first + 1:,}–{span.last:,}", "first": i == 0} | cells)
+    return lines
+
+
+def updates(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm: the output role's share of updates, their cosine, the input role's share of the second moment."""
+    names = ("output_update_share", "cosine", "input_step_share")
+    return [
+        {"arm": arm} | {name: drawing.spread(getattr(a.changes[-1], name) for a in accounts) for name in names}
+        for arm, accounts in _by_arm(results).items()
+    ]
+
+
+def nearness(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm: what each role wrote beside the twin's two tables, corrected for frequency, over seeds."""
+    return [
+        {"arm": arm}
+        | {name: drawing.spread(a.nearness[name].corrected for a in accounts) for name in accounts[0].nearness}
+        for arm, accounts in _by_arm(results).items()
+        if all(account.nearness for account in accounts)
+    ]
+
+
+def _by_arm(results: drawing.Results) -> dict[str, list[RunAccount]]:
+    return drawing.by_run(plain_json.measured(results["account"], RunAccount))
+
+
+def _strata(accounts: list[RunAccount]) -> dict[str, list[Shares]]:
+    """All tokens, then each stratum that every seed has."""
+    names = [name for name in STRATA if all(name in account.strata for account in accounts)]
+    return {"all": [a.shares for a in accounts]} | {name: [a.strata[name] for a in accounts] for name in names}
+
+
+def _wrote(arm: str, accounts: list[RunAccount]) -> str:
+    output, first, start = (
+        _percent([getattr(a.shares, part) for a in accounts]) for part in ("output", "input", "initial")
+    )
+    return (
+        f"The output role wrote {output} of the final {arm} table and the input role {first}; {start} is left of the "
+        "initial one."
+    )
+
+
+def _lookups_loss(arm: str, accounts: list[RunAccount]) -> str:
+    overall: list[LossChange] = [account.changes[-1] for account in accounts]
+    span = vars(interval(_thousandths(change.in_out) for change in overall))
+    own = drawing.spread((_thousandths(change.in_in) for change in overall), 2)
+    size = numbers.spread(span, 2)
+    if span["mean"] is None:
+        return f"What the updates of {arm} did to the next batch’s loss was not logged."
+    ended = f"The input role’s change it by {own}."
+    if span["low"] is not None and span["low"] <= 0 <= span["high"]:
+        return (
+            f"Whether the output role’s updates of {arm} help or harm the lookup is undecided: through it they change "
+            f"the next batch’s loss by {size} thousandths of a nat each. {ended}"
+        )
+    way, verb = ("harm", "raise") if span["mean"] > 0 else ("help", "lower")
+    return (
+        f"The output role’s updates of {arm} {way} the lookup: through it they {verb} the next batch’s loss by "
+        f"{size.removeprefix('−')} thousandths of a nat each. {ended}"
+    )
+
+
+def _percent(values: list[float], digits: int = 1) -> str:
+    scaled = vars(interval(100 * value for value in values))
+    return f"{numbers.spread(scaled, digits)}\u00a0%"
+
+
+def _thousandths(value: float | None) -> float | None:
+    return None if value is None else 1000 * value
+
+
+def _draw_shares(ax: drawing.Axes, results: drawing.Results) -> None:
+    """One bar for each arm and stratum: what is left of the initial table, then what each role wrote."""
+    bars = [(arm, name, each) for arm, accounts in _by_arm(results).items() for name, each in _strata(accounts).items()]
+    left, places = np.zeros(len(bars)), np.arange(len(bars))
+    for part in PARTS:
+        widths = np.array([np.mean([getattr(shares, part) for shares in each]) for _, _, each in bars])
+        ax.barh(places, widths, left=left, color=_FILL[part], label=NAMES[part])
+        left += widths
+    ax.set_yticks(places, [arm if name == "all" else name for arm, name, _ in bars])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlim(min(0.0, left.min()), 1)
+    ax.set_xlabel("share of the squared norm of the table")
+    ax.set_title("who wrote the table")
+
+
+def _changes(reader: str) -> Callable[[drawing.Axes, drawing.Results], None]:
+    """M through one role's use, by what each role wrote, over training: arms as colours, mean over seeds."""
+
+    def draw(ax: drawing.Axes, results: drawing.Results) -> None:
+        for arm, accounts in _by_arm(results).items():
+            for name in (f"{reader}_in", f"{reader}_out"):
+                binned = [
+                    drawing.log_binned(np.array(a.curve.steps), 1000 * drawing.floats(getattr(a.curve, name)))
+                    for a in accounts
+                ]
+                steps = binned[0][0]
+                mean = np.mean([values for _, values in binned if len(values) == len(steps)], axis=0)
+                colour = drawing.colours(results)[arm]
+                ax.plot(steps, mean, color=colour, linestyle=_STYLES[name], label=f"{arm}: {CURVES[name]}")
+        ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
+        drawing.log_steps(ax)
+        ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+        ax.yaxis.set_major_formatter(drawing.plain_ticks)
+        ax.set_ylabel("thousandths of a nat an update")
+        ax.set_title("loss through the lookup" if reader == "in" else "loss through the prediction")
+
+    return draw
