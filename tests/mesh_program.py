@@ -14,6 +14,8 @@ from conftest import random_tokens, small_config
 
 from tiedjax import sharding, step, tying
 from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig
+from tiedjax.cost import hlo
+from tiedjax.muon import MuonState, scale_by_muon
 
 
 @functools.cache
@@ -99,6 +101,17 @@ def of_anatomy() -> dict[str, float]:
     return results
 
 
+def sent_by_muon() -> dict[str, tuple[int, int]]:
+    """Of the update of 8 layers' matrices [16, 24], cut along their inputs: collectives by kind, and bytes a device."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+    cut, everywhere = jax.NamedSharding(mesh, jax.P(None, "fsdp")), sharding.replicated(mesh)
+    x_LIO = jax.ShapeDtypeStruct((8, 16, 24), jnp.float32, sharding=cut)
+    state = MuonState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), x_LIO)
+    update = jax.jit(scale_by_muon(sharding.Layout(mesh), None).update, out_shardings=(cut, MuonState(everywhere, cut)))
+    kinds = hlo.collectives(update.lower(x_LIO, state).compile().as_text(), None).kinds
+    return {kind: (traffic.count, traffic.bytes) for kind, traffic in kinds.items()}
+
+
 if __name__ == "__main__":
-    others = {"muon": of_muon, "anatomy": of_anatomy}
-    print(json.dumps(others[sys.argv[1]]() if sys.argv[1] in others else of_scheme(sys.argv[1])))
+    subjects = {"muon": of_muon, "anatomy": of_anatomy, "sent by muon": sent_by_muon}
+    print(json.dumps(subjects[sys.argv[1]]() if sys.argv[1] in subjects else of_scheme(sys.argv[1])))

@@ -30,6 +30,12 @@ def test_every_mesh_gives_the_anatomy_of_one_device() -> None:
     assert max(differences.values()) <= 1e-5
 
 
+def test_muon_sends_each_matrix_once_there_and_once_back() -> None:
+    """All that a device holds of the stack, in float32 on a CPU, and nothing else: no norm, no second copy."""
+    out, _ = finish(start([TESTS / "mesh_program.py", "sent by muon"], devices=8))
+    assert json.loads(out.splitlines()[-1]) == {"all-to-all": [2, 2 * 8 * 16 * 24 * 4 // 8]}
+
+
 def test_colliding_axes_raise() -> None:
     assert sharding.partition_spec(["vocab", "embed"]) == jax.P("tensor", "fsdp")
     with pytest.raises(ValueError, match="claim a mesh axis twice"):

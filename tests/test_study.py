@@ -104,7 +104,7 @@ def test_an_arm_that_stop_at_ends_is_named_as_missing(place: Path) -> None:
     assert partial["missing"] == ["one-3", "one-5"]
     assert [run["name"] for run in partial["runs"]] == ["two-3", "two-5"]
     assert "Not among the results: one-3, one-5." in partial["notes"]
-    assert {table["arm"] for table in partial["norms"]["tables"]} == {"two"}
+    assert {table["arm"] for table in partial["norms"]} == {"two"}
     again, _ = tiedjax(*command, cwd=place, status=75)
     assert "are left" not in again
     assert "of training left" not in again

@@ -4,7 +4,8 @@ The momentum M of a matrix [I, O] becomes U V^T of its singular value decomposit
 iterations leave singular values between about 0.7 and 1.2. They need whole matrices, and a third to a half of a step's
 products if every device does all of them. So the like matrices of all layers are put in one stack [L, I, O], which is
 cut along L where parameters are cut along I or O: every device orthogonalises some layers whole. Where fsdp alone cuts
-them no more is sent than what lies on a device, there and back; where fsdp and tensor both do, XLA gathers each stack.
+them no more is sent than what lies on a device, in the dtype of the products, there and back; where fsdp and tensor
+both do, XLA gathers each stack.
 """
 
 from __future__ import annotations
@@ -62,16 +63,21 @@ def orthogonalized(x_LIO: jax.Array, layout: Layout = ONE_DEVICE) -> jax.Array:
     Accelerators are given bfloat16, as Jordan does: the iterations settle at about 1, and need not be exact.
     """
     a, b, c = _COEFFICIENTS
-    x_LIO = x_LIO / (jnp.linalg.norm(x_LIO, axis=(-2, -1), keepdims=True) + _EPS)
     if layout.platform != "cpu":
         x_LIO = x_LIO.astype(jnp.bfloat16)
-    x_LIO = layout.constrain(x_LIO, ("whole_layers", None, None))
+    # Sent once here, and once back below. Left to choose, XLA sends several of the arrays that this is made of, or that
+    # are made of it, and in float32.
+    whole = ("whole_layers", None, None)
+    x_LIO = layout.constrain(layout.uncut(x_LIO, 0), whole)
+    wide_LIO = x_LIO.astype(jnp.promote_types(x_LIO.dtype, jnp.float32))
+    norm_L11 = jnp.linalg.norm(wide_LIO, axis=(-2, -1), keepdims=True)
+    x_LIO = (wide_LIO / (norm_L11 + _EPS)).astype(x_LIO.dtype)
     turned = x_LIO.shape[-2] > x_LIO.shape[-1]  # the Gram matrix of the shorter side is the smaller one
     x: jax.Array = x_LIO.swapaxes(-1, -2) if turned else x_LIO
     for _ in range(ITERATIONS):
         gram = x @ x.swapaxes(-1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.swapaxes(-1, -2) if turned else x
+    return layout.uncut(layout.constrain(x.swapaxes(-1, -2) if turned else x, whole), 0)
 
 
 def flops(inputs: int, outputs: int) -> int:

@@ -64,6 +64,14 @@ class Layout:
         placed: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, partition_spec(axes)))
         return placed
 
+    def uncut(self, x: jax.Array, axis: int) -> jax.Array:
+        """x, of which every device has all of this axis, and as much of the others as XLA finds best."""
+        if self.mesh is None:
+            return x
+        entries = [None if i == axis else PartitionSpec.UNCONSTRAINED for i in range(x.ndim)]
+        placed: jax.Array = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*entries)))
+        return placed
+
     def size(self, *axes: str) -> int:
         """The number of devices along these mesh axes."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in axes)
