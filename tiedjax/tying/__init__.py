@@ -5,7 +5,7 @@ the two are the same array. `tables` holds the pair, `split` what divides its gr
 parameters, `anatomy` what the output role's gradient is made of.
 """
 
-from tiedjax.tying.anatomy import common_mode, pull_and_push
+from tiedjax.tying.anatomy import common_mode, pull_and_push, signal_and_noise
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
@@ -16,7 +16,7 @@ from tiedjax.tying.schemes import (
     scheme_of,
     without_scales,
 )
-from tiedjax.tying.split import role_scale, split_gradient, zero_taps
+from tiedjax.tying.split import role_scale, split_gradient, tap_squares, zero_taps
 from tiedjax.tying.tables import SHARED, Tables, distinct
 
 __all__ = [
@@ -33,7 +33,9 @@ __all__ = [
     "refuse_options_of_roles",
     "role_scale",
     "scheme_of",
+    "signal_and_noise",
     "split_gradient",
+    "tap_squares",
     "without_scales",
     "zero_taps",
 ]
