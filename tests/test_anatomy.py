@@ -99,3 +99,56 @@ def test_a_step_can_be_observed_in_float32_without_an_update() -> None:
     h_ND, r_NV, targets_N, _ = states_and_residuals(cfg, state.params, tokens_BS)
     push_VD = (r_NV + np.eye(r_NV.shape[1])[targets_N]).T @ h_ND / len(h_ND)
     np.testing.assert_allclose(observed["output_push_norm"], np.linalg.norm(push_VD), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", tying.SCHEMES)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_signal_and_noise_are_those_of_the_gradients_of_microbatches(scheme: str, parts: int) -> None:
+    """Each microbatch's mean gradient taken alone, under role scales that must not be in it."""
+    data, train = DataConfig(batch_size=8, microbatches=parts), TrainConfig(steps=10, z_loss=1e-2)
+    cfg = small_config(scheme, data=data, train=train)
+    params, tokens_BS = params_of(cfg), random_tokens(cfg)
+    scale = tying.Tables(jnp.float32(5), jnp.float32(0.5))
+    _, (_, roles, squares) = jax.jit(step.loss_and_gradients(cfg))(params, tokens_BS, scale)
+    norms = tying.Tables(*map(jnp.linalg.norm, roles))
+    metrics = tying.signal_and_noise(norms, squares.roles, parts)
+    alone = jax.jit(step.loss_and_gradients(small_config(scheme, data=DataConfig(batch_size=8 // parts), train=train)))
+    by_part = [alone(params, tokens_BS[i::parts], scale)[1][1] for i in range(parts)]
+    for role in ("input", "output"):
+        g_kVD = np.stack([getattr(each, role) for each in by_part])
+        total, apart = np.sum(g_kVD.sum(0) ** 2), np.sum(g_kVD**2)
+        signal = (total - apart) / (parts * (parts - 1))
+        noise = (apart - total / parts) / (parts * (parts - 1))
+        np.testing.assert_allclose(metrics[f"{role}_grad_signal"], signal, rtol=1e-10, err_msg=role)
+        np.testing.assert_allclose(metrics[f"{role}_grad_noise"], noise, rtol=1e-10, err_msg=role)
+        np.testing.assert_allclose(signal + noise, np.linalg.norm(g_kVD.mean(0)) ** 2, rtol=1e-12)
+
+
+def test_signal_and_noise_are_right_on_average() -> None:
+    """Of gradients that are a known vector and known noise, over so many batches that chance is 20 times smaller."""
+    rng, k, rows, width, batches = np.random.default_rng(0), 4, 6, 5, 20_000
+    truth_VD, deviation = rng.standard_normal((rows, width)), 3.0
+    g = truth_VD + deviation * rng.standard_normal((batches, k, rows, width))
+    norm = jnp.asarray(np.sqrt(np.sum(g.mean(1) ** 2, axis=(1, 2))))
+    square = jnp.asarray(np.sum((g / k) ** 2, axis=(1, 2, 3)))
+    metrics = tying.signal_and_noise(tying.Tables(norm, 2 * norm), tying.Tables(square, 4 * square), k)
+    mean = {name: float(values.mean()) for name, values in metrics.items()}
+    signal, noise = np.sum(truth_VD**2), deviation**2 * rows * width / k
+    np.testing.assert_allclose(mean["input_grad_signal"], signal, rtol=0.02)
+    np.testing.assert_allclose(mean["input_grad_noise"], noise, rtol=0.01)
+    np.testing.assert_allclose(mean["output_grad_signal"], 4 * mean["input_grad_signal"], rtol=1e-5)
+    assert metrics["input_grad_signal"].min() < 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_signal_and_noise_are_metrics_of_steps_of_several_microbatches(parts: int) -> None:
+    cfg = small_config(data=DataConfig(batch_size=8, microbatches=parts))
+    steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+    state, decile_V = steps.init(jax.random.key(0)), np.zeros(cfg.model.table_rows, np.int32)
+    metrics = jax.device_get(steps.train(state, random_tokens(cfg), tying.role_scale(cfg.tying), decile_V)[1])
+    for role in ("input", "output"):
+        names = [f"{role}_grad_signal", f"{role}_grad_noise"]
+        assert [name in metrics for name in names] == [parts > 1] * 2
+        if parts > 1:
+            np.testing.assert_allclose(sum(metrics[n] for n in names), metrics[f"{role}_grad_norm"] ** 2, rtol=1e-5)

@@ -27,7 +27,7 @@ def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
 
 @functools.cache
 def compiled_gradients(cfg: RunConfig, parts: int, optimized: bool) -> Any:
-    """(params, taps of the tables, tap of the lookup, scale) -> (mean loss of one batch, gradients of the first three),
+    """(params, taps of the tables, tap of squares, scale) -> (mean loss of one batch, gradients of the first three),
     compiled once for all tests that ask for it, as tests compile or as users do."""
     scheme = tying.scheme_of(cfg.tying)
     total = step.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
@@ -45,10 +45,12 @@ def compiled_gradients(cfg: RunConfig, parts: int, optimized: bool) -> Any:
 def split_gradients(
     cfg: RunConfig, params: Any, scale: Tables | None, *, taps: bool = True, parts: int = 1, optimized: bool = False
 ) -> Any:
-    """((params gradient, role gradients, what the lookup's tap observes), mean loss) of one batch, as the train step
-    computes them; without taps the latter two are None."""
+    """((params gradient, role gradients, sums of squares), mean loss) of one batch, as the train step computes them;
+    without taps the latter two are None."""
     tables = tying.scheme_of(cfg.tying).tables(params["tables"])
-    zeros = (tying.zero_taps(tables), jnp.zeros(())) if taps else (None, None)
+    zero = jnp.zeros(())
+    squares = lm.Squares(zero, Tables(zero, zero) if parts > 1 else None)
+    zeros = (tying.zero_taps(tables), squares) if taps else (None, None)
     value, grads = compiled_gradients(cfg, parts, optimized)(params, *zeros, scale)
     return grads, value
 
@@ -122,9 +124,10 @@ def test_the_tap_of_the_lookup_observes_the_gradient_of_the_looked_up_vectors(pa
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens_BS[:, 1:, None], axis=-1))
 
     expected = jnp.sum(jnp.square(jax.jit(jax.grad(mean_loss))(E[tokens_BS[:, :-1]])))
-    (_, roles, square), _ = split_gradients(cfg, params, Tables(jnp.float32(4), jnp.float32(0.5)), parts=parts)
-    np.testing.assert_allclose(square, expected, rtol=1e-12)
-    assert abs(np.sqrt(square) / np.linalg.norm(roles.input) - 1) > 0.05  # rows of one token add up in the table
+    (_, roles, squares), _ = split_gradients(cfg, params, Tables(jnp.float32(4), jnp.float32(0.5)), parts=parts)
+    np.testing.assert_allclose(squares.lookup, expected, rtol=1e-12)
+    ratio = np.sqrt(squares.lookup) / np.linalg.norm(roles.input)
+    assert abs(ratio - 1) > 0.05  # rows of one token add up in the table
 
 
 @pytest.mark.usefixtures("float64")
@@ -132,11 +135,25 @@ def test_the_tap_of_the_lookup_observes_the_gradient_of_the_looked_up_vectors(pa
 def test_microbatches_change_nothing(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg)
-    whole, loss = split_gradients(cfg, params, ones())
+    (*whole, whole_squares), loss = split_gradients(cfg, params, ones())
     for parts in (2, 4, 8):
-        cut, cut_loss = split_gradients(cfg, params, ones(), parts=parts)
+        (*cut, squares), cut_loss = split_gradients(cfg, params, ones(), parts=parts)
         np.testing.assert_allclose(cut_loss, loss, rtol=1e-14, err_msg=f"{parts} parts")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), cut, whole)
+        np.testing.assert_allclose(squares.lookup, whole_squares.lookup, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_observing_the_squares_of_microbatches_changes_no_bit(scheme: str) -> None:
+    """As an update sees it: the gradients of all parameters and the loss, with the taps and without."""
+    cfg = small_config(scheme)
+    params = params_of(cfg, jnp.float32)
+    zero, zeros = jnp.zeros(()), tying.zero_taps(tying.scheme_of(cfg.tying).tables(params["tables"]))
+    compute = compiled_gradients(cfg, 2, optimized=True)
+    observed, plain = (compute(params, zeros, lm.Squares(zero, roles), ones()) for roles in (Tables(zero, zero), None))
+    assert min(observed[1][2].roles) > 0
+    assert plain[1][2].roles is None
+    jax.tree.map(np.testing.assert_array_equal, (observed[0], observed[1][:2]), (plain[0], plain[1][:2]))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

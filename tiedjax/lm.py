@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -18,11 +18,23 @@ from tiedjax.sharding import Layout
 from tiedjax.tying import Tables
 
 
+class Squares(NamedTuple):
+    """A tap: float32 zeros that no forward pass reads, whose gradients are sums of squares of other gradients.
+
+    Attributes:
+      lookup: of the gradient of the looked-up vectors, [B, T, D].
+      roles: of each role gradient of each microbatch, `Tables` of [V, D]; None observes none.
+    """
+
+    lookup: Any
+    roles: Tables | None = None
+
+
 class SummedLoss(Protocol):
-    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1, and `tap` is that of `lookup`."""
+    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1."""
 
     def __call__(
-        self, tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+        self, tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -54,7 +66,7 @@ def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:
     with_states = loss_and_states(cfg, layout, z_loss)
 
     def total(
-        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
     ) -> tuple[jax.Array, jax.Array]:
         loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap)
         return loss_sum, weight
@@ -75,11 +87,14 @@ def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[.
         body: Any,
         tokens_BS: jax.Array,
         weights_B: jax.Array,
-        tap: jax.Array | None = None,
+        tap: Squares | None = None,
         bias_V: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, tap, **options))
+        lookup_tap, role_taps = tap or (None, None)
+        if role_taps is not None:
+            tables = tying.tap_squares(tables, role_taps)
+        h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, lookup_tap, **options))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
         sums = loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, bias_V=bias_V, z_loss=z_loss, **options)
         return *sums, h_BTD

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from tiedjax import model, sharding, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
-from tiedjax.lm import SummedLoss, init_params, loss_and_states, summed_loss
+from tiedjax.lm import Squares, SummedLoss, init_params, loss_and_states, summed_loss
 from tiedjax.lookup import sums_by_token
 from tiedjax.optimizer import OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import ONE_DEVICE, Layout
@@ -92,12 +92,12 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
 
     @jax.custom_vjp
     def summed(
-        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None = None
+        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
     ) -> tuple[jax.Array, jax.Array]:
         losses, weights = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
         return jnp.sum(losses), jnp.sum(weights)
 
-    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: jax.Array | None) -> Any:
+    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None) -> Any:
         def add(carry: Any, part: Any) -> tuple[Any, None]:
             (loss_sum, weight), grads = gradient(tables, body, *part, tap)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
@@ -110,11 +110,11 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
         return jax.lax.scan(add, start, (cut(tokens_BS), cut(weights_B)))[0]
 
     def backward(grads: Any, cotangents: Any) -> Any:
-        *grads, square = grads
-        # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sum of squares goes
+        *grads, squares = grads
+        # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sums of squares go
         # by its square, and the weights' sum depends on no parameter.
         tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
-        return tables, body, None, None, None if square is None else jnp.square(cotangents[0]) * square
+        return tables, body, None, None, jax.tree.map(lambda s: jnp.square(cotangents[0]) * s, squares)
 
     summed.defvjp(forward, backward)
     return summed
@@ -149,27 +149,29 @@ def _precision(cfg: RunConfig, layout: Layout) -> contextlib.AbstractContextMana
 
 
 def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
-    """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients, square)).
+    """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients, squares)).
 
     The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params has the role scales
-    in it, the role gradients, `Tables` of [V, D], do not. `square` is the sum of squares of the mean loss's gradient
-    with respect to the looked-up vectors of the whole batch, [B, T, D].
+    in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of the mean
+    loss's gradient with respect to the looked-up vectors of the whole batch, [B, T, D], and, of several microbatches,
+    of each one's part of the role gradients.
     """
-    scheme = tying.scheme_of(cfg.tying)
-    summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), cfg.data.microbatches)
+    scheme, parts = tying.scheme_of(cfg.tying), cfg.data.microbatches
+    summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), parts)
 
     def mean_loss(
-        params: dict[str, Any], taps: Tables, lookup_tap: jax.Array, tokens_BS: jax.Array, role_scale: Tables
+        params: dict[str, Any], taps: Tables, squares: Squares, tokens_BS: jax.Array, role_scale: Tables
     ) -> jax.Array:
         tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
-        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), lookup_tap)
+        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares)
         return total / weight
 
     def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
         taps = tying.zero_taps(scheme.tables(params["tables"]))
+        squares = Squares(jnp.zeros(()), Tables(jnp.zeros(()), jnp.zeros(())) if parts > 1 else None)
         gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
         with _precision(cfg, layout):
-            return gradient(params, taps, jnp.zeros(()), tokens_BS, role_scale)
+            return gradient(params, taps, squares, tokens_BS, role_scale)
 
     return compute
 
@@ -314,10 +316,13 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         if state.held is not None:
             role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
-        value, (grads, role_grads, activation_square) = gradients(state.params, tokens_BS, role_scale)
+        value, (grads, role_grads, squares) = gradients(state.params, tokens_BS, role_scale)
         with jax.named_scope("roles"):
             grad_norm = unscaled_norm(grads, state.params, role_grads)
             about_roles = role_metrics(role_grads, decile_V)
+            if squares.roles is not None:
+                norms = Tables(about_roles["input_grad_norm"], about_roles["output_grad_norm"])
+                about_roles |= tying.signal_and_noise(norms, squares.roles, cfg.data.microbatches)
             # What is only observed is behind barriers: fused with the update it would change the update's last bits.
             role_grads = jax.lax.optimization_barrier(role_grads)
             scaled = jax.tree.map(lambda s, g: s.astype(g.dtype) * g, role_scale, role_grads)
@@ -346,7 +351,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
             **about_roles,
-            "activation_grad_norm": jnp.sqrt(activation_square),
+            "activation_grad_norm": jnp.sqrt(squares.lookup),
             **about_updates,
         }
         return new, metrics

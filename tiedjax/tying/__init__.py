@@ -22,7 +22,7 @@ from tiedjax.tying.account import (
     taken,
     update_metrics,
 )
-from tiedjax.tying.anatomy import common_mode, pull_and_push
+from tiedjax.tying.anatomy import common_mode, pull_and_push, signal_and_noise
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
@@ -33,7 +33,7 @@ from tiedjax.tying.schemes import (
     scheme_of,
     without_scales,
 )
-from tiedjax.tying.split import role_scale, split_gradient, zero_taps
+from tiedjax.tying.split import role_scale, split_gradient, tap_squares, zero_taps
 from tiedjax.tying.tables import SHARED, Tables, distinct
 
 __all__ = [
@@ -63,8 +63,10 @@ __all__ = [
     "rows_of",
     "sampled_rows",
     "scheme_of",
+    "signal_and_noise",
     "split_gradient",
     "taken",
+    "tap_squares",
     "update_metrics",
     "without_scales",
     "zero_taps",

@@ -1,4 +1,4 @@
-"""What the gradient of the output role is made of.
+"""What the gradient of the output role is made of, and how much of either role's is noise.
 
 With z-loss too the mean loss has the gradient G = mean of r_t h_t' with respect to the output table: h_t is the state
 at a place, r_t = (1 + 2 z_loss * logsumexp) softmax - onehot(target), and means are weighted as the loss is.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+
+from tiedjax.tying.tables import Tables
 
 
 def pull_and_push(G_VD: jax.Array, pull_VD: jax.Array) -> dict[str, jax.Array]:
@@ -40,4 +42,21 @@ def common_mode(G_VD: jax.Array, r_V: jax.Array, h_D: jax.Array) -> dict[str, ja
         "output_common_share": common / whole,
         "output_rest_share": (whole - 2 * along + common) / whole,
         "output_cross_share": 2 * (along - common) / whole,
+    }
+
+
+def signal_and_noise(norms: Tables, squares: Tables, parts: int) -> dict[str, jax.Array]:
+    """The squared norm of each role's gradient G, the mean of k = `parts` microbatches' g_i, as signal plus noise.
+
+    `norms` are |G|, `squares` the sums of |g_i / k|^2. The signal, (|sum g_i|^2 - sum |g_i|^2) / (k (k - 1)), estimates
+    the squared norm of the gradient of all text without bias, and may be negative; the noise,
+    (sum |g_i|^2 - |sum g_i|^2 / k) / (k (k - 1)), that of what G has by the choice of its batch. k is 2 or more.
+    """
+    whole = jax.tree.map(jnp.square, norms)
+    noise = jax.tree.map(lambda G, g: (parts * g - G) / (parts - 1), whole, squares)
+    return {
+        "input_grad_signal": whole.input - noise.input,
+        "input_grad_noise": noise.input,
+        "output_grad_signal": whole.output - noise.output,
+        "output_grad_noise": noise.output,
     }

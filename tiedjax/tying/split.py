@@ -72,3 +72,21 @@ def _split_backward(residuals: Any, raw: Tables) -> tuple[Tables, Tables | None,
 
 
 split_gradient.defvjp(_split_forward, _split_backward)
+
+
+@jax.custom_vjp
+def tap_squares(tables: Tables, taps: Tables) -> Tables:
+    """The identity on `tables`. The gradient with respect to `taps`, `Tables` of float32 zeros that no forward pass
+    reads, is the sum of squares of each role's gradient."""
+    return tables
+
+
+def _squares_forward(tables: Tables, taps: Tables) -> tuple[Tables, Tables]:
+    return tables, taps
+
+
+def _squares_backward(taps: Tables, raw: Tables) -> tuple[Tables, Tables]:
+    return raw, jax.tree.map(lambda tap, g_VD: jnp.sum(jnp.square(g_VD), dtype=tap.dtype), taps, raw)
+
+
+tap_squares.defvjp(_squares_forward, _squares_backward)
