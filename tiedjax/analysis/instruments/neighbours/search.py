@@ -5,8 +5,8 @@ order where that is asked for, float64 decides. So the answer does not depend on
 agree to 12 digits are equal, and of equals the lowest index comes first. A row of zeros has cosine 0 to everything.
 
 On a CPU each product of two blocks serves both of its sides, and of it only the cosines are kept that exceed a row's
-threshold, a rank in a random sample of the columns: a few times as many as are wanted. Threads share the blocks. On
-another device `jax.lax.top_k` reads each block.
+threshold, a rank in a random sample of the columns: a few times as many as are wanted. A row that would keep more than
+chance explains is done in float64. Threads share the blocks. On another device `jax.lax.top_k` reads each block.
 
 Axes: V rows, D width, R rows of a block, N candidates of a row, C columns of a block or those above a row's threshold,
 U rows of a block whose order is not sure, P a part of them, K nearest, B rows of a block.
@@ -47,8 +47,8 @@ def neighbours(table_VD: np.ndarray, k: int, *, ordered: bool = True, report: Re
     Not `ordered` they are the same ones, but where only float64 could tell which of two is nearer they stand in any
     order: of wide tables that is nearly every row, and to decide it takes as long as the search.
 
-    Beside the table: at most two normalised float32 copies, and for each row a few times k cosines with their indices.
-    `report` gets a line every few seconds.
+    Beside the table: its normalised float32 copy, and for each row a few times k cosines with their indices. `report`
+    gets a line every few seconds.
     UserError: not [V, D] with D of at least 2, k below 1, or fewer than k other rows.
     """
     if table_VD.ndim != 2 or table_VD.shape[1] < 2:
@@ -128,11 +128,11 @@ class _Search:
         # By the largest entry first: its square always is a float.
         return np.asarray(self.table[index], np.float64) / self.peak[index][..., None] / self.length[index][..., None]
 
-    def units(self) -> np.ndarray:
-        """All rows with length 1, float32."""
+    def units(self, order_V: np.ndarray) -> np.ndarray:
+        """All rows in that order with length 1, float32."""
         unit_VD = np.empty(self.table.shape, np.float32)
         for start, stop in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
-            unit_VD[start:stop] = self.unit(slice(start, stop))
+            unit_VD[start:stop] = self.unit(order_V[start:stop])
         return unit_VD
 
     def on_host(self) -> None:
@@ -142,24 +142,33 @@ class _Search:
         # As many threads as BLAS has; each of its calls then keeps to the thread that makes it.
         workers = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
         with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as threads:
-            above_VV = self._above_thresholds(threads)
-            for stop in threads.map(partial(self._settle_above, above_VV), _blocks(self.V, _COLUMNS)):
+            above = self._above_thresholds(threads)
+            for stop in threads.map(partial(self._settle_above, *above), _blocks(self.V, _COLUMNS)):
                 self._report_progress(0.9 + 0.1 * stop / self.V)
 
-    def _above_thresholds(self, threads: ThreadPoolExecutor) -> Any:
+    def _above_thresholds(self, threads: ThreadPoolExecutor) -> tuple[Any, np.ndarray]:
         """Of each row the cosines above its threshold, itself not counted: csr float32 [V, V].
 
-        The threshold is so high a rank of a random sample of columns that fewer than `near` lie above it once in a
-        million rows without equals.
+        The threshold is so low a rank of a random sample of columns that fewer than `near` lie above it once in a
+        million rows without equals. And the rows, boolean [V], of which some were left out because there were too many.
         """
         from scipy.sparse import coo_array
 
         order_V = np.random.default_rng(0).permutation(self.V).astype(np.int32)  # its first ones are the sample
-        unit_VD = self.units()[order_V]
+        unit_VD = self.units(order_V)
         sample = min(_COLUMNS, self.V)
         expected = self.near * sample / self.V  # of the `near` nearest in the sample, about Poisson
         rank = min(self.near, math.ceil(expected + 5 * expected**0.5 + 2), sample - 1)
-        threshold_V = np.empty(self.V, np.float32)
+        # So many lie above it by chance in fewer than one row of a million. Where the same product comes out with other
+        # last bits in other blocks, all of a row's equals may: of 20,000 copies of a row that were 10 GB.
+        most = 4 * (rank + 1) * self.V / sample
+        threshold_V, kept_V = np.empty(self.V, np.float32), np.zeros(self.V, np.int64)
+
+        def keep(rows: slice, row: np.ndarray) -> None:
+            """Counts what was kept of those rows; nothing more is kept of one that has too many."""
+            # Another thread may count the same rows meanwhile: then a row is found to have too many somewhat later.
+            kept_V[rows] += np.bincount(row, minlength=rows.stop - rows.start)
+            threshold_V[rows][kept_V[rows] > most] = np.inf
 
         def above(block: tuple[int, int, int, int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
             """(row, other, cosine) in one product of two blocks, above the rows' thresholds and above the columns'."""
@@ -170,11 +179,13 @@ class _Search:
             if left == 0:
                 threshold_V[top:bottom] = np.partition(cosines_RC, -1 - rank, axis=1)[:, -1 - rank]
             row, column = _where(cosines_RC > threshold_V[top:bottom, None])
+            keep(slice(top, bottom), row)
             sides = [(order_V[top + row], order_V[left + column], cosines_RC[row, column])]
             # The other side of the product: these columns as rows; on the diagonal it is the same side.
             offset = bottom - left if left == top else 0
             row, column = _where(cosines_RC[:, offset:] > threshold_V[left + offset : right])
             column += offset
+            keep(slice(left, right), column)
             return [*sides, (order_V[left + column], order_V[top + row], cosines_RC[row, column])]
 
         in_sample = [(top, bottom, 0, sample) for top, bottom in _blocks(self.V, _ROWS, sample)]
@@ -190,24 +201,24 @@ class _Search:
                 parts += sides
                 self._report_progress(before + share * done / len(blocks))
         row, other, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return coo_array((cosine, (row, other)), shape=(self.V, self.V)).tocsr()
+        crowded_V = np.empty(self.V, bool)
+        crowded_V[order_V] = np.isinf(threshold_V)
+        return coo_array((cosine, (row, other)), shape=(self.V, self.V)).tocsr(), crowded_V
 
-    def _settle_above(self, above_VV: Any, block: tuple[int, int]) -> int:
+    def _settle_above(self, above_VV: Any, crowded_V: np.ndarray, block: tuple[int, int]) -> int:
         """Writes the k nearest of a block of rows, of those above the thresholds; where the block stops."""
         start, stop = block
-        end_R = above_VV.indptr[start : stop + 1]
-        count_R = np.diff(end_R)
-        taken_RC = np.arange(count_R.max()) < count_R[:, None]
-        cosine_RC = np.full(taken_RC.shape, _NONE)
-        index_RC = np.empty(taken_RC.shape, np.int32)
-        cosine_RC[taken_RC] = above_VV.data[end_R[0] : end_R[-1]]
-        index_RC[taken_RC] = above_VV.indices[end_R[0] : end_R[-1]]
-        enough_R = count_R >= self.near
+        count_R = np.diff(above_VV.indptr[start : stop + 1])
+        enough_R = (count_R >= self.near) & ~crowded_V[start:stop]
         if enough_R.any():
-            cosine_RC, index_RC = cosine_RC[enough_R], index_RC[enough_R]
+            rows, count_R = start + np.flatnonzero(enough_R), count_R[enough_R]
+            entry_C = np.arange(count_R.max())
+            taken_RC = entry_C < count_R[:, None]
+            entry_RC = np.where(taken_RC, above_VV.indptr[rows][:, None] + entry_C, 0)
+            cosine_RC = np.where(taken_RC, above_VV.data[entry_RC], _NONE)
             near_RN = np.argpartition(cosine_RC, -self.near, axis=1)[:, -self.near :]
-            nearest = (np.take_along_axis(part_RC, near_RN, axis=1) for part_RC in (cosine_RC, index_RC))
-            self._settle(start + np.flatnonzero(enough_R), *nearest)
+            index_RN = above_VV.indices[np.take_along_axis(entry_RC, near_RN, axis=1)]
+            self._settle(rows, np.take_along_axis(cosine_RC, near_RN, axis=1), index_RN)
         if not enough_R.all():
             self._whole_rows(start + np.flatnonzero(~enough_R))
         return stop
@@ -217,7 +228,7 @@ class _Search:
         import jax
         import jax.numpy as jnp
 
-        unit_VD = jnp.asarray(self.units())
+        unit_VD = jnp.asarray(self.units(np.arange(self.V)))
         rows = min(self.V, max(1, _DEVICE_BYTES // (4 * self.V)))
 
         @jax.jit
