@@ -13,10 +13,10 @@ import pytest
 from test_analysis_neighbours import brute_force, normal, related, twin
 
 from tiedjax.analysis import command
-from tiedjax.analysis.instruments.graph_distance import section
+from tiedjax.analysis.instruments.graph_distance import eigenpairs, graph_distance, section
 from tiedjax.analysis.instruments.graph_distance.graph_distance import PAPER_EIGENPAIRS, compare, graph
 from tiedjax.analysis.instruments.graph_distance.graph_distance import measure as spectral
-from tiedjax.analysis.instruments.neighbours.search import neighbours
+from tiedjax.analysis.instruments.neighbours.search import Searches, neighbours
 from tiedjax.errors import UserError
 
 
@@ -149,15 +149,48 @@ def test_what_cannot_be_measured_is_one_clear_line(monkeypatch):
         spectral(a, b, k=5, eigenpairs=60)
     with pytest.raises(UserError, match="50 rows, but 64 neighbours need at least 65"):
         spectral(a, b)
-    monkeypatch.setattr("scipy.sparse.linalg.eigsh", _no_convergence)
-    with pytest.raises(UserError, match="3 of 9 eigenpairs converged; ask for fewer by --eigenpairs"):
-        spectral(a, b, k=5, eigenpairs=9)
+    monkeypatch.setattr(eigenpairs, "PRODUCTS", 160)
+    with pytest.raises(UserError) as error:
+        spectral(*related(300), k=5, eigenpairs=60)
+    assert str(error.value) == "spectral: 1 of 60 eigenpairs converged; ask for fewer by --eigenpairs"
 
 
-def _no_convergence(*_: object, **__: object) -> None:
-    from scipy.sparse.linalg import ArpackNoConvergence
+SPECTRA = {
+    "both signs": np.linspace(-10, 9.7, 600),
+    "falling": np.concatenate([50 / np.arange(1, 101), np.linspace(-0.4, 0.4, 500)]),
+    "an edge that does not separate": 2 * np.cos(np.linspace(0.02, 3.1, 600)),
+    "as many equal ones as a block has": np.concatenate([np.full(8, 5.0), np.full(8, -3.0), np.linspace(-2, 2, 584)]),
+    "few distinct, of low rank": np.concatenate([np.full(3, 4.0), np.full(30, 2.0), np.zeros(567)]),
+}
 
-    raise ArpackNoConvergence("none", np.ones(3), np.ones((3, 3)))
+
+@pytest.mark.parametrize("space_bytes", [1 << 30, 8 * 600 * 96])  # begun again seldom, and often
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_eigenpairs_are_those_of_largest_magnitude_to_a_small_residual(spectrum, space_bytes):
+    rng = np.random.default_rng(1)
+    turn_NN = np.linalg.qr(rng.standard_normal((600, 600)))[0]
+    matrix_NN = (turn_NN * SPECTRA[spectrum]) @ turn_NN.T
+    value_P, vector_NP = eigenpairs.leading(lambda block_NB: matrix_NN @ block_NB, 600, 32, space_bytes=space_bytes)
+    wanted_P = -np.sort(-np.abs(SPECTRA[spectrum]))[:32]
+    np.testing.assert_allclose(np.abs(value_P), wanted_P, rtol=0, atol=1e-8 * wanted_P[0])
+    residual_P = np.linalg.norm(matrix_NN @ vector_NP - vector_NP * value_P, axis=0)
+    assert residual_P.max() < 2e-8 * wanted_P[0]
+    np.testing.assert_allclose(vector_NP.T @ vector_NP, np.eye(32), rtol=0, atol=1e-12)
+
+
+def test_graphs_that_stand_in_both_forms_are_embedded_once(monkeypatch):
+    a, b = related(300)
+    asked = []
+    found = graph_distance.leading
+    monkeypatch.setattr(graph_distance, "leading", lambda *args: asked.append(args[2]) or found(*args))
+    alone = spectral(a, b, k=8, eigenpairs=16, draws=0).distance.score
+    remembered = {"k": 8, "draws": 0, "searches": Searches(), "embeddings": graph_distance.Embeddings()}
+    spectral(a, b, eigenpairs=48, zero_rows=True, **remembered)
+    assert spectral(a, b, eigenpairs=16, **remembered).distance.score == pytest.approx(alone, abs=1e-7)
+    assert asked == [16, 48]
+    spectral(a, b, eigenpairs=16, kept_V=np.arange(300) < 250, **remembered)
+    spectral(a, b, eigenpairs=50, **remembered)
+    assert asked == [16, 48, 16, 50]
 
 
 def test_floors_are_optional_and_counted():

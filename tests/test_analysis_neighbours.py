@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -90,16 +91,48 @@ def test_blocks_change_nothing(monkeypatch, V):
 
 
 @pytest.mark.parametrize("V", [512, 1003])
-def test_maxima_of_groups_leave_out_the_row_itself_and_the_padding(monkeypatch, V):
+def test_what_is_kept_of_a_row_is_all_that_lies_above_a_threshold_but_itself(monkeypatch, V):
+    """In a table that is sorted, too: the sample is random."""
     monkeypatch.setattr(search, "_ROWS", 64)
     monkeypatch.setattr(search, "_COLUMNS", 192)
-    found = search._Search(normal(V, 12), 5)
-    unit = found.units(-(-V // 8) * 8)
+    table = normal(V, 12) + np.linspace(-3, 3, V, dtype=np.float32)[:, None]
+    found = search._Search(table, 5)
+    with ThreadPoolExecutor(2) as threads:
+        above, crowded = found._above_thresholds(threads)
+        above = above.toarray()
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     cosines = unit @ unit.T
     np.fill_diagonal(cosines, -2)
-    cosines[:, V:] = -2
-    wanted = cosines.reshape(len(unit), -1, 8).max(axis=2)
-    np.testing.assert_allclose(found._maxima(unit, 8)[:V], wanted[:V], atol=1e-6)
+    kept = above != 0
+    assert not crowded.any()
+    assert not kept.diagonal().any()
+    assert (kept.sum(axis=1) >= found.near).all()
+    assert kept.mean() < 0.3
+    np.testing.assert_allclose(above[kept], cosines[kept], atol=1e-6)
+    largest_left_out = np.where(kept, -2, cosines).max(axis=1)
+    assert (np.where(kept, cosines, 2).min(axis=1) > largest_left_out - 1e-6).all()
+
+
+def test_rows_that_keep_too_many_keep_no_more_and_are_done_whole(monkeypatch):
+    """All rows but those of the sample lie along one direction: above each one's threshold lie all the others."""
+    monkeypatch.setattr(search, "_ROWS", 64)
+    monkeypatch.setattr(search, "_COLUMNS", 192)
+    table = normal(2000, 24)
+    others = np.random.default_rng(0).permutation(2000)[192:]
+    table[others] = table[0] + 1e-3 * table[others]
+    with ThreadPoolExecutor(2) as threads:
+        above, crowded = search._Search(table, 10)._above_thresholds(threads)
+    assert crowded[others].all()
+    assert np.diff(above.indptr).max() < 1000
+    np.testing.assert_array_equal(neighbours(table, 10).indices_VK, brute_force(table, 10))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours_are_those_of_brute_force_where_thresholds_come_from_a_sample(monkeypatch, kind):
+    monkeypatch.setattr(search, "_ROWS", 64)
+    monkeypatch.setattr(search, "_COLUMNS", 192)
+    table = KINDS[kind](normal(1100, 24))
+    np.testing.assert_array_equal(neighbours(table, 10).indices_VK, brute_force(table, 10))
 
 
 def test_cosines_are_those_of_the_indices():
@@ -134,7 +167,8 @@ def test_only_what_changes_the_answer_is_decided_in_float64(monkeypatch):
     for ordered in (True, False):
         exact_rows.clear()
         neighbours(table, 64, ordered=ordered)
-        counts.append(sum(len(index) for index in exact_rows if not isinstance(index, slice) and index.ndim == 1))
+        asked_rows = sum(len(index) for index in exact_rows if not isinstance(index, slice) and index.ndim == 1)
+        counts.append(asked_rows - len(table))  # the float32 copy asks for each of them once
     assert 0 < counts[1] < counts[0] / 5
 
 

@@ -29,7 +29,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from functools import partial
 
     from tiedjax.analysis.basis.plain_json import to_plain
-    from tiedjax.analysis.instruments.graph_distance.graph_distance import EIGENPAIRS, PAPER_EIGENPAIRS, measure
+    from tiedjax.analysis.instruments.graph_distance.graph_distance import (
+        EIGENPAIRS,
+        PAPER_EIGENPAIRS,
+        Embeddings,
+        measure,
+    )
     from tiedjax.analysis.instruments.neighbours.search import Searches
 
     k, draws = (arguments.at_least(args, name) for name in ("k", "draws"))
@@ -38,11 +43,17 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     eigenpairs, paper_eigenpairs = args.eigenpairs or EIGENPAIRS, args.eigenpairs or PAPER_EIGENPAIRS
     inputs = arguments.read_tables(args)
     names = [table.name for table in inputs.tables]
-    measure_tables = partial(measure, *inputs.values, k=k, searches=Searches(), report=arguments.reporter("spectral"))
-    if args.paper:
-        spectral = measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=draws)
-    else:
-        spectral = measure_tables(eigenpairs=eigenpairs, kept_V=inputs.kept_V, draws=draws)
+    measure_tables = partial(
+        measure,
+        *inputs.values,
+        k=k,
+        searches=Searches(),
+        embeddings=Embeddings(),
+        report=arguments.reporter("spectral"),
+    )
+    paper_form = measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=draws if args.paper else 0)
+    corrected_form = partial(measure_tables, eigenpairs=eigenpairs, kept_V=inputs.kept_V, draws=draws)
+    spectral = paper_form if args.paper else corrected_form()
     distance = spectral.distance
     result = inputs.result(args, distance.rows, distance.rows_left_out)
     result |= {"k": k, "other_width": inputs.values[1].shape[1], "rows_left_out": distance.rows_left_out}
@@ -51,8 +62,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         del result["relative"]
     else:
-        is_paper_form = distance.rows == len(inputs.values[0]) and eigenpairs == paper_eigenpairs
-        paper_form = spectral if is_paper_form else measure_tables(eigenpairs=paper_eigenpairs, zero_rows=True, draws=0)
         result["paper"] = {"eigenpairs": paper_eigenpairs, **to_plain(paper_form.distance)}
         lines.append(["paper's form: all rows", *_columns(paper_form)[:3], None, None, None])
     table = arguments.text_table(["tokens", "eigenpairs", "rows", "distance", "by chance", "+-", "relative"], lines)

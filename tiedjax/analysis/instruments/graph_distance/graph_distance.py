@@ -11,18 +11,22 @@ Z = U sqrt|S|, whose first V rows embed A, the last V rows B:
 0 is the same graph. The floor is the distance with the rows of one table permuted by the successive permutations of
 `numpy.random.default_rng(0)`: the same two graphs, but no longer of the same tokens.
 
-Axes: V rows that count, D width of X, E width of Y, K neighbours, N = 2 V, P eigenpairs.
+Axes: V rows that count, D width of X, E width of Y, K neighbours, N = 2 V, P eigenpairs, B vectors of a product.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from tiedjax.analysis.basis.blocked import at_once, in_turn
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
+from tiedjax.analysis.instruments.graph_distance.eigenpairs import NotConverged, leading
 from tiedjax.analysis.instruments.neighbours.overlap import paired_neighbours
 from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
@@ -34,6 +38,10 @@ PAPER_EIGENPAIRS = 128
 DRAWS = 1
 
 Graph = Any  # scipy.sparse.csr_array
+Embed = Callable[[Graph, Graph, int], tuple[np.ndarray, np.ndarray]]
+
+
+_LARGE = 1 << 20  # edges of a graph whose products are worth a thread
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,24 @@ class GraphDistance:
     edges: tuple[int, int]
 
 
+class Embeddings:
+    """Eigenpairs that are remembered: a command's two forms embed the same graphs where no row is left out."""
+
+    def __init__(self) -> None:
+        # The neighbours are kept beside the answer: while they live no others can have their ids.
+        self._answers: dict[tuple[int, int], tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]] = {}
+
+    def leading(
+        self, indices: tuple[np.ndarray, np.ndarray], first: Graph, second: Graph, eigenpairs: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The leading eigenpairs of the omnibus matrix of two graphs, whose neighbours [V, K] are `indices`."""
+        key = (id(indices[0]), id(indices[1]))
+        if key not in self._answers or len(self._answers[key][1]) < eigenpairs:
+            self._answers[key] = indices, *_leading(first, second, eigenpairs)
+        _, value_P, vector_NP = self._answers[key]
+        return value_P[:eigenpairs], vector_NP[:, :eigenpairs]
+
+
 def measure(
     x_VD: np.ndarray,
     y_VE: np.ndarray,
@@ -59,12 +85,14 @@ def measure(
     zero_rows: bool = False,
     draws: int = DRAWS,
     searches: Searches | None = None,
+    embeddings: Embeddings | None = None,
     report: Report | None = None,
 ) -> GraphDistance:
     """The spectral distance of two tables of the same rows and any widths.
 
     `kept_V` is a boolean [V] mask of the rows that count. Rows of zeros are left out too and counted, unless
-    `zero_rows`: then their cosine to everything is 0. `searches` remembers neighbours from one call to the next.
+    `zero_rows`: then their cosine to everything is 0. `searches` remembers neighbours from one call to the next,
+    `embeddings` the eigenpairs of the graphs of the same neighbours: of two calls the one with more goes first.
     UserError: shapes that do not fit, k or fewer rows, or fewer rows than eigenpairs.
 
     >>> table = np.random.default_rng(0).normal(size=(80, 4))
@@ -75,7 +103,8 @@ def measure(
         x_VD, y_VE, k, kept_V=kept_V, zero_rows=zero_rows, searches=searches, report=report
     )
     first, second = (graph(indices) for indices in neighbour_pair.indices)
-    graph_distance = compare(first, second, eigenpairs, draws, report)
+    embed = partial((embeddings or Embeddings()).leading, neighbour_pair.indices)
+    graph_distance = compare(first, second, eigenpairs, draws, report, embed=embed)
     return replace(
         graph_distance, distance=replace(graph_distance.distance, rows_left_out=neighbour_pair.rows_left_out)
     )
@@ -86,28 +115,36 @@ def graph(indices_VK: np.ndarray) -> Graph:
     from scipy.sparse import csr_array
 
     V, k = indices_VK.shape
-    one_way_VV = csr_array((np.ones(V * k), indices_VK.ravel(), np.arange(0, V * k + 1, k)), shape=(V, V))
+    # int32 where it suffices: a product reads an index for each weight.
+    ends = np.arange(0, V * k + 1, k, dtype=np.int32 if 2 * V * k < 2**31 else np.int64)
+    one_way_VV = csr_array((np.ones(V * k), indices_VK.ravel().astype(ends.dtype), ends), shape=(V, V))
     return ((one_way_VV + one_way_VV.T) / 2).tocsr()
 
 
 def compare(
-    first: Graph, second: Graph, eigenpairs: int, draws: int = 0, report: Report | None = None
+    first: Graph,
+    second: Graph,
+    eigenpairs: int,
+    draws: int = 0,
+    report: Report | None = None,
+    *,
+    embed: Embed | None = None,
 ) -> GraphDistance:
     """The distance of two graphs of the same V nodes, with its floor over `draws` permutations of the second's.
 
-    UserError: eigenpairs below 1 or above V, or no convergence.
+    `embed` finds the eigenpairs of the two. UserError: eigenpairs below 1 or above V, or no convergence.
     """
     V = first.shape[0]
     if not 1 <= eigenpairs <= V:
         raise UserError(f"spectral: {eigenpairs} eigenpairs need at least as many rows, got {V}")
-    distance = _distance(first, second, eigenpairs)
+    distance = _distance(*(embed or _leading)(first, second, eigenpairs))
     rng = np.random.default_rng(0)
     chance_distances = []
     for i in range(draws):
         if report:
             report(f"spectral distance: {i + 1} of {draws + 1} embeddings done")
         order = rng.permutation(V)
-        chance_distances.append(_distance(first, second[order][:, order], eigenpairs))
+        chance_distances.append(_distance(*_leading(first, second[order][:, order], eigenpairs)))
     score = beside(distance, drawn_floor(chance_distances), similarity=False, rows=V)
     return GraphDistance(
         distance=score,
@@ -117,40 +154,35 @@ def compare(
     )
 
 
-def _distance(first: Graph, second: Graph, eigenpairs: int) -> float:
-    value_P, vector_NP = _leading(first, second, eigenpairs)
-    vector_NP *= np.sqrt(np.abs(value_P))
-    za_VP, zb_VP = np.split(vector_NP, 2)
+def _distance(value_P: np.ndarray, vector_NP: np.ndarray) -> float:
+    za_VP, zb_VP = np.split(vector_NP * np.sqrt(np.abs(value_P)), 2)
     return _spectral_norm(za_VP - zb_VP) / min(_spectral_norm(za_VP), _spectral_norm(zb_VP))
 
 
 def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, np.ndarray]:
     """The omnibus matrix's eigenvalues of largest magnitude and their vectors [2V, eigenpairs]."""
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-
     V = first.shape[0]
+    together = at_once if first.nnz > _LARGE else in_turn
 
-    def product(vector: np.ndarray) -> np.ndarray:
-        top, bottom = vector.reshape(2, V)
-        a_top, a_bottom, b_top, b_bottom = first @ top, first @ bottom, second @ top, second @ bottom
+    def product(block_NB: np.ndarray) -> np.ndarray:
+        # Not side by side: the rows of one half, a cache line each, stay near a core, those of both do not.
+        top_VB, bottom_VB = (np.ascontiguousarray(half_VB) for half_VB in np.split(block_NB, 2))
+        (a_top, a_bottom), (b_top, b_bottom) = together(
+            lambda: (first @ top_VB, first @ bottom_VB), lambda: (second @ top_VB, second @ bottom_VB)
+        )
         return np.concatenate([a_top + (a_bottom + b_bottom) / 2, (a_top + b_top) / 2 + b_bottom])
 
-    if 2 * eigenpairs >= V:  # a Krylov space would be nearly the whole space
+    if V < 100 or 2 * eigenpairs >= V:  # a Krylov space would be nearly the whole space
         a_VV, b_VV = first.toarray(), second.toarray()
         value_P, vector_NP = np.linalg.eigh(np.block([[a_VV, (a_VV + b_VV) / 2], [(a_VV + b_VV) / 2, b_VV]]))
         largest_P = np.argsort(-np.abs(value_P), kind="stable")[:eigenpairs]
         return value_P[largest_P], vector_NP[:, largest_P]
-    omnibus = LinearOperator((2 * V, 2 * V), matvec=product, dtype=np.float64)
-    start_N = np.random.default_rng(0).standard_normal(2 * V)
     try:
-        # A Krylov space of 3/2 the pairs instead of ARPACK's 2: as many products, less orthogonalisation.
-        space = min(2 * V, max(3 * eigenpairs // 2, eigenpairs + 20))
-        value_P, vector_NP = eigsh(omnibus, eigenpairs, which="LM", v0=start_N, ncv=space, tol=1e-8)
-    except ArpackNoConvergence as error:
+        return leading(product, 2 * V, eigenpairs)
+    except NotConverged as error:
         raise UserError(
-            f"spectral: {len(error.eigenvalues)} of {eigenpairs} eigenpairs converged; ask for fewer by --eigenpairs"
+            f"spectral: {error.converged} of {eigenpairs} eigenpairs converged; ask for fewer by --eigenpairs"
         ) from None
-    return value_P, vector_NP
 
 
 def _spectral_norm(matrix_VP: np.ndarray) -> float:

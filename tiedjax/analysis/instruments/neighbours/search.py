@@ -4,18 +4,21 @@ A search in float32 finds the k nearest and a few more; where rounding could cha
 order where that is asked for, float64 decides. So the answer does not depend on blocks or on the device. Cosines that
 agree to 12 digits are equal, and of equals the lowest index comes first. A row of zeros has cosine 0 to everything.
 
-On a CPU each product of two blocks serves both of its sides, and only the largest similarity in each group of columns
-is kept: the k nearest lie in the k groups with the largest maxima. On another device `jax.lax.top_k` reads each block.
+On a CPU each product of two blocks serves both of its sides, and of it only the cosines are kept that exceed a row's
+threshold, a rank in a random sample of the columns: a few times as many as are wanted. A row that would keep more than
+chance explains is done in float64. Threads share the blocks. On another device `jax.lax.top_k` reads each block.
 
-Axes: V rows, D width, R rows of a block, N candidates of a row, G groups of columns, W = the groups that a row reads,
-A = R W requests for a group, C columns of a group or of all that a row reads, U rows of a block whose order is not
-sure, P a part of them, K nearest, B rows of a block.
+Axes: V rows, D width, R rows of a block, N candidates of a row, C columns of a block or those above a row's threshold,
+U rows of a block whose order is not sure, P a part of them, K nearest, B rows of a block.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +29,7 @@ Report = Callable[[str], None]
 
 _BYTES = 1 << 28  # of one temporary
 _DEVICE_BYTES = 1 << 30  # of one block of cosines on an accelerator
-_ROWS, _COLUMNS = 1024, 16_384  # of one product
+_ROWS, _COLUMNS = 1024, 4096  # of one product
 _NONE = np.float32(-2)  # below every cosine
 _DIGITS = 12  # float64 cosines differ by rounding below this
 
@@ -44,7 +47,8 @@ def neighbours(table_VD: np.ndarray, k: int, *, ordered: bool = True, report: Re
     Not `ordered` they are the same ones, but where only float64 could tell which of two is nearer they stand in any
     order: of wide tables that is nearly every row, and to decide it takes as long as the search.
 
-    Beside the table: its normalised float32 copy and at most V * 1,024 floats. `report` gets a line every few seconds.
+    Beside the table: its normalised float32 copy, and for each row a few times k cosines with their indices. `report`
+    gets a line every few seconds.
     UserError: not [V, D] with D of at least 2, k below 1, or fewer than k other rows.
     """
     if table_VD.ndim != 2 or table_VD.shape[1] < 2:
@@ -124,82 +128,107 @@ class _Search:
         # By the largest entry first: its square always is a float.
         return np.asarray(self.table[index], np.float64) / self.peak[index][..., None] / self.length[index][..., None]
 
-    def units(self, padded: int) -> np.ndarray:
-        """All rows with length 1, float32, and rows of zeros up to `padded`."""
-        unit_VD = np.zeros((padded, self.table.shape[1]), np.float32)
+    def units(self, order_V: np.ndarray) -> np.ndarray:
+        """All rows in that order with length 1, float32."""
+        unit_VD = np.empty(self.table.shape, np.float32)
         for start, stop in _blocks(self.V, _BYTES // (24 * self.table.shape[1])):
-            unit_VD[start:stop] = self.unit(slice(start, stop))
+            unit_VD[start:stop] = self.unit(order_V[start:stop])
         return unit_VD
 
     def on_host(self) -> None:
         """Finds every row's nearest by NumPy."""
-        # A row keeps V / group maxima and then reads `near` groups of `group` columns: the sum is least at the root of
-        # V / near. At least V / 1024, so that the maxima are no more than V * 1,024 numbers; a power of two, so that
-        # groups fall whole into the tiles, which are powers of two too.
-        group = 1 << int(np.ceil(np.log2(max((self.V / self.near) ** 0.5, self.V / 1024, 1))))
-        padded = -(-self.V // group) * group
-        unit_VD = self.units(padded)
-        maxima_VG = self._maxima(unit_VD, group)
-        wide = min(self.near, padded // group)
-        for start, stop in _blocks(self.V, _BYTES // (4 * wide * group)):
-            self._settle(start, *self._within_groups(unit_VD, maxima_VG[start:stop], start, wide))
-            self._report_progress(0.8 + 0.2 * stop / self.V)
+        from threadpoolctl import threadpool_info, threadpool_limits
 
-    def _maxima(self, unit_VD: np.ndarray, group: int) -> np.ndarray:
-        """The largest cosine of each row with each group of columns, itself not counted."""
-        padded = len(unit_VD)
-        maxima_VG = np.empty((padded, padded // group), np.float32)
-        tile = max(group, _ROWS)
-        buffer = np.empty(min(tile, padded) * min(_COLUMNS, padded), np.float32)
-        for top, bottom in _blocks(padded, tile):
-            for left, right in _blocks(padded, _COLUMNS, top):
-                shape = bottom - top, right - left
-                cosines = buffer[: shape[0] * shape[1]].reshape(shape)
-                np.matmul(unit_VD[top:bottom], unit_VD[left:right].T, out=cosines)
-                if left == top:
-                    np.fill_diagonal(cosines, _NONE)
-                cosines[:, max(self.V - left, 0) :] = _NONE
-                groups = slice(left // group, right // group)
-                maxima_VG[top:bottom, groups] = cosines.reshape(shape[0], -1, group).max(axis=2)
-                if right > bottom:  # the other side of the product: these columns as rows
-                    offset = max(bottom - left, 0)
-                    below = cosines.reshape(-1, group, shape[1]).max(axis=1)[:, offset:]
-                    maxima_VG[left + offset : right, top // group : bottom // group] = below.T
-            # The rest of the time goes to what is in the groups.
-            self._report_progress(0.8 * (1 - (1 - bottom / padded) ** 2))
-        return maxima_VG
+        # As many threads as BLAS has; each of its calls then keeps to the thread that makes it.
+        workers = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as threads:
+            above = self._above_thresholds(threads)
+            for stop in threads.map(partial(self._settle_above, *above), _blocks(self.V, _COLUMNS)):
+                self._report_progress(0.9 + 0.1 * stop / self.V)
 
-    def _within_groups(
-        self, unit_VD: np.ndarray, maxima_RG: np.ndarray, start: int, wide: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest of the rows from `start` on among the groups with the largest maxima: cosines and indices."""
-        rows, groups = maxima_RG.shape
-        group = len(unit_VD) // groups
-        best_RW = np.argpartition(maxima_RG, groups - wide, axis=1)[:, groups - wide :]
-        # Rows that ask for the same group are multiplied with it together.
-        order_A = np.argsort(best_RW, axis=None, kind="stable")
-        end_G = np.cumsum(np.bincount(best_RW.ravel(), minlength=groups))
-        cosine_AC = np.empty((rows * wide, group), np.float32)
-        for g, end in enumerate(end_G):
-            askers = order_A[(end_G[g - 1] if g else 0) : end]
-            cosine_AC[askers] = unit_VD[start + askers // wide] @ unit_VD[g * group : (g + 1) * group].T
-        group_A = best_RW.ravel()
-        itself_A = np.flatnonzero(group_A == np.repeat(np.arange(start, start + rows) // group, wide))
-        cosine_AC[itself_A, (start + itself_A // wide) % group] = _NONE
-        cosine_AC[np.flatnonzero(group_A == groups - 1), group - (len(unit_VD) - self.V) :] = _NONE
-        cosine_RC = cosine_AC.reshape(rows, wide * group)
-        near_RN = np.empty((rows, self.near), np.int64)
-        for top, bottom in _blocks(rows, 1024):  # the partition of all rows at once is twice as large as the cosines
-            near_RN[top:bottom] = np.argpartition(cosine_RC[top:bottom], -self.near, axis=1)[:, -self.near :]
-        index_RN = np.take_along_axis(best_RW, near_RN // group, axis=1) * group + near_RN % group
-        return np.take_along_axis(cosine_RC, near_RN, axis=1), index_RN
+    def _above_thresholds(self, threads: ThreadPoolExecutor) -> tuple[Any, np.ndarray]:
+        """Of each row the cosines above its threshold, itself not counted: csr float32 [V, V].
+
+        The threshold is so low a rank of a random sample of columns that fewer than `near` lie above it once in a
+        million rows without equals. And the rows, boolean [V], of which some were left out because there were too many.
+        """
+        from scipy.sparse import coo_array
+
+        order_V = np.random.default_rng(0).permutation(self.V).astype(np.int32)  # its first ones are the sample
+        unit_VD = self.units(order_V)
+        sample = min(_COLUMNS, self.V)
+        expected = self.near * sample / self.V  # of the `near` nearest in the sample, about Poisson
+        rank = min(self.near, math.ceil(expected + 5 * expected**0.5 + 2), sample - 1)
+        # So many lie above it by chance in fewer than one row of a million. Where the same product comes out with other
+        # last bits in other blocks, all of a row's equals may: of 20,000 copies of a row that were 10 GB.
+        most = 4 * (rank + 1) * self.V / sample
+        threshold_V, kept_V = np.empty(self.V, np.float32), np.zeros(self.V, np.int64)
+
+        def keep(rows: slice, row: np.ndarray) -> None:
+            """Counts what was kept of those rows; nothing more is kept of one that has too many."""
+            # Another thread may count the same rows meanwhile: then a row is found to have too many somewhat later.
+            kept_V[rows] += np.bincount(row, minlength=rows.stop - rows.start)
+            threshold_V[rows][kept_V[rows] > most] = np.inf
+
+        def above(block: tuple[int, int, int, int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+            """(row, other, cosine) in one product of two blocks, above the rows' thresholds and above the columns'."""
+            top, bottom, left, right = block
+            cosines_RC = unit_VD[top:bottom] @ unit_VD[left:right].T
+            if left == top:
+                np.fill_diagonal(cosines_RC, _NONE)
+            if left == 0:
+                threshold_V[top:bottom] = np.partition(cosines_RC, -1 - rank, axis=1)[:, -1 - rank]
+            row, column = _where(cosines_RC > threshold_V[top:bottom, None])
+            keep(slice(top, bottom), row)
+            sides = [(order_V[top + row], order_V[left + column], cosines_RC[row, column])]
+            # The other side of the product: these columns as rows; on the diagonal it is the same side.
+            offset = bottom - left if left == top else 0
+            row, column = _where(cosines_RC[:, offset:] > threshold_V[left + offset : right])
+            column += offset
+            keep(slice(left, right), column)
+            return [*sides, (order_V[left + column], order_V[top + row], cosines_RC[row, column])]
+
+        in_sample = [(top, bottom, 0, sample) for top, bottom in _blocks(self.V, _ROWS, sample)]
+        others = [
+            (top, bottom, left, right)
+            for top, bottom in _blocks(self.V, _ROWS, sample)
+            for left, right in _blocks(self.V, _COLUMNS, top)
+        ]
+        parts = above((0, sample, 0, sample))
+        # One after the other: each reads the thresholds that those before it have set.
+        for blocks, before, share in [(in_sample, 0.0, 0.15), (others, 0.15, 0.75)]:
+            for done, sides in enumerate(threads.map(above, blocks), 1):
+                parts += sides
+                self._report_progress(before + share * done / len(blocks))
+        row, other, cosine = (np.concatenate(part) for part in zip(*parts, strict=True))
+        crowded_V = np.empty(self.V, bool)
+        crowded_V[order_V] = np.isinf(threshold_V)
+        return coo_array((cosine, (row, other)), shape=(self.V, self.V)).tocsr(), crowded_V
+
+    def _settle_above(self, above_VV: Any, crowded_V: np.ndarray, block: tuple[int, int]) -> int:
+        """Writes the k nearest of a block of rows, of those above the thresholds; where the block stops."""
+        start, stop = block
+        count_R = np.diff(above_VV.indptr[start : stop + 1])
+        enough_R = (count_R >= self.near) & ~crowded_V[start:stop]
+        if enough_R.any():
+            rows, count_R = start + np.flatnonzero(enough_R), count_R[enough_R]
+            entry_C = np.arange(count_R.max())
+            taken_RC = entry_C < count_R[:, None]
+            entry_RC = np.where(taken_RC, above_VV.indptr[rows][:, None] + entry_C, 0)
+            cosine_RC = np.where(taken_RC, above_VV.data[entry_RC], _NONE)
+            near_RN = np.argpartition(cosine_RC, -self.near, axis=1)[:, -self.near :]
+            index_RN = above_VV.indices[np.take_along_axis(entry_RC, near_RN, axis=1)]
+            self._settle(rows, np.take_along_axis(cosine_RC, near_RN, axis=1), index_RN)
+        if not enough_R.all():
+            self._whole_rows(start + np.flatnonzero(~enough_R))
+        return stop
 
     def on_device(self) -> None:
         """Finds every row's nearest by JAX."""
         import jax
         import jax.numpy as jnp
 
-        unit_VD = jnp.asarray(self.units(self.V))
+        unit_VD = jnp.asarray(self.units(np.arange(self.V)))
         rows = min(self.V, max(1, _DEVICE_BYTES // (4 * self.V)))
 
         @jax.jit
@@ -212,13 +241,12 @@ class _Search:
         for start, stop in _blocks(self.V, rows):
             first = min(start, self.V - rows)  # every call has the same shape; the last one repeats some rows
             cosines, indices = (np.asarray(part)[start - first :] for part in nearest(unit_VD, first))
-            self._settle(start, cosines, indices)
+            self._settle(np.arange(start, stop), cosines, indices)
             self._report_progress(stop / self.V)
 
-    def _settle(self, start: int, cosines_RN: np.ndarray, indices_RN: np.ndarray) -> None:
-        """Writes the k nearest of what float32 found for the rows from `start` on."""
+    def _settle(self, row_R: np.ndarray, cosines_RN: np.ndarray, indices_RN: np.ndarray) -> None:
+        """Writes the k nearest of what float32 found for these rows."""
         cosines_RN, indices_RN = _sorted(cosines_RN, indices_RN)
-        row_R = np.arange(start, start + len(cosines_RN))
         self.indices[row_R], self.cosines[row_R] = indices_RN[:, : self.k], cosines_RN[:, : self.k]
         gap_RK = -np.diff(cosines_RN[:, : self.k + 1])
         if not self.ordered:
@@ -260,6 +288,11 @@ def _sorted(cosines_RN: np.ndarray, indices_RN: np.ndarray) -> tuple[np.ndarray,
     """Each row by falling cosine, equals by index."""
     order_RN = np.lexsort((indices_RN, -cosines_RN), axis=1)
     return np.take_along_axis(cosines_RN, order_RN, axis=1), np.take_along_axis(indices_RN, order_RN, axis=1)
+
+
+def _where(mask_RC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The row and the column of each true entry; on flat indices it takes a fraction of `np.nonzero`'s time."""
+    return np.divmod(np.flatnonzero(mask_RC), mask_RC.shape[1] or 1)
 
 
 def _blocks(n: int, size: int, start: int = 0) -> list[tuple[int, int]]:
