@@ -4,12 +4,13 @@
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
 
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
-the config says. Its first losses are compared: a side that computes something else is reported as failed, whatever its
-speed. Then windows of equally many steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a
-process of its own: its threads and its allocator would slow ours down, and ours them; both processes keep the memory
-that they free. A ratio is taken within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip install torch
-transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results by config to
-benchmarks/results/step_DEVICE.json.
+the config says. `without_account` keeps no account of the updates; `without_update_metrics` keeps it, and leaves out
+what metrics.jsonl has of it; `without_roles` does not split the gradient either. A side's first losses are compared
+with ours: one that computes something else is reported as failed, whatever its speed. Then windows of equally many
+steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and
+its allocator would slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken
+within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip install torch transformers`) is left out of
+`--sides` where it is not wanted. Prints, and adds the results by config to benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from tiedjax.host import platform_flags, process
 from tiedjax.lm import summed_loss
 from tiedjax.model import compute_dtype
 from tiedjax.optimizer import learning_rate, make_optimizer
-from tiedjax.rng import key_for
 from tiedjax.step import Steps, TrainState, accumulated, decided, make_steps
+from tiedjax.tying import Tables
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 CURVE = 20  # steps whose losses are compared, which are also the warm-up
-SIDES = ("tiedjax", "without_roles", "torch_eager", "torch_compiled")
+SIDES = ("tiedjax", "without_update_metrics", "without_account", "without_roles", "torch_eager", "torch_compiled")
 # How far the losses of a side may be from ours over those steps, relative; only rounding differs.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
@@ -114,11 +115,29 @@ def scalar(text: str) -> Any:
         return text
 
 
+def without_account(cfg: RunConfig) -> RunConfig:
+    """The same run without an account of its updates, and without metrics of them."""
+    return dataclasses.replace(cfg, tying=dataclasses.replace(cfg.tying, account="off"))
+
+
+def without_update_metrics(steps: Steps) -> Steps:
+    """`steps`, but of the account only the sums are kept: the metrics that `without_account` lacks are not computed."""
+    apart = ("update", "m_in", "m_out", "change", "step_share", "account_error")
+
+    def train(state: TrainState, *given: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = steps.train(state, *given)
+        return state, {name: x for name, x in metrics.items() if not any(part in name for part in apart)}
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
+    return dataclasses.replace(steps, train=jax.jit(train, donate_argnums=0, out_shardings=(placed, steps.replicated)))
+
+
 def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
-    """`steps`, but the train step neither splits the gradient by role nor measures roles; all else is the same."""
+    """`steps`, without an account, but the step neither splits the gradient by role nor measures roles."""
     cfg, layout = decided(cfg, mesh), sharding.Layout(mesh)
     scheme = tying.scheme_of(cfg.tying)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout)
+    names = [parameter.name for parameter in scheme.parameters]
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout, tables=names)
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), cfg.data.microbatches)
 
@@ -131,9 +150,8 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
         with jax.default_matmul_precision("highest" if compute_dtype(cfg.model, layout) == jnp.float32 else None):
             loss, grads = jax.value_and_grad(mean_loss)(state.params, tokens_BS)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, grad_norm=grad_norm, role_grads=None
-        )
+        untold = Tables({}, {})
+        updates, opt_state, _ = optimizer.update(grads, untold, state.opt_state, state.params, grad_norm=grad_norm)
         metrics = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": grad_norm}
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
@@ -152,11 +170,15 @@ def make_side(name: str, cfg: RunConfig, mesh: Mesh) -> Any:
     steps = make_steps(cfg, mesh)
     if name == "tiedjax":
         return bench.Stepper(cfg, mesh, steps)
-    if name == "without_roles":
-        return bench.Stepper(cfg, mesh, without_roles(cfg, mesh, steps))
+    if name == "without_update_metrics":
+        return bench.Stepper(cfg, mesh, without_update_metrics(steps))
+    if name in ("without_account", "without_roles"):
+        cfg = without_account(cfg)
+        steps = make_steps(cfg, mesh)
+        return bench.Stepper(cfg, mesh, steps if name == "without_account" else without_roles(cfg, mesh, steps))
     import torch_model
 
-    params = jax.device_get(steps.init(key_for(jax.random.key(cfg.train.seed), "params")).params)
+    params = jax.device_get(bench.start(cfg, steps).params)
     tokens = bench.zipf_tokens(cfg, bench.BATCHES)
     device = "cuda" if mesh.devices.flat[0].platform == "gpu" else "cpu"
     return torch_model.TorchStepper(cfg, params, tokens, device=device, compiled=name == "torch_compiled")

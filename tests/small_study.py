@@ -224,7 +224,7 @@ def _account(arm: str, seed: int) -> dict[str, Any]:
         return {part: value(j, arm, "shared", i, seed) for j, part in enumerate(parts)}
 
     changes = ("in_in", "in_out", "out_in", "out_out", "decay", "body", "output_update_share", "cosine")
-    changes += ("input_step_share",)
+    changes += ("input_step_share", "clipped")
     spans = [(0, 20, 1), (20, 200, 2), (0, 200, 3)]
     names = ("input_to_input", "input_to_output", "output_to_input", "output_to_output")
     return complete(RunAccount, {

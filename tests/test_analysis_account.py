@@ -89,6 +89,7 @@ def test_changes_are_means_of_what_was_logged(finished: Path) -> None:
         assert found.changes[i].body == pytest.approx(np.nanmean(metrics["body_loss_change"][inside]))
         assert found.changes[i].cosine == pytest.approx(np.mean(metrics["role_update_cosine"][inside]))
         assert found.changes[i].input_step_share == pytest.approx(np.mean(metrics["input_step_share"][inside]))
+    assert found.changes[2].clipped == np.mean(metrics["grad_norm"] > 1)
     assert found.curve.out_in[1:] == metrics["m_out_in"][1:].tolist()
     assert found.curve.out_in[0] is None
     assert np.isfinite(metrics["body_loss_change"]).sum() == 4  # of the snapshots' steps but the first
@@ -186,7 +187,7 @@ def results(in_out: list[float | None]) -> dict[str, Any]:
     blank = dict.fromkeys((f.name for f in dataclasses.fields(RunAccount)), None)
     spans: dict[str, Any] = {"first": 0, "last": 9}
     names = ("in_in", "in_out", "out_in", "out_out", "decay", "body", "output_update_share", "cosine")
-    full = dict.fromkeys((*names, "input_step_share"), None) | spans
+    full = dict.fromkeys((*names, "input_step_share", "clipped"), None) | spans
     shares = {"rows": 4, "initial": 0.25, "input": 0.125, "output": 0.625}
     one = blank | {"step": 9, "rows": 4, "table_rows": 4, "width": 2, "shares": shares, "strata": {}, "spans": []}
     one |= {"early": spans | {"rate": 0.1, "input": 0.0, "output": 0.1}, "nearness": {}}

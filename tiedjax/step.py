@@ -328,12 +328,14 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             scaled = jax.tree.map(lambda s, g: s.astype(g.dtype) * g, role_scale, role_grads)
             raw_by_role, scaled_by_role = (scheme.by_role(state.params["tables"], g) for g in (role_grads, scaled))
         with jax.named_scope("optimizer"):
+            limit, raw = cfg.optimizer.clip_norm, cfg.optimizer.clip_by == "raw"
+            clipped_norm = grad_norm if raw else jnp.asarray(optax.tree.norm(grads))
             updates, opt_state, parts = optimizer.update(
                 grads,
                 scaled_by_role,
                 state.opt_state,
                 state.params,
-                grad_norm=grad_norm if cfg.optimizer.clip_by == "raw" else optax.tree.norm(grads),
+                grad_norm=clipped_norm,
                 rows=state.account.rows if state.account else None,
             )
             params = optax.apply_updates(state.params, updates)
@@ -350,6 +352,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             "loss": value,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
+            **({"clip_factor": jnp.minimum(1.0, limit / clipped_norm)} if limit else {}),
             **about_roles,
             "activation_grad_norm": jnp.sqrt(squares.lookup),
             **about_updates,

@@ -25,7 +25,7 @@ from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token
 from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
 from tiedjax.rng import key_for
-from tiedjax.step import Steps, decided, make_steps
+from tiedjax.step import Steps, TrainState, decided, make_steps
 
 BATCHES = 4
 WARM_UP = 3
@@ -45,6 +45,12 @@ def zipf_tokens(cfg: RunConfig, count: int) -> np.ndarray:
     return np.minimum(ranks, cfg.model.vocab_size - 1).astype(np.int32)
 
 
+def start(cfg: RunConfig, steps: Steps) -> TrainState:
+    """The state that a run of `cfg` starts from, if all tokens are equally frequent."""
+    sample = steps.sampled and tying.sampled_rows(np.ones(cfg.model.table_rows), steps.sampled)
+    return steps.init(key_for(jax.random.key(cfg.train.seed), "params"), sample)
+
+
 class Stepper:
     """A train step with its state and a few batches on the devices; every step's loss is kept.
 
@@ -60,7 +66,7 @@ class Stepper:
         self._batches = [sharding.global_batch(batch[rows], mesh, cfg.data.batch_size) for batch in tokens]
         deciles = frequency_deciles(np.bincount(tokens.ravel(), minlength=cfg.model.table_rows))
         self._constants = everywhere(tying.role_scale(cfg.tying)), everywhere(deciles)
-        self._state = steps.init(key_for(jax.random.key(cfg.train.seed), "params"))
+        self._state = start(cfg, steps)
         self._losses: list[jax.Array] = []
         began = time.perf_counter()
         self.compiled = steps.train.lower(self._state, self._batches[0], *self._constants).compile()

@@ -61,7 +61,8 @@ class LossChange:
     """Means over the logged steps after `first` up to `last`, in nats a token and update.
 
     `in_in`, `in_out`, `out_in` and `out_out` are M, the reader before the writer. `body` is over the steps at which it
-    was measured, None where there are none; `output_update_share` is of both norms, and `cosine` of both updates.
+    was measured, None where there are none; `output_update_share` is of both norms, and `cosine` of both updates;
+    `clipped` is the share of these steps whose gradient was clipped, None without a limit.
     """
 
     first: int
@@ -75,6 +76,7 @@ class LossChange:
     output_update_share: float | None
     cosine: float | None
     input_step_share: float | None
+    clipped: float | None
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,12 @@ def _changes(metrics: Mapping[str, np.ndarray], first: int, last: int) -> LossCh
         finite = values[np.isfinite(values)]
         return float(finite.mean()) if len(finite) else None
 
-    names = [*(f"m_{name}" for name in CHANGES), "decay_loss_change", BODY]
-    others = "output_update_share", "role_update_cosine", "input_step_share"
-    return LossChange(first, last, *(mean(name) for name in [*names, *others]))
+    names = [f"m_{name}" for name in CHANGES]
+    others = {"decay": "decay_loss_change", "body": BODY, "output_update_share": "output_update_share"}
+    others |= {"cosine": "role_update_cosine", "input_step_share": "input_step_share"}
+    factor_S = _column(metrics, "clip_factor")[inside_S]
+    clipped = float(np.mean(factor_S < 1)) if len(factor_S) and np.isfinite(factor_S).all() else None
+    return LossChange(first, last, *(mean(name) for name in [*names, *others]), clipped)
 
 
 def _nearness(account: Any, twin: Any, counts: np.ndarray) -> dict[str, Score]:

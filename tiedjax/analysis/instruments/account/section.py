@@ -108,8 +108,9 @@ def changes(results: drawing.Results) -> list[dict[str, Any]]:
 
 
 def updates(results: drawing.Results) -> list[dict[str, str]]:
-    """Per arm: the output role's share of updates, their cosine, the input role's share of the second moment."""
-    names = ("output_update_share", "cosine", "input_step_share")
+    """Per arm, over all steps: the output role's share of updates, their cosine, the input role's share of the second
+    moment, the share of steps whose gradient was clipped."""
+    names = ("output_update_share", "cosine", "input_step_share", "clipped")
     return [
         {"arm": arm} | {name: drawing.spread(getattr(a.changes[-1], name) for a in accounts) for name in names}
         for arm, accounts in _by_arm(results).items()
