@@ -29,7 +29,6 @@ FIT = "orthogonal"  # of the alignment with the twin's tables
 EARLY = 0.1  # share of the steps
 PARTS = ("initial", "input", "output")
 CHANGES = ("in_in", "in_out", "out_in", "out_out")  # of the loss: the reader, then the writer
-BODY = "body_loss_change"
 
 
 @dataclass(frozen=True)
@@ -197,12 +196,12 @@ def _changes(metrics: Mapping[str, np.ndarray], first: int, last: int) -> LossCh
         finite = values[np.isfinite(values)]
         return float(finite.mean()) if len(finite) else None
 
-    names = [f"m_{name}" for name in CHANGES]
-    others = {"decay": "decay_loss_change", "body": BODY, "output_update_share": "output_update_share"}
-    others |= {"cosine": "role_update_cosine", "input_step_share": "input_step_share"}
+    logged_as = {name: f"m_{name}" for name in CHANGES} | {"decay": "decay_loss_change", "body": "body_loss_change"}
+    logged_as |= {"output_update_share": "output_update_share", "cosine": "role_update_cosine"}
+    logged_as |= {"input_step_share": "input_step_share"}
     factor_S = _column(metrics, "clip_factor")[inside_S]
     clipped = float(np.mean(factor_S < 1)) if len(factor_S) and np.isfinite(factor_S).all() else None
-    return LossChange(first, last, *(mean(name) for name in [*names, *others]), clipped)
+    return LossChange(first, last, **{field: mean(name) for field, name in logged_as.items()}, clipped=clipped)
 
 
 def _nearness(account: Any, twin: Any, counts: np.ndarray) -> dict[str, Score]:
