@@ -26,6 +26,7 @@ PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
     "without_roles": "without the role split and its metrics",
 }
+TABLES = {"trained_like": "tables that look trained", "random": "tables of independent normals"}
 # What the sentences read of results.json: they are made anew whenever README is written.
 KEPT = (
     *("statements", "headline", "arms", "changes", "between_seeds", "reproducible_share", "runs", "study", "sweep"),
@@ -227,6 +228,7 @@ def costs() -> str:
     )
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
+    lines += spectral_costs()
     lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
@@ -243,6 +245,20 @@ def costs() -> str:
     lines.append(f"\nCompiled for TPUs (static estimates, nothing was run), of {', '.join(hbm)} GiB per chip:\n")
     heads = ["config", "for", "temporary, GiB", "in all, GiB", "bytes sent, times a count by hand"]
     return "\n".join(lines + table(heads, rows) + loss_buffers(compiled, "chip")) + "\n"
+
+
+def spectral_costs() -> list[str]:
+    """What `analyze spectral` takes on each kind of tables, a line each; none where it was not run."""
+    path, lines = RESULTS / "spectral.json", []
+    for measured in json.loads(path.read_text(encoding="utf-8")).values() if path.is_file() else ():
+        now = measured["now"]
+        seconds, low, high = (f"{now['seconds'][q]:.0f}" for q in ("median", "low", "high"))
+        lines.append(
+            f"* `tiedjax analyze spectral` on two {TABLES[measured['kind']]}, V = {measured['rows']:,}, "
+            f"D = {measured['width']:,}: {seconds} s (least {low}, most {high}), {now['cpu_seconds']['median']:.0f} s of "
+            f"CPU time, {now['peak_bytes']['high'] / 1e9:.1f} GB."
+        )
+    return lines
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

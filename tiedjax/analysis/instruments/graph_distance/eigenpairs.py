@@ -16,7 +16,7 @@ import numpy as np
 
 BLOCK = 8  # of the vectors of one product; wider ones of a graph of 50,000 rows leave a core's cache
 # Vectors of the space: the more, the fewer products are needed where eigenvalues lie close, and the dearer is each.
-SPACE, SPACE_PER_PAIR = 512, 6
+SPACE, SPACE_PER_PAIR = 384, 4
 SPACE_BYTES = 1 << 30  # of them, unless the pairs need more
 TOLERANCE = 1e-8  # of a pair's residual, in parts of the largest eigenvalue
 PRODUCTS = 6000  # vectors multiplied, at most

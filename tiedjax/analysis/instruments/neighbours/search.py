@@ -160,7 +160,7 @@ class _Search:
         expected = self.near * sample / self.V  # of the `near` nearest in the sample, about Poisson
         rank = min(self.near, math.ceil(expected + 5 * expected**0.5 + 2), sample - 1)
         # So many lie above it by chance in fewer than one row of a million. Where the same product comes out with other
-        # last bits in other blocks, all of a row's equals may: of 20,000 copies of a row that were 10 GB.
+        # last bits in other blocks, all of a row's equals may: of 20,000 copies that were 4.8 GB.
         most = 4 * (rank + 1) * self.V / sample
         threshold_V, kept_V = np.empty(self.V, np.float32), np.zeros(self.V, np.int64)
 
@@ -174,29 +174,34 @@ class _Search:
             """(row, other, cosine) in one product of two blocks, above the rows' thresholds and above the columns'."""
             top, bottom, left, right = block
             cosines_RC = unit_VD[top:bottom] @ unit_VD[left:right].T
-            if left == top:
-                np.fill_diagonal(cosines_RC, _NONE)
+            on_diagonal = left <= top < right
+            if on_diagonal:
+                np.fill_diagonal(cosines_RC[:, top - left :], _NONE)
             if left == 0:
                 threshold_V[top:bottom] = np.partition(cosines_RC, -1 - rank, axis=1)[:, -1 - rank]
             row, column = _where(cosines_RC > threshold_V[top:bottom, None])
             keep(slice(top, bottom), row)
             sides = [(order_V[top + row], order_V[left + column], cosines_RC[row, column])]
-            # The other side of the product: these columns as rows; on the diagonal it is the same side.
-            offset = bottom - left if left == top else 0
+            # The other side of the product: these columns as rows. Those of the sample have blocks of their own with the
+            # whole sample, elsewhere on the diagonal it is the same side.
+            offset = 0 if not on_diagonal else right - left if left == 0 else bottom - left
             row, column = _where(cosines_RC[:, offset:] > threshold_V[left + offset : right])
             column += offset
             keep(slice(left, right), column)
             return [*sides, (order_V[left + column], order_V[top + row], cosines_RC[row, column])]
 
-        in_sample = [(top, bottom, 0, sample) for top, bottom in _blocks(self.V, _ROWS, sample)]
+        of_sample, below_sample = (
+            [(top, bottom, 0, sample) for top, bottom in _blocks(stop, _ROWS, start)]
+            for start, stop in ((0, sample), (sample, self.V))
+        )
         others = [
             (top, bottom, left, right)
             for top, bottom in _blocks(self.V, _ROWS, sample)
             for left, right in _blocks(self.V, _COLUMNS, top)
         ]
-        parts = above((0, sample, 0, sample))
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # One after the other: each reads the thresholds that those before it have set.
-        for blocks, before, share in [(in_sample, 0.0, 0.15), (others, 0.15, 0.75)]:
+        for blocks, before, share in [(of_sample, 0.0, 0.05), (below_sample, 0.05, 0.1), (others, 0.15, 0.75)]:
             for done, sides in enumerate(threads.map(above, blocks), 1):
                 parts += sides
                 self._report_progress(before + share * done / len(blocks))
