@@ -28,6 +28,8 @@ from tiedjax.analysis.instruments.lens.lens import RunLens
 from tiedjax.analysis.instruments.neighbours.overlap import NeighbourOverlap
 from tiedjax.analysis.instruments.norms.norms import Norms
 from tiedjax.analysis.instruments.picture.section import DrawnTable
+from tiedjax.analysis.instruments.regret.regret import RunRegret
+from tiedjax.analysis.instruments.regret.section import together
 from tiedjax.analysis.instruments.shape.space_similarity import SpaceSimilarity
 from tiedjax.analysis.instruments.shape.table_shape import TableShape
 from tiedjax.analysis.study import claims, verdicts
@@ -115,6 +117,7 @@ def small_study() -> dict[str, Any]:
         "hurdles": {"runs": [_hurdles(arm, seed) for arm in ARMS for seed in SEEDS]},
         "lens": _lens(),
         "blocks": _blocks(),
+        "regret": _regret(),
         "samples": _samples(),
         "examples": _examples(),
         "runs": [_run(arm, seed) for arm in ARMS for seed in SEEDS],
@@ -459,6 +462,28 @@ def _blocks() -> dict[str, Any]:
         for i in (1, 2, 3)
     ]
     return {"runs": runs, "twins": twins}
+
+
+def _regret() -> dict[str, Any]:
+    """One run of tied-x5 has not converged."""
+    names = ("own", "input", "output", "both")
+
+    def saving(i: int, arm: str, seed: int) -> dict[str, Any]:
+        strata = {third: {"mean": value(4 + i, arm, "input", 1 + k, seed)} for k, third in enumerate(THIRDS)}
+        held_out = {"mean": value(i * (1 + ARMS.index(arm)), arm, "shared", i, seed)}
+        made: dict[str, Any] = {"held_out": held_out, "strata": strata, "converged": True}
+        return made | {"fitting": value(i, arm, "output", i, seed), "iterations": 31 + i}
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        own, *regrets = (saving(i, arm, seed) for i in range(len(names)))
+        done = (arm, seed) != ("tied-x5", 2)
+        about = {"arm": arm, "seed": seed, "shared": arm != "untied", "own": own | {"converged": done}}
+        about |= {"regrets": dict(zip(names[1:], regrets, strict=True)) if done else {}}
+        about |= {"fitting_tokens": 9002, "held_out_tokens": 803, "hold": 1025}
+        balances = {"trained_balance": value(0, arm, "input", 5, seed), "balance": -value(0, arm, "output", 5, seed)}
+        return dict(complete(RunRegret, about | (balances if arm != "untied" else {})))
+
+    return together("untied", [run(arm, seed) for arm in ARMS for seed in SEEDS])
 
 
 def _hurdles(arm: str, seed: int) -> dict[str, Any]:

@@ -449,7 +449,7 @@ def test_the_compromise_is_reader_by_writer() -> None:
     for i in (1, 2, 3):
         state = run.states[i]
         assert state.account is not None
-        parts = transformation.parts(state.opt_state, state.account.rows)["shared"].roles
+        parts = transformation.last_parts(state.opt_state, state.account.rows)["shared"].roles
         _, (_, role_grads, _) = gradients(state.params, run.batches[i], run.scales[i])
         for reader, G in zip(("in", "out"), role_grads, strict=True):
             for writer, D in zip(("in", "out"), parts, strict=True):
@@ -465,7 +465,7 @@ def test_update_metrics_are_those_of_the_parts() -> None:
     transformation = optimizer.make_optimizer(hard_config(6).optimizer, 6, follow="checked")
     state, metrics = run.states[-1], run.metrics[-1]
     assert state.account is not None
-    a, b = (np.asarray(part) for part in transformation.parts(state.opt_state, state.account.rows)["shared"].roles)
+    a, b = (np.asarray(part) for part in transformation.last_parts(state.opt_state, state.account.rows)["shared"].roles)
     assert float(metrics["input_update_norm"]) == pytest.approx(np.linalg.norm(a), rel=1e-9)
     assert float(metrics["output_update_norm"]) == pytest.approx(np.linalg.norm(b), rel=1e-9)
     share = np.linalg.norm(b) / (np.linalg.norm(a) + np.linalg.norm(b))

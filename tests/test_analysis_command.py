@@ -202,7 +202,7 @@ def test_a_failed_command_writes_nothing(here):
 def test_all_runs_what_applies_and_says_what_could_not_be_measured(runs, capsys):
     assert analyze("all", "tied-0", "--against", "untied-0", "--json", "all.json") == 0
     found = json.loads(Path("all.json").read_text())["instruments"]
-    assert list(found) == list(command.INSTRUMENTS)
+    assert list(found) == [name for name in command.INSTRUMENTS if name != "regret"]  # which takes minutes
     assert [r["inputs"][0]["name"] for r in found["align"]] == ["untied-0#input", "untied-0#output"]
     alone = json.loads(Path("all.json").read_text())["instruments"]["norms"]
     assert len(alone) == 1

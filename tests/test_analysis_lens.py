@@ -21,6 +21,7 @@ from test_study_results import fake_study
 from tiedjax import cli
 from tiedjax.analysis.basis import held_out
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, training_windows
+from tiedjax.analysis.basis.minimisation import Minimum, minimise
 from tiedjax.analysis.basis.ngrams import PREDICTORS, NGrams, ngrams_shown
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import StudyRuns
@@ -28,7 +29,7 @@ from tiedjax.analysis.instruments.lens import lens as lens_module
 from tiedjax.analysis.instruments.lens import section, training
 from tiedjax.analysis.instruments.lens.baselines import beside
 from tiedjax.analysis.instruments.lens.lens import early_states, lens, published_translator, read, tuned_translator
-from tiedjax.analysis.instruments.lens.training import Minimum, fit, minimise, teacher
+from tiedjax.analysis.instruments.lens.training import fit, teacher
 from tiedjax.data.batches import Batches
 from tiedjax.errors import UserError
 from tiedjax.lookup import lookup
@@ -197,24 +198,6 @@ def test_training_that_is_cut_short_says_so(model, windows, monkeypatch):
     monkeypatch.setattr(training.minimise, "__kwdefaults__", {**minimise.__kwdefaults__, "most": 2})
     found = fit(model, x_LND[0], teacher(model, x_LND[-1]))
     assert (found.iterations, found.converged) == (2, False)
-
-
-def test_the_minimiser_finds_known_minima():
-    rosen = lambda x: (scipy.optimize.rosen(x) + 1, scipy.optimize.rosen_der(x))
-    found = minimise(rosen, np.zeros(6), lambda slope: 0.01 * slope, tolerance=1e-12)
-    assert found.converged
-    np.testing.assert_allclose(found.point, 1, atol=1e-4)
-    at_rest = minimise(rosen, np.ones(6), lambda slope: slope)
-    assert (at_rest.converged, at_rest.value) == (True, 1.0)
-
-
-def test_a_good_preconditioner_saves_steps():
-    scale = np.logspace(0, 5, 40)
-    bowl = lambda x: (0.5 * np.sum(scale * (x - 1) ** 2) + 1, scale * (x - 1))
-    plain = minimise(bowl, np.zeros(40), lambda slope: slope / scale.max(), tolerance=1e-6)
-    exact = minimise(bowl, np.zeros(40), lambda slope: slope / scale, tolerance=1e-6)
-    assert exact.value == pytest.approx(1)
-    assert exact.evaluations < plain.evaluations / 3
 
 
 # ---- text and baselines

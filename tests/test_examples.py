@@ -19,7 +19,13 @@ NAMES = sorted(
     for path in (REPOSITORY / "tiedjax/analysis" / room).rglob("*.py")
     if ">>> " in path.read_text()
 )
-OF_RUNS = {"hurdles", "lens", "blocks", "calibration"}  # they take a trained model and its text; no docstring has one
+OF_RUNS = {
+    "hurdles",
+    "lens",
+    "blocks",
+    "calibration",
+    "regret",
+}  # they take a trained model and its text; no docstring has one
 MEASURES = [name for name, place in analysis._HOMES.items() if place.endswith(":measure") and name not in OF_RUNS]
 
 

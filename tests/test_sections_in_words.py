@@ -28,6 +28,7 @@ from tiedjax.analysis.instruments.cooccurrence import section as cooccurrence
 from tiedjax.analysis.instruments.lens import section as lens
 from tiedjax.analysis.instruments.norms import section as norms
 from tiedjax.analysis.instruments.norms.norms import Curve
+from tiedjax.analysis.instruments.regret import section as regret
 from tiedjax.analysis.study.page import page_of
 from tiedjax.analysis.study.sections import SECTIONS
 
@@ -299,6 +300,58 @@ def test_how_an_early_block_differs_from_the_twins(
     for twin in twins:
         twin["whole"] = {"added": added, "skip_cost": cost} if twin["early"] else twin["attention"]
     assert tuple(contribution.answers(results)) == sentences
+
+
+@pytest.mark.parametrize(
+    ("seeds", "tension", "sentences"),
+    [
+        (
+            [0.3, 0.31],
+            few(0.2, 0.1),
+            (
+                f"With a table for each role a held-out token then costs 0.305{N}±{N}0.064 nats less: the tension "
+                "between the roles.",
+                f"That is 0.200{N}±{N}0.100 nats more than the same re-fit saves the untied twin.",
+            ),
+        ),
+        (
+            [-0.3, -0.31],
+            few(-0.2, 0.1),
+            (
+                f"With a table for each role a held-out token then costs 0.305{N}±{N}0.064 nats more, not less.",
+                f"That is 0.200{N}±{N}0.100 nats less than the same re-fit saves the untied twin.",
+            ),
+        ),
+        (
+            [-0.3, 0.31],
+            few(-0.1, 0.2),
+            (
+                f"Whether a table for each role then saves anything is undecided: 0.005{N}±{N}3.875 nats a held-out "
+                "token.",
+                "Whether that is more than the same re-fit saves the untied twin is undecided: the difference is "
+                f"−0.100{N}±{N}0.200 nats.",
+            ),
+        ),
+        (
+            [0.3],
+            few(-0.1, None),
+            (
+                "With a table for each role a held-out token then costs 0.300 (one seed) nats less: the tension "
+                "between the roles.",
+                "That is 0.100 (one seed) nats less than the same re-fit saves the untied twin.",
+            ),
+        ),
+    ],
+)
+def test_what_the_tie_costs(seeds: list[float], tension: dict[str, Any], sentences: tuple[str, str]) -> None:
+    results = small_study()
+    record = next(run for run in results["regret"]["runs"] if run["arm"] == "tied")
+    runs = []
+    for mean in seeds:
+        both = record["regrets"]["both"] | {"held_out": record["regrets"]["both"]["held_out"] | {"mean": mean}}
+        runs.append(record | {"regrets": record["regrets"] | {"both": both}})
+    results["regret"] = {"runs": runs, "twins": [{"arm": "tied", "both": tension}]}
+    assert tuple(regret.answers(results)[1:3]) == sentences
 
 
 TWIN = "than its untied twin"

@@ -180,7 +180,10 @@ def _add_study(study: argparse.ArgumentParser) -> None:
     study.add_argument("--train-only", action="store_true", help="train, and leave the analysis for later")
     study.add_argument("--analyse-only", action="store_true", help="analyse the runs that are trained, and train none")
     study.add_argument(
-        "--instruments", metavar="A,B", help="analyse with these alone, beside what the answer needs; default: all"
+        "--instruments",
+        metavar="A,B",
+        help="analyse with these alone, beside what the answer needs; default: all but slow ones, and those of "
+        "slow_instruments in the study file",
     )
     study.add_argument(
         "--time-limit",
@@ -253,11 +256,10 @@ def _extent(args: argparse.Namespace, config: StudyConfig) -> Any:
 
     if args.train_only and args.analyse_only:
         raise UserError("--train-only and --analyse-only leave nothing to do; give one of them")
-    instruments = None
-    if args.instruments is not None:
+    instruments = None if args.instruments is None else tuple(args.instruments.split(","))
+    if instruments is not None or config.slow_instruments:
         from tiedjax.analysis.study.results import parts_of
 
-        instruments = tuple(args.instruments.split(","))
         parts_of(config, instruments)  # refuses unknown names before anything is trained
     limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
     return Extent(not args.analyse_only, not args.train_only, instruments, limit)

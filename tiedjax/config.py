@@ -416,6 +416,9 @@ class StudyConfig(_Checked):
         default_factory=dict,
         metadata={"meaning": "arm: where it gets parameters until it has as many as the reference, mlp or layers"},
     )
+    slow_instruments: tuple[str, ...] = _option(
+        (), "what takes minutes a run and is analysed beside the others: regret"
+    )
 
     def _check(self) -> None:
         names = ", ".join(map(repr, self.arms)) or "none"

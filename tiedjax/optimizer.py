@@ -120,6 +120,13 @@ class OptimizerState(NamedTuple):
     tables: dict[str, TableState]
 
 
+class _Rates(NamedTuple):
+    """The learning rates of one update of a table: its own, and those of the parts that the roles have in it."""
+
+    table: jax.Array
+    roles: Tables
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """What updates {"tables", "body"}, by the rules of `rules`.
@@ -158,57 +165,60 @@ class Optimizer:
         """
         clipped = partial(_clipped, limit=self.cfg.clip_norm, norm=grad_norm)
         body, body_state = self.body.update({"body": clipped(grads["body"])}, state.body, {"body": params["body"]})
-        tables, states = {}, {}
+        tables, states, parts = {}, {}, {}
         for name, rule in self.tables.items():
             by_role = Tables(*(clipped(own[name]) for own in role_grads)) if rule.needs_roles else Tables(None, None)
             direction, states[name] = rule.update(clipped(grads["tables"][name]), by_role, state.tables[name], rows)
-            tables[name] = self._table_update(name, direction, states[name], params["tables"][name])
-        new = OptimizerState(body_state, states)
-        return {"tables": tables, **body}, new, self.parts(new, rows)
+            rates = self._rates(name, state.tables[name].updates)
+            tables[name] = self._table_update(name, direction, states[name], params["tables"][name], rates)
+            if rule.follows:
+                parts[name] = self._parts(name, states[name], rows, rates)
+        return {"tables": tables, **body}, OptimizerState(body_state, states), parts
 
-    def parts(self, state: OptimizerState, rows: tying.Rows | None) -> dict[str, tying.Parts]:
+    def last_parts(self, state: OptimizerState, rows: tying.Rows | None) -> dict[str, tying.Parts]:
         """What each role wrote into each table in the update that led to `state`: nothing without an account.
 
         With the decay they sum to that update, and with what centring took from the table that it began with.
         """
-        return {name: self._parts(name, state.tables[name], rows) for name, rule in self.tables.items() if rule.follows}
+        return {
+            name: self._parts(name, table, rows, self._rates(name, jnp.maximum(table.updates - 1, 0)))
+            for name, table in state.tables.items()
+            if self.tables[name].follows
+        }
 
-    def _parts(self, name: str, state: TableState, rows: tying.Rows | None) -> tying.Parts:
-        rule, done = self.tables[name], jnp.maximum(state.updates - 1, 0)
-        directions = rule.parts(state, rows)
-        roles = Tables(
-            *(
-                None if part is None else -self._rate(role if rule.role_rates else name, done) * part
-                for role, part in zip(ROLES, directions.roles, strict=True)
-            )
-        )
-        check = directions.check
-        if check is not None:
-            check = -self._rate("output" if rule.role_rates else name, done) * check
+    def _rates(self, name: str, done: jax.Array) -> _Rates:
+        rate = self._rate("tables" if name not in ROLES else name, done)
+        own = self.tables[name].role_rates
+        return _Rates(rate, Tables(*(self._rate(role, done) if own else rate for role in ROLES)))
+
+    def _rate(self, part: str, done: jax.Array) -> jax.Array:
+        return jnp.asarray(learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done))
+
+    def _parts(self, name: str, state: TableState, rows: tying.Rows | None, rates: _Rates) -> tying.Parts:
+        directions = self.tables[name].parts(state, rows)
+        written = [
+            None if part is None else -rate * part for part, rate in zip(directions.roles, rates.roles, strict=True)
+        ]
+        check = None if directions.check is None else -rates.roles.output * directions.check
         if self.cfg.tables.centered:
-            means = Tables(*(None if part is None else jnp.mean(part, axis=0, keepdims=True) for part in roles))
-            roles = Tables(*(None if part is None else part - mean for part, mean in zip(roles, means, strict=True)))
+            means = Tables(*(None if part is None else jnp.mean(part, axis=0, keepdims=True) for part in written))
+            written = [None if part is None else part - mean for part, mean in zip(written, means, strict=True)]
             check = None if check is None else check - means.output
-        wide = jax.tree.leaves(roles)[0].dtype
-        return tying.Parts(roles, check, self._rate(name, done).astype(wide) * self._weight_decay(name))
+        wide = jax.tree.leaves(written)[0].dtype
+        return tying.Parts(Tables(*written), check, rates.table.astype(wide) * self._weight_decay(name))
 
-    def _table_update(self, name: str, direction: jax.Array, state: TableState, table: jax.Array) -> jax.Array:
-        rule, done, decay = self.tables[name], state.updates - 1, self._weight_decay(name)
+    def _table_update(
+        self, name: str, direction: jax.Array, state: TableState, table: jax.Array, rates: _Rates
+    ) -> jax.Array:
+        rule, decay = self.tables[name], self._weight_decay(name)
         if rule.role_rates:
-            roles = rule.parts(state, None).roles
-            written = [-self._rate(role, done) * part for role, part in zip(ROLES, roles, strict=True)]
-            directed = sum(written[1:], written[0])
-            update = directed - self._rate(name, done).astype(table.dtype) * decay * table
+            written = [-rate * part for rate, part in zip(rates.roles, rule.parts(state, None).roles, strict=True)]
+            update = sum(written[1:], written[0]) - rates.table.astype(table.dtype) * decay * table
         else:
-            update = -self._rate(name, done) * (direction + decay * table if decay else direction)
+            update = -rates.table * (direction + decay * table if decay else direction)
         if self.cfg.tables.centered:
             update -= jnp.mean(table + update, axis=0, keepdims=True)
         return jnp.asarray(update)
-
-    def _rate(self, name: str, done: jax.Array) -> jax.Array:
-        """Of the update after `done`: of a table, or of a role by its name."""
-        part = name if name in ROLES else "tables"
-        return jnp.asarray(learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done))
 
     def _weight_decay(self, name: str) -> float:
         return rules(self.cfg)[name if name in ROLES else "tables"].weight_decay

@@ -301,7 +301,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         if not parts:
             return {}
         rows = state.account.rows if state.account else None
-        before = optimizer.parts(state.opt_state, rows)
+        before = optimizer.last_parts(state.opt_state, rows)
         change = tying.compromise(raw, before, state.params["tables"], rows)
         found = {name: jnp.where(state.step > 0, value, jnp.nan) for name, value in change.items()}
         for name in followed:

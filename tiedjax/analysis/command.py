@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.analysis.instruments import INSTRUMENTS
+from tiedjax.analysis.instruments import INSTRUMENTS, SLOW
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 
-_ALL = "every instrument that applies to a run"
+_ALL = f"every instrument that applies to a run, but not {', '.join(sorted(SLOW))}, which takes minutes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     by_instrument: dict[str, list[Any]] = {}
     began = time.monotonic()
     with few_threads(runs[args.a].tables().input.size):
-        for name, module in INSTRUMENTS.items():
+        for name, module in ((name, module) for name, module in INSTRUMENTS.items() if name not in SLOW):
             by_instrument[name] = []
             for words in _calls(module.SUBJECT, args.a, names[args.a], names.get(args.against, [])):
                 result, text = _called(name, module, words)

@@ -6,6 +6,7 @@ every machine. Axes: W windows, S = T + 1 tokens, N positions laid flat, C a chu
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -51,14 +52,23 @@ class FrozenModel:
         params = run.params(step)
         self.step: int = run.checkpoint_steps[-1] if step is None else step
         tables = tying.scheme_of(run.config.tying).tables(params["tables"])
-        self.tables = RunTables(tables.input, tables.output, tables.input is tables.output)
+        self._hold(RunTables(tables.input, tables.output, tables.input is tables.output))
         self.config: ModelConfig = dataclasses.replace(
             run.config.model, dtype="float32", remat="none", attention="auto"
         )
         self.body = jax.device_put(params["body"])
-        self.U_VD = jax.device_put(np.asarray(self.tables.output, np.float32))
-        self.E_VD = self.U_VD if self.tables.tied else jax.device_put(np.asarray(self.tables.input, np.float32))
         self.norm: dict[str, Any] = self.body["params"].get("final_norm", {})
+
+    def _hold(self, tables: RunTables) -> None:
+        self.tables = tables
+        self.U_VD = jax.device_put(np.asarray(tables.output, np.float32))
+        self.E_VD = self.U_VD if tables.tied else jax.device_put(np.asarray(tables.input, np.float32))
+
+    def with_tables(self, tables: tying.Tables) -> FrozenModel:
+        """The same body between other tables, [V, D] each."""
+        other = copy.copy(self)
+        other._hold(RunTables(tables.input, tables.output, tables.input is tables.output))
+        return other
 
     def describe(self, name: str) -> list[dict[str, Any]]:
         """Its distinct tables as every result states its inputs."""

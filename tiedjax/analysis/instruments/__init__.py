@@ -9,6 +9,7 @@ the report is the number of the command. It returns frozen dataclasses; a score 
     SUBJECT                 what it takes: "run" (RUN), "table" (TABLE), "tables" (one or two) or "pair" (A and B)
     add_arguments(parser)   its arguments and options
     run(args)               what `--json` writes, and the text that is printed; UserError for bad input
+    SLOW                    True where a run takes minutes: then only what names it runs it (none: False)
 
 `section.py` has
 
@@ -44,12 +45,15 @@ _FOLDERS = {
     "lens": "lens",
     "blocks": "contribution",
     "calibration": "calibration",
+    "regret": "regret",
     "cooccurrence": "cooccurrence",
     "map": "picture",
 }
 INSTRUMENTS: dict[str, Any] = {
     name: importlib.import_module(f"{__name__}.{folder}.command") for name, folder in _FOLDERS.items()
 }
+# Not part of `analyze all`, nor of a study but by its `slow_instruments` or `--instruments`.
+SLOW = frozenset(name for name, module in INSTRUMENTS.items() if getattr(module, "SLOW", False))
 
 
 def sections() -> dict[str, ModuleType]:

@@ -9,6 +9,7 @@ from typing import Any
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
+from tiedjax.analysis.instruments import SLOW
 from tiedjax.analysis.instruments.gradients.gradients import measure as gradient_flow
 from tiedjax.analysis.instruments.hurdles.section import over_seeds
 from tiedjax.analysis.study import losses, sentences, verdicts
@@ -22,7 +23,7 @@ from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
 from tiedjax.text import nearest
 
-OF_EVERY_SEED = ("lens", "hurdles")  # sections whose seeds are collected one by one, the longest first
+OF_EVERY_SEED = ("regret", "lens", "hurdles")  # sections whose seeds are collected one by one, the longest first
 
 
 def summarize(
@@ -110,15 +111,14 @@ def summarize(
 def parts_of(study: StudyConfig, instruments: Collection[str] | None = None) -> dict[str, Callable[[StudyRuns], Any]]:
     """What takes long, each from the runs alone, so that several processes can share it out: the longest first.
 
-    Of the instruments whose sections are collected on their own only those named, if any are; UserError for a name
-    that none of them has.
+    Of the instruments whose sections are collected on their own only those named, if any are, else all but the slow
+    ones that the study does not name; UserError for a name that none of them has.
     """
     sections = {name: section.collect for name, section in SECTIONS.items() if hasattr(section, "collect")}
-    for name in instruments or ():
-        if name not in sections:
-            raise UserError(f"--instruments: {name!r} is none of {', '.join(sections)}{nearest(name, sections)}")
-    if instruments is not None:
-        sections = {name: collect for name, collect in sections.items() if name in instruments}
+    _refuse_unknown("slow_instruments", study.slow_instruments, [name for name in sections if name in SLOW])
+    _refuse_unknown("--instruments", instruments or (), sections)
+    chosen = (sections.keys() - SLOW).union(study.slow_instruments) if instruments is None else instruments
+    sections = {name: collect for name, collect in sections.items() if name in chosen}
     of_every_seed = {name: sections.pop(name) for name in OF_EVERY_SEED if name in sections}
     return {
         "walk": over_snapshots,
@@ -131,6 +131,12 @@ def parts_of(study: StudyConfig, instruments: Collection[str] | None = None) -> 
         "reproducible_share": _reproducible_shares,
         **sections,
     }
+
+
+def _refuse_unknown(where: str, names: Collection[str], valid: Collection[str]) -> None:
+    for name in names:
+        if name not in valid:
+            raise UserError(f"{where}: {name!r} is none of {', '.join(valid)}{nearest(name, valid)}")
 
 
 def seed_of(name: str) -> int | None:

@@ -27,9 +27,10 @@ from tiedjax.analysis.basis.held_out import (
     readings,
     training_windows,
 )
+from tiedjax.analysis.basis.minimisation import Minimum
 from tiedjax.analysis.basis.ngrams import ngrams_shown
 from tiedjax.analysis.instruments.lens.baselines import Baselines, beside
-from tiedjax.analysis.instruments.lens.training import CRITERION, Minimum, fit, teacher, translated
+from tiedjax.analysis.instruments.lens.training import CRITERION, fit, teacher, translated
 from tiedjax.data.prepared import Prepared
 
 MOST_TRAINING_TOKENS = 2**15

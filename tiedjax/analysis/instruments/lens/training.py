@@ -15,8 +15,6 @@ Axes: N positions laid flat, C a chunk of them, M chunks, B rows of a block, E =
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,17 +23,10 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.analysis.basis.held_out import CHUNK, FrozenModel, chunks, final_norm, log_probabilities
+from tiedjax.analysis.basis.minimisation import MOST_ITERATIONS, SPAN, TOLERANCE, Minimum, damped_inverse, minimise
 from tiedjax.config import ModelConfig
 
-TOLERANCE = 2e-3
-SPAN = 5  # iterations
-MOST_ITERATIONS = 500
 CRITERION = f"the loss fell by less than {TOLERANCE:.1%} over {SPAN} iterations of L-BFGS (at most {MOST_ITERATIONS})"
-_LEAST = 1e-3  # nats; a smaller loss counts as this much, for float32 does not resolve thousandths of it
-_PAIRS = 10  # steps that L-BFGS remembers
-_DAMPING = 1e-3  # of the mean eigenvalue
-
-Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
 class Teacher(NamedTuple):
@@ -44,17 +35,6 @@ class Teacher(NamedTuple):
     m_ND: jax.Array
     negative_entropy_N: jax.Array
     covariance_DD: np.ndarray
-
-
-@dataclass(frozen=True)
-class Minimum:
-    """Where a minimisation ended; `value` in nats."""
-
-    point: np.ndarray
-    value: float
-    iterations: int
-    evaluations: int
-    converged: bool
 
 
 def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
@@ -90,7 +70,7 @@ def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
     for block in row_blocks(N, D + 1, itemsize=8):
         x1_BE = np.concatenate([np.asarray(x_ND[block], np.float64), np.ones((len(x_ND[block]), 1))], axis=1)
         moments_EE += x1_BE.T @ x1_BE / N
-    left_inverse, right_inverse = _inverse(moments_EE), _inverse(lesson.covariance_DD)
+    left_inverse, right_inverse = damped_inverse(moments_EE), damped_inverse(lesson.covariance_DD)
     minimum = minimise(
         objective,
         np.zeros((D + 1) * D),
@@ -99,78 +79,6 @@ def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
     return Minimum(
         minimum.point.reshape(D + 1, D), minimum.value, minimum.iterations, minimum.evaluations, minimum.converged
     )
-
-
-def minimise(
-    objective: Objective,
-    start: np.ndarray,
-    precondition: Callable[[np.ndarray], np.ndarray],
-    *,
-    tolerance: float = TOLERANCE,
-    span: int = SPAN,
-    most: int = MOST_ITERATIONS,
-) -> Minimum:
-    """L-BFGS with an initial inverse Hessian (scaled to the last step), halving until the loss falls enough (Armijo).
-
-    Armijo's rule has no condition on the slope: a step along which curvature is not positive is not remembered, which
-    is all that L-BFGS needs to stay downhill. Where no step lowers the value, the memory may be to blame: it is dropped
-    once, and the preconditioned slope is tried.
-
-    Converged when the value fell by less than `tolerance` of itself over `span` iterations, or when no step lowers it
-    and none promises more than that.
-    """
-    memory: list[tuple[np.ndarray, np.ndarray]] = []
-    point, (value, slope) = start, objective(start)
-    values, evaluations, converged = [value], 1, False
-    while len(values) <= most:
-        direction = -_inverse_hessian(slope, memory, precondition)
-        promise, length = float(slope @ direction), 1.0
-        while True:
-            trial = point + length * direction
-            trial_value, trial_slope = objective(trial)
-            evaluations += 1
-            falls = trial_value <= value + 1e-4 * length * promise
-            if falls or length < 1e-4:
-                break
-            length /= 2
-        threshold = tolerance * max(value, _LEAST)
-        if not falls:
-            converged = -promise / 2 < threshold
-            if converged or not memory:
-                break
-            memory.clear()  # once more along the preconditioned slope
-            continue
-        if (trial - point) @ (trial_slope - slope) > 0:
-            memory = [*memory[1 - _PAIRS :], (trial - point, trial_slope - slope)]
-        point, value, slope = trial, trial_value, trial_slope
-        values.append(value)
-        if len(values) > span and values[-1 - span] - value < threshold:
-            converged = True
-            break
-    return Minimum(point, value, len(values) - 1, evaluations, converged)
-
-
-def _inverse_hessian(
-    slope: np.ndarray, memory: list[tuple[np.ndarray, np.ndarray]], precondition: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
-    """The two-loop recursion."""
-    q, weights = slope.copy(), []
-    for step, change in reversed(memory):
-        weights.append((step @ q) / (step @ change))
-        q -= weights[-1] * change
-    q = precondition(q)
-    if memory:
-        step, change = memory[-1]
-        q *= (step @ change) / (change @ precondition(change))
-    for (step, change), weight in zip(memory, reversed(weights), strict=True):
-        q += step * (weight - (change @ q) / (step @ change))
-    return q
-
-
-def _inverse(symmetric_EE: np.ndarray) -> np.ndarray:
-    n = len(symmetric_EE)
-    damping = _DAMPING * np.trace(symmetric_EE) / n + np.finfo(np.float64).tiny
-    return np.linalg.inv(symmetric_EE + damping * np.eye(n))
 
 
 @functools.partial(jax.jit, static_argnums=0)

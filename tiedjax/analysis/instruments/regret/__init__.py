@@ -1,0 +1,1 @@
+"""What a tie costs each role of the table, in nats a token."""
