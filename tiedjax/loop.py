@@ -33,6 +33,7 @@ from tiedjax.errors import TrainingError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
+from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.rng import key_for
@@ -131,7 +132,7 @@ def _train(
     checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
-    state, start = _begin(cfg, steps, checkpoints, about)
+    state, start = _begin(cfg, steps, checkpoints, about, counts_2V[1])
     trace.check(start, last)
     recorded = start > 0
     if recorded:
@@ -314,11 +315,18 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
     write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
-def _begin(cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any]) -> tuple[TrainState, int]:
+def _begin(
+    cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any], target_count_V: np.ndarray
+) -> tuple[TrainState, int]:
     """The newest checkpoint's state, or a new one; and how many steps it has behind it."""
     saved = checkpoints.steps()
     if not saved:
-        return steps.init(key_for(jax.random.key(cfg.train.seed), "params")), 0
+        state = steps.init(key_for(jax.random.key(cfg.train.seed), "params"))
+        if cfg.model.output_bias == "unigram":
+            place = steps.abstract.params[OUTPUT_BIAS].sharding
+            bias_V = jax.device_put(counts.log_unigram(target_count_V), place)
+            state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
+        return state, 0
     record = checkpoints.about(saved[-1])
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
         if record[part] != about[part]:
