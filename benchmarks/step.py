@@ -37,7 +37,7 @@ from tiedjax.config import BodyOptimizerConfig, RunConfig, TableOptimizerConfig
 from tiedjax.config_files import to_tree
 from tiedjax.cost import bench
 from tiedjax.host import platform_flags, process
-from tiedjax.lm import summed_loss
+from tiedjax.lm import OUTPUT_BIAS, summed_loss, trained
 from tiedjax.model import compute_dtype
 from tiedjax.optimizer import learning_rate, make_optimizer
 from tiedjax.step import Steps, TrainState, accumulated, decided, make_steps
@@ -141,19 +141,21 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), cfg.data.microbatches)
 
-    def mean_loss(params: Any, tokens_BS: jax.Array) -> jax.Array:
+    def mean_loss(params: Any, tokens_BS: jax.Array, bias_V: jax.Array | None) -> jax.Array:
         tables = scheme.tables(params["tables"])
-        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]))
+        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), None, bias_V)
         return total / weight
 
     def train(state: TrainState, tokens_BS: jax.Array, *_: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.default_matmul_precision("highest" if compute_dtype(cfg.model, layout) == jnp.float32 else None):
-            loss, grads = jax.value_and_grad(mean_loss)(state.params, tokens_BS)
+            parameters = trained(state.params)
+            loss, grads = jax.value_and_grad(mean_loss)(parameters, tokens_BS, state.params.get(OUTPUT_BIAS))
         grad_norm = optax.tree.norm(grads)
         untold = Tables({}, {})
-        updates, opt_state, _ = optimizer.update(grads, untold, state.opt_state, state.params, grad_norm=grad_norm)
+        updates, opt_state, _ = optimizer.update(grads, untold, state.opt_state, parameters, grad_norm=grad_norm)
+        params = {**state.params, **optax.apply_updates(parameters, updates)}
         metrics = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": grad_norm}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), metrics
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
     compiled = jax.jit(

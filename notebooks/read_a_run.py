@@ -176,10 +176,11 @@ plt.show()
 
 # %% [markdown]
 # ## Predictions
-# The states times the output table are the logits. The loss of these windows, then what the model expects next.
+# The states times the output table are the logits, with `model.output_bias` plus the run's bias. The loss of
+# these windows, then what the model expects next.
 
 # %%
-logits_BTV = h_BTD @ tables.output.T
+logits_BTV = h_BTD @ tables.output.T + params.get("output_bias", 0)
 log_p_BTV = logits_BTV - np.logaddexp.reduce(logits_BTV, axis=-1, keepdims=True)
 nll_BT = -np.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
 print(f"{nll_BT.mean() / np.log(2):.3f} bits per held-out token (uniform: {np.log2(V):.3f})\n")

@@ -85,18 +85,22 @@ def of_muon() -> dict[str, float]:
 
 
 def of_anatomy() -> dict[str, float]:
-    """What `observe` says of a start, relative to one device."""
-    cfg = small_config(layers=1, data=DataConfig(batch_size=16, microbatches=2))
+    """What `observe` says of a start, and its loss, relative to one device; with an output bias."""
+    cfg = small_config(layers=1, output_bias="unigram", data=DataConfig(batch_size=16, microbatches=2))
 
     def observed(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
         steps = step.make_steps(cfg, sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])))
+        bias_V = np.linspace(-3, 0, cfg.model.table_rows, dtype=np.float32)
         params = steps.init(jax.random.key(0)).params
-        return dict(jax.device_get(steps.observe(params, random_tokens(cfg), params["body"])))
+        params["output_bias"] = jax.device_put(bias_V, params["output_bias"].sharding)
+        assert params["output_bias"].addressable_shards[0].data.size * shape[2] == bias_V.size
+        loss, _ = steps.evaluate(params, random_tokens(cfg), np.ones(cfg.data.batch_size, np.float32))
+        return dict(jax.device_get({"loss": loss, **steps.observe(params, random_tokens(cfg), params["body"])}))
 
     one, results = observed((1, 1, 1)), {}
     for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
         many = observed(shape)
-        assert len(one) == len(many) == 7
+        assert len(one) == len(many) == 8
         results[str(shape)] = max(float(abs(many[name] / one[name] - 1)) for name in one)
     return results
 

@@ -160,7 +160,7 @@ def test_loss_and_slope_are_those_of_float64(model, windows):
     taught = teacher(model, x_LND[-1])
     theta = 0.1 * np.random.default_rng(0).normal(size=(D + 1, D))
     value, slope = training._loss_and_slope(
-        model.config, model.norm, jnp.asarray(theta, jnp.float32), x_LND[1], *taught[:2], model.U_VD
+        model.config, model.norm, jnp.asarray(theta, jnp.float32), x_LND[1], *taught[:2], model.U_VD, model.bias_V
     )
     kl = lambda theta: oracle(model, x_LND, 1, theta, np.zeros(700, int))[0].mean() * np.log(2)
     assert float(value) == pytest.approx(kl(theta), abs=1e-5)
@@ -184,7 +184,8 @@ def test_training_ends_where_another_optimiser_ends(model, windows, translators)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         theta = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
-        value, slope = training._loss_and_slope(model.config, model.norm, theta, x_LND[1], *taught[:2], model.U_VD)
+        given = model.norm, theta, x_LND[1], *taught[:2], model.U_VD, model.bias_V
+        value, slope = training._loss_and_slope(model.config, *given)
         return float(value), np.asarray(slope, np.float64).ravel()
 
     options = {"maxiter": 400, "ftol": 1e-9, "gtol": 1e-9}

@@ -73,6 +73,11 @@ class ModelConfig(_Checked):
     position: Literal["rope", "none"] = _option("rope", "how attention sees positions")
     rope_theta: float = _option(10_000.0, "base of the rotary frequencies", above=0)
     mlp: Literal["swiglu", "gelu"] = _option("swiglu", "the MLP's form")
+    output_bias: Literal["none", "unigram"] = _option(
+        "none",
+        "what is added to the logits, never trained; unigram: log((n + 1/2) / (N + V/2)), n how often a token is a "
+        "target in the training text, N all of them",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = _option(
         "auto", "compute dtype; auto: bfloat16 on accelerators, float32 on CPU; parameters are always float32"
     )

@@ -31,24 +31,44 @@ class Squares(NamedTuple):
 
 
 class SummedLoss(Protocol):
-    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1."""
+    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1; `bias_V` is added to the logits."""
 
     def __call__(
-        self, tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
+        self,
+        tables: Tables,
+        body: Any,
+        tokens_BS: jax.Array,
+        weights_B: jax.Array,
+        tap: Squares | None = None,
+        bias_V: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
+OUTPUT_BIAS = "output_bias"
+
+
+def trained(params: dict[str, Any]) -> dict[str, Any]:
+    """What training updates of the parameters: all but the output bias."""
+    return {name: part for name, part in params.items() if name != OUTPUT_BIAS}
+
+
 def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
-    """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme."""
+    """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme.
+
+    With model.output_bias also "output_bias", float32 [V] of zeros: a run puts what its text says in their place.
+    """
     V, D = cfg.model.table_rows, cfg.model.d_model
 
     def law(name: str) -> tying.Law:
         return model.truncated_normal(cfg.optimizer.tables.of(name).init_std or D**-0.5)
 
-    return {
+    params: dict[str, Any] = {
         "tables": tying.init_tables(tying.scheme_of(cfg.tying), root, (V, D), law),
         "body": model.init_body(cfg.model, key_for(root, "body")),
     }
+    if cfg.model.output_bias != "none":
+        params[OUTPUT_BIAS] = nn.LogicallyPartitioned(jnp.zeros(V), names=("vocab",))
+    return params
 
 
 def abstract_params(cfg: RunConfig) -> dict[str, Any]:
@@ -66,19 +86,21 @@ def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:
     with_states = loss_and_states(cfg, layout, z_loss)
 
     def total(
-        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
+        tables: Tables,
+        body: Any,
+        tokens_BS: jax.Array,
+        weights_B: jax.Array,
+        tap: Squares | None = None,
+        bias_V: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap)
+        loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap, bias_V)
         return loss_sum, weight
 
     return total
 
 
 def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[..., tuple[jax.Array, ...]]:
-    """The function (tables, body, tokens_BS, weights_B, tap, bias_V) -> the two sums of `SummedLoss`, and h_BTD.
-
-    `bias_V` is added to the logits, as in `cross_entropy`.
-    """
+    """The function of the arguments of `SummedLoss` that gives its two sums, and h_BTD."""
     transformer, dtype = model.Transformer(cfg.model, layout), model.compute_dtype(cfg.model, layout)
     options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
 

@@ -33,6 +33,7 @@ from tiedjax.errors import TrainingError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
+from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.rng import key_for
@@ -348,7 +349,12 @@ def _begin(
     saved = checkpoints.steps()
     if not saved:
         key = key_for(jax.random.key(cfg.train.seed), "params")
-        return steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled)), None, 0
+        state = steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled))
+        if cfg.model.output_bias == "unigram":
+            place = steps.abstract.params[OUTPUT_BIAS].sharding
+            bias_V = jax.device_put(counts.log_unigram(counts_2V[1]), place)
+            state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
+        return state, None, 0
     record = checkpoints.about(saved[-1])
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
         if record[part] != about[part]:

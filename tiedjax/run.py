@@ -143,13 +143,19 @@ class Run:
         return RunAccount(rows, log_kept, initial, written.input, output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
-        """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint."""
+        """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint.
+
+        With model.output_bias also "output_bias", float32 [V], which is added to the logits and was never trained.
+        """
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
         abstract = {"params": _without_sharding(abstract_params(self.config))}
         return dict(checkpoints.restore(step, abstract)["params"])
 
     def model(self) -> Transformer:
-        """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`."""
+        """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`.
+
+        The logits are h_BTD times the output table, and `run.params()["output_bias"]` if the run has one.
+        """
         return Transformer(dataclasses.replace(self.config.model, attention="auto"))  # what suits this machine
 
     @cached_property

@@ -19,6 +19,7 @@ from tiedjax import tying
 from tiedjax.config import ModelConfig
 from tiedjax.data.tokenizer import end_id, load_tokenizer
 from tiedjax.errors import UserError
+from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
 from tiedjax.model import CACHE, Transformer, empty_cache
 from tiedjax.run import Run
@@ -51,7 +52,14 @@ def sample_text(
     params = jax.device_put(run.params(step))
     tables = tying.scheme_of(run.config.tying).tables(params["tables"])
     drawn_1N = continue_tokens(
-        run.config.model, tables, params["body"], [start], tokens, temperature=temperature, key=jax.random.key(seed)
+        run.config.model,
+        tables,
+        params["body"],
+        [start],
+        tokens,
+        bias_V=params.get(OUTPUT_BIAS),
+        temperature=temperature,
+        key=jax.random.key(seed),
     )
     ids = [*start[1:], *drawn_1N[0].tolist()]
     return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(f"[{i}]" for i in ids)
@@ -64,13 +72,15 @@ def continue_tokens(
     prompt_BP: npt.ArrayLike,
     count: int,
     *,
+    bias_V: npt.ArrayLike | None = None,
     temperature: float = 1.0,
     key: jax.Array,
 ) -> npt.NDArray[np.int32]:
     """`count` tokens after each of B prompts of equal length: int32 [B, count], ids below `cfg.vocab_size`.
 
-    They are drawn from softmax(logits / temperature); at temperature 0 each is the likeliest. `tables` are [V, D] each
-    and `body` is the Flax variables, on devices or not: `Run.params` through its scheme. As in training the model reads
+    They are drawn from softmax(logits / temperature); at temperature 0 each is the likeliest. `tables` are [V, D] each,
+    `body` is the Flax variables and `bias_V` is added to the logits, on devices or not: `Run.params` through its
+    scheme. As in training the model reads
     at most T = `cfg.seq_len` tokens: a text that has grown longer it begins again from its last max(1, T // 2).
     UserError for no prompt, for ids that the model does not know, and for options out of range.
     """
@@ -84,11 +94,12 @@ def continue_tokens(
         raise UserError(f"prompt: token id {wrong} does not fit model.vocab_size {cfg.vocab_size}")
     cfg = dataclasses.replace(cfg, dtype="float32", remat="none")
     body, tables = jax.device_put(body), Tables(*map(jnp.asarray, tables))
+    bias_V = jnp.zeros(len(tables.output)) if bias_V is None else jnp.asarray(bias_V)
     cache, read, unread = empty_cache(cfg, B, cfg.seq_len), 0, P
     for number in range(count):
         if read + unread > cfg.seq_len:
             cache, read, unread = empty_cache(cfg, B, cfg.seq_len), 0, max(1, cfg.seq_len // 2)
-        drawn_B, cache = _next(cfg, tables, body, cache, tokens_BN[:, -unread:], temperature, key, number)
+        drawn_B, cache = _next(cfg, tables, bias_V, body, cache, tokens_BN[:, -unread:], temperature, key, number)
         tokens_BN = np.concatenate([tokens_BN, np.asarray(drawn_B)[:, None]], axis=1)
         read, unread = read + unread, 1
     return tokens_BN[:, P:]
@@ -102,10 +113,11 @@ def draw(logits_BV: jax.Array, temperature: Any, key: jax.Array) -> jax.Array:
     return jnp.where(temperature > 0, drawn_B, logits_BV.argmax(axis=-1)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _next(
     cfg: ModelConfig,
     tables: Tables,
+    bias_V: jax.Array,
     body: Any,
     cache: Any,
     tokens_BT: jax.Array,
@@ -118,6 +130,7 @@ def _next(
         x_BTD = lookup(tables.input, tokens_BT, tables.input.dtype)
         h_BTD, state = Transformer(cfg).apply({**body, CACHE: cache}, x_BTD, mutable=CACHE)
         logits_BV = jnp.matmul(h_BTD[:, -1], tables.output[: cfg.vocab_size].T)  # rows of padding are no tokens
+        logits_BV += bias_V[None, : cfg.vocab_size]
     return draw(logits_BV, temperature, jax.random.fold_in(key, number)), state[CACHE]
 
 

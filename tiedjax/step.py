@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from tiedjax import model, sharding, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
-from tiedjax.lm import Squares, SummedLoss, init_params, loss_and_states, summed_loss
+from tiedjax.lm import OUTPUT_BIAS, Squares, SummedLoss, init_params, loss_and_states, summed_loss, trained
 from tiedjax.lookup import sums_by_token
 from tiedjax.optimizer import OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import ONE_DEVICE, Layout
@@ -31,7 +31,7 @@ MOST_HELD = 1000.0  # its factor, and one over the smallest
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: updates done, {"tables", "body"} in float32, optimizer state, the account.
+    """What a step reads and writes: updates done, parameters as of `init_params`, optimizer state, the account.
 
     `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
     holds `tying.output_update_share`, None without it.
@@ -92,19 +92,32 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
 
     @jax.custom_vjp
     def summed(
-        tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None = None
+        tables: Tables,
+        body: Any,
+        tokens_BS: jax.Array,
+        weights_B: jax.Array,
+        tap: Squares | None = None,
+        bias_V: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        losses, weights = jax.lax.map(lambda part: total(tables, body, *part), (cut(tokens_BS), cut(weights_B)))
+        one = lambda part: total(tables, body, part[0], part[1], bias_V=bias_V)
+        losses, weights = jax.lax.map(one, (cut(tokens_BS), cut(weights_B)))
         return jnp.sum(losses), jnp.sum(weights)
 
-    def forward(tables: Tables, body: Any, tokens_BS: jax.Array, weights_B: jax.Array, tap: Squares | None) -> Any:
+    def forward(
+        tables: Tables,
+        body: Any,
+        tokens_BS: jax.Array,
+        weights_B: jax.Array,
+        tap: Squares | None,
+        bias_V: jax.Array | None,
+    ) -> Any:
         def add(carry: Any, part: Any) -> tuple[Any, None]:
-            (loss_sum, weight), grads = gradient(tables, body, *part, tap)
+            (loss_sum, weight), grads = gradient(tables, body, *part, tap, bias_V)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
 
         # The sums start with the dtypes that `total` gives, which are wider than those of its activations.
         one = slice(tokens_BS.shape[0] // parts)
-        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap)
+        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap, bias_V)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
         start = (sums, jax.tree.map(jnp.zeros_like, (tables, body, tap)))
         return jax.lax.scan(add, start, (cut(tokens_BS), cut(weights_B)))[0]
@@ -114,7 +127,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
         # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sums of squares go
         # by its square, and the weights' sum depends on no parameter.
         tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
-        return tables, body, None, None, jax.tree.map(lambda s: jnp.square(cotangents[0]) * s, squares)
+        return tables, body, None, None, jax.tree.map(lambda s: jnp.square(cotangents[0]) * s, squares), None
 
     summed.defvjp(forward, backward)
     return summed
@@ -151,19 +164,24 @@ def _precision(cfg: RunConfig, layout: Layout) -> contextlib.AbstractContextMana
 def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
     """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients, squares)).
 
-    The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params has the role scales
-    in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of the mean
-    loss's gradient with respect to the looked-up vectors of the whole batch, [B, T, D], and, of several microbatches,
-    of each one's part of the role gradients.
+    The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params, the output bias left
+    out, has the role scales in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of
+    the mean loss's gradient with respect to the looked-up vectors of the whole batch, [B, T, D], and, of several
+    microbatches, of each one's part of the role gradients.
     """
     scheme, parts = tying.scheme_of(cfg.tying), cfg.data.microbatches
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), parts)
 
     def mean_loss(
-        params: dict[str, Any], taps: Tables, squares: Squares, tokens_BS: jax.Array, role_scale: Tables
+        params: dict[str, Any],
+        taps: Tables,
+        squares: Squares,
+        tokens_BS: jax.Array,
+        role_scale: Tables,
+        bias_V: jax.Array | None,
     ) -> jax.Array:
         tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
-        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares)
+        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares, bias_V)
         return total / weight
 
     def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
@@ -171,7 +189,7 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
         squares = Squares(jnp.zeros(()), Tables(jnp.zeros(()), jnp.zeros(())) if parts > 1 else None)
         gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
         with _precision(cfg, layout):
-            return gradient(params, taps, squares, tokens_BS, role_scale)
+            return gradient(trained(params), taps, squares, tokens_BS, role_scale, params.get(OUTPUT_BIAS))
 
     return compute
 
@@ -196,7 +214,7 @@ def anatomy(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., dict[s
 
         def sums(tokens_BS: jax.Array) -> dict[str, jax.Array]:
             gradient = jax.grad(loss_sum, argnums=(0, 1) if body_update is None else (0, 1, 2), has_aux=True)
-            (G_VD, r_V, *d_body), (weight, h_BTD) = gradient(tables.output, no_bias_V, body, tokens_BS)
+            (G_VD, r_V, *d_body), (weight, h_BTD) = gradient(tables.output, bias_V, body, tokens_BS)
             options: dict[str, Any] = {"layout": layout, "gradient": cfg.model.table_gradient}
             products = [jax.tree.map(lambda g, update: jnp.sum(g * update), of_body, body_update) for of_body in d_body]
             return {
@@ -208,7 +226,7 @@ def anatomy(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., dict[s
                 "change": optax.tree.sum(products),
             }
 
-        no_bias_V = jnp.zeros(len(tables.output), tables.output.dtype)
+        bias_V = params.get(OUTPUT_BIAS, jnp.zeros(len(tables.output), tables.output.dtype))
         batches = _cut(tokens_BS, parts)
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums, batches[0]))
         add = lambda carry, tokens_BS: (jax.tree.map(jnp.add, carry, sums(tokens_BS)), None)
@@ -288,7 +306,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
         account = tying.opened(params["tables"], followed, form, rows)
         held = None if wanted_share is None else jnp.zeros(())
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params, rows), account, held)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held)
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
         tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
@@ -334,11 +352,11 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
                 grads,
                 scaled_by_role,
                 state.opt_state,
-                state.params,
+                trained(state.params),
                 grad_norm=clipped_norm,
                 rows=state.account.rows if state.account else None,
             )
-            params = optax.apply_updates(state.params, updates)
+            params = {**state.params, **optax.apply_updates(trained(state.params), updates)}
         with jax.named_scope("account"):
             about_updates = tying.update_metrics(parts) if parts else {}
             account = tying.advanced(state.account, parts) if state.account else None
@@ -361,7 +379,8 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
 
     def evaluate(params: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         with _precision(cfg, layout):
-            return evaluation(scheme.tables(params["tables"]), params["body"], tokens_BS, weights_B)
+            tables, bias_V = scheme.tables(params["tables"]), params.get(OUTPUT_BIAS)
+            return evaluation(tables, params["body"], tokens_BS, weights_B, None, bias_V)
 
     # On a CPU the many small draws take twice as long to compile with all that LLVM can do, and run once.
     quick = {"xla_backend_optimization_level": 1} if layout.platform == "cpu" else None

@@ -44,6 +44,12 @@ def sampled_counts(prepared: Prepared, seq_len: int, vocab_rows: int) -> npt.NDA
     return counts
 
 
+def log_unigram(count_V: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """log((n + 1/2) / (N + V/2)) of the counts n of V tokens, N in all: finite for tokens that never occur too."""
+    smoothed_V = count_V + 0.5
+    return np.asarray(np.log(smoothed_V / smoothed_V.sum()), np.float32)
+
+
 def count_beside_training(directory: str, seq_len: int, vocab_rows: int, path: str) -> None:
     """Counts what is prepared in `directory` unless that is kept there, and saves [2, vocab_rows] as `path` (.npy).
 

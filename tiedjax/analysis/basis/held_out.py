@@ -24,6 +24,7 @@ from tiedjax.analysis.basis.tables import Table
 from tiedjax.config import ModelConfig
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.prepared import Prepared
+from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
 from tiedjax.model import Norm, Transformer
 from tiedjax.run import RunTables
@@ -43,7 +44,7 @@ class Reading:
 
 
 class FrozenModel:
-    """A run's parameters at its last full checkpoint (or that of `step`), to be read.
+    """A run's parameters at its last full checkpoint (or that of `step`), to be read; without an output bias, 0 for it.
 
     UserError when the run holds no such checkpoint.
     """
@@ -57,6 +58,7 @@ class FrozenModel:
             run.config.model, dtype="float32", remat="none", attention="auto"
         )
         self.body = jax.device_put(params["body"])
+        self.bias_V = jnp.asarray(params.get(OUTPUT_BIAS, np.zeros(len(self.U_VD), np.float32)))
         self.norm: dict[str, Any] = self.body["params"].get("final_norm", {})
 
     def _hold(self, tables: RunTables) -> None:
@@ -99,7 +101,7 @@ class FrozenModel:
         for x_1ND in self.parts_of_states(tokens_WS, slice(-1, None)):
             of_part_N, target_N = np.split(target_N, [x_1ND.shape[1]])
             for chunk in chunks(len(of_part_N)):
-                bits_C = _model_bits(self.config, self.norm, x_1ND[0, chunk], self.U_VD, of_part_N[chunk])
+                bits_C = _model_bits(self.config, self.norm, x_1ND[0, chunk], self.U_VD, self.bias_V, of_part_N[chunk])
                 parts.append(np.asarray(bits_C, np.float64))
         return np.concatenate(parts).reshape(targets_WT.shape)
 
@@ -109,8 +111,8 @@ class FrozenModel:
         return y_ND
 
     def log_probabilities(self, y_CD: Any) -> jax.Array:
-        """log softmax(y U^T) in nats, [C, V], of normed states."""
-        log_p_CV: jax.Array = log_probabilities(jnp.asarray(y_CD), self.U_VD)
+        """log softmax(y U^T + bias) in nats, [C, V], of normed states."""
+        log_p_CV: jax.Array = log_probabilities(jnp.asarray(y_CD), self.U_VD, self.bias_V)
         return log_p_CV
 
 
@@ -211,9 +213,9 @@ def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def log_probabilities(y_CD: jax.Array, U_VD: jax.Array) -> jax.Array:
-    """log softmax(y U^T) in nats, [C, V]."""
-    return jax.nn.log_softmax(jnp.matmul(y_CD, U_VD.T, precision="highest"))
+def log_probabilities(y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
+    """log softmax(y U^T + bias) in nats, [C, V]."""
+    return jax.nn.log_softmax(jnp.matmul(y_CD, U_VD.T, precision="highest") + bias_V[None])
 
 
 @jax.jit
@@ -229,8 +231,10 @@ def compare(final_CV: jax.Array, predictor_CV: jax.Array, target_C: jax.Array) -
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _model_bits(cfg: ModelConfig, norm: Any, x_CD: jax.Array, U_VD: jax.Array, target_C: jax.Array) -> jax.Array:
+def _model_bits(
+    cfg: ModelConfig, norm: Any, x_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array, target_C: jax.Array
+) -> jax.Array:
     """What the targets cost the model whose last states are x, [C]."""
-    logits_CV = jnp.matmul(final_norm(cfg, norm, x_CD), U_VD.T, precision="highest")
+    logits_CV = jnp.matmul(final_norm(cfg, norm, x_CD), U_VD.T, precision="highest") + bias_V[None]
     at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
     return jnp.asarray((jax.nn.logsumexp(logits_CV, axis=-1) - at_target_C) / np.log(2))

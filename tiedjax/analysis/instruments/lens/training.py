@@ -1,9 +1,9 @@
 """Fitting tuned-lens translators (Belrose et al. 2023, arXiv 2303.08112) to convergence.
 
 The translator of a hidden state x is y = norm(x + x W + b), started at W = 0, b = 0, where it is the logit lens. Its
-loss is the mean of KL(final || softmax(y U^T)). With the final distribution p,
+loss is the mean of KL(final || softmax(y U^T + c)), c the model's output bias or 0. With the final distribution p,
 
-    KL = sum_v p_v log p_v - y . m + logsumexp(U y),    m = sum_v p_v U_v,
+    KL = sum_v p_v (log p_v - c_v) - y . m + logsumexp(U y + c),    m = sum_v p_v U_v,
 
 so a position's teacher is one [D] vector and one number, and [C, V] logits are needed for a chunk of positions only.
 L-BFGS (Liu and Nocedal 1989) minimises it, its initial inverse Hessian the Kronecker product of two inverses (Martens
@@ -30,10 +30,11 @@ CRITERION = f"the loss fell by less than {TOLERANCE:.1%} over {SPAN} iterations 
 
 
 class Teacher(NamedTuple):
-    """The final distribution as the loss needs it: m [N, D], sum p log p [N], and the mean covariance of U [D, D]."""
+    """The final distribution as the loss needs it: m [N, D], sum p (log p - c) [N], and the mean covariance of U
+    [D, D]."""
 
     m_ND: jax.Array
-    negative_entropy_N: jax.Array
+    constant_N: jax.Array
     covariance_DD: np.ndarray
 
 
@@ -43,17 +44,17 @@ def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
     total_V = np.zeros(len(model.U_VD))
     parts = []
     for chunk in chunks(len(y_ND)):
-        m_CD, negative_entropy_C, sum_V = _teach(y_ND[chunk], model.U_VD)
-        parts.append((m_CD, negative_entropy_C))
+        m_CD, constant_C, sum_V = _teach(y_ND[chunk], model.U_VD, model.bias_V)
+        parts.append((m_CD, constant_C))
         total_V += np.asarray(sum_V, np.float64)
-    m_ND, negative_entropy_N = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    m_ND, constant_N = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     p_V, U_VD = total_V / len(y_ND), np.asarray(model.tables.output)
     covariance_DD = np.zeros((U_VD.shape[1],) * 2)
     for block in row_blocks(len(U_VD), U_VD.shape[1], itemsize=8):
         u_BD = np.asarray(U_VD[block], np.float64)
         covariance_DD += (u_BD * p_V[block, None]).T @ u_BD
     m64_ND = np.asarray(m_ND, np.float64)
-    return Teacher(m_ND, negative_entropy_N, covariance_DD - m64_ND.T @ m64_ND / len(m64_ND))
+    return Teacher(m_ND, constant_N, covariance_DD - m64_ND.T @ m64_ND / len(m64_ND))
 
 
 def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
@@ -63,7 +64,9 @@ def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         theta_ED = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
-        value, slope_ED = _loss_and_slope(model.config, model.norm, theta_ED, device_ND, *lesson[:2], model.U_VD)
+        value, slope_ED = _loss_and_slope(
+            model.config, model.norm, theta_ED, device_ND, *lesson[:2], model.U_VD, model.bias_V
+        )
         return float(value), np.asarray(slope_ED, np.float64).ravel()
 
     moments_EE = np.zeros((D + 1, D + 1))
@@ -95,8 +98,9 @@ def _loss_and_slope(
     theta_ED: jax.Array,
     x_ND: jax.Array,
     m_ND: jax.Array,
-    negative_entropy_N: jax.Array,
+    constant_N: jax.Array,
     U_VD: jax.Array,
+    bias_V: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     N, D = x_ND.shape
     y_ND, pull_back = jax.vjp(lambda theta_ED: translated(cfg, norm, theta_ED, x_ND), theta_ED)
@@ -107,7 +111,7 @@ def _loss_and_slope(
 
     def chunk_loss_and_slope(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         y_CD, m_CD = chunk
-        logits_CV = jnp.matmul(y_CD, U_VD.T, precision="highest")
+        logits_CV = jnp.matmul(y_CD, U_VD.T, precision="highest") + bias_V[None]
         top_C1 = logits_CV.max(axis=-1, keepdims=True)
         e_CV = jnp.exp(logits_CV - top_C1)
         sum_C1 = e_CV.sum(axis=-1, keepdims=True)
@@ -115,12 +119,13 @@ def _loss_and_slope(
         return loss_C, jnp.matmul(e_CV, U_VD, precision="highest") / sum_C1 - m_CD
 
     loss_MC, slope_MCD = jax.lax.map(chunk_loss_and_slope, (cut(y_ND), cut(m_ND)))
-    loss = jnp.mean(loss_MC.reshape(-1)[:N] + negative_entropy_N)
+    loss = jnp.mean(loss_MC.reshape(-1)[:N] + constant_N)
     return loss, pull_back(slope_MCD.reshape(-1, D)[:N] / N)[0]
 
 
 @jax.jit
-def _teach(y_CD: jax.Array, U_VD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    log_p_CV = log_probabilities(y_CD, U_VD)
+def _teach(y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    log_p_CV = log_probabilities(y_CD, U_VD, bias_V)
     p_CV = jnp.exp(log_p_CV)
-    return jnp.matmul(p_CV, U_VD, precision="highest"), jnp.sum(p_CV * log_p_CV, axis=-1), p_CV.sum(axis=0)
+    constant_C = jnp.sum(p_CV * (log_p_CV - bias_V[None]), axis=-1)
+    return jnp.matmul(p_CV, U_VD, precision="highest"), constant_C, p_CV.sum(axis=0)
