@@ -81,8 +81,9 @@ class HeldLoss:
         self._config, self._body, self._tokens_MBS = model.config, model.body, jnp.asarray(np.stack(parts))
         self._weight_MB = jnp.asarray(np.arange(len(parts[0])) < np.array(sizes)[:, None], jnp.float32)
         self.trained = Tables(model.tables.input, model.tables.output)
-        of_device = Tables(model.E_VD, model.U_VD)
-        moments = _second_moments(self._config, self._body, of_device, self._tokens_MBS[0, : sizes[0]])
+        of_device, self._bias_V = Tables(model.E_VD, model.U_VD), model.bias_V
+        some_BS = self._tokens_MBS[0, : sizes[0]]
+        moments = _second_moments(self._config, self._body, of_device, self._bias_V, some_BS)
         self._curvature_DD = {role: np.asarray(C_DD, np.float64) for role, C_DD in zip(ROLES, moments, strict=True)}
         V, N = len(model.U_VD), tokens_WS[:, 1:].size
         counts = (np.bincount(side_WT.ravel(), minlength=V) for side_WT in (tokens_WS[:, :-1], tokens_WS[:, 1:]))
@@ -92,7 +93,7 @@ class HeldLoss:
         """At these tables, with respect to those of these roles."""
         of_device = Tables(*(jnp.asarray(table_VD, jnp.float32) for table_VD in tables))
         loss, gradients = _loss_and_gradients(
-            self._config, tuple(roles), self._body, of_device, self._tokens_MBS, self._weight_MB
+            self._config, tuple(roles), self._body, of_device, self._bias_V, self._tokens_MBS, self._weight_MB
         )
         held_loss, by_role = float(loss), {}
         for role in ROLES:
@@ -148,7 +149,13 @@ def refit(held_loss: HeldLoss, start: Tables, arrays: Arrays, *, most: int = MOS
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _loss_and_gradients(
-    cfg: ModelConfig, roles: tuple[str, ...], body: Any, tables: Tables, tokens_MBS: jax.Array, weight_MB: jax.Array
+    cfg: ModelConfig,
+    roles: tuple[str, ...],
+    body: Any,
+    tables: Tables,
+    bias_V: jax.Array,
+    tokens_MBS: jax.Array,
+    weight_MB: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L, and its gradient with respect to the tables of these roles; a window of weight 0 does not count."""
 
@@ -157,7 +164,7 @@ def _loss_and_gradients(
         h_BTD: Any = Transformer(cfg).apply(body, lookup(E_VD, tokens_BS[:, :-1], E_VD.dtype))
         targets_BT = tokens_BS[:, 1:]
         weights_BT = jnp.broadcast_to(weight_B[:, None], targets_BT.shape)
-        return cross_entropy(h_BTD, U_VD, targets_BT, weights_BT)[0]
+        return cross_entropy(h_BTD, U_VD, targets_BT, weights_BT, bias_V=bias_V)[0]
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(summed)(free, *batch)), None
@@ -171,13 +178,16 @@ def _loss_and_gradients(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _second_moments(cfg: ModelConfig, body: Any, tables: Tables, tokens_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _second_moments(
+    cfg: ModelConfig, body: Any, tables: Tables, bias_V: jax.Array, tokens_BS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """C_in and C_out, [D, D]."""
 
     def loss(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
         h_BTD: Any = Transformer(cfg).apply(body, x_BTD)
         targets_BT = tokens_BS[:, 1:]
-        return cross_entropy(h_BTD, tables.output, targets_BT, jnp.ones(targets_BT.shape))[0], h_BTD
+        weights_BT = jnp.ones(targets_BT.shape)
+        return cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, bias_V=bias_V)[0], h_BTD
 
     with jax.default_matmul_precision("highest"):
         x_BTD = lookup(tables.input, tokens_BS[:, :-1], tables.input.dtype)
