@@ -167,12 +167,13 @@ def gpu_bounds() -> str:
     gib = lambda size: f"{size / 2**30:.1f}"
     heads = ["config", "for", "tokens a GPU", "in all, GiB", "GB moved", "kernels", "bound, ms", "MFU at most"]
     heads += ["bytes sent, times a count by hand", "of them beside computing", "roles' share of the bytes moved"]
+    heads += ["the account's"]
     rows = []
     for name, program in compiled.items():
         work, cfg = program["gpu"]["total"], program["config"]
         sent = sum(kind["bytes"] for kind in program["collectives"].values())
         beside = sum(kind["asynchronous_bytes"] for kind in program["collectives"].values())
-        roles = program.get("role_share_of_bytes")
+        roles, account = program.get("role_share_of_bytes"), program.get("account_share_of_bytes")
         rows.append(
             [
                 model(name, program),
@@ -186,6 +187,7 @@ def gpu_bounds() -> str:
                 f"{program['sent_over_count_by_hand']:.2f}" if program["devices"] > 1 else "–",
                 f"{beside / sent:.0%}" if program["devices"] > 1 else "–",
                 "–" if roles is None else f"{roles:.2%}",
+                "–" if account is None else f"{account:.2%}",
             ]
         )
     versions = next(iter(compiled.values()))["versions"]
@@ -255,8 +257,8 @@ def spectral_costs() -> list[str]:
         seconds, low, high = (f"{now['seconds'][q]:.0f}" for q in ("median", "low", "high"))
         lines.append(
             f"* `tiedjax analyze spectral` on two {TABLES[measured['kind']]}, V = {measured['rows']:,}, "
-            f"D = {measured['width']:,}: {seconds} s (least {low}, most {high}), {now['cpu_seconds']['median']:.0f} s of "
-            f"CPU time, {now['peak_bytes']['high'] / 1e9:.1f} GB."
+            f"D = {measured['width']:,}: {seconds} s (least {low}, most {high}), "
+            f"{now['cpu_seconds']['median']:.0f} s of CPU time, {now['peak_bytes']['high'] / 1e9:.1f} GB."
         )
     return lines
 

@@ -182,8 +182,8 @@ class _Search:
             row, column = _where(cosines_RC > threshold_V[top:bottom, None])
             keep(slice(top, bottom), row)
             sides = [(order_V[top + row], order_V[left + column], cosines_RC[row, column])]
-            # The other side of the product: these columns as rows. Those of the sample have blocks of their own with the
-            # whole sample, elsewhere on the diagonal it is the same side.
+            # The other side of the product: these columns as rows. Those of the sample have blocks of their own with
+            # the whole sample, elsewhere on the diagonal it is the same side.
             offset = 0 if not on_diagonal else right - left if left == 0 else bottom - left
             row, column = _where(cosines_RC[:, offset:] > threshold_V[left + offset : right])
             column += offset
