@@ -255,8 +255,8 @@ def spectral_costs() -> list[str]:
         seconds, low, high = (f"{now['seconds'][q]:.0f}" for q in ("median", "low", "high"))
         lines.append(
             f"* `tiedjax analyze spectral` on two {TABLES[measured['kind']]}, V = {measured['rows']:,}, "
-            f"D = {measured['width']:,}: {seconds} s (least {low}, most {high}), {now['cpu_seconds']['median']:.0f} s of "
-            f"CPU time, {now['peak_bytes']['high'] / 1e9:.1f} GB."
+            f"D = {measured['width']:,}: {seconds} s (least {low}, most {high}), "
+            f"{now['cpu_seconds']['median']:.0f} s of CPU time, {now['peak_bytes']['high'] / 1e9:.1f} GB."
         )
     return lines
 

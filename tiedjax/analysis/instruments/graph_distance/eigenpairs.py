@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-BLOCK = 8  # of the vectors of one product; wider ones of a graph of 50,000 rows leave a core's cache
+BLOCK = 4  # vectors of one product: wider ones read the space less often, but need more products in all
 # Vectors of the space: the more, the fewer products are needed where eigenvalues lie close, and the dearer is each.
 SPACE, SPACE_PER_PAIR = 384, 4
 SPACE_BYTES = 1 << 30  # of them, unless the pairs need more
@@ -45,13 +45,13 @@ def leading(
     """
     from scipy.linalg import qr
 
-    most = min(max(SPACE, SPACE_PER_PAIR * pairs), max(space_bytes // (8 * rows), 2 * pairs + 4 * BLOCK))
+    most = min(max(SPACE, SPACE_PER_PAIR * pairs), max(space_bytes // (8 * rows), 2 * pairs + 8 * BLOCK))
     most = min(most, rows - BLOCK) // BLOCK * BLOCK
     basis_NM = np.empty((rows, most + BLOCK), order="F")
     projected_MM = np.zeros((most + BLOCK, most + BLOCK))
     basis_NM[:, :BLOCK], _ = qr(np.random.default_rng(0).standard_normal((rows, BLOCK)), mode="economic")
     # The vectors before `known` have their products in the space; those from `near` on are in the next recurrence.
-    near, known, look = 0, 0, max(2 * BLOCK, pairs)
+    near, known, look = 0, 0, max(4 * BLOCK, pairs)
     for multiplied in range(BLOCK, PRODUCTS + BLOCK, BLOCK):
         end = known + BLOCK
         rest_NB = product(basis_NM[:, known:end])
@@ -78,7 +78,7 @@ def leading(
         converged = int((residual_P <= TOLERANCE * np.abs(value_M[0])).sum())
         if converged == pairs:
             return value_M[:pairs], basis_NM[:, :known] @ vector_MM[:, :pairs]
-        look = known + max(2 * BLOCK, known // 8)
+        look = known + max(4 * BLOCK, known // 8)
         if known == most:
             kept = (pairs + (most - pairs) // 3) // BLOCK * BLOCK
             for top in range(0, rows, 4096):

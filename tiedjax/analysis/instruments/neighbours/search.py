@@ -149,8 +149,8 @@ class _Search:
     def _above_thresholds(self, threads: ThreadPoolExecutor) -> tuple[Any, np.ndarray]:
         """Of each row the cosines above its threshold, itself not counted: csr float32 [V, V].
 
-        The threshold is so low a rank of a random sample of columns that fewer than `near` lie above it once in a
-        million rows without equals. And the rows, boolean [V], of which some were left out because there were too many.
+        And the rows, boolean [V], of which some were left out because there were too many. The threshold is so low a
+        rank of a random sample of columns that fewer than `near` lie above it once in a million rows without equals.
         """
         from scipy.sparse import coo_array
 
@@ -182,8 +182,8 @@ class _Search:
             row, column = _where(cosines_RC > threshold_V[top:bottom, None])
             keep(slice(top, bottom), row)
             sides = [(order_V[top + row], order_V[left + column], cosines_RC[row, column])]
-            # The other side of the product: these columns as rows. Those of the sample have blocks of their own with the
-            # whole sample, elsewhere on the diagonal it is the same side.
+            # The other side of the product: these columns as rows. Those of the sample have blocks of their own with
+            # the whole sample, elsewhere on the diagonal it is the same side.
             offset = 0 if not on_diagonal else right - left if left == 0 else bottom - left
             row, column = _where(cosines_RC[:, offset:] > threshold_V[left + offset : right])
             column += offset
