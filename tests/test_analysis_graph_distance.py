@@ -150,6 +150,7 @@ def test_what_cannot_be_measured_is_one_clear_line(monkeypatch):
     with pytest.raises(UserError, match="50 rows, but 64 neighbours need at least 65"):
         spectral(a, b)
     monkeypatch.setattr(eigenpairs, "PRODUCTS", 160)
+    monkeypatch.setattr(eigenpairs, "PRODUCTS_PER_PAIR", 2)
     with pytest.raises(
         UserError, match=r"^spectral: [1-5]\d of 60 eigenpairs converged; ask for fewer by --eigenpairs$"
     ):

@@ -40,7 +40,6 @@ DRAWS = 1
 Graph = Any  # scipy.sparse.csr_array
 Embed = Callable[[Graph, Graph, int], tuple[np.ndarray, np.ndarray]]
 
-
 _LARGE = 1 << 20  # edges of a graph whose products are worth a thread
 
 
