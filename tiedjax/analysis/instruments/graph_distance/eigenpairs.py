@@ -14,12 +14,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-BLOCK = 8  # of the vectors of one product; wider ones of a graph of 50,000 rows leave a core's cache
+BLOCK = 4  # vectors of one product: wider ones read the space less often, but need more products in all
 # Vectors of the space: the more, the fewer products are needed where eigenvalues lie close, and the dearer is each.
 SPACE, SPACE_PER_PAIR = 384, 4
 SPACE_BYTES = 1 << 30  # of them, unless the pairs need more
 TOLERANCE = 1e-8  # of a pair's residual, in parts of the largest eigenvalue
-PRODUCTS = 6000  # vectors multiplied, at most
+PRODUCTS, PRODUCTS_PER_PAIR = 6000, 48  # vectors multiplied, at most the larger of the two
 
 
 class NotConverged(Exception):
@@ -37,7 +37,8 @@ def leading(
 
     `product` multiplies a block [rows, B] by the matrix. A pair has converged when the norm of M v - e v is at most
     `TOLERANCE` times the largest |e|. Of more than `BLOCK` equal eigenvalues some may be missed. Fewer than 200 rows,
-    or more pairs than a quarter of them, are for a dense solver. NotConverged: after `PRODUCTS` vectors.
+    or more pairs than a quarter of them, are for a dense solver. NotConverged: after `PRODUCTS` vectors,
+    or `PRODUCTS_PER_PAIR` for each pair if these are more.
 
     >>> value_P, _ = leading(lambda block: np.arange(200.0)[:, None] * block, 200, 3)
     >>> value_P.round(6).tolist()
@@ -45,14 +46,15 @@ def leading(
     """
     from scipy.linalg import qr
 
-    most = min(max(SPACE, SPACE_PER_PAIR * pairs), max(space_bytes // (8 * rows), 2 * pairs + 4 * BLOCK))
+    most = min(max(SPACE, SPACE_PER_PAIR * pairs), max(space_bytes // (8 * rows), 2 * pairs + 8 * BLOCK))
     most = min(most, rows - BLOCK) // BLOCK * BLOCK
     basis_NM = np.empty((rows, most + BLOCK), order="F")
     projected_MM = np.zeros((most + BLOCK, most + BLOCK))
     basis_NM[:, :BLOCK], _ = qr(np.random.default_rng(0).standard_normal((rows, BLOCK)), mode="economic")
     # The vectors before `known` have their products in the space; those from `near` on are in the next recurrence.
-    near, known, look = 0, 0, max(2 * BLOCK, pairs)
-    for multiplied in range(BLOCK, PRODUCTS + BLOCK, BLOCK):
+    near, known, look = 0, 0, max(4 * BLOCK, pairs)
+    last = max(PRODUCTS, PRODUCTS_PER_PAIR * pairs)
+    for multiplied in range(BLOCK, last + BLOCK, BLOCK):
         end = known + BLOCK
         rest_NB = product(basis_NM[:, known:end])
         inside_MB = np.zeros((end, BLOCK))
@@ -69,7 +71,7 @@ def leading(
                 next_NB, _ = qr(next_NB, mode="economic", check_finite=False)
         basis_NM[:, end : end + BLOCK] = next_NB
         near, known = known, end
-        if known < min(look, most) and multiplied < PRODUCTS:
+        if known < min(look, most) and multiplied < last:
             continue
         value_M, vector_MM = np.linalg.eigh(projected_MM[:known, :known])
         order_M = np.argsort(-np.abs(value_M), kind="stable")
@@ -78,7 +80,7 @@ def leading(
         converged = int((residual_P <= TOLERANCE * np.abs(value_M[0])).sum())
         if converged == pairs:
             return value_M[:pairs], basis_NM[:, :known] @ vector_MM[:, :pairs]
-        look = known + max(2 * BLOCK, known // 8)
+        look = known + max(4 * BLOCK, known // 8)
         if known == most:
             kept = (pairs + (most - pairs) // 3) // BLOCK * BLOCK
             for top in range(0, rows, 4096):

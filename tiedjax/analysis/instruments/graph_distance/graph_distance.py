@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from tiedjax.analysis.basis.blocked import at_once, in_turn
+from tiedjax.analysis.basis.blocked import at_once, few_threads, in_turn
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
-from tiedjax.analysis.instruments.graph_distance.eigenpairs import NotConverged, leading
+from tiedjax.analysis.instruments.graph_distance.eigenpairs import SPACE_PER_PAIR, NotConverged, leading
 from tiedjax.analysis.instruments.neighbours.overlap import paired_neighbours
 from tiedjax.analysis.instruments.neighbours.search import Report, Searches
 from tiedjax.errors import UserError
@@ -39,7 +39,6 @@ DRAWS = 1
 
 Graph = Any  # scipy.sparse.csr_array
 Embed = Callable[[Graph, Graph, int], tuple[np.ndarray, np.ndarray]]
-
 
 _LARGE = 1 << 20  # edges of a graph whose products are worth a thread
 
@@ -165,7 +164,7 @@ def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, 
     together = at_once if first.nnz > _LARGE else in_turn
 
     def product(block_NB: np.ndarray) -> np.ndarray:
-        # Not side by side: the rows of one half, a cache line each, stay near a core, those of both do not.
+        # Not one block of both halves: the rows of one stay in a core's cache, those of both do not.
         top_VB, bottom_VB = (np.ascontiguousarray(half_VB) for half_VB in np.split(block_NB, 2))
         (a_top, a_bottom), (b_top, b_bottom) = together(
             lambda: (first @ top_VB, first @ bottom_VB), lambda: (second @ top_VB, second @ bottom_VB)
@@ -178,7 +177,8 @@ def _leading(first: Graph, second: Graph, eigenpairs: int) -> tuple[np.ndarray, 
         largest_P = np.argsort(-np.abs(value_P), kind="stable")[:eigenpairs]
         return value_P[largest_P], vector_NP[:, largest_P]
     try:
-        return leading(product, 2 * V, eigenpairs)
+        with few_threads(2 * V * SPACE_PER_PAIR * eigenpairs):
+            return leading(product, 2 * V, eigenpairs)
     except NotConverged as error:
         raise UserError(
             f"spectral: {error.converged} of {eigenpairs} eigenpairs converged; ask for fewer by --eigenpairs"

@@ -149,8 +149,8 @@ class _Search:
     def _above_thresholds(self, threads: ThreadPoolExecutor) -> tuple[Any, np.ndarray]:
         """Of each row the cosines above its threshold, itself not counted: csr float32 [V, V].
 
-        The threshold is so low a rank of a random sample of columns that fewer than `near` lie above it once in a
-        million rows without equals. And the rows, boolean [V], of which some were left out because there were too many.
+        And the rows, boolean [V], of which some were left out because there were too many. The threshold is so low a
+        rank of a random sample of columns that fewer than `near` lie above it once in a million rows without equals.
         """
         from scipy.sparse import coo_array
 
