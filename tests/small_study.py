@@ -218,6 +218,12 @@ def _gradients(arm: str, seed: int) -> dict[str, Any]:
             }
             for step in (1, 400)
         ],
+        "makeup": {"steps": [1, 400]}
+        | {
+            part: [value(i, arm, "output", place, seed) for place in (4, 5)]
+            for i, part in enumerate(("push", "common", "rest", "cross"))
+        },
+        "noise": {"logged_steps": 3} | {role: value(0, arm, role, 6, seed) for role in ("input", "output")},
     }
 
 

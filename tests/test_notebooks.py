@@ -25,7 +25,7 @@ def code(notebook: Any) -> list[Any]:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["gradient_flow", "lens", "read_a_run", "twins"]
+    assert [path.stem for path in NOTEBOOKS] == ["account", "gradient_flow", "lens", "read_a_run", "twins"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

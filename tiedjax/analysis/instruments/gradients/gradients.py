@@ -62,10 +62,39 @@ class Deciles:
 
 
 @dataclass(frozen=True)
+class Makeup:
+    """What the output role's gradient is made of at the steps where that was measured.
+
+    `push` is push / (pull + push) of L2 norms; `common`, `rest` and `cross` are shares of the squared norm, of the mean
+    probability's error times the mean state, of the rest, and of twice their inner product; they sum to 1.
+    """
+
+    steps: list[int]
+    push: list[float]
+    common: list[float]
+    rest: list[float]
+    cross: list[float]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Over `logged_steps` steps: which share of each role's squared gradient norm is noise of the batch.
+
+    Sums over the steps, divided once: estimated from how the microbatches of a step differ, a step's signal may be
+    negative. None where all that was summed is not above 0.
+    """
+
+    logged_steps: int
+    input: float | None
+    output: float | None
+
+
+@dataclass(frozen=True)
 class GradientFlow:
     """Per logged step: norms, output / (input + output), cosine between the roles; means over windows; deciles.
 
     `activation_norm` is the norm of the gradient with respect to the looked-up vectors; None where it was not logged.
+    `makeup` and `noise` are None likewise; noise needs two microbatches.
     """
 
     steps: list[int]
@@ -78,6 +107,8 @@ class GradientFlow:
     early: Window
     overall: Window
     deciles: list[Deciles]
+    makeup: Makeup | None
+    noise: Noise | None
 
 
 def output_share(input_norm: np.ndarray, output_norm: np.ndarray) -> np.ndarray:
@@ -138,7 +169,32 @@ def measure(metrics: Mapping[str, np.ndarray]) -> GradientFlow:
         early=_window(EARLY[0], min(EARLY[1], last), step_S, columns),
         overall=_window(int(step_S[0]), last, step_S, columns),
         deciles=_deciles(metrics),
+        makeup=_makeup(metrics),
+        noise=_noise(metrics),
     )
+
+
+def _makeup(metrics: Mapping[str, np.ndarray]) -> Makeup | None:
+    names = [f"output_{part}_share" for part in ("push", "common", "rest", "cross")]
+    if not set(names) <= set(metrics):
+        return None
+    columns = np.array([np.asarray(metrics[name], np.float64) for name in names])
+    measured_S = np.isfinite(columns).all(axis=0)
+    return Makeup([int(s) for s in np.asarray(metrics["step"])[measured_S]], *columns[:, measured_S].tolist())
+
+
+def _noise(metrics: Mapping[str, np.ndarray]) -> Noise | None:
+    sums = {
+        f"{role}_{part}": np.nansum(np.asarray(metrics[f"{role}_grad_{part}"], np.float64))
+        for role in ("input", "output")
+        for part in ("signal", "noise")
+        if f"{role}_grad_{part}" in metrics
+    }
+    if not sums:
+        return None
+    wholes = {role: sums[f"{role}_signal"] + sums[f"{role}_noise"] for role in ("input", "output")}
+    shares = {role: float(sums[f"{role}_noise"] / whole) if whole > 0 else None for role, whole in wholes.items()}
+    return Noise(int(np.isfinite(np.asarray(metrics["output_grad_noise"], np.float64)).sum()), **shares)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

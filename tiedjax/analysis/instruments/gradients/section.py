@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json, published
+from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.instruments.gradients.gradients import GradientFlow, Window
+
+VERSION = 2
 
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
@@ -40,6 +43,32 @@ def beside_the_paper(results: drawing.Results) -> list[dict[str, str]]:
         }
         for span, windows in by_span.items()
     ]
+
+
+def makeup(results: drawing.Results) -> list[dict[str, str]]:
+    """Per arm, at the first snapshot after step 0 and at the last: what the output role's gradient is made of."""
+    lines = []
+    for arm, flows in _by_arm(results).items():
+        of_seeds = [flow.makeup for flow in flows if flow.makeup and flow.makeup.steps]
+        for place in (0, -1) if of_seeds else ():
+            parts = ("common", "rest", "cross", "push")
+            cells = {part: drawing.spread(getattr(each, part)[place] for each in of_seeds) for part in parts}
+            lines.append({"arm": arm, "step": f"{of_seeds[0].steps[place]:,}"} | cells)
+    return lines
+
+
+def noise(results: drawing.Results) -> list[str]:
+    """A sentence for each arm whose batches were cut: how much of each role's squared norm the choice of text made."""
+    return [
+        f"In {arm} the choice of the batch makes {_percent(n.output for n in of_seeds)} of the output role’s squared "
+        f"gradient norm and {_percent(n.input for n in of_seeds)} of the input role’s."
+        for arm, flows in _by_arm(results).items()
+        if (of_seeds := [flow.noise for flow in flows if flow.noise])
+    ]
+
+
+def _percent(shares: Iterable[float | None]) -> str:
+    return numbers.percent(vars(interval(shares)))
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[GradientFlow]]:
