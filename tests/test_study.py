@@ -133,6 +133,14 @@ def test_only_the_instruments_that_are_named_are_used(place: Path, study_folder:
     assert "Left out: norms." not in page
 
 
+def test_an_instrument_that_is_not_slow_is_refused_as_one_before_anything_is_trained(place: Path) -> None:
+    with (place / "STUDY.yaml").open("a") as file:
+        file.write("slow_instruments: [norms]\n")
+    _, err = tiedjax("study", "STUDY.yaml", "--out", "out", cwd=place, status=2)
+    assert err == "tiedjax: slow_instruments: 'norms' is none of regret\n"
+    assert not (place / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -17,7 +17,8 @@ from tiedjax.analysis.basis.strata import frequency_parts
 from tiedjax.analysis.instruments.alignment.align import align
 from tiedjax.analysis.instruments.alignment.fitting import FITS
 from tiedjax.analysis.study.reproducibility import reproducible_shares
-from tiedjax.analysis.study.results import summarize
+from tiedjax.analysis.study.results import parts_of, seed_of, summarize
+from tiedjax.analysis.study.sections import left_out
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
 
@@ -364,3 +365,28 @@ def test_an_arm_with_the_reference_scheme_is_noted():
 def test_one_seed_has_nothing_to_compare_between_seeds():
     alone = summarize(*fake_study(seeds=(0,)))
     assert alone["between_seeds"] == {}
+
+
+def test_a_slow_instrument_is_part_of_a_study_that_names_it(found):
+    study, runs = fake_study(seeds=(0, 1))
+    of_regret = ["regret 0", "regret 1"]
+    assert "regret" not in found
+    assert not [name for name in parts_of(study) if "regret" in name]
+    slow = replace(study, slow_instruments=("regret",))
+    assert [name for name in parts_of(slow) if "regret" in name] == of_regret
+    assert parts_of(slow).keys() - parts_of(study).keys() == set(of_regret)
+    assert [seed_of(name) for name in of_regret] == [0, 1]
+    assert [name for name in parts_of(study, ["regret"]) if seed_of(name) is not None] == of_regret
+    assert not [name for name in parts_of(slow, ["norms"]) if "regret" in name]
+    records = summarize(slow, runs)["regret"]["runs"]
+    assert [(record["arm"], record["seed"]) for record in records] == [(a, s) for s in (0, 1) for a in ARMS]
+    with pytest.raises(UserError) as error:
+        parts_of(replace(study, slow_instruments=("regrets",)))
+    assert str(error.value) == "slow_instruments: 'regrets' is none of regret; did you mean 'regret'?"
+
+
+def test_a_slow_instrument_is_missed_only_where_results_hold_it_in_another_version(found):
+    assert not [line for line in left_out(found) if "regret" in line]
+    other = found | {"regret": {}, "versions": found["versions"] | {"regret": 0}}
+    (line,) = [line for line in left_out(other) if "regret" in line]
+    assert line.startswith("Left out: regret. ")

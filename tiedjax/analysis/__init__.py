@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.neighbours.search import Searches, neighbours
     from tiedjax.analysis.instruments.norms.norms import measure as norms
     from tiedjax.analysis.instruments.picture.projection import measure as picture
+    from tiedjax.analysis.instruments.regret.regret import measure as regret
     from tiedjax.analysis.instruments.shape.space_similarity import measure as similarity
     from tiedjax.analysis.instruments.shape.table_shape import measure as spectrum
     from tiedjax.tying import distinct
@@ -71,6 +72,7 @@ __all__ = [
     "paired",
     "picture",
     "published",
+    "regret",
     "seen_rows",
     "shared",
     "similarity",
@@ -111,6 +113,7 @@ _HOMES = {
     "paired": "tiedjax.analysis.basis.statistics:paired",
     "picture": f"{_INSTRUMENTS}.picture.projection:measure",
     "published": "tiedjax.analysis.basis.published",
+    "regret": f"{_INSTRUMENTS}.regret.regret:measure",
     "seen_rows": "tiedjax.analysis.basis.tables:seen_rows",
     "shared": f"{_INSTRUMENTS}.neighbours.overlap:shared",
     "similarity": f"{_INSTRUMENTS}.shape.space_similarity:measure",

@@ -23,7 +23,7 @@ import numpy as np
 
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, over_windows, training_windows
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
-from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.basis.strata import THIRDS, strata
 from tiedjax.analysis.basis.tables import ROLES
 from tiedjax.analysis.instruments.regret.refit import (
     MOST_ITERATIONS,
@@ -108,11 +108,12 @@ def measure(
     Every row is held with the weight of `hold` occurrences, by default ROWS_HELD for each of its numbers.
     """
     rows, width = model.U_VD.shape
+    groups = {name: mask_V for name, mask_V in strata(run.token_counts[1]).items() if name in THIRDS}
     found = regret(
         model,
         np.concatenate(list(training_windows(run, prepared, fitting_tokens))),
         held_out_windows(prepared, run.config.model.seq_len, held_out_tokens),
-        strata(run.token_counts[1]),
+        groups,
         hold=ROWS_HELD * width if hold is None else hold,
         iterations=iterations,
         report=report,
