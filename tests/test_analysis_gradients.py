@@ -176,3 +176,23 @@ def test_the_report_has_both_forms_where_they_were_logged():
     assert [row["published"] for row in rows] == ["0.874", "0.928", "0.888", "–"]  # the last window is cut short
     for value in rows[0].values():
         assert f"<td>{value}</td>" in page
+
+
+def test_the_makeup_is_of_the_steps_that_measured_it() -> None:
+    columns = metrics(4)
+    assert gradient_flow(columns).makeup is None
+    for i, part in enumerate(("push", "common", "rest", "cross"), 1):
+        columns[f"output_{part}_share"] = np.array([np.nan, i, np.nan, 10.0 * i])
+    found = gradient_flow(columns).makeup
+    assert to_plain(found) == {"steps": [2, 4], "push": [1, 10], "common": [2, 20], "rest": [3, 30], "cross": [4, 40]}
+
+
+def test_noise_divides_sums_over_steps_once() -> None:
+    columns = metrics(3)
+    assert gradient_flow(columns).noise is None
+    columns["input_grad_signal"], columns["input_grad_noise"] = np.array([5.0, -1.0, 0.0]), np.array([1.0, 3.0, 0.0])
+    columns["output_grad_signal"], columns["output_grad_noise"] = np.array([3.0, 2.0, 1.0]), np.array([1.0, 1.0, 0.0])
+    found = gradient_flow(columns).noise
+    assert to_plain(found) == {"logged_steps": 3, "input": 0.5, "output": 0.25}
+    columns["input_grad_signal"] = np.array([-4.0, 0.0, 0.0])
+    assert gradient_flow(columns).noise.input is None

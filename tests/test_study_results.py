@@ -61,6 +61,12 @@ class FakeRun:
         shared = self._grown(self._start["input"], lesson + 0.6 * self._noise["input"], step, 0.02)
         return SimpleNamespace(input=shared, output=shared, tied=True)
 
+    def account(self, step: int | None = None) -> SimpleNamespace:
+        """Three quarters of what the table has besides its start are the output role's."""
+        start, table = self.tables(0).input, self.tables(step).input
+        parts = {"initial": start, "input": (table - start) / 4, "output": 3 * (table - start) / 4}
+        return SimpleNamespace(rows=np.arange(len(table)), log_kept=0.0, **parts)
+
     def params(self, step: int | None = None) -> None:
         raise UserError(f"{self.path}: holds no checkpoint")
 
