@@ -5,10 +5,10 @@ With L(E, U) the mean cross-entropy of N fitting tokens in nats, a re-fit minimi
     J(E, U) = L(E, U) + k / (2 N) sum_v [ (E - E_0)_v C_in (E - E_0)_v' + (U - U_0)_v C_out (U - U_0)_v' ]
 
 over one table, over both, or over one array that is both. E_0, U_0 are the tables as they were trained, C_out the
-second moments of the normed last states and C_in those of the loss's gradient with respect to a looked-up row. Row v's
-curvature of L is about count_v / N times these (an empirical Fisher information; Martens and Grosse 2015), so that
-every row is held where training left it with the weight of k occurrences: a table has more numbers than a short text
-can decide.
+second moments of the normed last states and C_in those of the loss's gradient with respect to a looked-up row, both
+over the first batch. Row v's curvature of L is about count_v / N times these (an empirical Fisher information; Martens
+and Grosse 2015), so that every row is held where training left it with the weight of k occurrences: a table has more
+numbers than a short text can decide.
 
 L-BFGS's initial inverse Hessian is that of (count_v + k) / N C, row by row.
 
@@ -106,6 +106,7 @@ class HeldLoss:
 
     def metric(self, roles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """J's curvature in an array with these roles, about: a factor for each row [V, 1], and C's inverse [D, D]."""
+        # One more, or a row that neither occurs nor is held would have none.
         weight_V = np.mean([self._count_V[role] for role in roles], axis=0) + self._hold + 1
         C_DD = np.sum([self._curvature_DD[role] for role in roles], axis=0)
         return weight_V[:, None] / self._tokens, damped_inverse(C_DD)
