@@ -92,6 +92,7 @@ class FakeRun:
             "tokens": step * 2048,
             "loss": 4 + 4.3 * np.exp(-step / 80),
             "eval_loss": np.where(step == step[-1], 4.1 + 0.02 * rng.normal(), nothing),
+            "learning_rate": 0.01 / (1 + step / 50),
             "input_grad_norm": input_norm,
             "output_grad_norm": output_norm,
             "output_grad_share": output_norm / (input_norm + output_norm),

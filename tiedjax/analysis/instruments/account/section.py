@@ -46,8 +46,10 @@ def collect(study: StudyRuns) -> list[dict[str, Any]]:
 
 def plots(results: drawing.Results) -> Iterator[drawing.Plot]:
     """Its figure; none where no run has an account."""
-    if _by_arm(results):
-        yield drawing.Plot("account", [_draw_shares, *(_changes(reader) for reader in ("in", "out"))])
+    accounts = [account for accounts in _by_arm(results).values() for account in accounts]
+    if accounts:
+        logged = any(value is not None for account in accounts for value in account.curve.in_in)
+        yield drawing.Plot("account", [_draw_shares, *(_changes(reader) for reader in ("in", "out") if logged)])
 
 
 def not_measured(results: drawing.Results) -> list[str]:
@@ -203,6 +205,8 @@ def _changes(reader: str) -> Callable[[drawing.Axes, drawing.Results], None]:
                     for a in accounts
                 ]
                 steps = binned[0][0]
+                if not len(steps):
+                    continue
                 mean = np.mean([values for _, values in binned if len(values) == len(steps)], axis=0)
                 colour = drawing.colours(results)[arm]
                 ax.plot(steps, mean, color=colour, linestyle=_STYLES[name], label=f"{arm}: {CURVES[name]}")
