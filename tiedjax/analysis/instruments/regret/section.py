@@ -101,7 +101,7 @@ def answers(results: drawing.Results) -> list[str]:
         f"Re-fitting the shared table of {arm} saves {_size(own)} nats a held-out token: what training left undone.",
         _tension(both),
         *(_against_twin(difference, reference) for difference in of_arm),
-        f"An output table of its own alone saves {_size(output)} nats, an input table alone {_size(input_)}.",
+        f"An output table alone saves {_size(output)} nats, an input table alone {_size(input_)}.",
         f"The cosine of the two roles’ gradients is {trained} as trained and {balance} after the first re-fit; at −1 "
         "each step that helps one role harms the other as much.",
     ]
