@@ -45,8 +45,9 @@ from tiedjax.config import RunConfig
 from tiedjax.cost import bench, hlo
 from tiedjax.cost import kernels as parts
 from tiedjax.cost.kernels import scope
+from tiedjax.gradients import loss_and_gradients
 from tiedjax.host import platform_flags
-from tiedjax.step import loss_and_gradients, make_steps
+from tiedjax.step import make_steps
 
 # Positions; sequences of a step that fit a card of 80 GB with nothing recomputed; and sequences beside PyTorch, whose
 # state and activations must lie in the same memory.

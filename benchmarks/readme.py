@@ -3,6 +3,7 @@
 python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
 python benchmarks/readme.py studies/small --machine "2-core x86-64 virtual machine"   # after `tiedjax study small`
 python benchmarks/readme.py studies/rates --machine "2-core x86-64 virtual machine"   # after `tiedjax study rates`
+python benchmarks/readme.py studies/mechanism --machine "2-core x86-64 virtual machine"   # after that study
 python benchmarks/readme.py                                                           # again, from what was saved
 """
 
@@ -15,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tiedjax.analysis.instruments.account import section as account
 from tiedjax.analysis.study import losses, sentences
 from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STUDIES = ("quick", "small", "rates")
+STUDIES = ("quick", "small", "rates", "mechanism")
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
@@ -32,6 +34,7 @@ KEPT = (
     *("statements", "headline", "arms", "changes", "between_seeds", "reproducible_share", "runs", "study", "sweep"),
     "environment",
 )
+NO_CURVE: dict[str, list[float]] = {name: [] for name in ("steps", "in_in", "in_out", "out_in", "out_out")}
 
 
 def saved(name: str) -> Path:
@@ -45,6 +48,7 @@ def save(study: Path, machine: str) -> None:
     if results["name"] not in STUDIES:
         raise SystemExit(f"{study}: is the study {results['name']!r}; README shows {', '.join(STUDIES)}")
     kept = {name: results[name] for name in KEPT}
+    kept["account"] = [record | {"curve": NO_CURVE, "spans": []} for record in results["account"]]
     kept["environment"]["machine"] = machine
     saved(results["name"]).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if results["name"] == "small":
@@ -71,6 +75,7 @@ def findings(name: str, results: dict[str, Any], made: str) -> str:
         "",
         *(f"* {finding}" for finding in found),
         *(f"* {sentence}" for sentence in (losses.sweeps(results) if results["sweep"] else [])),
+        *(f"* {sentence}" for sentence in (_who_wrote(results) if "account" in results else [])),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
@@ -78,6 +83,10 @@ def findings(name: str, results: dict[str, Any], made: str) -> str:
         f"The {name} study: {made} {where}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _who_wrote(results: dict[str, Any]) -> list[str]:
+    return [*account.why(results), *account.others(results), *account.when(results)]
 
 
 def at_once(results: dict[str, Any]) -> str:
@@ -348,13 +357,14 @@ def _peers(parts: dict[str, Any]) -> list[str]:
 
 def pages() -> dict[Path, str]:
     """README.md and docs/speed.md as the saved results want them."""
-    quick, small, rates = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
+    quick, small, rates, mechanism = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
     blocks = {
         ROOT / "README.md": {
             "answer": answer(small),
             "small study": findings("small", small, in_parts(small)),
             "quick study": findings("quick", quick, at_once(quick)),
             "rates study": findings("rates", rates, in_parts(rates)),
+            "mechanism study": findings("mechanism", mechanism, at_once(mechanism)),
             "costs": cost_rows(),
         },
         ROOT / "docs" / "speed.md": {
@@ -376,7 +386,7 @@ def _filled(text: str, blocks: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="a finished study: quick, small or rates")
+    parser.add_argument("study", nargs="?", type=Path, help="a finished study: quick, small, rates or mechanism")
     parser.add_argument("--machine", help="what it ran on, in words")
     args = parser.parse_args()
     if args.study:

@@ -36,11 +36,12 @@ from tiedjax import sharding, tying
 from tiedjax.config import BodyOptimizerConfig, RunConfig, TableOptimizerConfig
 from tiedjax.config_files import to_tree
 from tiedjax.cost import bench
+from tiedjax.gradients import accumulated
 from tiedjax.host import platform_flags, process
 from tiedjax.lm import OUTPUT_BIAS, summed_loss, trained
 from tiedjax.model import compute_dtype
 from tiedjax.optimizer import learning_rate, make_optimizer
-from tiedjax.step import Steps, TrainState, accumulated, decided, make_steps
+from tiedjax.step import Steps, TrainState, decided, make_steps
 from tiedjax.tying import Tables
 
 HERE = Path(__file__).parent

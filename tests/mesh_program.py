@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import random_tokens, small_config
 
-from tiedjax import sharding, step, tying
+from tiedjax import gradients, sharding, step, tying
 from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig
 from tiedjax.cost import hlo
 from tiedjax.muon import MuonState, scale_by_muon
@@ -28,7 +28,9 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     check_sharded(state, mesh)
     scale = tying.role_scale(cfg.tying)
     tokens = [jax.device_put(random_tokens(cfg, i), steps.batch) for i in range(2)]
-    found = {"gradients": jax.jit(step.loss_and_gradients(cfg, sharding.Layout(mesh)))(state.params, tokens[0], scale)}
+    found = {
+        "gradients": jax.jit(gradients.loss_and_gradients(cfg, sharding.Layout(mesh)))(state.params, tokens[0], scale)
+    }
     for each in tokens:
         state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32))
     logged = [name for name in metrics if name in ("loss", "activation_grad_norm") or name.startswith("m_")]

@@ -14,7 +14,7 @@ import pytest
 from conftest import random_tokens, small_config
 from programs import OPTIMIZED
 
-from tiedjax import lm, optimizer, step, tying
+from tiedjax import gradients, lm, optimizer, step, tying
 from tiedjax.config import (
     BodyOptimizerConfig,
     DataConfig,
@@ -105,10 +105,10 @@ def sums(state: step.TrainState, start: step.TrainState, log_kept: float | None 
 def closed_form(cfg: RunConfig, run: Trained) -> dict[str, np.ndarray]:
     """C of each role by the sum over all gradients and the updates each had a part in, in float64 (AdamW)."""
     options, count = cfg.optimizer, len(run.batches)
-    gradients = jax.jit(step.loss_and_gradients(cfg))
+    by_role = jax.jit(gradients.loss_and_gradients(cfg))
     g: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
     for state, tokens, scale in zip(run.states, run.batches, run.scales, strict=False):
-        _, (grads, role_grads, _) = gradients(state.params, tokens, scale)
+        _, (grads, role_grads, _) = by_role(state.params, tokens, scale)
         body = sum(float(jnp.sum(jnp.square(leaf.astype(jnp.float64)))) for leaf in jax.tree.leaves(grads["body"]))
         raw = [np.asarray(each, np.float64) for each in role_grads]
         norm = np.sqrt(body + np.square(raw[0] + raw[1]).sum())
@@ -446,12 +446,12 @@ def test_the_compromise_is_reader_by_writer() -> None:
     cfg = hard_config(6, tying=TyingConfig(account="checked"))
     run = trained(cfg, 4, jnp.float64)
     transformation = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, follow="checked")
-    gradients = jax.jit(step.loss_and_gradients(cfg))
+    by_role = jax.jit(gradients.loss_and_gradients(cfg))
     for i in (1, 2, 3):
         state = run.states[i]
         assert state.account is not None
         parts = transformation.last_parts(state.opt_state, state.account.rows)["shared"].roles
-        _, (_, role_grads, _) = gradients(state.params, run.batches[i], run.scales[i])
+        _, (_, role_grads, _) = by_role(state.params, run.batches[i], run.scales[i])
         for reader, G in zip(("in", "out"), role_grads, strict=True):
             for writer, D in zip(("in", "out"), parts, strict=True):
                 expected = float(np.sum(np.asarray(G) * np.asarray(D)))
@@ -513,8 +513,8 @@ def test_factors_by_decile_multiply_the_rows_of_their_tokens() -> None:
     np.testing.assert_array_equal(scale.input, np.float32([[2.0], [1.0], [5.5], [3.0]]))
     assert scale.output == np.float32(1)
     run = trained(small_config(tying=cfg), 1)
-    gradients = jax.jit(step.loss_and_gradients(small_config()))
-    grads = gradients(run.states[0].params, run.batches[0], run.scales[0])[1]
+    by_role = jax.jit(gradients.loss_and_gradients(small_config()))
+    grads = by_role(run.states[0].params, run.batches[0], run.scales[0])[1]
     expected = np.asarray(run.scales[0].input) * np.asarray(grads[1].input) + np.asarray(grads[1].output)
     np.testing.assert_allclose(grads[0]["tables"]["shared"], expected, rtol=1e-5, atol=1e-8)
 

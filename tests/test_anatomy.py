@@ -12,7 +12,7 @@ import pytest
 import scipy.special
 from conftest import random_tokens, small_config
 
-from tiedjax import lm, model, step, tying
+from tiedjax import gradients, lm, model, step, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.sharding import make_mesh
 
@@ -44,7 +44,7 @@ def test_the_output_gradient_is_pull_and_push_and_common_mode_and_rest(scheme: s
     data, train = DataConfig(batch_size=8, microbatches=parts), TrainConfig(steps=10, z_loss=z_loss)
     cfg = small_config(scheme, data=data, train=train)
     params, tokens_BS = params_of(cfg), random_tokens(cfg)
-    metrics = jax.device_get(jax.jit(step.anatomy(cfg))(params, tokens_BS, None))
+    metrics = jax.device_get(jax.jit(gradients.anatomy(cfg))(params, tokens_BS, None))
     h_ND, r_NV, targets_N, _ = states_and_residuals(cfg, params, tokens_BS)
     G_VD = r_NV.T @ h_ND / len(h_ND)
     pull_VD = -np.eye(len(G_VD))[targets_N].T @ h_ND / len(h_ND)
@@ -81,7 +81,7 @@ def test_the_change_of_the_loss_by_an_update_of_the_body_is_its_derivative(parts
         body = jax.tree.map(lambda leaf, change: leaf + factor * change, params["body"], update)
         return float(states_and_residuals(cfg, {**params, "body": body}, tokens_BS)[3].mean())
 
-    change = jax.jit(step.anatomy(cfg))(params, tokens_BS, update)["body_loss_change"]
+    change = jax.jit(gradients.anatomy(cfg))(params, tokens_BS, update)["body_loss_change"]
     small = 1e-5
     expected = (loss_after(small) - loss_after(-small)) / (2 * small)
     assert abs(expected) > 1e-3
@@ -110,10 +110,12 @@ def test_signal_and_noise_are_those_of_the_gradients_of_microbatches(scheme: str
     cfg = small_config(scheme, data=data, train=train)
     params, tokens_BS = params_of(cfg), random_tokens(cfg)
     scale = tying.Tables(jnp.float32(5), jnp.float32(0.5))
-    _, (_, roles, squares) = jax.jit(step.loss_and_gradients(cfg))(params, tokens_BS, scale)
+    _, (_, roles, squares) = jax.jit(gradients.loss_and_gradients(cfg))(params, tokens_BS, scale)
     norms = tying.Tables(*map(jnp.linalg.norm, roles))
     metrics = tying.signal_and_noise(norms, squares.roles, parts)
-    alone = jax.jit(step.loss_and_gradients(small_config(scheme, data=DataConfig(batch_size=8 // parts), train=train)))
+    alone = jax.jit(
+        gradients.loss_and_gradients(small_config(scheme, data=DataConfig(batch_size=8 // parts), train=train))
+    )
     by_part = [alone(params, tokens_BS[i::parts], scale)[1][1] for i in range(parts)]
     for role in ("input", "output"):
         g_kVD = np.stack([getattr(each, role) for each in by_part])

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "flops": {"config"},
     "checkpoint": set(),
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
-    "step": {"config", "tying", "model", "lookup", "loss", "optimizer", "sharding", "lm"},
+    "gradients": {"config", "tying", "model", "lookup", "sharding", "lm"},
+    "step": {"config", "tying", "optimizer", "sharding", "lm", "gradients"},
     "run": {"config", "config_files", "tying", "model", "checkpoint", "lm"},
     "data": {"config", "data"},
     "sample": {"config", "tying", "model", "lookup", "lm", "run", "data"},
@@ -133,7 +134,7 @@ HOMES: dict[str, set[str]] = {
     "openTSNE": {"analysis/instruments/picture/projection.py"},
     "pydantic": {"config_files.py"},
     "ruamel": {"config_files.py"},
-    "optax": {"muon.py", "optimizer.py", "step.py", "table_rules.py"},
+    "optax": {"gradients.py", "muon.py", "optimizer.py", "step.py", "table_rules.py"},
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
 LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}

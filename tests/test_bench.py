@@ -23,7 +23,7 @@ from conftest import small_config
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from programs import REPOSITORY, environment, tiedjax
 
-from tiedjax import cli, lm, sharding, step, tying
+from tiedjax import cli, gradients, lm, sharding, step, tying
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.cost import bench
@@ -98,7 +98,7 @@ def test_flops_are_those_of_the_matrix_products_of_forward_and_backward(shape: s
     cfg = small_config("untied", **SHAPES[shape], data=DataConfig(batch_size=8, microbatches=parts))
     params = nn.unbox(jax.eval_shape(lambda key: lm.init_params(cfg, key), jax.random.key(0)))
     tokens_BS = np.zeros((cfg.data.batch_size, cfg.model.seq_len + 1), np.int32)
-    program = jax.make_jaxpr(step.loss_and_gradients(cfg))(params, tokens_BS, tying.role_scale(cfg.tying))
+    program = jax.make_jaxpr(gradients.loss_and_gradients(cfg))(params, tokens_BS, tying.role_scale(cfg.tying))
     tokens = cfg.data.batch_size * cfg.model.seq_len
     assert matrix_flops(program.jaxpr) == tokens * flops_per_token(cfg.model, causal=False)
 

@@ -13,7 +13,7 @@ from conftest import Once, random_tokens, small_config
 from runs import STEPS, arguments, assert_same_run, rows, saved_state
 
 import tiedjax
-from tiedjax import cli, sample, step, tying
+from tiedjax import cli, gradients, sample, step, tying
 from tiedjax.analysis.basis.held_out import FrozenModel, evaluated_windows, training_windows
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.instruments.contribution.contribution import contribution
@@ -143,7 +143,7 @@ def test_gradients_have_the_bias_and_none_of_its_own(parts: int) -> None:
     params["output_bias"] = np.log(np.random.default_rng(0).dirichlet(np.ones(cfg.model.table_rows)))
     tokens_BS = random_tokens(cfg)
     one = tying.Tables(jnp.float32(1), jnp.float32(1))
-    _, (grads, roles, _) = jax.jit(step.loss_and_gradients(cfg))(params, tokens_BS, one)
+    _, (grads, roles, _) = jax.jit(gradients.loss_and_gradients(cfg))(params, tokens_BS, one)
     E, U = params["tables"]["input"], params["tables"]["output"]
     h_ND = np.asarray(step.model.Transformer(cfg.model).apply(params["body"], E[tokens_BS[:, :-1]])).reshape(-1, 16)
     p_NV = scipy.special.softmax(h_ND @ U.T + params["output_bias"], axis=-1)
@@ -151,5 +151,5 @@ def test_gradients_have_the_bias_and_none_of_its_own(parts: int) -> None:
     np.testing.assert_allclose(roles.output, r_NV.T @ h_ND / len(h_ND), rtol=0, atol=1e-12)
     assert grads.keys() == {"tables", "body"}
     common = np.sum(np.outer(r_NV.mean(0), h_ND.mean(0)) ** 2) / np.sum((r_NV.T @ h_ND / len(h_ND)) ** 2)
-    share = jax.jit(step.anatomy(cfg))(params, tokens_BS, None)["output_common_share"]
+    share = jax.jit(gradients.anatomy(cfg))(params, tokens_BS, None)["output_common_share"]
     np.testing.assert_allclose(share, common, rtol=1e-10)

@@ -14,7 +14,7 @@ import pytest
 from conftest import random_tokens, small_config
 from programs import OPTIMIZED
 
-from tiedjax import lm, model, step, tying
+from tiedjax import gradients, lm, model, step, tying
 from tiedjax.config import DataConfig, RunConfig, TyingConfig
 from tiedjax.sharding import ONE_DEVICE, make_mesh
 from tiedjax.tying import SCHEMES, Tables
@@ -30,7 +30,7 @@ def compiled_gradients(cfg: RunConfig, parts: int, optimized: bool) -> Any:
     """(params, taps of the tables, tap of squares, scale) -> (mean loss of one batch, gradients of the first three),
     compiled once for all tests that ask for it, as tests compile or as users do."""
     scheme = tying.scheme_of(cfg.tying)
-    total = step.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
+    total = gradients.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
     tokens_BS = random_tokens(cfg)
 
     def mean_loss(params: Any, zeros: Any, zero: Any, scale: Tables | None) -> jax.Array:
@@ -282,7 +282,7 @@ def test_role_metrics_agree_with_numpy() -> None:
     rng = np.random.default_rng(0)
     roles = Tables(*(rng.standard_normal((40, 6)).astype(np.float32) for _ in range(2)))
     decile_V = np.arange(40, dtype=np.int32) % 11 - 1
-    got = jax.device_get(jax.jit(step.role_metrics)(roles, decile_V))
+    got = jax.device_get(jax.jit(gradients.role_metrics)(roles, decile_V))
     a, b = (np.asarray(g, np.float64) for g in roles)
     norms = np.linalg.norm(a), np.linalg.norm(b)
     np.testing.assert_allclose(got["input_grad_norm"], norms[0], rtol=1e-6)

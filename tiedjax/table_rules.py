@@ -99,6 +99,11 @@ class TableRule:
         return self.apart or (self.shared and (self.follows or self.role_rates))
 
     @property
+    def takes_rows(self) -> bool:
+        """Whether an update is given the roles' gradients of the followed rows alone."""
+        return self.shared and self.follow == "rows" and not self.apart and not self.role_rates
+
+    @property
     def apart(self) -> bool:
         """Whether each role has whole moments of its own."""
         return self.kind.startswith("by_role") and (self.shared or self._lazy)
@@ -150,7 +155,10 @@ class TableRule:
     def update(
         self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
     ) -> tuple[jax.Array, TableState]:
-        """The direction [V, D] of an update by `gradient` [V, D], the sum of those of `by_role`, and the next state."""
+        """The direction [V, D] of an update by `gradient` [V, D], and the next state.
+
+        The gradients `by_role` sum to it; where `takes_rows` they are of the followed rows.
+        """
         updates = optax.safe_increment(state.updates)
         if self.kind == "lion":
             ahead = moment(gradient, state.mu.astype(gradient.dtype), self.b1, 1)
@@ -215,7 +223,9 @@ class TableRule:
     def _update_together(
         self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
     ) -> TableState:
-        sample, check, _ = rows or Rows(None, None, None)
+        sample, check, places = rows or Rows(None, None, None)
+        if self.takes_rows:
+            sample, check = None, places
         kept = Tables(None if self._whole_input else sample, None if self._both else check)
         role_mu = Tables(
             *(
@@ -230,7 +240,8 @@ class TableRule:
             nu = moment(gradient, nu, self.b2, 2)
         square = state.input_square
         if square is not None:
-            product_SD = taken(by_role.input, sample) * taken(gradient, sample)
+            of_input_SD, of_output_SD = (taken(own, sample) for own in by_role)
+            product_SD = of_input_SD * (of_input_SD + of_output_SD)
             square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
         mu = None if self._both else moment(gradient, state.mu, self.b1, 1)
         return TableState(state.updates, mu, nu, role_mu, input_square=square)

@@ -206,10 +206,10 @@ def compromise(
 ) -> dict[str, jax.Array]:
     """What the last update did to this batch's loss through the tables, to first order, in nats.
 
-    `role_grads` has for each role the gradient of the mean loss with respect to {name: table}, before any scale;
-    `parts` are those of the last update, `tables` what it made of them. m_A_B is <G_A, D_B>: through the use that role
-    A makes of a table, of what role B wrote. The columns of that matrix are summed as `input_loss_change` and
-    `output_loss_change`; beside them the change by decay.
+    `role_grads` has for each role the gradient of the mean loss with respect to {name: table}, before any scale, of the
+    rows that are followed; `parts` are those of the last update, `tables` what it made of them. m_A_B is <G_A, D_B>:
+    through the use that role A makes of a table, of what role B wrote. The columns of that matrix are summed as
+    `input_loss_change` and `output_loss_change`; beside them the change by decay.
     """
     matrix = {(reader, writer): jnp.zeros(()) for reader in ROLES for writer in ROLES}
     decayed = jnp.zeros(())
@@ -218,7 +218,7 @@ def compromise(
         written = [own for own in part.roles if own is not None]
         before_SD = (taken(tables[name], followed) - sum(written[1:], written[0])) / (1 - part.decay)
         for reader in ROLES:
-            G_SD = taken(getattr(role_grads, reader)[name], followed)
+            G_SD = getattr(role_grads, reader)[name]
             for writer in ROLES:
                 if (own := getattr(part.roles, writer)) is not None:
                     matrix[reader, writer] += jnp.sum(G_SD * own)
