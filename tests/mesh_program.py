@@ -62,7 +62,7 @@ def difference(name: str, one: np.ndarray, many: np.ndarray) -> float:
     if "account" in name:
         return float(np.quantile(np.abs(one - many), 0.99))
     if "['m_" in name:
-        return float(np.abs(one - many) / np.abs(one)) / 2000
+        return float(np.abs(one - many) / np.abs(one)) / 10_000
     return float(np.abs(one - many).max())
 
 

@@ -87,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"config", "config_files", "tying", "flops"},
     "sweep": {"plan"},
     "estimate": {"config", "tying", "flops", "muon", "saves"},
-    "work": {"config", "config_files", "host", "loop", "run", "sweep"},
+    "work": {"config", "config_files", "host", "loop", "run", "sweep", "tying"},
     "study": {"config", "config_files", "data", "host", "loop", "plan", "sweep", "estimate", "work", "analysis"},
     "cost": {
         "config",

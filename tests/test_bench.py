@@ -299,6 +299,7 @@ def test_the_split_costs_no_matrix_product_and_at_most_one_more_table(
     at least one gradient of a table; so both together with one buffer more are at most two above it."""
     cfg = small_config(scheme, layers=1, vocab_size=4096, data=DataConfig(batch_size=8, microbatches=parts))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+    cfg = step_benchmark.without_account(cfg)
     steps = step.make_steps(cfg, mesh)
     arguments = (
         steps.abstract,
@@ -340,7 +341,8 @@ def test_sides_are_compared_under_adamw_of_one_rate(step_benchmark: ModuleType) 
 def test_without_roles_training_is_the_same(step_benchmark: ModuleType) -> None:
     cfg = small_config()
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
-    plain = bench.Stepper(cfg, mesh, step_benchmark.without_roles(cfg, mesh, step.make_steps(cfg, mesh)))
+    alone = step_benchmark.without_account(cfg)
+    plain = bench.Stepper(alone, mesh, step_benchmark.without_roles(alone, mesh, step.make_steps(alone, mesh)))
     stepper = make_stepper(cfg)
     stepper.run(8)
     plain.run(8)

@@ -68,7 +68,9 @@ def test_two_processes_are_the_run_of_one(finished: Path, text: Path, tmp_path: 
     assert two.snapshot_steps == one.snapshot_steps
     assert two.metrics.keys() == one.metrics.keys()
     for name in two.metrics.keys() - {"tokens_per_second"}:
-        np.testing.assert_allclose(two.metrics[name], one.metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        # Where two role gradients cancel, Adam divides both by nearly 0: rounding grows with what it makes of them.
+        rtol = 1e-3 if "update" in name or "change" in name or name.startswith("m_") else 1e-5
+        np.testing.assert_allclose(two.metrics[name], one.metrics[name], rtol=rtol, atol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), two.params(), one.params())
     np.testing.assert_array_equal(two.tables(0).input, one.tables(0).input)
     np.testing.assert_array_equal(two.token_counts, one.token_counts)

@@ -20,6 +20,7 @@ NAMES = sorted(
     if ">>> " in path.read_text()
 )
 OF_RUNS = {
+    "account",
     "hurdles",
     "lens",
     "blocks",

@@ -16,7 +16,14 @@ import pytest
 from conftest import random_tokens, small_config
 
 from tiedjax import lm, optimizer, step
-from tiedjax.config import BodyOptimizerConfig, OptimizerConfig, RoleOptimizerConfig, RunConfig, TableOptimizerConfig
+from tiedjax.config import (
+    BodyOptimizerConfig,
+    OptimizerConfig,
+    RoleOptimizerConfig,
+    RunConfig,
+    TableOptimizerConfig,
+    TyingConfig,
+)
 from tiedjax.errors import UserError
 from tiedjax.rng import key_for
 from tiedjax.sharding import Layout, make_mesh
@@ -224,7 +231,7 @@ def test_role_scales_do_not_reach_the_body_through_clipping(scheme: str) -> None
     assert norm == same_norm > 1e-3
     changed = {name for name in plain if not np.array_equal(plain[name], scaled[name])}
     assert changed
-    assert all("/tables/" in f"/{name}" for name in changed), changed
+    assert all("/tables/" in f"/{name}" or name.startswith("account/") for name in changed), changed
 
 
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
@@ -253,15 +260,15 @@ def after_steps(cfg: RunConfig, count: int = 3) -> tuple[dict[str, np.ndarray], 
     """The parameters of a run at its start and after a few real steps."""
     steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
     state = steps.init(key_for(jax.random.key(0), "params"))
-    start = named_leaves(state.params)
+    start, decile_V = named_leaves(state.params), np.zeros(cfg.model.table_rows, np.int32)
     for i in range(count):
-        decile_V = np.zeros(cfg.model.table_rows, np.int32)
         state, _ = steps.train(state, random_tokens(cfg, i), role_scale(cfg.tying), decile_V)
     return start, named_leaves(state.params)
 
 
 def with_optimizer(scheme: str, **changes: Any) -> RunConfig:
-    return small_config(scheme, norm="layernorm", optimizer=OptimizerConfig(learning_rate=1e-2, **changes))
+    alone = TyingConfig(scheme=scheme, account="off")  # type: ignore[arg-type]
+    return small_config(scheme, norm="layernorm", tying=alone, optimizer=OptimizerConfig(learning_rate=1e-2, **changes))
 
 
 def changed(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> set[str]:
@@ -284,7 +291,7 @@ class OneChain(NamedTuple):
 
 
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
-def test_without_options_of_parts_every_bit_is_that_of_one_adamw(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_options_of_parts_training_is_that_of_one_adamw(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_adamw(cfg: OptimizerConfig, steps: int, layout: Layout, **_: Any) -> Any:
         matrices = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in str(path[-1]), params)
         chain = [
@@ -301,7 +308,10 @@ def test_without_options_of_parts_every_bit_is_that_of_one_adamw(scheme: str, mo
         theirs = after_steps(with_optimizer(scheme, eps=1e-7))[1]
     finally:
         step._make_steps.cache_clear()
-    assert not changed(ours, theirs)
+    start = after_steps(with_optimizer(scheme), 0)[0]
+    for name, leaf in ours.items():  # two programs, which XLA rounds in its own ways
+        np.testing.assert_allclose(leaf, theirs[name], rtol=0, atol=1e-6, err_msg=name)
+        assert np.abs(leaf - start[name]).max() > 1e-4
 
 
 def after_updates(cfg: RunConfig) -> list[dict[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from conftest import Once, random_tokens, small_config
 from runs import STEPS, arguments, assert_same_run, rows, saved_state
 
 import tiedjax
-from tiedjax import cli, gradients, sample, step, tying
+from tiedjax import cli, gradients, model, sample, step, tying
 from tiedjax.analysis.basis.held_out import FrozenModel, evaluated_windows, training_windows
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.instruments.contribution.contribution import contribution
@@ -145,7 +145,7 @@ def test_gradients_have_the_bias_and_none_of_its_own(parts: int) -> None:
     one = tying.Tables(jnp.float32(1), jnp.float32(1))
     _, (grads, roles, _) = jax.jit(gradients.loss_and_gradients(cfg))(params, tokens_BS, one)
     E, U = params["tables"]["input"], params["tables"]["output"]
-    h_ND = np.asarray(step.model.Transformer(cfg.model).apply(params["body"], E[tokens_BS[:, :-1]])).reshape(-1, 16)
+    h_ND = np.asarray(model.Transformer(cfg.model).apply(params["body"], E[tokens_BS[:, :-1]])).reshape(-1, 16)
     p_NV = scipy.special.softmax(h_ND @ U.T + params["output_bias"], axis=-1)
     r_NV = p_NV - np.eye(len(U))[tokens_BS[:, 1:].reshape(-1)]
     np.testing.assert_allclose(roles.output, r_NV.T @ h_ND / len(h_ND), rtol=0, atol=1e-12)

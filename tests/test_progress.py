@@ -12,7 +12,7 @@ from runs import STEPS, arguments, rows, start_commands, write_text
 
 from tiedjax.data.prepared import Prepared, load_prepared
 
-WRITES = "will write 6 snapshots (120.00 KiB) and keep 1 of 1 states (90.01 KiB)"
+WRITES = "will write 6 snapshots (252.80 KiB) and keep 1 of 1 states (134.40 KiB)"
 
 
 def without_clock(output: str) -> list[str]:

@@ -217,19 +217,22 @@ def test_each_arm_is_trained_at_its_best_of_the_sweep(place: Path) -> None:
 
 
 def test_a_run_is_on_record_as_diverged_for_its_own_config_alone(tmp_path: Path) -> None:
-    assert not diverged(tmp_path, {"a": 1})
-    (tmp_path / "diverged.json").write_text(json.dumps({"error": "step 3: the loss is nan", "config": {"a": 1}}))
-    assert diverged(tmp_path, {"a": 1})
-    assert not diverged(tmp_path, {"a": 2})
+    config = {"a": 1, "train": {"stop_at": None}}
+    assert not diverged(tmp_path, config)
+    (tmp_path / "diverged.json").write_text(json.dumps({"error": "step 3: the loss is nan", "config": config}))
+    assert diverged(tmp_path, config)
+    assert diverged(tmp_path, {"a": 1, "train": {"stop_at": 7}}), "which does not change what a run is"
+    assert not diverged(tmp_path, {"a": 2, "train": {"stop_at": None}})
 
 
 def test_a_study_says_first_what_it_will_write(study_folder: Path) -> None:
     """The bytes are those that the runs themselves say, of which norm scales are no part here."""
     runs = [load_run(path).config for path in sorted((study_folder / "study" / "runs").iterdir())]
     line = foreseen([(run, 8) for run in runs], 2)
-    # Two tied runs, two untied: 6 snapshots of 320 x 16 float32 and a state of parameters with two moments.
+    # Two tied runs, two untied: 6 snapshots of 320 x 16 float32 and a state of parameters with two moments. Of a tied
+    # table each snapshot has the account too, the state that and the input role's moment.
     table, body = 4 * 320 * 16, 4 * (4 * 16 * 16 + 3 * 16 * 32)
-    written = 2 * sum(6 * n * table + 3 * (n * table + body) for n in (1, 2))
+    written = 2 * sum(6 * 2 * table + 3 * (n * table + body) for n in (1, 2)) + 2 * 2 * table
     assert line
     assert line.startswith(
         f"4 of 4 runs are left, {written / 2**20:.2f} MiB to write; training them takes very roughly "
@@ -243,7 +246,9 @@ def test_of_a_study_that_has_begun_only_what_is_left_is_foreseen(study_folder: P
     table, body = 4 * 320 * 16, 4 * (4 * 16 * 16 + 3 * 16 * 32)
     line = foreseen([(runs[0], 0), (runs[1], 5)], 2)
     assert line
-    assert line.startswith(f"1 of 2 runs are left, {(3 * table + 3 * (table + body)) / 2**10:.2f} KiB to write; ")
+    assert line.startswith(
+        f"1 of 2 runs are left, {(3 * 2 * table + 3 * (table + body) + 2 * table) / 2**10:.2f} KiB to write; "
+    )
     assert foreseen([(run, 0) for run in runs], 2) is None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiedjax import sweep
+from tiedjax import sweep, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import structure, to_tree
 from tiedjax.errors import TrainingError, UserError
@@ -25,7 +25,7 @@ DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its up
 def task(function: str, folder: Path, cfg: RunConfig, until: float | None) -> Task:
     """One of the functions below, by name, on a run; those of one kind compile the same."""
     arguments = {"config": to_tree(cfg), "out": str(folder), "until": until}
-    kind = f"{cfg.tying.scheme} {cfg.model} {cfg.optimizer}"
+    kind = f"{tying.without_scales(cfg.tying)} {cfg.model} {cfg.optimizer}"
     return Task(folder.name, f"{__name__}:{function}", arguments, kind)
 
 
@@ -50,7 +50,8 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
     except TrainingError as error:
         process.say(f"{Path(out).name}: {error}; this point is out")
         if process.is_main():
-            write_atomically(Path(out) / DIVERGED, json.dumps({"error": str(error), "config": config}) + "\n")
+            record = {"error": str(error), "config": _to_its_end(config)}
+            write_atomically(Path(out) / DIVERGED, json.dumps(record) + "\n")
         return out_of_it
     losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
     if losses is None:
@@ -61,7 +62,12 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
 def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run of this config is on record here as one that diverged."""
     record = folder / DIVERGED
-    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == config
+    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == _to_its_end(config)
+
+
+def _to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without `train.stop_at`, which changes nothing of a run that diverges before."""
+    return {**config, "train": {**config["train"], "stop_at": None}}
 
 
 def is_trained(folder: Path, cfg: RunConfig) -> bool:
