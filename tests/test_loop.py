@@ -685,7 +685,7 @@ def test_other_text_under_the_same_name_is_refused(tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"optimizer.learning_rate": 1e37, "optimizer.weight_decay": 0}, "step 2: the update is not finite"),
+        ({"optimizer.learning_rate": 1e37}, "step 1: the update is not finite"),
         ({"optimizer.learning_rate": 1e37, "optimizer.weight_decay": 1e6}, "step 1: the update is not finite"),
     ],
 )
