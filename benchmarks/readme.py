@@ -63,30 +63,64 @@ def answer(results: dict[str, Any]) -> str:
 
 def findings(name: str, results: dict[str, Any], made: str) -> str:
     """The table of arms, the other findings, how sure they are, and what the study was."""
-    environment = results["environment"]
-    packages = environment["packages"]
-    where = (
-        f"on a {environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
-        f"flax {packages['flax']})"
-    )
     found = [*losses.verdicts(results), *sentences.answer(results)[1 if name == "small" else 0 :]]
     lines = [
         *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
         *(f"* {finding}" for finding in found),
         *(f"* {sentence}" for sentence in (losses.sweeps(results) if results["sweep"] else [])),
-        *(f"* {sentence}" for sentence in (_who_wrote(results) if "account" in results else [])),
+        *(f"* {sentence}" for sentence in (account.why(results) if "account" in results else [])),
         "",
         "Nearness has token frequency controlled: 0 is chance, 1 the same table up to a rotation. Output shares are "
         "taken before any scaling.",
         " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
-        f"The {name} study: {made} {where}.",
+        f"The {name} study: {made} {_where(results)}.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _who_wrote(results: dict[str, Any]) -> list[str]:
-    return [*account.why(results), *account.others(results), *account.when(results)]
+def _where(results: dict[str, Any]) -> str:
+    """The machine, the day and the versions."""
+    environment = results["environment"]
+    packages = environment["packages"]
+    return (
+        f"on a {environment['machine']} ({environment['date']}, Python {environment['python']}, jax {packages['jax']}, "
+        f"flax {packages['flax']})"
+    )
+
+
+def mechanism(results: dict[str, Any], made: str) -> str:
+    """Each arm's loss and nearness, who wrote its table and what that did to the loss, and of tied in words."""
+    wanted = ("arm", "loss", "cost", "output", "input")
+    columns = {key: label for key, label in sentences.arm_columns(results).items() if key in wanted}
+    arms = [[row[key] for key in columns] for row in sentences.arm_rows(results)]
+    wrote = {row["arm"]: row for row in account.shares(results) if row["tokens"] == "all"}
+    updates = {row["arm"]: row for row in account.updates(results)}
+    changes = {row["arm"]: row for row in account.changes(results)}  # the last of each arm: over all steps
+    heads = ["Arm", "Output role wrote", "Input role wrote", "Lookup, by output", "Lookup, by input"]
+    heads += ["Prediction, by output", "Prediction, by input", "Output share of updates", "Steps clipped"]
+    rows = [
+        [
+            *(arm, wrote[arm]["output"], wrote[arm]["input"]),
+            *(changes[arm][name] for name in ("in_out", "in_in", "out_out", "out_in")),
+            *(updates[arm][name] for name in ("output_update_share", "clipped")),
+        ]
+        for arm in wrote
+    ]
+    lines = [
+        *table(list(columns.values()), arms),
+        "",
+        "Who wrote the final table (shares of its squared norm), and how an update changes the next batch's loss through "
+        "either use of the table, by the role that wrote (thousandths of a nat a token; mean over all steps):",
+        "",
+        *table(heads, rows),
+        "",
+        *(f"* {sentence}" for sentence in [*account.why(results), account.when(results)[0]]),
+        "",
+        " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
+        f"The mechanism study: {made} {_where(results)}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def at_once(results: dict[str, Any]) -> str:
@@ -357,14 +391,14 @@ def _peers(parts: dict[str, Any]) -> list[str]:
 
 def pages() -> dict[Path, str]:
     """README.md and docs/speed.md as the saved results want them."""
-    quick, small, rates, mechanism = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
+    quick, small, rates, mechanisms = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
     blocks = {
         ROOT / "README.md": {
             "answer": answer(small),
             "small study": findings("small", small, in_parts(small)),
             "quick study": findings("quick", quick, at_once(quick)),
             "rates study": findings("rates", rates, in_parts(rates)),
-            "mechanism study": findings("mechanism", mechanism, at_once(mechanism)),
+            "mechanism study": mechanism(mechanisms, at_once(mechanisms)),
             "costs": cost_rows(),
         },
         ROOT / "docs" / "speed.md": {
