@@ -110,8 +110,9 @@ def mechanism(results: dict[str, Any], made: str) -> str:
     lines = [
         *table(list(columns.values()), arms),
         "",
-        "Who wrote the final table (shares of its squared norm), and how an update changes the next batch's loss through "
-        "either use of the table, by the role that wrote (thousandths of a nat a token; mean over all steps):",
+        "Who wrote the final table (shares of its squared norm), and how an update changes the next batch's loss "
+        "through either use of the table, by the role that wrote (thousandths of a nat a token, to first order at the "
+        "point after the update; mean over all steps):",
         "",
         *table(heads, rows),
         "",
