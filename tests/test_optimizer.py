@@ -369,7 +369,9 @@ def test_muon_changes_the_first_update_of_matrices_alone(scheme: str) -> None:
     body = BodyOptimizerConfig(kind="muon", learning_rate=0.02, weight_decay=0.0)
     plain, own = (after_steps(with_optimizer(scheme, **each), 1) for each in ({}, {"body": body}))
     assert not changed(plain[0], own[0])
-    assert changed(plain[1], own[1]) == {name for name in plain[1] if name.endswith("kernel")}
+    # Two programs, which XLA rounds in its own ways: what stays does so to the last bits.
+    moved_by = {name: np.abs(plain[1][name] - own[1][name]).max() for name in plain[1]}
+    assert {name for name, by in moved_by.items() if by > 1e-6} == {n for n in plain[1] if n.endswith("kernel")}
     moved = own[1]["body/params/layer_0/mlp/up/kernel"] - own[0]["body/params/layer_0/mlp/up/kernel"]
     singular_values = np.linalg.svd(moved, compute_uv=False) / (24 / 16) ** 0.5 / (0.02 / 100)  # first of 100 of warmup
     # What a LayerNorm gives has mean 0: there is no gradient along it.
