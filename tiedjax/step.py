@@ -226,7 +226,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             tables, bias_V = scheme.tables(params["tables"]), params.get(OUTPUT_BIAS)
             return evaluation(tables, params["body"], tokens_BS, weights_B, None, bias_V)
 
-    # On a CPU the many small draws take twice as long to compile with all that LLVM can do, and run once.
+    # On a CPU what runs once or at snapshots alone takes twice as long to compile with all that LLVM can do.
     quick = {"xla_backend_optimization_level": 1} if layout.platform == "cpu" else None
     sample = None if sampled is None else jax.ShapeDtypeStruct((sampled,), jnp.int32)
     boxed = jax.eval_shape(init, jax.random.key(0), sample)
@@ -245,7 +245,12 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             in_shardings=(placed, batch, everywhere, everywhere),
             out_shardings=(placed, everywhere),
         ),
-        observe=jax.jit(anatomy(cfg, layout), in_shardings=(placed.params, batch, None), out_shardings=everywhere),
+        observe=jax.jit(
+            anatomy(cfg, layout),
+            in_shardings=(placed.params, batch, None),
+            out_shardings=everywhere,
+            compiler_options=quick,
+        ),
         evaluate=jax.jit(evaluate, in_shardings=(placed.params, batch, batch), out_shardings=everywhere),
         abstract=abstract,
         sampled=sampled,
