@@ -17,13 +17,6 @@ from tiedjax.errors import UserError
 from tiedjax.tying import SHARED, Tables
 
 NAMES = {"initial": "initial table", "input": "input role", "output": "output role"}
-CURVES = {
-    "in_in": "lookup, by input role",
-    "in_out": "lookup, by output role",
-    "out_in": "prediction, by input role",
-    "out_out": "prediction, by output role",
-}
-_STYLES = {"in_in": drawing.INPUT, "in_out": "-", "out_in": drawing.INPUT, "out_out": "-"}
 _FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.LIGHT[1]}
 
 
@@ -195,26 +188,24 @@ def _draw_shares(ax: drawing.Axes, results: drawing.Results) -> None:
 
 
 def _changes(reader: str) -> Callable[[drawing.Axes, drawing.Results], None]:
-    """M through one role's use, by what each role wrote, over training: arms as colours, mean over seeds."""
+    """M through one role's use, by what each role wrote, over training: the baseline arm, mean over seeds."""
 
     def draw(ax: drawing.Axes, results: drawing.Results) -> None:
-        for arm, accounts in _by_arm(results).items():
-            for name in (f"{reader}_in", f"{reader}_out"):
-                binned = [
-                    drawing.log_binned(np.array(a.curve.steps), 1000 * drawing.floats(getattr(a.curve, name)))
-                    for a in accounts
-                ]
-                steps = binned[0][0]
-                if not len(steps):
-                    continue
+        arm = results["headline"]["arm"]
+        for writer in PARTS[1:]:
+            name = f"{reader}_{writer.removesuffix('put')}"
+            binned = [
+                drawing.log_binned(np.array(a.curve.steps), 1000 * drawing.floats(getattr(a.curve, name)))
+                for a in _by_arm(results).get(arm, [])
+            ]
+            if binned and len(steps := binned[0][0]):
                 mean = np.mean([values for _, values in binned if len(values) == len(steps)], axis=0)
-                colour = drawing.colours(results)[arm]
-                ax.plot(steps, mean, color=colour, linestyle=_STYLES[name], label=f"{arm}: {CURVES[name]}")
+                ax.plot(steps, mean, color=_FILL[writer], label=NAMES[writer])
         ax.axhline(0, color=drawing.MUTED, linestyle=drawing.DASHES, linewidth=1.2)
         drawing.log_steps(ax)
         ax.set_yscale("symlog", linthresh=0.1, linscale=0.3)
         ax.yaxis.set_major_formatter(drawing.plain_ticks)
         ax.set_ylabel("thousandths of a nat an update")
-        ax.set_title("loss through the lookup" if reader == "in" else "loss through the prediction")
+        ax.set_title(f"{arm}’s loss through the {'lookup' if reader == 'in' else 'prediction'}")
 
     return draw
