@@ -23,7 +23,6 @@ import numpy as np
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.instruments.alignment.align import measure as alignment
-from tiedjax.errors import UserError
 
 FIT = "orthogonal"  # of the alignment with the twin's tables
 EARLY = 0.1  # share of the steps
@@ -227,10 +226,3 @@ def _last(metrics: Mapping[str, np.ndarray], name: str, step: int) -> float | No
 
 def _plain(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def needs_an_account(run: Any) -> None:
-    """UserError where the run has none."""
-    if not run.snapshot_steps:
-        raise UserError(f"{run.path}: holds no snapshot of its tables")
-    run.account(run.snapshot_steps[-1])
