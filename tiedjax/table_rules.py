@@ -129,13 +129,13 @@ class TableRule:
 
         updates = jnp.zeros((), jnp.int32)
         if self.apart:
-            own = Tables(*(zeros() if role in self.writers else None for role in Tables._fields))
+            moments = Tables(*(zeros() if role in self.writers else None for role in Tables._fields))
             matched = self.kind == "by_role_matched"
             return TableState(
                 updates,
                 nu=zeros() if matched else None,
-                role_mu=own,
-                role_nu=own,
+                role_mu=moments,
+                role_nu=moments,
                 matched=jnp.ones(()) if matched else None,
                 row_updates=_rows_of(table, jnp.int32) if self._lazy else None,
                 present=_rows_of(table, jnp.bool_) if self._lazy else None,
@@ -178,8 +178,8 @@ class TableRule:
         sample, check, _ = rows or Rows(None, None, None)
         if self.apart:
             by_role = self._apart(state)
-            own = by_role.output if self.follow == "checked" else taken(by_role.output, check)
-            return Parts(Tables(*(taken(part, sample) for part in by_role)), own)
+            output_RD = by_role.output if self.follow == "checked" else taken(by_role.output, check)
+            return Parts(Tables(*(taken(part, sample) for part in by_role)), output_RD)
         nu, mu = state.nu, state.role_mu
 
         def of_rows(kept: Any) -> Any:
@@ -191,8 +191,8 @@ class TableRule:
             from_output = self._of(mu.output, of_rows(sample), state.updates)
             return Parts(Tables(from_input, from_output), from_output)
         from_output = self._of(taken(state.mu, sample), of_rows(sample), state.updates) - from_input
-        own = None if mu.output is None or rows is None else self._of(mu.output, of_rows(check), state.updates)
-        return Parts(Tables(from_input, from_output), own)
+        output_RD = None if mu.output is None or rows is None else self._of(mu.output, of_rows(check), state.updates)
+        return Parts(Tables(from_input, from_output), output_RD)
 
     def input_step_share(self, state: TableState, rows: Rows | None) -> jax.Array | None:
         """The input role's share of the second moment, which sets the size of steps; None where it has none."""
@@ -240,7 +240,7 @@ class TableRule:
             nu = moment(gradient, nu, self.b2, 2)
         square = state.input_square
         if square is not None:
-            of_input_SD, of_output_SD = (taken(own, sample) for own in by_role)
+            of_input_SD, of_output_SD = (taken(g_VD, sample) for g_VD in by_role)
             product_SD = of_input_SD * (of_input_SD + of_output_SD)
             square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
         mu = None if self._both else moment(gradient, state.mu, self.b1, 1)

@@ -169,9 +169,9 @@ def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
     missed, size = [], []
     for name, sums in account.written.items():
         E_RD = tables[name][account.rows.check]
-        own = sums.output if len(sums.output) == len(E_RD) else sums.output[account.rows.check]
+        output_RD = sums.output if len(sums.output) == len(E_RD) else sums.output[account.rows.check]
         kept = jnp.exp(account.log_kept[name][0])
-        rest_RD = E_RD - kept * account.initial[name] - sums.input[account.rows.places] - own
+        rest_RD = E_RD - kept * account.initial[name] - sums.input[account.rows.places] - output_RD
         missed.append(jnp.sum(jnp.square(rest_RD)))
         size.append(jnp.sum(jnp.square(E_RD)))
     return jnp.sqrt(sum(missed) / sum(size))
@@ -186,8 +186,8 @@ def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
     product = jnp.zeros(())
     for part in parts.values():
         for role in ROLES:
-            if (own := getattr(part.roles, role)) is not None:
-                square[role] += jnp.sum(jnp.square(own))
+            if (part_SD := getattr(part.roles, role)) is not None:
+                square[role] += jnp.sum(jnp.square(part_SD))
         if _of_both(part):
             product += jnp.sum(part.roles.input * part.roles.output)
     norm = {role: jnp.sqrt(value) for role, value in square.items()}
@@ -215,13 +215,13 @@ def compromise(
     decayed = jnp.zeros(())
     for name, part in parts.items():
         followed = rows.sample if rows is not None and _of_both(part) else None
-        written = [own for own in part.roles if own is not None]
+        written = [part_SD for part_SD in part.roles if part_SD is not None]
         before_SD = (taken(tables[name], followed) - sum(written[1:], written[0])) / (1 - part.decay)
         for reader in ROLES:
             G_SD = getattr(role_grads, reader)[name]
             for writer in ROLES:
-                if (own := getattr(part.roles, writer)) is not None:
-                    matrix[reader, writer] += jnp.sum(G_SD * own)
+                if (part_SD := getattr(part.roles, writer)) is not None:
+                    matrix[reader, writer] += jnp.sum(G_SD * part_SD)
             decayed -= part.decay * jnp.sum(G_SD * before_SD)
     short = {"input": "in", "output": "out"}
     return {
@@ -233,4 +233,4 @@ def compromise(
 
 
 def _of_both(part: Parts) -> bool:
-    return all(own is not None for own in part.roles)
+    return all(part_SD is not None for part_SD in part.roles)
