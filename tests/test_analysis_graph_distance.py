@@ -176,7 +176,7 @@ def test_eigenpairs_are_those_of_largest_magnitude_to_a_small_residual(spectrum,
     wanted_P = -np.sort(-np.abs(SPECTRA[spectrum]))[:32]
     np.testing.assert_allclose(np.abs(value_P), wanted_P, rtol=0, atol=1e-8 * wanted_P[0])
     residual_P = np.linalg.norm(matrix_NN @ vector_NP - vector_NP * value_P, axis=0)
-    assert residual_P.max() < 2e-8 * wanted_P[0]
+    assert residual_P.max() < 2e-6 * wanted_P[0]
     np.testing.assert_allclose(vector_NP.T @ vector_NP, np.eye(32), rtol=0, atol=1e-12)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -275,3 +276,36 @@ with StopRequest() as stop:
     child = start(["-c", program])
     finish(child, seconds=60, status=-number)
     assert child.returncode == -number
+
+
+def faults_of_a_freed_block(mebibytes: int, threads: int) -> int:
+    """Page faults of a second thread that takes and fills a block of this size eight times more after the first."""
+    program = f"""
+import ctypes, resource, threading
+from tiedjax.host.process import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, size = ctypes.c_void_p, {mebibytes} << 20
+def fill():
+    block = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    libc.free(ctypes.c_void_p(block))
+def fill_often():
+    libc.malloc(ctypes.c_size_t(30 << 20))  # beside it no second block fits into the thread's first heap
+    fill()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        fill()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=fill_often)
+thread.start()
+thread.join()
+"""
+    output, _ = finish(start(["-c", program], NPROC=str(threads)), seconds=60)
+    return int(output)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another allocator than glibc's")
+@pytest.mark.parametrize(("mebibytes", "threads"), [(40, 1), (40, 2), (100, 1)])
+def test_a_thread_that_computes_gets_the_memory_again_that_it_freed(mebibytes: int, threads: int) -> None:
+    assert faults_of_a_freed_block(mebibytes, threads) < mebibytes << 8  # pages of one block of eight

@@ -143,13 +143,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cfg, K = self.cfg, self.cfg.head_width
         B, T, D = x_BTD.shape
-
-        def heads(name: str, axis: str, n: int) -> jax.Array:
-            y_BTHK = Dense(cfg, n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD).reshape(B, T, n, K)
-            return self.layout.constrain(y_BTHK, ("batch", None, axis, None))
-
-        q_BTHK, k_BTGK = heads("query", "heads", cfg.heads), heads("key", "kv_heads", cfg.groups)
-        v_BTGK = heads("value", "kv_heads", cfg.groups)
+        q_BTHK, k_BTGK, v_BTGK = self._heads(x_BTD)
         if cfg.qk_norm:
             q_BTHK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="query_norm")(q_BTHK)
             k_BTGK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="key_norm")(k_BTGK)
@@ -163,6 +157,29 @@ class Attention(nn.Module):
         y_BTD = y_BTHK.reshape(B, T, cfg.heads * K)
         std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
         return Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+
+    def _heads(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """Queries [B, T, H, K], and keys and values [B, T, G, K]."""
+        cfg, K, D = self.cfg, self.cfg.head_width, x_BTD.shape[-1]
+        named = {"query": ("heads", cfg.heads), "key": ("kv_heads", cfg.groups), "value": ("kv_heads", cfg.groups)}
+        if self.layout.platform == "cpu" and not self.layout.names("tensor"):
+            # One product of all: small ones do not keep a CPU's cores busy.
+            kernels = [
+                Kernel(cfg, (D, n * K), ("embed", axis), D**-0.5, self.dtype, name=name)()
+                for name, (axis, n) in named.items()
+            ]
+            x_ND = x_BTD.reshape(-1, D).astype(self.dtype)
+            y_NF = product(cfg, x_ND, jnp.concatenate(kernels, axis=1), "nd,df->nf")
+            parts = jnp.split(y_NF, np.cumsum([kernel.shape[1] for kernel in kernels])[:-1], axis=1)
+        else:
+            parts = [
+                Dense(cfg, n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD)
+                for name, (axis, n) in named.items()
+            ]
+        return [
+            self.layout.constrain(part.reshape(*x_BTD.shape[:2], n, K), ("batch", None, axis, None))
+            for part, (axis, n) in zip(parts, named.values(), strict=True)
+        ]
 
     def _continued(self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array) -> jax.Array:
         """Attention of the positions that follow those in the cache, to these and to one another; adds them to it."""

@@ -56,6 +56,7 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = local_path(path, "run")
         self.name = self.path.absolute().name
+        self._first: np.ndarray | None = None
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
 
@@ -111,12 +112,7 @@ class Run:
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
-        step, snapshots = self._choose(step, self._snapshots, "snapshot")
-        dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
-        abstract = {"tables": _without_sharding(abstract_params(self.config)["tables"], dtype)}
-        saved = jax.tree.map(partial(np.asarray, dtype=np.float32), snapshots.restore(step, abstract))
-        tables = tying.scheme_of(self.config.tying).tables(saved["tables"])
-        return RunTables(tables.input, tables.output, tables.input is tables.output)
+        return self._restored(step)[0]
 
     def account(self, step: int | None = None) -> RunAccount:
         """Who wrote the shared table, up to `step`; by default the last snapshot. UserError where no run kept that."""
@@ -127,19 +123,20 @@ class Run:
                 "tying.account was off" if names else f"under {self.config.tying.scheme} each role has its own table"
             )
             raise UserError(f"{self.path}: has no account of one table: {reason}")
-        step, snapshots = self._choose(step, self._snapshots, "snapshot")
         sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, self.config.model.table_rows),), np.int32)
 
         def opened(tables: Any, sample_S: jax.Array) -> Any:
             return tying.opened(tables, names, form, tying.rows_of(form, self.config.model.table_rows, sample_S))
 
         abstract = jax.eval_shape(opened, abstract_params(self.config)["tables"], sample)
-        saved: tying.Account = snapshots.restore(step, {"account": _without_sharding(abstract)})["account"]
+        tables, beside = self._restored(step, account=_without_sharding(abstract))
+        saved: tying.Account = beside["account"]
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(self.config.model.table_rows) if saved.rows.sample is None else saved.rows.sample
-        table, initial = (tables.input[rows] for tables in (self.tables(step), self.tables(0)))
-        initial = np.asarray(np.exp(log_kept) * initial, np.float32)
-        output = written.output if form == "checked" else table - initial - written.input
+        if self._first is None:  # a run follows the same rows from its first step to its last
+            self._first = self.tables(0).input[rows]
+        initial = np.asarray(np.exp(log_kept) * self._first, np.float32)
+        output = written.output if form == "checked" else tables.input[rows] - initial - written.input
         return RunAccount(rows, log_kept, initial, written.input, output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
@@ -165,6 +162,16 @@ class Run:
     @cached_property
     def _checkpoints(self) -> Checkpoints | None:
         return _existing(self.path / "checkpoints")
+
+    def _restored(self, step: int | None, **beside: Any) -> tuple[RunTables, dict[str, Any]]:
+        """The tables of a snapshot and, by name, what of these shapes was saved beside them."""
+        step, snapshots = self._choose(step, self._snapshots, "snapshot")
+        dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
+        abstract = {"tables": _without_sharding(abstract_params(self.config)["tables"], dtype), **beside}
+        saved = snapshots.restore(step, abstract)
+        wide = jax.tree.map(partial(np.asarray, dtype=np.float32), saved.pop("tables"))
+        tables = tying.scheme_of(self.config.tying).tables(wide)
+        return RunTables(tables.input, tables.output, tables.input is tables.output), saved
 
     def _choose(self, step: int | None, saves: Checkpoints | None, kind: str) -> tuple[int, Checkpoints]:
         steps = saves.steps() if saves else []

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
+from tiedjax.host import platform_flags
 from tiedjax.host.watch import Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
@@ -236,13 +237,19 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory it frees, under glibc; elsewhere does nothing.
 
     XLA:CPU allocates its temporaries anew at every step. glibc by default hands blocks of that size back to the kernel
-    each time, and page faults then take a large part of a small model's step.
+    each time, and page faults then take a large part of a small model's step. A process that computes with one thread
+    has one heap: of the heaps that glibc makes for further threads, none holds a block above 64 MiB. With several
+    threads they would wait for one another there, and such a block is still handed back.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # the numbers of malloc.h
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_threshold, 2**30)
+        trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # the numbers of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
+        # A thread's heap that is empty is given back unless it is smaller than this, whatever the threshold is.
+        libc.mallopt(top_pad, 2**27)
+        if platform_flags.threads_in_force() == 1:
+            libc.mallopt(arena_max, 1)
 
 
 def keep_compiled(folder: Path) -> None:

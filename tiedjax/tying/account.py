@@ -215,14 +215,17 @@ def compromise(
     decayed = jnp.zeros(())
     for name, part in parts.items():
         followed = rows.sample if rows is not None and _of_both(part) else None
-        written = [part_SD for part_SD in part.roles if part_SD is not None]
-        before_SD = (taken(tables[name], followed) - sum(written[1:], written[0])) / (1 - part.decay)
+        table_SD = taken(tables[name], followed)
         for reader in ROLES:
             G_SD = getattr(role_grads, reader)[name]
+            before = jnp.sum(G_SD * table_SD)
             for writer in ROLES:
                 if (part_SD := getattr(part.roles, writer)) is not None:
-                    matrix[reader, writer] += jnp.sum(G_SD * part_SD)
-            decayed -= part.decay * jnp.sum(G_SD * before_SD)
+                    effect = jnp.sum(G_SD * part_SD)
+                    matrix[reader, writer] += effect
+                    before -= effect
+            # The table before the update is (table - what was written) / (1 - decay): only its product is needed.
+            decayed -= part.decay / (1 - part.decay) * before
     short = {"input": "in", "output": "out"}
     return {
         **{f"m_{short[reader]}_{short[writer]}": value for (reader, writer), value in matrix.items()},

@@ -18,7 +18,7 @@ BLOCK = 4  # vectors of one product: wider ones read the space less often, but n
 # Vectors of the space: the more, the fewer products are needed where eigenvalues lie close, and the dearer is each.
 SPACE, SPACE_PER_PAIR = 384, 4
 SPACE_BYTES = 1 << 30  # of them, unless the pairs need more
-TOLERANCE = 1e-8  # of a pair's residual, in parts of the largest eigenvalue
+TOLERANCE = 1e-6  # of a pair's residual, in parts of the largest eigenvalue
 PRODUCTS, PRODUCTS_PER_PAIR = 6000, 48  # vectors multiplied, at most the larger of the two
 
 
