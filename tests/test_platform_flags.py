@@ -11,6 +11,7 @@ from programs import finish, start
 from tiedjax.host import platform_flags
 
 LATENCY, SCATTER = (flag.text for flag in platform_flags.CUDA_FLAGS)
+(QUICKLY,) = (flag.text for flag in platform_flags.CPU_FLAGS)
 
 
 @pytest.fixture
@@ -43,14 +44,30 @@ def test_jax_takes_most_of_a_gpu_unless_the_user_says_how_much(cuda: pytest.Monk
     assert "XLA_CLIENT_MEM_FRACTION" not in applied(XLA_PYTHON_CLIENT_PREALLOCATE="false")
 
 
-@pytest.mark.parametrize("platforms", ["cpu", "tpu", "tpu,cpu"])
+@pytest.mark.parametrize("platforms", ["tpu", "tpu,cpu"])
 def test_a_platform_that_is_not_asked_for_gets_none(cuda: pytest.MonkeyPatch, platforms: str) -> None:
     assert applied(JAX_PLATFORMS=platforms) == {"JAX_PLATFORMS": platforms}
 
 
-def test_a_machine_without_the_plugin_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_compiles_quickly_where_nothing_else_can_be_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert applied() == {"XLA_FLAGS": QUICKLY}
+    assert applied(XLA_FLAGS="--xla_backend_optimization_level=2") == {
+        "XLA_FLAGS": "--xla_backend_optimization_level=2"
+    }
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["rocm"] if group == "jax_plugins" else [])
     assert applied() == {}
+    assert applied(JAX_PLATFORMS="cpu")["XLA_FLAGS"] == QUICKLY
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    assert applied() == {}
+
+
+def test_what_is_compiled_for_others_is_compiled_as_they_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    environment: dict[str, str] = {}
+    platform_flags.apply_for_absent(environment)
+    assert environment == {"JAX_PLATFORMS": "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +109,7 @@ PROGRAM = """
 import sys
 from tiedjax import cli
 from tiedjax.host import platform_flags
-platform_flags._wanted = lambda environment: platform_flags.CUDA_FLAGS
+platform_flags._for_cuda = lambda environment: platform_flags.CUDA_FLAGS
 seen = {}
 cli._train = lambda args: seen.update(platform_flags.in_force(), jax="jax" in sys.modules) or 0
 assert cli.main(["train", "x.yaml"]) == 0
@@ -106,7 +123,7 @@ print(seen["XLA_FLAGS"])
 def test_a_command_sets_them_before_jax_and_jax_starts_with_every_one() -> None:
     """In a process of its own: XLA ends a process that is given a flag it does not know."""
     out, _ = finish(start(["-c", PROGRAM], XLA_FLAGS=""))
-    assert out.split() == [LATENCY, SCATTER]
+    assert out.split() == [LATENCY, SCATTER, QUICKLY]
     unknown = start(["-c", "import jax; jax.numpy.zeros(1)"], XLA_FLAGS="--xla_gpu_no_such_flag=1")
     _, err = unknown.communicate(timeout=120)
     assert unknown.returncode != 0
@@ -116,3 +133,13 @@ def test_a_command_sets_them_before_jax_and_jax_starts_with_every_one() -> None:
 def test_deciding_imports_no_jax() -> None:
     program = "import sys; from tiedjax.host import platform_flags as p; p.apply(); print('jax' in sys.modules)"
     assert finish(start(["-c", program]))[0] == "False\n"
+
+
+def test_the_compile_command_has_no_flags_of_this_machine() -> None:
+    program = """
+from tiedjax import cli
+from tiedjax.host import platform_flags
+cli._compile = lambda args: print(platform_flags.in_force()) or 0
+assert cli.main(["compile", "tiny", "--topology", "v5p:2x2x1"]) == 0
+"""
+    assert finish(start(["-c", program], XLA_FLAGS=""))[0] == "{}\n"

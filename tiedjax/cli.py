@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 run me again, 128 + N signal N."""
     try:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
-        platform_flags.apply()  # before any command imports JAX
+        # Before any command imports JAX.
+        (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
         status: int = args.run(args)
         return status
     except UserError as error:
@@ -288,7 +289,6 @@ def _bench(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     cfg = load_run_config(find_config(args.config, "run"), _overrides(args))
     json_file = _json_file(args)
-    platform_flags.apply_for_absent()
     from tiedjax.cost.compile import run
 
     return run(cfg, args.topology, json_file)

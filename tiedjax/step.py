@@ -226,8 +226,6 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             tables, bias_V = scheme.tables(params["tables"]), params.get(OUTPUT_BIAS)
             return evaluation(tables, params["body"], tokens_BS, weights_B, None, bias_V)
 
-    # On a CPU what runs once or at snapshots alone takes twice as long to compile with all that LLVM can do.
-    quick = {"xla_backend_optimization_level": 1} if layout.platform == "cpu" else None
     sample = None if sampled is None else jax.ShapeDtypeStruct((sampled,), jnp.int32)
     boxed = jax.eval_shape(init, jax.random.key(0), sample)
     placed, everywhere = sharding.shardings(boxed, mesh), sharding.replicated(mesh)
@@ -236,21 +234,14 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
     )
     return Steps(
-        init=jax.jit(
-            lambda root, sample_S=None: nn.unbox(init(root, sample_S)), out_shardings=placed, compiler_options=quick
-        ),
+        init=jax.jit(lambda root, sample_S=None: nn.unbox(init(root, sample_S)), out_shardings=placed),
         train=jax.jit(
             train,
             donate_argnums=0,
             in_shardings=(placed, batch, everywhere, everywhere),
             out_shardings=(placed, everywhere),
         ),
-        observe=jax.jit(
-            anatomy(cfg, layout),
-            in_shardings=(placed.params, batch, None),
-            out_shardings=everywhere,
-            compiler_options=quick,
-        ),
+        observe=jax.jit(anatomy(cfg, layout), in_shardings=(placed.params, batch, None), out_shardings=everywhere),
         evaluate=jax.jit(evaluate, in_shardings=(placed.params, batch, batch), out_shardings=everywhere),
         abstract=abstract,
         sampled=sampled,

@@ -1,7 +1,7 @@
 """XLA flags by platform, each with its reason: put into the environment before JAX is imported. Imports no JAX.
 
 The list is short on purpose. XLA aborts the process at a flag that it does not know, so a flag stands here only if it
-has a known reason and a name that every supported jaxlib accepts. There is none for the CPU: of those that might help
+has a known reason and a name that every supported jaxlib accepts. Of those that might speed up a CPU
 (xla_cpu_opt_preset, _scheduler_type, _copy_insertion_use_region_analysis, _multi_thread_eigen, _use_onednn,
 _use_xnnpack, _enable_fast_math) none made the step of configs/quick.yaml measurably faster. There is none for TPUs:
 asynchronous collectives and their fusion with matrix products are defaults of libtpu (openxla.org/xla/flags_guidance).
@@ -27,7 +27,7 @@ _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of XLA_FLAGS for CUDA GPUs, and the versions `since <= jaxlib < until` that need it (None: no bound)."""
+    """A flag of XLA_FLAGS, and the versions `since <= jaxlib < until` that need it (None: no bound)."""
 
     text: str
     since: tuple[int, ...] | None = None
@@ -54,15 +54,25 @@ CUDA_FLAGS = (
     Flag("--xla_backend_extra_options=-nvptx-allow-ftz-atomics", since=(0, 10, 2), until=(0, 11, 1)),
 )
 
+CPU_FLAGS = (
+    # Programs compile in two thirds of the time, and steps take as long: XLA itself writes the loops of its kernels in
+    # vectors, and matrix products are calls of libraries.
+    Flag("--xla_backend_optimization_level=1"),
+)
+
 
 def apply(environment: MutableMapping[str, str] = os.environ) -> None:
     """Puts the flags of the platform that is present into XLA_FLAGS, before what the user has set there.
 
     A flag that the user has set, to whatever value, is left alone. Without effect once JAX has started a backend.
     """
+    _add(environment, *_for_cuda(environment), *(CPU_FLAGS if _only_cpu(environment) else ()))
+
+
+def _add(environment: MutableMapping[str, str], *flags: Flag) -> None:
     given = environment.get("XLA_FLAGS", "")
     names = {flag.partition("=")[0] for flag in given.split()}
-    added = [flag.text for flag in _wanted(environment) if flag.name not in names]
+    added = [flag.text for flag in flags if flag.name not in names]
     if added:
         environment["XLA_FLAGS"] = " ".join([*added, given]).strip()
     if _may_use_cuda(environment) and not any(environment.get(name) for name in _MEMORY_VARIABLES):
@@ -75,7 +85,7 @@ def apply_for_absent(environment: MutableMapping[str, str] = os.environ) -> None
     A TPU or GPU of this machine has no part in it; JAX's CUDA plugin looks for no driver when it is not asked for.
     """
     environment.pop("JAX_PLATFORMS", None)
-    apply(environment)
+    _add(environment, *_for_cuda(environment))
     environment["JAX_PLATFORMS"] = "cpu"
 
 
@@ -118,7 +128,15 @@ def _may_use_cuda(environment: Mapping[str, str]) -> bool:
     return bool({"", "cuda", "gpu"} & set(platforms)) and has_cuda_plugin()
 
 
-def _wanted(environment: Mapping[str, str]) -> Iterator[Flag]:
+def _only_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether JAX can compile for nothing else, whatever this machine has."""
+    if platforms := environment.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not (plugins or has_cuda_plugin() or importlib.util.find_spec("libtpu"))
+
+
+def _for_cuda(environment: Mapping[str, str]) -> Iterator[Flag]:
     if not _may_use_cuda(environment):
         return
     jaxlib = tuple(map(int, re.findall(r"\d+", importlib.metadata.version("jaxlib"))[:3]))
