@@ -121,9 +121,8 @@ def _forward(
 
     # Where a device has columns of the table, those are rows of the turned table, [D, V], which a gather only puts side
     # by side and a reduce-scatter takes apart: of [V, D] both make a second array of the table's size. TPUs lay arrays
-    # out in tiles, and do not. On a CPU the table's gradient is the faster product when it is turned.
+    # out in tiles, and do not.
     by_columns = bool(fsdp) and layout.platform != "tpu"
-    turned = by_columns or layout.platform == "cpu"
 
     def local(h_BTD: jax.Array, U: jax.Array, bias_V: jax.Array | None, *about_BT: jax.Array) -> Any:
         wide, tokens = about_BT[1].dtype, about_BT[0].size
@@ -138,15 +137,15 @@ def _forward(
         def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
             total, dU, d_bias_V = carry
             part = gradients(chunk)
-            dU += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform, turned)
+            dU += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform, by_columns)
             dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
             return (total + part.loss, dU, jax.tree.map(jnp.add, d_bias_V, part.d_bias_V)), (dh_CD, part.d_target_C)
 
         rows, width = table().shape
         no_bias_V = None if bias_V is None else jnp.zeros(rows, wide)
-        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if turned else (rows, width), wide), no_bias_V)
+        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if by_columns else (rows, width), wide), no_bias_V)
         (total, dU, d_bias_V), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
-        dU_VD = dU.T if turned else dU
+        dU_VD = dU.T if by_columns else dU
         dh_ND, d_target_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
         dh_BTD = dh_ND.reshape(h_BTD.shape)
         if d_target_N is not None:
@@ -176,15 +175,15 @@ def _forward(
 
 def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turned: bool) -> jax.Array:
     """d^T h, [V, D], or that turned: what a chunk adds to the table's gradient."""
-    if not turned:
-        return jnp.matmul(d_CV.T, h_CD, preferred_element_type=dtype)
     if platform != "cpu":
-        return jnp.matmul(h_CD.T, d_CV, preferred_element_type=dtype)
+        left, right = (h_CD, d_CV) if turned else (d_CV, h_CD)
+        return jnp.matmul(left.T, right, preferred_element_type=dtype)
     # A CPU's product with a transposed operand takes longer than a copy and a product: the small one of the two is
-    # copied, which the barriers keep XLA from undoing.
+    # copied, which the barriers keep XLA from undoing. Turned back here it is added in the layout that its readers
+    # want; after the last chunk each of them would read it by columns.
     h_DC = jax.lax.optimization_barrier(h_CD.T)
     dU_DV: jax.Array = jax.lax.optimization_barrier(jnp.matmul(h_DC, d_CV, preferred_element_type=dtype))
-    return dU_DV
+    return dU_DV if turned else dU_DV.T
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:
