@@ -74,11 +74,14 @@ def trained(
     steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
     decile_V = np.arange(cfg.model.table_rows, dtype=np.int32) % 11 - 1
     sample = steps.sampled and tying.sampled_rows(np.arange(cfg.model.table_rows), steps.sampled)
-    state = steps.init(jax.random.key(1), sample)
+    init = steps.init
+    if optimized:  # what is the same in two programs that are not is so only as users compile them
+        init = init.lower(jax.random.key(1), sample).compile(compiler_options=OPTIMIZED)
+    state = init(jax.random.key(1), sample)
     widened = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
     state = jax.tree.map(widened, state)
     run, train = Trained(steps, [jax.tree.map(jnp.copy, state)], [], [], []), steps.train
-    if optimized:  # what is the same in two programs that are not is so only as XLA compiles by its own choice
+    if optimized:
         given = state, random_tokens(cfg), tying.role_scale(cfg.tying, 1, 1, decile_V), decile_V
         train = steps.train.lower(*given).compile(compiler_options=OPTIMIZED)
     for i in range(count):

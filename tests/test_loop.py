@@ -528,7 +528,9 @@ def test_a_run_is_the_same_up_to_rounding_as_users_compile_it(finished: Path, te
     ours, plain = load_run(out), load_run(finished)
     assert ours.metrics.keys() == plain.metrics.keys()
     for name in ours.metrics.keys() - {"tokens_per_second"}:
-        np.testing.assert_allclose(ours.metrics[name], plain.metrics[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        # Where the roles' gradients cancel in a number, Adam divides the part of each by nearly 0.
+        near = 1e-4 if "update" in name else 1e-5
+        np.testing.assert_allclose(ours.metrics[name], plain.metrics[name], rtol=near, atol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours.params(), plain.params())
 
 

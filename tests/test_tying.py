@@ -201,9 +201,9 @@ def test_a_tied_table_stays_one_array_through_real_steps() -> None:
 def test_a_start_that_compiles_quickly_is_bit_identical_to_any_other(scheme: str) -> None:
     cfg, key = small_config(scheme), jax.random.key(2)
     steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
-    any_other = jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)), compiler_options=OPTIMIZED)(key)
-    as_users = {name: value for name, value in OPTIMIZED.items() if "level" not in name}  # the step has its own level
-    quick = steps.init.lower(key).compile(as_users)(key).params
+    by_default = OPTIMIZED | {"xla_backend_optimization_level": 3}
+    any_other = jax.jit(lambda root: nn.unbox(lm.init_params(cfg, root)), compiler_options=by_default)(key)
+    quick = steps.init.lower(key).compile(OPTIMIZED)(key).params
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), quick, any_other))
 
 
