@@ -396,7 +396,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": {
             "answer": answer(small),
-            "small study": findings("small", small, in_parts(small)),
+            "small study": findings("small", small, at_once(small)),
             "quick study": findings("quick", quick, at_once(quick)),
             "rates study": findings("rates", rates, in_parts(rates)),
             "mechanism study": mechanism(mechanisms, at_once(mechanisms)),

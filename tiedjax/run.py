@@ -56,7 +56,7 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = local_path(path, "run")
         self.name = self.path.absolute().name
-        self._first: np.ndarray | None = None
+        self._started: np.ndarray | None = None  # the rows that an account follows, before the first update
         if not (self.path / "config.yaml").is_file():
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
 
@@ -133,9 +133,9 @@ class Run:
         saved: tying.Account = beside["account"]
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(self.config.model.table_rows) if saved.rows.sample is None else saved.rows.sample
-        if self._first is None:  # a run follows the same rows from its first step to its last
-            self._first = self.tables(0).input[rows]
-        initial = np.asarray(np.exp(log_kept) * self._first, np.float32)
+        if self._started is None:  # a run follows the same rows from its first step to its last
+            self._started = self.tables(0).input[rows]
+        initial = np.asarray(np.exp(log_kept) * self._started, np.float32)
         output = written.output if form == "checked" else tables.input[rows] - initial - written.input
         return RunAccount(rows, log_kept, initial, written.input, output)
 

@@ -66,7 +66,8 @@ def apply(environment: MutableMapping[str, str] = os.environ) -> None:
 
     A flag that the user has set, to whatever value, is left alone. Without effect once JAX has started a backend.
     """
-    _add(environment, *_for_cuda(environment), *(CPU_FLAGS if _only_cpu(environment) else ()))
+    _add(environment, *(CPU_FLAGS if _only_cpu(environment) else ()))
+    _prepare_cuda(environment)
 
 
 def _add(environment: MutableMapping[str, str], *flags: Flag) -> None:
@@ -75,6 +76,10 @@ def _add(environment: MutableMapping[str, str], *flags: Flag) -> None:
     added = [flag.text for flag in flags if flag.name not in names]
     if added:
         environment["XLA_FLAGS"] = " ".join([*added, given]).strip()
+
+
+def _prepare_cuda(environment: MutableMapping[str, str]) -> None:
+    _add(environment, *_for_cuda(environment))
     if _may_use_cuda(environment) and not any(environment.get(name) for name in _MEMORY_VARIABLES):
         environment["XLA_CLIENT_MEM_FRACTION"] = CUDA_MEMORY_FRACTION
 
@@ -85,7 +90,7 @@ def apply_for_absent(environment: MutableMapping[str, str] = os.environ) -> None
     A TPU or GPU of this machine has no part in it; JAX's CUDA plugin looks for no driver when it is not asked for.
     """
     environment.pop("JAX_PLATFORMS", None)
-    _add(environment, *_for_cuda(environment))
+    _prepare_cuda(environment)
     environment["JAX_PLATFORMS"] = "cpu"
 
 
