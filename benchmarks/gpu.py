@@ -10,12 +10,14 @@ for its last side). Each part runs in a process of its own, so that its memory i
 done to benchmarks/results/gpu_DEVICE.json. Parts:
 
     correctness       20 steps of configs/tiny.yaml on the device in float32 and bfloat16, and on the CPU in float32
+    muon              the same of configs/quick.yaml, whose body Muon updates
     gradients         both role gradients of one batch of configs/tiny.yaml, beside float64 on the CPU
     resume            `tiedjax train` of configs/tiny.yaml, interrupted and continued, beside itself uninterrupted
     loss              fused loss and both gradients beside the plain ones: seconds and temporary memory
     step:MODEL        seconds, MFU and memory of the train step, with role metrics, and which kernels take its time
     torch:MODEL       the train step beside the compiled PyTorch model (benchmarks/step.py)
-    roles:MODEL       the train step beside itself without the split and the metrics (benchmarks/step.py)
+    roles:MODEL       the train step beside itself without the account, and without the split and all metrics either
+    flags:MODEL       four layers of the model under other XLA flags, each in a process of its own, the usual ones twice
 """
 
 from __future__ import annotations
@@ -56,6 +58,15 @@ SMOKE = {"layers": 2, "d_model": 64, "heads": 2, "d_ff": 128, "seq_len": 64, "vo
 LOSS_LIMITS = {"float32": 1e-3, "bfloat16": 1e-2}  # nats
 GRADIENT_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # of the gradient's own norm
 TRACED = 4  # steps
+# XLA's flags to be tried, by what they are for; None: nothing but what tiedjax sets.
+FLAGS = {
+    "as set": None,
+    "every product by Triton": "--xla_gpu_triton_gemm_any=true",
+    "no product by Triton": "--xla_gpu_enable_triton_gemm=false",
+    "no command buffers": "--xla_gpu_enable_command_buffer=",
+    "no latency hiding": "--xla_gpu_enable_latency_hiding_scheduler=false",
+    "as set, again": None,
+}
 
 
 def model_config(name: str, batch_size: int, smoke: bool, more: Mapping[str, Any]) -> RunConfig:
@@ -67,17 +78,17 @@ def model_config(name: str, batch_size: int, smoke: bool, more: Mapping[str, Any
     return sides.read_config(sides.CONFIGS / f"{name}.yaml", changes)
 
 
-def tiny(dtype: str) -> RunConfig:
-    """configs/tiny.yaml on one device."""
-    return sides.read_config(sides.CONFIGS / "tiny.yaml", {"model.dtype": dtype, "mesh.data": 1})
+def on_one_device(name: str, dtype: str) -> RunConfig:
+    """configs/NAME.yaml on one device."""
+    return sides.read_config(sides.CONFIGS / f"{name}.yaml", {"model.dtype": dtype, "mesh.data": 1})
 
 
-def correctness(smoke: bool, _: Any) -> dict[str, Any]:
-    """Losses of 20 steps on the device beside those of the CPU, and the largest difference."""
+def correctness(name: str, smoke: bool, _: Any) -> dict[str, Any]:
+    """Losses of 20 steps of a config on the device beside those of the CPU, and the largest difference."""
     steps = 3 if smoke else 20
 
     def losses(dtype: str, device: jax.Device) -> list[float]:
-        cfg = tiny(dtype)
+        cfg = on_one_device(name, dtype)
         mesh = sharding.make_mesh(cfg.mesh, [device])
         with jax.default_device(device):
             stepper = bench.Stepper(cfg, mesh, make_steps(cfg, mesh))
@@ -102,10 +113,10 @@ def correctness(smoke: bool, _: Any) -> dict[str, Any]:
 def gradients(*_: Any) -> dict[str, Any]:
     """|difference| / |gradient| of each role's table gradient, against the same function in float64 on the CPU."""
     cpu, device = jax.devices("cpu")[0], jax.devices()[0]
-    tokens_BS = bench.zipf_tokens(tiny("float32"), 1)[0]
+    tokens_BS = bench.zipf_tokens(on_one_device("tiny", "float32"), 1)[0]
     with jax.default_device(cpu):
-        mesh = sharding.make_mesh(tiny("float32").mesh, [cpu])
-        params = jax.device_get(make_steps(tiny("float32"), mesh).init(jax.random.key(0)).params)
+        mesh = sharding.make_mesh(on_one_device("tiny", "float32").mesh, [cpu])
+        params = jax.device_get(make_steps(on_one_device("tiny", "float32"), mesh).init(jax.random.key(0)).params)
 
     def roles(cfg: RunConfig, on: jax.Device, params: Any) -> tying.Tables:
         mesh = sharding.make_mesh(cfg.mesh, [on])
@@ -116,11 +127,11 @@ def gradients(*_: Any) -> dict[str, Any]:
 
     plain, model.compute_dtype = model.compute_dtype, lambda *_: np.dtype("float64")
     with jax.enable_x64(True):
-        exact = roles(tiny("float32"), cpu, jax.tree.map(lambda leaf: leaf.astype(np.float64), params))
+        exact = roles(on_one_device("tiny", "float32"), cpu, jax.tree.map(lambda leaf: leaf.astype(np.float64), params))
     model.compute_dtype = plain
     result: dict[str, Any] = {}
     for dtype, limit in GRADIENT_LIMITS.items():
-        computed = roles(tiny(dtype), device, params)
+        computed = roles(on_one_device("tiny", dtype), device, params)
         apart = jax.tree.map(lambda g, e: float(np.linalg.norm(g - e) / np.linalg.norm(e)), computed, exact)
         result[dtype] = {**apart._asdict(), "limit": limit, "holds": max(apart) <= limit}
         print(f"  {dtype}: {json.dumps(result[dtype])}")
@@ -149,7 +160,9 @@ def resume(smoke: bool, _: Any) -> dict[str, Any]:
             same = [a == b for a, b in zip(metrics(whole), metrics(parted), strict=True)]
             leaves = zip(*(jax.tree.leaves(load_run(run).params()) for run in (whole, parted)), strict=True)
             equal_parameters = all(np.array_equal(a, b) for a, b in leaves)
+            missed = max(row["account_error"] for row in metrics(whole))
             result[dtype] = {
+                "account_error": missed,
                 "interrupted_after": interrupted,
                 "steps": len(same),
                 "equal_steps": sum(same),
@@ -191,7 +204,7 @@ def compare_losses(smoke: bool, _: Any) -> dict[str, Any]:
 def measured_step(name: str, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:
     """`tiedjax bench` of the model at full batch, then a trace of a few steps more."""
     cfg = model_config(name, MODELS[name][1], smoke, more)
-    result = bench.bench(cfg, 4 if smoke else 40, None if smoke else lambda stepper: {"kernels": kernels(stepper)})
+    result = bench.bench(cfg, 4 if smoke else 100, None if smoke else lambda stepper: {"kernels": kernels(stepper)})
     print(bench.table(result))
     for key, value in result.get("kernels", {}).items():
         if key != "longest":
@@ -282,14 +295,40 @@ def beside(name: str, others: tuple[str, ...], batch: int, smoke: bool, more: Ma
     return sides.compare(cfg, ("tiedjax", *others), rounds=2 if smoke else 6, window_seconds=0.1 if smoke else 1.0)
 
 
+def under_flags(name: str, smoke: bool, more: Mapping[str, Any]) -> dict[str, Any]:
+    """`tiedjax bench` of a model's first layers under each of `FLAGS`: seconds of a step, and of compiling it."""
+    options = {"model.seq_len": MODELS[name][0], "data.batch_size": MODELS[name][1], "model.layers": 4, **more}
+    options |= {f"model.{key}": value for key, value in SMOKE.items()} | {"data.batch_size": 4} if smoke else {}
+    changes = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "tiedjax", "bench", name, "--steps", "4" if smoke else "60", *changes]
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for label, flags in list(FLAGS.items())[: 1 if smoke else None]:
+            path = Path(folder, "bench.json")
+            path.unlink(missing_ok=True)
+            given = {**os.environ, "XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS"), flags]))}
+            given.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)
+            asked = [*command, "--json", str(path)]
+            done = subprocess.run(asked, env=given, cwd=sides.HERE.parent, capture_output=True, text=True, check=False)
+            if done.returncode:
+                result[label] = {"failed": done.stderr[-500:]}
+            else:
+                measured = json.loads(path.read_text(encoding="utf-8"))
+                result[label] = {key: measured[key] for key in ("step_seconds", "compile_seconds", "loss", "flags")}
+            print(f"  {label}: {json.dumps(result[label])}", flush=True)
+    return result
+
+
 PARTS: dict[str, Callable[[bool, Mapping[str, Any]], dict[str, Any]]] = {
-    "correctness": correctness,
+    "correctness": partial(correctness, "tiny"),
+    "muon": partial(correctness, "quick"),
     "gradients": gradients,
     "resume": resume,
     "loss": compare_losses,
     **{f"step:{name}": partial(measured_step, name) for name in MODELS},
     **{f"torch:{name}": partial(beside, name, ("torch_compiled",), 2) for name in MODELS},
-    **{f"roles:{name}": partial(beside, name, ("without_roles",), 1) for name in MODELS},
+    **{f"roles:{name}": partial(beside, name, ("without_account", "without_roles"), 1) for name in MODELS},
+    **{f"flags:{name}": partial(under_flags, name) for name in MODELS},
 }
 
 
@@ -336,8 +375,9 @@ def main() -> int:
         options = ["--smoke"] * args.smoke + (["--out", str(args.out)] if args.out else [])
         options += ["--set", *args.set, "--label", args.label]
         command = [sys.executable, __file__, "--here", "--parts", part, "--machine", args.machine, *options]
-        # PyTorch and JAX share the GPU: JAX must not take most of its memory beforehand.
-        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if part.startswith("torch:") else {}
+        # Two processes share the GPU: JAX must not take most of its memory beforehand.
+        shares = part.startswith(("torch:", "flags:")) or part == "resume"
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if shares else {}
         done = subprocess.run(command, env={**os.environ, **shared}, check=False)
         failed += done.returncode != 0
     return failed

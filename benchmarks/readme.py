@@ -26,7 +26,7 @@ STUDIES = ("quick", "small", "rates", "mechanism")
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
-    "without_roles": "without the role split and its metrics",
+    "without_roles": "without role split, account and their metrics",
 }
 TABLES = {"trained_like": "tables that look trained", "random": "tables of independent normals"}
 # What the sentences read of results.json: they are made anew whenever README is written.
@@ -150,7 +150,7 @@ def cost_rows() -> str:
         "step under AdamW, ms",
         "MFU, and its bound",
         "compiled PyTorch, times ours",
-        "without the role split, times ours",
+        "without role split and account, times ours",
     ]
     rows = []
 
@@ -185,6 +185,15 @@ def bound(name: str, card: str) -> str:
     if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
         return ""
     return f" of at most {compiled[name]['gpu']['mfu_causal_bound']:.0%}"
+
+
+def least_milliseconds(name: str, card: str) -> dict[str, str]:
+    """By part of the step, in brackets, the least that its compiled program's kernels take on this card."""
+    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8"))
+    if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
+        return {}
+    parts = compiled[name]["gpu"]["parts"]
+    return {part: f" ({1e3 * of['seconds']:.1f})" for part, of in parts.items()}
 
 
 def model(name: str, program: dict[str, Any]) -> str:
@@ -258,7 +267,7 @@ def costs() -> str:
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
             if side in sides
         )
-        roles = f"; without the role split and its metrics {span(sides['without_roles']['over_tiedjax'])}"
+        roles = f"; without role split, account and their metrics {span(sides['without_roles']['over_tiedjax'])}"
         lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}{roles}.")
     memory = loss["memory"]
     lines.append(
@@ -320,7 +329,7 @@ def gpu_costs() -> str:
         environment = next(iter(parts.values()))["environment"]
         versions, card = environment["versions"], environment["device"]["kind"]
         made = f"{environment['date']}, Python {versions['python']}, jax {versions['jax']}, flax {versions['flax']}"
-        lines += [f"On one {card} ({made}):\n", *_correctness(parts), "", *_gpu_steps(parts), "", *_peers(parts)]
+        lines += [f"On one {card} ({made}):\n", *_correctness(parts), "", *_gpu_steps(parts, card), "", *_peers(parts)]
     return "\n".join(lines) + "\n"
 
 
@@ -330,20 +339,34 @@ def _correctness(parts: dict[str, Any]) -> list[str]:
     if right := parts.get("correctness"):
         apart = " and ".join(f"{right[dtype]['largest_difference']:.1e} in {dtype}" for dtype in dtypes)
         lines.append(f"* {right['steps']} losses of `tiny` differ from the CPU's float32 by at most {apart}, in nats.")
+    if right := parts.get("muon"):
+        apart = lambda dtype, n: max(
+            abs(a - b) for a, b in zip(right[dtype]["losses"][:n], right["cpu_float32"][:n], strict=True)
+        )
+        early, late = (" and ".join(f"{apart(d, n):.1e} in {d}" for d in dtypes) for n in (4, right["steps"]))
+        lines.append(
+            "* Those of `quick`, whose body Muon updates with bfloat16 products on a GPU, differ by at most "
+            f"{early} in 4 steps, {late} in {right['steps']}."
+        )
     if roles := parts.get("gradients"):
         apart = " and ".join(f"{max(roles[d]['input'], roles[d]['output']):.1e} in {d}" for d in dtypes)
         lines.append(f"* Both role gradients of one batch differ from float64's by at most {apart} of their norms.")
     if resumed := parts.get("resume"):
         equal = " and ".join(f"{resumed[dtype]['equal_steps']} in {dtype}" for dtype in dtypes)
+        missed = max(resumed[dtype]["account_error"] for dtype in dtypes)
         lines.append(
             f"* Of a run of {resumed['steps']} steps, interrupted and continued with `--model.table_gradient "
             f"deterministic`, so many are equal bit for bit: {equal}."
         )
+        lines.append(
+            f"* The parts of those runs' accounts add up to the rows that they follow, but for {missed:.1e} of "
+            "their norm."
+        )
     return lines
 
 
-def _gpu_steps(parts: dict[str, Any]) -> list[str]:
-    """A table of steps, and one of where the time of each goes."""
+def _gpu_steps(parts: dict[str, Any], card: str) -> list[str]:
+    """A table of steps, and one of where the time of each goes, beside what was compiled for this card."""
     heads = ["config", "T", "batch", "step, ms", "tokens/s", "MFU", "with all of attention", "GB", "compiled in, s"]
     steps = {name.partition(":")[2]: part for name, part in parts.items() if name.startswith("step:")}
     rows = [
@@ -361,33 +384,65 @@ def _gpu_steps(parts: dict[str, Any]) -> list[str]:
         for name, part in steps.items()
     ]
     kinds = list(dict.fromkeys(kind for part in steps.values() for kind in part["kernels"]["by_part"]))
-    times = [
-        [f"`{name}`", f"{of['step_milliseconds']:.1f}"]
-        + [f"{of['by_part'].get(kind, 0.0):.1f}" for kind in kinds]
-        + [f"{of['between_kernels']:.1f}"]
-        for name, of in ((name, part["kernels"]) for name, part in steps.items())
+    times = []
+    for name, of in ((name, part["kernels"]) for name, part in steps.items()):
+        least = least_milliseconds(name, card)
+        times += [
+            [f"`{name}`", f"{of['step_milliseconds']:.1f}"]
+            + [f"{of['by_part'].get(kind, 0.0):.1f}{least.get(kind, '')}" for kind in kinds]
+            + [f"{of['between_kernels']:.1f}"]
+        ]
+    where = [
+        "Where the time goes, by a trace of the kernels, in ms of a step; in brackets what their bytes or products "
+        "need at least, by the compiled program:",
+        "",
     ]
-    where = ["Where the time goes, by a trace of the kernels, in ms of a step:", ""]
     return [*table(heads, rows), "", *where, *table(["config", "all", *kinds, "no kernel"], times)]
 
 
 def _peers(parts: dict[str, Any]) -> list[str]:
     """A table of the other sides' times over ours."""
     rows = []
+    newest = max(part["environment"]["date"] for part in parts.values())
     for name, part in parts.items():
         kind, _, model = name.partition(":")
         sides = {
             "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
-            "without_roles": "without the role split and its metrics",
+            "without_account": "without the account of updates",
+            "without_roles": "without role split, account and their metrics",
         }
         for side, whose in sides.items():
             if kind in ("torch", "roles") and side in part["sides"]:
                 about = part["sides"][side]
                 whose = whose.format(torch=part["environment"].get("pytorch", {}).get("torch"), loss=about.get("loss"))
+                when = part["environment"]["date"]
+                whose += "" if when == newest else f" ({when}, ours without an account)"
                 rows.append(
-                    [f"`{model}`", str(part["config"]["data"]["batch_size"]), whose, span(about["over_tiedjax"])]
+                    [f"`{model}`", str(part["config"]["data"]["batch_size"]), whose, span(about["over_tiedjax"], 3)]
                 )
     return table(["config", "batch", "side", "its time, times ours"], rows)
+
+
+def larger() -> str:
+    """What a study's held-out losses say that was trained on a GPU, and was not analysed."""
+    study = json.loads((RESULTS / "g43_losses.json").read_text(encoding="utf-8"))
+    arms, baseline = study["arms"], study["baseline"]
+    least = min(each["n"] for each in study["differences"].values())
+    ended = next(iter(arms[baseline].values()))
+    about = ", ".join(
+        f"{arm} {each['mean']:+.3f} ± {each['high'] - each['mean']:.3f}" for arm, each in study["differences"].items()
+    )
+    passes = ended["tokens"] / study["text_tokens"]
+    mean = lambda arm: sum(run["eval_loss"] for run in arms[arm].values()) / len(arms[arm])
+    step = 1e3 * study["bench"]["step_seconds"]["median"]
+    read = f"{ended['tokens'] / 1e6:.1f} million tokens of English prose, documentation and Python"
+    sentences = (
+        f"`configs/studies/g43.yaml` on {study['machine']}, {step:.0f} ms a step: after {read}, {passes:.1f} passes over "
+        f"the text, {baseline} ends at {mean(baseline):.3f} nats a token held out.",
+        f"Held-out loss less that of {baseline}, over {least} seeds: {about}.",
+        "Every arm has the same learning rates, none of them tuned. The tables were not analysed.",
+    )
+    return " ".join(sentences) + "\n"
 
 
 def pages() -> dict[Path, str]:
@@ -399,6 +454,7 @@ def pages() -> dict[Path, str]:
             "small study": findings("small", small, at_once(small)),
             "quick study": findings("quick", quick, at_once(quick)),
             "rates study": findings("rates", rates, in_parts(rates)),
+            "g43 study": larger(),
             "mechanism study": mechanism(mechanisms, at_once(mechanisms)),
             "costs": cost_rows(),
         },

@@ -393,7 +393,7 @@ def test_kernels_are_told_apart_by_the_part_of_the_step(
 def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     """One part of each kind, as far as they need no PyTorch; each is a process."""
     path = tmp_path / "gpu.json"
-    parts = ["correctness", "gradients", "resume", "loss", "roles:olmo_1b"]
+    parts = ["correctness", "gradients", "resume", "loss", "roles:olmo_1b", "flags:olmo_60m"]
     program = [REPOSITORY / "benchmarks" / "gpu.py", "--smoke", "--machine", "any", "--out", path, "--parts", *parts]
     done = subprocess.run(
         [sys.executable, *map(str, program)],
@@ -410,7 +410,25 @@ def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     assert found["correctness"]["bfloat16"]["holds"]
     assert all(found["gradients"][dtype]["holds"] for dtype in ("float32", "bfloat16"))
     assert found["resume"]["float32"]["holds"]
+    assert 0 < found["resume"]["float32"]["account_error"] < 1e-5
+    assert found["flags:olmo_60m"]["as set"]["loss"] > 0
     assert found["loss"]["width 64"]["time"]["relative_difference_of_table_gradients"] < 1e-5
     assert found["roles:olmo_1b"]["config"]["model"]["remat"] == "none"
-    assert set(found["roles:olmo_1b"]["sides"]) == {"tiedjax", "without_roles"}
+    assert set(found["roles:olmo_1b"]["sides"]) == {"tiedjax", "without_account", "without_roles"}
     assert all(each["environment"]["machine"] == "any" for each in found.values())
+
+
+def test_losses_of_a_study_whose_tables_stayed_elsewhere(tmp_path: Path) -> None:
+    losses = benchmark("losses")
+    for name, steps, held_out in [("tied-0", 3, 2.0), ("tied-1", 3, 2.5), ("untied-0", 3, 2.25), ("untied-1", 2, 9.0)]:
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text("train: {steps: 3}\n")
+        rows = [{"step": i + 1, "tokens": 8, "loss": 1.0, "output_grad_share": i / 4} for i in range(steps)]
+        rows[-1]["eval_loss"] = held_out
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = {run: losses.ended(tmp_path / run) for run in ("tied-0", "tied-1", "untied-0", "untied-1")}
+    assert ended["untied-1"] is None
+    assert ended["tied-0"]["mean"] == {"output_grad_share": 0.25}
+    arms = {"tied": {"0": ended["tied-0"], "1": ended["tied-1"]}, "untied": {"0": ended["untied-0"]}}
+    assert losses.differences(arms, "tied")["untied"]["mean"] == 0.25
