@@ -157,7 +157,9 @@ def _forward(
         # fsdp first, which leaves each device its own columns: along data only 1/fsdp of the table is then added.
         if fsdp:
             dU_VD = jax.lax.psum_scatter(dU_VD, fsdp, scatter_dimension=1, tiled=True)
-            if layout.platform == "tpu":  # else XLA may keep the whole table's gradient through the body's backward pass
+            if (
+                layout.platform == "tpu"
+            ):  # else XLA may keep the whole table's gradient while the body is differentiated
                 dh_BTD, dU_VD = jax.lax.optimization_barrier((dh_BTD, dU_VD))
         if data:
             dU_VD = jax.lax.psum(dU_VD, data)
