@@ -436,9 +436,11 @@ def larger() -> str:
     mean = lambda arm: sum(run["eval_loss"] for run in arms[arm].values()) / len(arms[arm])
     step = 1e3 * study["bench"]["step_seconds"]["median"]
     read = f"{ended['tokens'] / 1e6:.1f} million tokens of English prose, documentation and Python"
+    batch = study["config"]["data"]["batch_size"]
     sentences = (
-        f"`configs/studies/g43.yaml` cut to {ended['step']} steps of {study['config']['data']['batch_size']} sequences, on "
-        f"{study['machine']} ({step:.0f} ms a step): after {read}, {passes:.1f} passes over the text, {baseline} ends at {mean(baseline):.3f} nats a token held out.",
+        f"`configs/studies/g43.yaml` cut to {ended['step']} steps of {batch} sequences, on {study['machine']} "
+        f"({step:.0f} ms a step): after {read}, {passes:.1f} passes over the text, {baseline} ends at "
+        f"{mean(baseline):.3f} nats a token held out.",
         f"Held-out loss less that of {baseline}, over {least} seeds: {about}.",
         "Every arm has the same learning rates, none of them tuned. The tables were not analysed.",
     )
