@@ -15,7 +15,8 @@ from tiedjax.analysis.study import losses
 
 def results(**statements: Any) -> dict[str, Any]:
     """Small results with these statements, and an arm of equal parameters."""
-    made = small_results() | {"study": {"equal_parameters": {"wide": "mlp"}, "config": {"data": {}}}}
+    study = {"equal_parameters": {"wide": "mlp"}, "config": {"data": {}}}
+    made: dict[str, Any] = small_results() | {"study": study, "runs": []}
     made["statements"] = made["statements"] | statements
     return made
 
@@ -78,6 +79,24 @@ def test_at_equal_parameters_the_arm_is_held_against_the_reference() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("parameters", "flops", "where"),
+    [({}, ["wide"], "FLOPs"), ({"wide": "mlp"}, ["wide"], "parameters and FLOPs"), ({"wide": "mlp"}, [], "parameters")],
+)
+def test_what_an_arm_has_as_much_of_is_said(parameters: dict[str, str], flops: list[str], where: str) -> None:
+    known = results(wide_against_untied=statement(-0.052, 0.013, "the opposite"))
+    known["study"] |= {"equal_parameters": parameters, "equal_flops": flops}
+    (said,) = losses.verdicts(known)
+    assert said.startswith(f"At equal {where} wide predicts better than untied: ")
+
+
+@pytest.mark.parametrize(("tokens", "where"), [(300, "width and FLOPs"), (200, "width")])
+def test_equal_width_is_equal_flops_where_both_read_as_many_tokens(tokens: int, where: str) -> None:
+    known = results(untied_costs_loss=statement(-0.083, 0.076, "the opposite"))
+    known["runs"] = [{"arm": arm, "flops_per_token": 16, "tokens": n} for arm, n in [("tied", 300), ("untied", tokens)]]
+    assert losses.verdicts(known)[0].startswith(f"At equal {where} untied predicts better than tied: ")
+
+
 def test_without_a_pair_nothing_is_said() -> None:
     assert losses.verdicts(results()) == []
 
@@ -126,7 +145,8 @@ def costs(second: float | None) -> dict[str, Any]:
     """Results of two arms with two runs each, and a loss on a second text."""
 
     def run(arm: str, *numbers: float | None) -> dict[str, Any]:
-        return {"arm": arm, **dict(zip(("parameters", "flops_per_token", "training_seconds"), numbers, strict=True))}
+        names = ("parameters", "flops_per_token", "training_seconds", "tokens")
+        return {"arm": arm, **dict(zip(names, numbers, strict=True))}
 
     return {
         "headline": {"arm": "tied"},
@@ -136,11 +156,11 @@ def costs(second: float | None) -> dict[str, Any]:
             "other": {"second_eval_loss": span(None), "second_source": None},
         },
         "runs": [
-            run("untied", 3_000_000, 20, 8.0),
-            run("untied", 3_000_000, 20, 10.0),
-            run("tied", 2_000_000, 16, 9.0),
-            run("tied", 2_000_000, 16, 11.0),
-            run("other", 2_500_000, 24, None),
+            run("untied", 3_000_000, 20, 8.0, 300),
+            run("untied", 3_000_000, 20, 10.0, 300),
+            run("tied", 2_000_000, 16, 9.0, 300),
+            run("tied", 2_000_000, 16, 11.0, 300),
+            run("other", 2_500_000, 24, None, 250),
         ],
     }
 
@@ -149,13 +169,13 @@ def test_what_an_arm_costs_stands_beside_the_baseline() -> None:
     assert losses.cost_columns(costs(None)) == [
         "Arm",
         "Parameters",
-        "FLOPs a token, times tied’s",
+        "FLOPs, times tied’s",
         "Training time, times tied’s",
     ]
     assert losses.cost_rows(costs(None)) == [
         ["untied", "3,000,000", "1.25", "0.90"],
         ["tied", "2,000,000", "1.00", "1.00"],
-        ["other", "2,500,000", "1.50", "–"],
+        ["other", "2,500,000", "1.25", "–"],
     ]
     assert losses.cost_columns(costs(7.1))[-1] == "Loss on text:b, nats a token"
     two = costs(7.1)

@@ -14,6 +14,7 @@ from programs import REPOSITORY, finish, start
 from tiedjax import lm
 from tiedjax.config import RunConfig
 from tiedjax.errors import UserError
+from tiedjax.flops import flops_per_token
 from tiedjax.plan import Plan, load_study
 
 ARMS = "base: run.yaml\narms:\n  untied: {tying: {scheme: untied}}\n  tied: {}\n  other: {}\nseeds: [0, 1, 2]\n"
@@ -122,6 +123,18 @@ def test_a_settled_plan_has_each_arm_at_its_own_best_point_and_nothing_else_chan
         ),
         ("equal_parameters: {none: mlp}", {}, "equal_parameters: no arm is named 'none'; the arms are 'untied', "),
         (
+            "equal_flops: [other]\narm_sweeps: {untied: {train.steps: [8, 9]}}",
+            {},
+            "arm 'untied': sweep: train.steps cannot be swept where equal_flops settles the length",
+        ),
+        (
+            "equal_flops: [other]\narm_sweeps: {other: {model.layers: [1, 2]}}",
+            {},
+            "arm 'other': sweep: model.layers cannot be swept where equal_flops settles the shape",
+        ),
+        ("equal_flops: [none]", {}, "equal_flops: no arm is named 'none'; the arms are 'untied', "),
+        ("equal_flops: [untied]", {}, "equal_flops: 'untied' is the reference that the others are made equal to"),
+        (
             "equal_parameters: {untied: mlp}",
             {},
             "equal_parameters: 'untied' is the reference that the others are made equal to",
@@ -160,6 +173,18 @@ def test_an_arm_of_equal_parameters_is_within_one_percent(tmp_path: Path, base: 
         tied.tying,
         tied.train,
     )
+
+
+@pytest.mark.parametrize("rest", ["", "equal_parameters: {other: mlp}\n", "equal_parameters: {other: layers}\n"])
+def test_an_arm_of_equal_flops_has_those_of_the_reference_to_half_a_step(tmp_path: Path, rest: str) -> None:
+    run = (REPOSITORY / "configs" / "quick.yaml").read_text()
+    plan = loaded(tmp_path, rest + "equal_flops: [other]", run, {"data.batch_size": "8"})
+    reference, other, tied = (plan.runs[arm, 0] for arm in ("untied", "other", "tied"))
+    flops = {name: 8 * cfg.model.seq_len * flops_per_token(cfg.model, causal=True) for name, cfg in plan.runs.items()}
+    apart = other.train.steps * flops["other", 0] - reference.train.steps * flops["untied", 0]
+    assert abs(apart) <= flops["other", 0] / 2
+    assert (other.train.steps < reference.train.steps) == bool(rest)
+    assert tied.train.steps == reference.train.steps
 
 
 def test_the_width_of_an_equal_arm_is_cut_by_the_mesh(tmp_path: Path) -> None:

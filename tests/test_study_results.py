@@ -307,13 +307,29 @@ def test_missing_runs_are_named_and_the_rest_is_used():
         summarize(study, runs)
 
 
-def test_only_common_snapshots_are_compared():
+@pytest.mark.parametrize(("steps", "place"), [([0, 8, 100], 400), ([0, 8, 700], 700)])
+def test_of_runs_of_other_lengths_the_last_tables_are_compared_beside_common_snapshots(steps, place):
     study, runs = fake_study(seeds=(0, 1), steps=[0, 8, 400])
-    runs["tied", 0].snapshot_steps = [0, 8, 100]
+    runs["tied", 0].snapshot_steps = steps
     results = summarize(study, runs)
     last = {(c["arm"], c["seed"]): c["step"] for c in results["comparisons"]}
-    assert last["tied", 0] == 8
+    assert last["tied", 0] == place
     assert last["tied", 1] == 400
+    (found,) = (
+        c["corrected"]
+        for c in results["comparisons"]
+        if (c["arm"], c["seed"], c["reference_role"], c["fit"]) == ("tied", 0, "output", "orthogonal")
+    )
+    first, second = (runs[arm, 0].tables().output for arm in ("untied", "tied"))
+    seen = runs["untied", 0].token_counts.sum(0) > 0
+    assert found == pytest.approx(align(first, second, kept_V=seen).scores["orthogonal"].corrected)
+    (curve,) = (
+        c
+        for c in results["alignment_over_steps"]
+        if (c["arm"], c["seed"], c["reference_role"]) == ("tied", 0, "output")
+    )
+    assert curve["steps"] == [0, 8, place]
+    assert "Not as long as untied: tied. Last tables are compared with last tables." in results["notes"]
 
 
 def test_study_without_the_baseline_says_not_measured():

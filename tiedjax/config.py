@@ -421,6 +421,9 @@ class StudyConfig(_Checked):
         default_factory=dict,
         metadata={"meaning": "arm: where it gets parameters until it has as many as the reference, mlp or layers"},
     )
+    equal_flops: tuple[str, ...] = _option(
+        (), "arms that train for as many steps as give them the reference's FLOPs in all"
+    )
     slow_instruments: tuple[str, ...] = _option(
         (), "what takes minutes a run and is analysed beside the others: regret"
     )
@@ -432,6 +435,7 @@ class StudyConfig(_Checked):
             ("baseline", [self.baseline]),
             ("arm_sweeps", self.arm_sweeps),
             ("equal_parameters", self.equal_parameters),
+            ("equal_flops", self.equal_flops),
         ]:
             for name in arms:
                 if name not in self.arms:
@@ -439,8 +443,9 @@ class StudyConfig(_Checked):
         for name in self.arms:
             if not name or not all(c.isalnum() or c in "-_." for c in name) or name.startswith("."):
                 raise UserError(f"arms: {name!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-        if self.reference in self.equal_parameters:
-            raise UserError(f"equal_parameters: {self.reference!r} is the reference that the others are made equal to")
+        for key, made in [("equal_parameters", self.equal_parameters), ("equal_flops", self.equal_flops)]:
+            if self.reference in made:
+                raise UserError(f"{key}: {self.reference!r} is the reference that the others are made equal to")
         for key, seeds in [("seeds", self.seeds), ("sweep_seeds", self.sweep_seeds)]:
             if not seeds or len(set(seeds)) != len(seeds):
                 raise UserError(f"{key}: must be distinct and at least one, got {list(seeds)}")

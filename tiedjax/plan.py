@@ -18,10 +18,11 @@ from tiedjax import tying
 from tiedjax.config import ModelConfig, RunConfig, StudyConfig
 from tiedjax.config_files import flatten, merge, parse_overrides, read_yaml, structure
 from tiedjax.errors import UserError
-from tiedjax.flops import matmul_parameters
+from tiedjax.flops import flops_per_token, matmul_parameters
 
 Point = Mapping[str, Any]  # of a sweep: the values of its options by dotted key
 NEVER_SWEPT = ("tying.scheme", "train.seed", "train.threads")  # what makes an arm, a run, a machine
+LENGTH = ("train.steps", "data.batch_size")  # what decides how many FLOPs a run of one shape takes
 TOLERANCE = 0.01  # of parameter counts that are called equal
 _MULTIPLES = (128, 64, 32, 16, 8, 4, 2, 1)  # of the MLP's width, the first that meets half of the tolerance
 
@@ -86,7 +87,8 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
         for arm, changes in study.arms.items()
     }
     resolved = partial(_resolved, path)
-    arms |= {arm: _equal(path, study, arms, arm) for arm in study.equal_parameters}
+    arms |= {arm: _of_equal_parameters(path, study, arms, arm) for arm in study.equal_parameters}
+    arms |= {arm: _of_equal_flops(path, study, arms, arm) for arm in study.equal_flops}
     runs, trials = {}, {}
     for seed, (name, arm) in itertools.product(study.seeds, arms.items()):
         runs[name, seed] = resolved(name, arm.tree, seed, arm.points[0] if arm.points else {})
@@ -122,7 +124,7 @@ def swept_by(study: StudyConfig, arm: str) -> dict[str, list[Any]]:
 def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> None:
     """UserError for a sweep that cannot choose: too few values, the study's seeds, an option given elsewhere."""
     given, both = dict(flatten(last)), sorted(set(study.seeds) & set(study.sweep_seeds))
-    made_equal = bool(study.equal_parameters)
+    made_equal = {"equal_parameters": set(study.equal_parameters), "equal_flops": set(study.equal_flops)}
     for arm, changes in study.arms.items():
         for key, values in swept_by(study, arm).items():
             if len(values) < 2 or any(values.count(value) > 1 for value in values):
@@ -134,10 +136,11 @@ def _refuse_swept(path: Path, study: StudyConfig, last: Mapping[str, Any]) -> No
                 )
             if key in NEVER_SWEPT:
                 raise UserError(f"{path}: arm {arm!r}: sweep: {key} cannot be swept; give each value an arm of its own")
-            if key.startswith("model.") and arm in {*study.equal_parameters, *([study.reference] * made_equal)}:
-                raise UserError(
-                    f"{path}: arm {arm!r}: sweep: {key} cannot be swept where equal_parameters settles the shape"
-                )
+            for option, made in made_equal.items():
+                settled = key.startswith("model.") or (option == "equal_flops" and key in LENGTH)
+                if settled and made and arm in {*made, study.reference}:
+                    what = "the length" if key in LENGTH else "the shape"
+                    raise UserError(f"{path}: arm {arm!r}: sweep: {key} cannot be swept where {option} settles {what}")
             if key in given:
                 raise UserError(f"--{key}: {path} sweeps it; change its values there")
             if key in dict(flatten(changes)):
@@ -173,7 +176,7 @@ def _tree(point: Point) -> dict[str, Any]:
     return tree
 
 
-def _equal(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
+def _of_equal_parameters(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
     """The arm with as many parameters as the reference has, the difference put into its MLP or its layers."""
     arm = arms[name]
     reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
@@ -188,6 +191,20 @@ def _equal(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -
             f"{wanted:,} parameters of {study.reference}; the nearest has {count:,}"
         )
     return Arm(merge(arm.tree, {"model": {"layers": model.layers, "d_ff": model.d_ff}}), arm.points)
+
+
+def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
+    """The arm with the steps that make its FLOPs in all those of the reference, to half a step's."""
+    arm = arms[name]
+    reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
+    own = _resolved(path, name, arm.tree, study.seeds[0], {})
+    steps = max(1, round(reference.train.steps * step_flops(reference) / step_flops(own)))
+    return Arm(merge(arm.tree, {"train": {"steps": steps}}), arm.points)
+
+
+def step_flops(cfg: RunConfig) -> float:
+    """FLOPs of the model in a step, causal attention counted by half."""
+    return cfg.data.batch_size * cfg.model.seq_len * flops_per_token(cfg.model, causal=True)
 
 
 def tables(cfg: RunConfig) -> int:

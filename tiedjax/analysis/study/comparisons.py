@@ -60,6 +60,8 @@ class _Walk:
         groups = {arm: strata(run.token_counts) for arm, run in runs.items()}
         trails: dict[tuple[str, str], Trail] = {}
         first: dict[str, dict[str, np.ndarray]] = {}
+        last = {arm: run.snapshot_steps[-1] for arm, run in runs.items()}
+        ended: dict[str, Any] = {}  # the last tables of runs that are shorter than others
         for step in sorted({step for run in runs.values() for step in run.snapshot_steps}):
             tables = {arm: run.tables(step) for arm, run in runs.items() if step in run.snapshot_steps}
             centred = CentredTables()
@@ -72,18 +74,17 @@ class _Walk:
                 first.setdefault(arm, chosen)
                 if step == steps[-1]:
                     self.examples[arm, seed] = token_rows(first[arm], chosen)
-            if study.reference in tables:
-                for arm, both in tables.items():
-                    common = set(runs[study.reference].snapshot_steps) & set(runs[arm].snapshot_steps)
+            ended |= {arm: both for arm, both in tables.items() if step == last[arm] < max(last.values())}
+            for arm in runs if study.reference in runs else ():
+                final = step == max(last[arm], last[study.reference])
+                of_reference, both = (
+                    tables.get(name, ended.get(name) if final else None) for name in (study.reference, arm)
+                )
+                if of_reference is not None and both is not None:
                     twin = None if arm == study.reference else both
                     kept_V, counts = seen[study.reference] & seen[arm], runs[study.reference].token_counts
-                    where = {
-                        **arm_and_seed((arm, seed)),
-                        "reference_seed": seed,
-                        "step": step,
-                        "final": step == max(common),
-                    }
-                    self.comparisons += _compared(tables[study.reference], twin, kept_V, counts, where, centred)
+                    where = {**arm_and_seed((arm, seed)), "reference_seed": seed, "step": step, "final": final}
+                    self.comparisons += _compared(of_reference, twin, kept_V, counts, where, centred)
         for (arm, role), trail in trails.items():
             self.evolution.append(arm_and_seed((arm, seed)) | {"role": role} | to_plain(trail.result()))
 

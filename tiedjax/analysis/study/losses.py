@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +15,15 @@ POWER = 0.8  # of a difference that is said to be within reach
 
 
 def verdicts(results: Results) -> list[str]:
-    """Whether tied or untied has the lower held-out loss, alike in width; then at equal parameters, where an arm is."""
+    """Whether tied or untied has the lower held-out loss, alike in width; then arms of equal parameters or FLOPs."""
     head, unit = results["headline"], _unit(results)
-    pairs = [("At equal width", head["reference"], head["arm"], f"{head['reference']}_costs_loss")]
-    pairs += [
-        ("At equal parameters", arm, head["reference"], f"{arm}_against_{head['reference']}")
-        for arm in results["study"].get("equal_parameters", {})
-    ]
+    flops = [_means(results, arm)["flops"] for arm in (head["arm"], head["reference"])]
+    alike = " and FLOPs" if flops[0] is not None and flops[0] == flops[1] else ""
+    pairs = [(f"At equal width{alike}", head["reference"], head["arm"], f"{head['reference']}_costs_loss")]
+    made = {name: results["study"].get(f"equal_{name.lower()}", ()) for name in ("parameters", "FLOPs")}
+    for arm in dict.fromkeys(itertools.chain(*made.values())):
+        where = f"At equal {' and '.join(name for name, arms in made.items() if arm in arms)}"
+        pairs.append((where, arm, head["reference"], f"{arm}_against_{head['reference']}"))
     return [
         _verdict(where, first, second, results["statements"][name], unit)
         for where, first, second, name in pairs
@@ -105,7 +108,7 @@ def missing(results: Results) -> str:
 def cost_columns(results: Results) -> list[str]:
     """What the columns of `cost_rows` are called."""
     baseline = results["headline"]["arm"]
-    columns = ["Arm", "Parameters", f"FLOPs a token, times {baseline}’s", f"Training time, times {baseline}’s"]
+    columns = ["Arm", "Parameters", f"FLOPs, times {baseline}’s", f"Training time, times {baseline}’s"]
     if _second(results):
         texts = {arm["second_source"] for arm in results["arms"].values() if arm["second_source"]}
         columns.append(f"Loss on {texts.pop() if len(texts) == 1 else 'the second text'}, nats a token")
@@ -118,7 +121,7 @@ def cost_rows(results: Results) -> list[list[str]]:
     rows = []
     for arm, summary in results["arms"].items():
         own = _means(results, arm)
-        ratios = [_ratio(own[name], baseline[name]) for name in ("flops_per_token", "training_seconds")]
+        ratios = [_ratio(own[name], baseline[name]) for name in ("flops", "training_seconds")]
         parameters = numbers.NONE if own["parameters"] is None else f"{own['parameters']:,.0f}"
         row = [arm, parameters, *ratios]
         rows.append([*row, numbers.spread(summary["second_eval_loss"])] if _second(results) else row)
@@ -135,9 +138,14 @@ def _second(results: Results) -> bool:
 
 def _means(results: Results, arm: str) -> dict[str, float | None]:
     """Of the arm's runs; None for what is not known of one of them."""
-    runs = [run for run in results["runs"] if run["arm"] == arm]
+    runs = [run | _flops(run) for run in results["runs"] if run["arm"] == arm]
     means: dict[str, float | None] = {}
-    for name in ("parameters", "flops_per_token", "training_seconds"):
+    for name in ("parameters", "flops", "training_seconds"):
         values = [run.get(name) for run in runs]
         means[name] = None if not values or None in values else sum(values) / len(values)
     return means
+
+
+def _flops(run: Mapping[str, Any]) -> dict[str, float]:
+    """Those of a run's whole training, where they are known."""
+    return {"flops": run["flops_per_token"] * run["tokens"]} if run.get("flops_per_token") else {}

@@ -92,6 +92,7 @@ def summarize(
             "baseline": study.baseline,
             "seeds": list(study.seeds),
             "equal_parameters": dict(study.equal_parameters),
+            "equal_flops": list(study.equal_flops),
             "arms": dict(study.arms),
             "config": to_tree(runs[study.reference, seeds[0]].config),
         },
@@ -172,9 +173,20 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
     if other := [arm for arm in model if model[arm] != model[study.reference]]:
         names = ", ".join(other)
         notes.append(f"Not twins of {study.reference} in the body, but in the order of the data alone: {names}.")
+    if other := _of_other_length(study, runs):
+        notes.append(
+            f"Not as long as {study.reference}: {', '.join(other)}. Last tables are compared with last tables."
+        )
     if missing := _missing(study, runs):
         notes.append(f"Not among the results: {', '.join(missing)}.")
     return notes
+
+
+def _of_other_length(study: StudyConfig, runs: Runs) -> list[str]:
+    """Arms of which a run ends at another step than the reference's of the same seed."""
+    last = {key: run.snapshot_steps[-1] for key, run in runs.items()}
+    unlike = {arm for (arm, seed), step in last.items() if step != last.get((study.reference, seed), step)}
+    return [arm for arm in study.arms if arm in unlike]
 
 
 def _missing(study: StudyConfig, runs: Runs) -> list[str]:

@@ -156,10 +156,10 @@ def statements(study: StudyConfig, arms: Mapping[str, Any], final: Records) -> d
         if other != arm:
             claim = f"{other} has a higher held-out loss than {arm} (nats per token)"
             made[f"{other}_costs_loss"] = Statement(claim, arms[other]["eval_loss_against_baseline"])
-        if other in study.equal_parameters:
-            claim = (
-                f"{other} has a higher held-out loss than {reference}, which has as many parameters (nats per token)"
-            )
+        alike = ["has as many parameters"] * (other in study.equal_parameters)
+        alike += ["takes as many FLOPs"] * (other in study.equal_flops)
+        if alike:
+            claim = f"{other} has a higher held-out loss than {reference}, which {' and '.join(alike)} (nats per token)"
             made[f"{other}_against_{reference}"] = Statement(claim, arms[other]["eval_loss_against_reference"])
     return made
 
