@@ -12,7 +12,7 @@ reference arm included. A table that training hardly shapes is near to nothing, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from tiedjax.analysis.basis import tokens
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.basis.study_runs import Runs, StudyRuns
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import ROLES, seen_rows
 from tiedjax.analysis.instruments.alignment.align import Comparison, align_rows, histogram
 from tiedjax.analysis.instruments.alignment.align import measure as compare
@@ -34,15 +34,23 @@ from tiedjax.tying import distinct
 EXAMPLES = 12  # tokens
 
 
-def over_snapshots(held: StudyRuns) -> dict[str, Any]:
-    """Every snapshot of every run: `comparisons` with the twin's tables, `evolution`, and rows of `examples`."""
-    study, runs = held.study, held.runs
-    first = next(seed for seed in study.seeds if (study.reference, seed) in runs)
-    walk = _Walk(tokens.most_frequent(runs[study.reference, first].token_counts, EXAMPLES))
-    for seed in study.seeds:
-        walk.through(study, {arm: runs[arm, seed] for arm in study.arms if (arm, seed) in runs}, seed)
-    examples = _examples(study, runs, first, walk)
+def over_snapshots(held: StudyRuns, seed: int) -> dict[str, Any]:
+    """Every snapshot of a seed's runs: `comparisons` with the twin's tables, `evolution`, and rows of `examples`.
+
+    `examples` is None where the seed has no run of the reference arm.
+    """
+    study, runs = held.study, {arm: held.runs[arm, seed] for arm in held.study.arms if (arm, seed) in held.runs}
+    reference = runs.get(study.reference)
+    walk = _Walk([] if reference is None else tokens.most_frequent(reference.token_counts, EXAMPLES))
+    walk.through(study, runs, seed)
+    examples = None if reference is None else _examples(study, reference, seed, walk)
     return {"comparisons": walk.comparisons, "evolution": walk.evolution, "examples": examples}
+
+
+def joined(walks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `over_snapshots` gives of several seeds as one; the examples are those of the first that has any."""
+    chained = {name: [each for walk in walks for each in walk[name]] for name in ("comparisons", "evolution")}
+    return chained | {"examples": next(walk["examples"] for walk in walks if walk["examples"])}
 
 
 class _Walk:
@@ -183,8 +191,7 @@ def alignment_over_steps(comparisons: list[dict[str, Any]]) -> list[dict[str, An
     return list(curves.values())
 
 
-def _examples(study: StudyConfig, runs: Runs, seed: int, walk: _Walk) -> dict[str, Any]:
-    reference = runs[study.reference, seed]
+def _examples(study: StudyConfig, reference: Any, seed: int, walk: _Walk) -> dict[str, Any]:
     texts = tokens.token_texts(reference.tokenizer_path, walk.ids)
     rows = [
         {

@@ -14,7 +14,7 @@ from tiedjax.analysis.instruments.gradients.gradients import measure as gradient
 from tiedjax.analysis.instruments.hurdles.section import over_seeds
 from tiedjax.analysis.study import losses, sentences, verdicts
 from tiedjax.analysis.study.claims import claims
-from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, over_snapshots
+from tiedjax.analysis.study.comparisons import alignment_over_steps, arm_and_seed, between_seeds, joined, over_snapshots
 from tiedjax.analysis.study.reproducibility import ReproducibleShare, reproducible_shares
 from tiedjax.analysis.study.run_facts import REPORTED_LOSS, differences, held_out_losses, run_facts
 from tiedjax.analysis.study.sections import SCHEMA, SECTIONS, versions
@@ -51,7 +51,8 @@ def summarize(
         for name in OF_EVERY_SEED
         if (runs_of_all := [run for seed in study.seeds for run in parts.get(f"{name} {seed}", ())])
     }
-    walk, loss = parts["walk"], REPORTED_LOSS if sweep else "eval_loss"
+    walk = joined([parts[name] for seed in study.seeds if (name := f"walk {seed}") in parts])
+    loss = REPORTED_LOSS if sweep else "eval_loss"
     final = [r for r in walk["comparisons"] if r["final"]]
     flows = {key: gradient_flow(run.metrics) for key, run in runs.items()}
     arms = {
@@ -122,10 +123,9 @@ def parts_of(study: StudyConfig, instruments: Collection[str] | None = None) -> 
     sections = {name: collect for name, collect in sections.items() if name in chosen}
     of_every_seed = {name: sections.pop(name) for name in OF_EVERY_SEED if name in sections}
     return {
-        "walk": over_snapshots,
         **{
             f"{name} {seed}": partial(collect_seed, seed=seed)
-            for name, collect_seed in of_every_seed.items()
+            for name, collect_seed in {"walk": over_snapshots, **of_every_seed}.items()
             for seed in study.seeds
         },
         "between_seeds": between_seeds,
@@ -143,7 +143,7 @@ def _refuse_unknown(where: str, names: Collection[str], valid: Collection[str]) 
 def seed_of(name: str) -> int | None:
     """The seed whose runs alone one of `parts_of` is about; None for those that are about all runs."""
     kind, _, seed = name.partition(" ")
-    return int(seed) if kind in OF_EVERY_SEED else None
+    return int(seed) if kind in ("walk", *OF_EVERY_SEED) else None
 
 
 def collect(name: str, held: StudyRuns) -> Any:
