@@ -25,7 +25,7 @@ def verdicts(results: Results) -> list[str]:
         where = f"At equal {' and '.join(name for name, arms in made.items() if arm in arms)}"
         pairs.append((where, arm, head["reference"], f"{arm}_against_{head['reference']}"))
     return [
-        _verdict(where, first, second, results["statements"][name], unit)
+        _verdict(where, first, second, results["statements"][name], unit) + _cost(results, first, second)
         for where, first, second, name in pairs
         if name in results["statements"]
     ]
@@ -57,6 +57,15 @@ def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any], 
         f"{where} {better} predicts better than {worse}: its held-out loss is {gap} {unit_of(abs(margin))} lower. "
         f"{_reach(statement)}{edge(statement)}"
     )
+
+
+def _cost(results: Results, first: str, second: str) -> str:
+    """What the first arm takes beside the second; empty where either is not known."""
+    own, other = (_means(results, arm) for arm in (first, second))
+    ratios = [_ratio(own[name], other[name]) for name in ("flops", "training_seconds")]
+    if numbers.NONE in ratios:
+        return ""
+    return f" Beside {second}, {first} takes {ratios[0]} times the FLOPs and {ratios[1]} times the training time."
 
 
 def _reach(statement: Mapping[str, Any]) -> str:
