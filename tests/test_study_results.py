@@ -14,10 +14,11 @@ from scipy import stats
 
 from tiedjax.analysis.basis.plain_json import write_json
 from tiedjax.analysis.basis.strata import frequency_parts
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.alignment.align import align
 from tiedjax.analysis.instruments.alignment.fitting import FITS
 from tiedjax.analysis.study.reproducibility import reproducible_shares
-from tiedjax.analysis.study.results import parts_of, seed_of, summarize
+from tiedjax.analysis.study.results import collect, parts_of, seed_of, summarize
 from tiedjax.analysis.study.sections import left_out
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
@@ -405,6 +406,7 @@ def test_a_slow_instrument_is_part_of_a_study_that_names_it(found):
     of_seeds = [name for name in parts_of(study, ["regret"]) if seed_of(name) is not None]
     assert of_seeds == ["walk 0", "walk 1", *of_regret]
     assert not [name for name in parts_of(slow, ["norms"]) if "regret" in name]
+    assert collect("regret 0", StudyRuns(study, runs)) == collect("regret 0", StudyRuns(slow, runs))
     records = summarize(slow, runs)["regret"]["runs"]
     assert [(record["arm"], record["seed"]) for record in records] == [(a, s) for s in (0, 1) for a in ARMS]
     with pytest.raises(UserError) as error:

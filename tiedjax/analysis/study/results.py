@@ -147,8 +147,9 @@ def seed_of(name: str) -> int | None:
 
 
 def collect(name: str, held: StudyRuns) -> Any:
-    """One of `parts_of` the study, as plain JSON."""
-    return to_plain(parts_of(held.study)[name](held))
+    """One of `parts_of` the study, whatever instruments were asked for, as plain JSON."""
+    instruments = [section for section in SECTIONS if section == name.partition(" ")[0]]
+    return to_plain(parts_of(held.study, instruments)[name](held))
 
 
 def _reproducible_shares(held: StudyRuns) -> dict[str, dict[str, ReproducibleShare]]:
