@@ -187,6 +187,17 @@ def test_an_arm_of_equal_flops_has_those_of_the_reference_to_half_a_step(tmp_pat
     assert tied.train.steps == reference.train.steps
 
 
+def test_an_arm_of_equal_flops_has_no_steps_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    study = ARMS.replace("other: {}", "other: {train: {steps: 9}}") + "equal_flops: [other]"
+    (tmp_path / "study.yaml").write_text(study)
+    with pytest.raises(UserError) as caught:
+        load_study(tmp_path / "study.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path / 'study.yaml'}: arm 'other': equal_flops settles train.steps; leave it out of the arm"
+    )
+
+
 def test_the_width_of_an_equal_arm_is_cut_by_the_mesh(tmp_path: Path) -> None:
     run = (REPOSITORY / "configs" / "olmo_1b.yaml").read_text() + "mesh: {tensor: 8}\n"
     plan = loaded(tmp_path, "equal_parameters: {other: mlp}", run)

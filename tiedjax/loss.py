@@ -154,12 +154,11 @@ def _forward(
         if tensor:  # every device has the part of its own rows: added before it is rounded
             dh_BTD = jax.lax.psum(dh_BTD, tensor).astype(h_BTD.dtype)
         # The only time that anything of the table's size crosses between devices: once, not for every chunk. Along
-        # fsdp first, which leaves each device its own columns: along data only 1/fsdp of the table is then added.
+        # fsdp first, which leaves each device its own columns: along data only 1/fsdp of the table is then added. On a
+        # TPU XLA may otherwise put that off, and keep the whole table's gradient while the body is differentiated.
         if fsdp:
             dU_VD = jax.lax.psum_scatter(dU_VD, fsdp, scatter_dimension=1, tiled=True)
-            if (
-                layout.platform == "tpu"
-            ):  # else XLA may keep the whole table's gradient while the body is differentiated
+            if layout.platform == "tpu":
                 dh_BTD, dU_VD = jax.lax.optimization_barrier((dh_BTD, dU_VD))
         if data:
             dU_VD = jax.lax.psum(dU_VD, data)

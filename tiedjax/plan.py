@@ -195,6 +195,8 @@ def _of_equal_parameters(path: Path, study: StudyConfig, arms: Mapping[str, Arm]
 
 def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
     """The arm with the steps that make its FLOPs in all those of the reference, to half a step's."""
+    if "steps" in (study.arms[name].get("train") or {}):
+        raise UserError(f"{path}: arm {name!r}: equal_flops settles train.steps; leave it out of the arm")
     arm = arms[name]
     reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
     own = _resolved(path, name, arm.tree, study.seeds[0], {})
