@@ -1,4 +1,4 @@
-"""Writes the blocks of numbers in README.md and docs/speed.md from saved results: none is typed by hand.
+"""Writes the blocks of numbers in README.md and docs/ from saved results: none is typed by hand.
 
 python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machine"   # after `tiedjax study`
 python benchmarks/readme.py studies/small --machine "2-core x86-64 virtual machine"   # after `tiedjax study small`
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.analysis.instruments.account import section as account
+from tiedjax.analysis.instruments.regret import section as regret
 from tiedjax.analysis.study import losses, sentences
 from tiedjax.cost.gpus import CARDS
 
@@ -447,8 +448,17 @@ def larger() -> str:
     return " ".join(sentences) + "\n"
 
 
+def regrets() -> str:
+    """What `tiedjax study quick --analyse-only --instruments regret` found: `regret` of its results.json, as saved."""
+    found = json.loads((RESULTS / "regret_study.json").read_text(encoding="utf-8"))
+    about = found["environment"]
+    lines = [f"* {sentence}" for sentence in regret.answers(found)]
+    made = f"{found['machine']}, {about['date']}, jax {about['packages']['jax']}"
+    return "\n".join([f"Of the quick study ({made}):\n", *lines, "", regret.about(found)]) + "\n"
+
+
 def pages() -> dict[Path, str]:
-    """README.md and docs/speed.md as the saved results want them."""
+    """README.md and the pages of docs/ with numbers, as the saved results want them."""
     quick, small, rates, mechanisms = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
     blocks = {
         ROOT / "README.md": {
@@ -460,6 +470,7 @@ def pages() -> dict[Path, str]:
             "mechanism study": mechanism(mechanisms, at_once(mechanisms)),
             "costs": cost_rows(),
         },
+        ROOT / "docs" / "instruments.md": {"regrets": regrets()},
         ROOT / "docs" / "speed.md": {
             "CPU and TPU costs": costs(),
             "GPU costs": gpu_costs(),
