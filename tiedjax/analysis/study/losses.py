@@ -60,12 +60,9 @@ def _verdict(where: str, first: str, second: str, statement: Mapping[str, Any], 
 
 
 def _cost(results: Results, first: str, second: str) -> str:
-    """What the first arm takes beside the second; empty where either is not known."""
-    own, other = (_means(results, arm) for arm in (first, second))
-    ratios = [_ratio(own[name], other[name]) for name in ("flops", "training_seconds")]
-    if numbers.NONE in ratios:
-        return ""
-    return f" Beside {second}, {first} takes {ratios[0]} times the FLOPs and {ratios[1]} times the training time."
+    """The first arm's FLOPs beside the second's; empty where either is not known. Times differ from study to study."""
+    ratio = _ratio(*(_means(results, arm)["flops"] for arm in (first, second)))
+    return "" if ratio == numbers.NONE else f" It takes {ratio} times the FLOPs of {second} to train {first}."
 
 
 def _reach(statement: Mapping[str, Any]) -> str:
