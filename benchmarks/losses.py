@@ -1,7 +1,8 @@
 """Held-out losses of a study's runs by arm and seed, where it was trained on a machine that keeps its tables.
 
-    tiedjax study g43 --data.source prepared:text --train-only --out g43      # there; metrics.jsonl is what comes back
-    tiedjax bench g43 --data.source prepared:text --json bench.json           # there too
+    short="--data.batch_size 64 --train.steps 600 --optimizer.warmup_steps 60"
+    tiedjax study g43 --data.source prepared:text --train-only --out g43 $short   # there; metrics.jsonl comes back
+    tiedjax bench g43 --data.source prepared:text --json bench.json $short        # there too
     python benchmarks/losses.py g43/runs --bench bench.json --prepared text --machine "one H100 80GB"
 
 Prints every arm's difference to the baseline over the seeds that both have, with its interval, and saves all to
@@ -26,8 +27,10 @@ MEANS = ("output_grad_share", "role_update_cosine")  # over the steps of a run
 
 def ended(run: Path) -> dict[str, Any] | None:
     """What a finished run's metrics say; None of one that was not finished."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if rows[-1]["step"] < read_yaml(run / "config.yaml")["train"]["steps"]:
+    path = run / "metrics.jsonl"
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in whole]
+    if not rows or rows[-1]["step"] < read_yaml(run / "config.yaml")["train"]["steps"]:
         return None
     last = {key: rows[-1][key] for key in ("step", "tokens", "loss", "eval_loss")}
     means = {key: sum(row[key] for row in rows) / len(rows) for key in MEANS if all(key in row for row in rows)}

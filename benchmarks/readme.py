@@ -156,8 +156,10 @@ def cost_rows() -> str:
     rows = []
 
     def add(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
-        ratios = (sides[side]["over_tiedjax"]["median"] if side in sides else None for side in PEERS)
-        cells = ("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        cells = (
+            f"{sides[side]['over_tiedjax']['median']:.2f}{sides[side].get('under', '')}" if side in sides else "–"
+            for side in PEERS
+        )
         rows.append([f"`{config}`", machine, f"{1e3 * seconds:.1f}", mfu, *cells])
 
     for name, measured in json.loads((RESULTS / "step_cpu.json").read_text(encoding="utf-8")).items():
@@ -169,15 +171,29 @@ def cost_rows() -> str:
         for part, measured in parts.items():
             kind, _, name = part.partition(":")
             if kind == "step":
+                beside = [parts[key] for key in (f"torch:{name}", f"roles:{name}") if key in parts]
                 sides = {
-                    side: timed
-                    for peers in ("torch", "roles")
-                    for side, timed in parts.get(f"{peers}:{name}", {"sides": {}})["sides"].items()
+                    side: timed | {"under": other_than(measured, each)}
+                    for each in beside
+                    for side, timed in each["sides"].items()
                 }
                 card = measured["environment"]["device"]["kind"]
                 mfu = f"{measured['mfu_causal']:.1%}{bound(name, card)}"
                 add(name, card, measured["step_seconds"]["median"], mfu, sides)
     return "\n".join(table(heads, rows)) + "\n"
+
+
+def other_than(step: dict[str, Any], part: dict[str, Any]) -> str:
+    """What our side of a comparison had otherwise than the timed step, in brackets."""
+    batch = part["config"]["data"]["batch_size"]
+    said = [f"batch {batch}"] * (batch != step["config"]["data"]["batch_size"])
+    said += [] if has_account(part) else ["ours without an account"]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def has_account(part: dict[str, Any]) -> bool:
+    """Whether our side of a saved part kept an account of its updates; before there were any, none did."""
+    return part["config"]["tying"].get("account", "off") != "off"
 
 
 def bound(name: str, card: str) -> str:
@@ -205,11 +221,16 @@ def model(name: str, program: dict[str, Any]) -> str:
     return f"{size['layers']} layers, V = {size['vocab_size']:,}, D = {size['d_model']:,}"
 
 
+def gib(size: float) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.1f}" if size >= 2**30 / 20 else "less than 0.1"
+
+
 def loss_buffers(compiled: dict[str, Any], noun: str) -> list[str]:
     """What the loss needs where a case has a large table."""
     return [
-        f"\nThe loss of {model(name, program)} needs {program['loss_buffer_bytes'] / 2**30:.1f} GiB a {noun} for a "
-        "while, beside the table and the table's gradient."
+        f"\nWhere most is needed, the loss of {model(name, program)} has {gib(program['loss_buffer_bytes'])} GiB a "
+        f"{noun} beside the table and the table's gradient."
         for name, program in compiled.items()
         if "loss_buffer_bytes" in program
     ]
@@ -347,7 +368,8 @@ def _correctness(parts: dict[str, Any]) -> list[str]:
         early, late = (" and ".join(f"{apart(d, n):.1e} in {d}" for d in dtypes) for n in (4, right["steps"]))
         lines.append(
             "* Those of `quick`, whose body Muon updates with bfloat16 products on a GPU, differ by at most "
-            f"{early} in 4 steps, {late} in {right['steps']}."
+            f"{early} in 4 steps, {late} in {right['steps']}: far more than those of `tiny`, and "
+            "growing."
         )
     if roles := parts.get("gradients"):
         apart = " and ".join(f"{max(roles[d]['input'], roles[d]['output']):.1e} in {d}" for d in dtypes)
@@ -395,7 +417,8 @@ def _gpu_steps(parts: dict[str, Any], card: str) -> list[str]:
         ]
     where = [
         "Where the time goes, by a trace of the kernels, in ms of a step; in brackets what their bytes or products "
-        "need at least, by the compiled program:",
+        "need at least, by a program that another version of jax compiled (below), whose kernels may belong to other "
+        "parts:",
         "",
     ]
     return [*table(heads, rows), "", *where, *table(["config", "all", *kinds, "no kernel"], times)]
@@ -404,7 +427,6 @@ def _gpu_steps(parts: dict[str, Any], card: str) -> list[str]:
 def _peers(parts: dict[str, Any]) -> list[str]:
     """A table of the other sides' times over ours."""
     rows = []
-    newest = max(part["environment"]["date"] for part in parts.values())
     for name, part in parts.items():
         kind, _, model = name.partition(":")
         sides = {
@@ -417,7 +439,7 @@ def _peers(parts: dict[str, Any]) -> list[str]:
                 about = part["sides"][side]
                 whose = whose.format(torch=part["environment"].get("pytorch", {}).get("torch"), loss=about.get("loss"))
                 when = part["environment"]["date"]
-                whose += "" if when == newest else f" ({when}, ours without an account)"
+                whose += "" if has_account(part) else f" ({when}, ours without an account)"
                 rows.append(
                     [f"`{model}`", str(part["config"]["data"]["batch_size"]), whose, span(about["over_tiedjax"], 3)]
                 )
@@ -433,16 +455,18 @@ def larger() -> str:
     about = ", ".join(
         f"{arm} {each['mean']:+.3f} ± {each['high'] - each['mean']:.3f}" for arm, each in study["differences"].items()
     )
+    warmup = study["config"]["optimizer"]["warmup_steps"]
     passes = ended["tokens"] / study["text_tokens"]
     mean = lambda arm: sum(run["eval_loss"] for run in arms[arm].values()) / len(arms[arm])
     step = 1e3 * study["bench"]["step_seconds"]["median"]
     read = f"{ended['tokens'] / 1e6:.1f} million tokens of English prose, documentation and Python"
     batch = study["config"]["data"]["batch_size"]
     sentences = (
-        f"`configs/studies/g43.yaml` cut to {ended['step']} steps of {batch} sequences, on {study['machine']} "
-        f"({step:.0f} ms a step): after {read}, {passes:.1f} passes over the text, {baseline} ends at "
-        f"{mean(baseline):.3f} nats a token held out.",
-        f"Held-out loss less that of {baseline}, over {least} seeds: {about}.",
+        f"`configs/studies/g43.yaml` cut to {ended['step']} steps ({warmup} of warmup) of {batch} sequences, on "
+        f"{study['machine']} ({step:.0f} ms a step): after {read}, {passes:.1f} passes over the text, {baseline} ends "
+        f"at {mean(baseline):.3f} nats a token held out.",
+        f"Held-out loss less that of {baseline}, over {least} seeds: {about}; ± is half of a 95 % "
+        "interval, each by itself.",
         "Every arm has the same learning rates, none of them tuned. The tables were not analysed.",
     )
     return " ".join(sentences) + "\n"

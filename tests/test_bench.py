@@ -427,6 +427,9 @@ def test_losses_of_a_study_whose_tables_stayed_elsewhere(tmp_path: Path) -> None
         rows = [{"step": i + 1, "tokens": 8, "loss": 1.0, "output_grad_share": i / 4} for i in range(steps)]
         rows[-1]["eval_loss"] = held_out
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "new").mkdir()
+    assert losses.ended(tmp_path / "new") is None
+    (tmp_path / "untied-1" / "metrics.jsonl").open("a").write('{"step": 3, "lo')
     ended = {run: losses.ended(tmp_path / run) for run in ("tied-0", "tied-1", "untied-0", "untied-1")}
     assert ended["untied-1"] is None
     assert ended["tied-0"]["mean"] == {"output_grad_share": 0.25}

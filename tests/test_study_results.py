@@ -333,7 +333,7 @@ def test_of_runs_of_other_lengths_the_last_tables_are_compared_beside_common_sna
         if (c["arm"], c["seed"], c["reference_role"]) == ("tied", 0, "output")
     )
     assert curve["steps"] == [0, 8, place]
-    assert "Not as long as untied: tied. Last tables are compared with last tables." in results["notes"]
+    assert "Of another length than untied: tied. Last tables are compared with last tables." in results["notes"]
 
 
 def test_study_without_the_baseline_says_not_measured():

@@ -422,7 +422,7 @@ class StudyConfig(_Checked):
         metadata={"meaning": "arm: where it gets parameters until it has as many as the reference, mlp or layers"},
     )
     equal_flops: tuple[str, ...] = _option(
-        (), "arms that train for as many steps as give them the reference's FLOPs in all"
+        (), "arms that train for as many steps as give their models the reference's FLOPs in all"
     )
     slow_instruments: tuple[str, ...] = _option(
         (), "what takes minutes a run and is analysed beside the others: regret"

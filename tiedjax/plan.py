@@ -194,7 +194,7 @@ def _of_equal_parameters(path: Path, study: StudyConfig, arms: Mapping[str, Arm]
 
 
 def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], name: str) -> Arm:
-    """The arm with the steps that make its FLOPs in all those of the reference, to half a step's."""
+    """The arm with the steps that make its model's FLOPs in all those of the reference, to half a step's."""
     if "steps" in (study.arms[name].get("train") or {}):
         raise UserError(f"{path}: arm {name!r}: equal_flops settles train.steps; leave it out of the arm")
     arm = arms[name]
@@ -205,7 +205,7 @@ def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], nam
 
 
 def step_flops(cfg: RunConfig) -> float:
-    """FLOPs of the model in a step, causal attention counted by half."""
+    """FLOPs of the model in a step, causal attention counted by half; the optimizer's own are not among them."""
     return cfg.data.batch_size * cfg.model.seq_len * flops_per_token(cfg.model, causal=True)
 
 

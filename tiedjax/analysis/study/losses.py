@@ -153,5 +153,5 @@ def _means(results: Results, arm: str) -> dict[str, float | None]:
 
 
 def _flops(run: Mapping[str, Any]) -> dict[str, float]:
-    """Those of a run's whole training, where they are known."""
+    """The model's over a run's whole training, where they are known."""
     return {"flops": run["flops_per_token"] * run["tokens"]} if run.get("flops_per_token") else {}

@@ -176,7 +176,7 @@ def _notes(study: StudyConfig, runs: Runs) -> list[str]:
         notes.append(f"Not twins of {study.reference} in the body, but in the order of the data alone: {names}.")
     if other := _of_other_length(study, runs):
         notes.append(
-            f"Not as long as {study.reference}: {', '.join(other)}. Last tables are compared with last tables."
+            f"Of another length than {study.reference}: {', '.join(other)}. Last tables are compared with last tables."
         )
     if missing := _missing(study, runs):
         notes.append(f"Not among the results: {', '.join(missing)}.")
