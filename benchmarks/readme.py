@@ -196,20 +196,23 @@ def has_account(part: dict[str, Any]) -> bool:
     return part["config"]["tying"].get("account", "off") != "off"
 
 
+def compiled_for(name: str, card: str) -> dict[str, Any] | None:
+    """What was compiled of this model for one such card, if anything was."""
+    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8")).get(name)
+    known = compiled and CARDS[compiled["topology"].partition(":")[0]].device_kind == card
+    return compiled if known else None
+
+
 def bound(name: str, card: str) -> str:
     """What a step's compiled program allows on this card at most, in words to put behind what was measured."""
-    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8"))
-    if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
-        return ""
-    return f" of at most {compiled[name]['gpu']['mfu_causal_bound']:.0%}"
+    compiled = compiled_for(name, card)
+    return f" of at most {compiled['gpu']['mfu_causal_bound']:.0%}" if compiled else ""
 
 
 def least_milliseconds(name: str, card: str) -> dict[str, str]:
     """By part of the step, in brackets, the least that its compiled program's kernels take on this card."""
-    compiled = json.loads((RESULTS / "compile_gpu.json").read_text(encoding="utf-8"))
-    if name not in compiled or CARDS[compiled[name]["topology"].partition(":")[0]].device_kind != card:
-        return {}
-    parts = compiled[name]["gpu"]["parts"]
+    compiled = compiled_for(name, card)
+    parts = compiled["gpu"]["parts"] if compiled else {}
     return {part: f" ({1e3 * of['seconds']:.1f})" for part, of in parts.items()}
 
 

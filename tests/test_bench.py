@@ -419,7 +419,7 @@ def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
 
 
 def test_losses_of_a_study_whose_tables_stayed_elsewhere(tmp_path: Path) -> None:
-    losses = benchmark("losses")
+    losses = benchmark("study_losses")
     for name, steps, held_out in [("tied-0", 3, 2.0), ("tied-1", 3, 2.5), ("untied-0", 3, 2.25), ("untied-1", 2, 9.0)]:
         run = tmp_path / name
         run.mkdir()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from tiedjax import muon, tying
 from tiedjax.config import ROLES, RunConfig
-from tiedjax.flops import flops_per_token, matmul_parameters
+from tiedjax.flops import matmul_parameters, model_flops
 from tiedjax.saves import Saves
 from tiedjax.text import binary, duration
 
@@ -70,8 +70,7 @@ class Progress:
 
 def step_flops(cfg: RunConfig) -> int:
     """Floating-point operations of a step: those of the model over its batch, and of Muon's iterations."""
-    of_model = flops_per_token(cfg.model, causal=True) * cfg.model.seq_len * cfg.data.batch_size
-    return of_model + (muon.step_flops(cfg.model) if cfg.optimizer.body.kind == "muon" else 0)
+    return model_flops(cfg) + (muon.step_flops(cfg.model) if cfg.optimizer.body.kind == "muon" else 0)
 
 
 def saves(cfg: RunConfig) -> Saves:

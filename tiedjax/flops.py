@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiedjax.config import ModelConfig
+from tiedjax.config import ModelConfig, RunConfig
 
 # Dense bfloat16 matrix products, FLOP/s of one JAX device, from the makers' data sheets (NVIDIA's figures with sparsity
 # halved; a TPU7x chip is two devices). Names are `jax.Device.device_kind`, whole: a slice of a GPU has another one.
@@ -49,3 +49,8 @@ def flops_per_token(cfg: ModelConfig, *, causal: bool) -> int:
     """
     attention = 12 * cfg.layers * cfg.seq_len * cfg.heads * cfg.head_width
     return 6 * matmul_parameters(cfg) + (attention // 2 if causal else attention)
+
+
+def model_flops(cfg: RunConfig) -> int:
+    """Floating-point operations of the model in a step on all devices, attention causal; the optimizer's apart."""
+    return cfg.data.batch_size * cfg.model.seq_len * flops_per_token(cfg.model, causal=True)

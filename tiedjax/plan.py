@@ -18,7 +18,7 @@ from tiedjax import tying
 from tiedjax.config import ModelConfig, RunConfig, StudyConfig
 from tiedjax.config_files import flatten, merge, parse_overrides, read_yaml, structure
 from tiedjax.errors import UserError
-from tiedjax.flops import flops_per_token, matmul_parameters
+from tiedjax.flops import matmul_parameters, model_flops
 
 Point = Mapping[str, Any]  # of a sweep: the values of its options by dotted key
 NEVER_SWEPT = ("tying.scheme", "train.seed", "train.threads")  # what makes an arm, a run, a machine
@@ -200,13 +200,8 @@ def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], nam
     arm = arms[name]
     reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
     own = _resolved(path, name, arm.tree, study.seeds[0], {})
-    steps = max(1, round(reference.train.steps * step_flops(reference) / step_flops(own)))
+    steps = max(1, round(reference.train.steps * model_flops(reference) / model_flops(own)))
     return Arm(merge(arm.tree, {"train": {"steps": steps}}), arm.points)
-
-
-def step_flops(cfg: RunConfig) -> float:
-    """FLOPs of the model in a step, causal attention counted by half; the optimizer's own are not among them."""
-    return cfg.data.batch_size * cfg.model.seq_len * flops_per_token(cfg.model, causal=True)
 
 
 def tables(cfg: RunConfig) -> int:

@@ -21,7 +21,7 @@ from tiedjax.config import RunConfig
 from tiedjax.config_files import to_tree
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
-from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token
+from tiedjax.flops import PEAK_BF16_FLOPS, flops_per_token, model_flops
 from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
 from tiedjax.rng import key_for
@@ -134,8 +134,7 @@ def muon_over_model(cfg: RunConfig) -> float:
     """FLOPs of Muon's iterations in a step over those of the model, causal; 0 where no matrix is updated by it."""
     if cfg.optimizer.body.kind != "muon":
         return 0.0
-    tokens = cfg.data.batch_size * cfg.model.seq_len
-    return muon.step_flops(cfg.model) / (tokens * flops_per_token(cfg.model, causal=True))
+    return muon.step_flops(cfg.model) / model_flops(cfg)
 
 
 def bench(

@@ -35,7 +35,7 @@ from tiedjax.cost.report import GpuWork, Report, as_json, lines, product
 from tiedjax.cost.topology import Topology
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
-from tiedjax.flops import flops_per_token
+from tiedjax.flops import model_flops
 from tiedjax.step import Steps, decided, make_steps
 from tiedjax.tying import Tables
 
@@ -115,8 +115,7 @@ def gpu_work(text: str, cfg: RunConfig, hosts: Hosts) -> GpuWork:
         if kernel.flops:
             operands[" x ".join(kernel.operands)] += kernel.times * kernel.flops
     parts = roofline.by_part(launched, hosts.card)
-    tokens = cfg.data.batch_size * cfg.model.seq_len / hosts.chips
-    most = tokens * flops_per_token(cfg.model, causal=True) / hosts.card.bfloat16_flops
+    most = model_flops(cfg) / hosts.chips / hosts.card.bfloat16_flops
     return GpuWork(
         parts=parts,
         operands=dict(operands.most_common()),

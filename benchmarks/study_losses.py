@@ -3,7 +3,7 @@
     short="--data.batch_size 64 --train.steps 600 --optimizer.warmup_steps 60"
     tiedjax study g43 --data.source prepared:text --train-only --out g43 $short   # there; metrics.jsonl comes back
     tiedjax bench g43 --data.source prepared:text --json bench.json $short        # there too
-    python benchmarks/losses.py g43/runs --bench bench.json --prepared text --machine "one H100 80GB"
+    python benchmarks/study_losses.py g43/runs --bench bench.json --prepared text --machine "one H100 80GB"
 
 Prints every arm's difference to the baseline over the seeds that both have, with its interval, and saves all to
 benchmarks/results/STUDY_losses.json. A run that was not finished is left out.
