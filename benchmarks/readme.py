@@ -4,6 +4,8 @@ python benchmarks/readme.py studies/quick --machine "2-core x86-64 virtual machi
 python benchmarks/readme.py studies/small --machine "2-core x86-64 virtual machine"   # after `tiedjax study small`
 python benchmarks/readme.py studies/rates --machine "2-core x86-64 virtual machine"   # after `tiedjax study rates`
 python benchmarks/readme.py studies/mechanism --machine "2-core x86-64 virtual machine"   # after that study
+python benchmarks/readme.py studies/schemes --machine "2-core x86-64 virtual machine"     # after that study
+python benchmarks/readme.py studies/untie --machine "2-core x86-64 virtual machine"       # after that study
 python benchmarks/readme.py                                                           # again, from what was saved
 """
 
@@ -16,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tiedjax.analysis.basis import numbers
+from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.statistics import paired
 from tiedjax.analysis.instruments.account import section as account
 from tiedjax.analysis.instruments.regret import section as regret
 from tiedjax.analysis.study import losses, sentences
@@ -23,7 +28,7 @@ from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STUDIES = ("quick", "small", "rates", "mechanism")
+STUDIES = ("quick", "small", "rates", "mechanism", "schemes", "untie")
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
@@ -121,6 +126,31 @@ def mechanism(results: dict[str, Any], made: str) -> str:
         "",
         " ".join(filter(None, [sentences.certainty(results), sentences.near_edge(results)])),
         f"The mechanism study: {made} {_where(results)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def between(name: str, results: dict[str, Any], made: str) -> str:
+    """Each arm's size and loss, and its loss less those of the baseline and the reference arm, paired by seed."""
+    about = results["study"]
+    losses_of = {
+        arm: {run["seed"]: run["eval_loss"] for run in results["runs"] if run["arm"] == arm} for arm in about["arms"]
+    }
+    size = {run["arm"]: run["parameters"] for run in results["runs"]}
+    rows = []
+    for arm in about["arms"]:
+        less = [
+            numbers.NONE if arm == other else numbers.signed(to_plain(paired(losses_of[arm], losses_of[other])))
+            for other in (about["baseline"], about["reference"])
+        ]
+        rows.append([arm, f"{size[arm]:,}", numbers.spread(results["arms"][arm]["eval_loss"]), *less])
+    heads = ["Arm", "Parameters", "Held-out loss, nats a token"]
+    heads += [f"Less {about[other]}’s" for other in ("baseline", "reference")]
+    lines = [
+        *table(heads, rows),
+        "",
+        "Differences are paired by seed; intervals are of 95 %, each by itself.",
+        f"The {name} study: {made} {_where(results)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -486,7 +516,9 @@ def regrets() -> str:
 
 def pages() -> dict[Path, str]:
     """README.md and the pages of docs/ with numbers, as the saved results want them."""
-    quick, small, rates, mechanisms = (json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES)
+    quick, small, rates, mechanisms, schemes, untie = (
+        json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES
+    )
     blocks = {
         ROOT / "README.md": {
             "answer": answer(small),
@@ -498,6 +530,10 @@ def pages() -> dict[Path, str]:
             "costs": cost_rows(),
         },
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
+        ROOT / "docs" / "schemes.md": {
+            "schemes study": between("schemes", schemes, in_parts(schemes)),
+            "untie study": between("untie", untie, in_parts(untie)),
+        },
         ROOT / "docs" / "speed.md": {
             "CPU and TPU costs": costs(),
             "GPU costs": gpu_costs(),
@@ -517,7 +553,7 @@ def _filled(text: str, blocks: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="a finished study: quick, small, rates or mechanism")
+    parser.add_argument("study", nargs="?", type=Path, help=f"a finished study: {', '.join(STUDIES)}")
     parser.add_argument("--machine", help="what it ran on, in words")
     args = parser.parse_args()
     if args.study:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 
 import jax
@@ -24,8 +25,9 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     mesh = sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
     steps = step.make_steps(cfg, mesh)
 
-    state = steps.init(jax.random.key(0))
-    check_sharded(state, mesh)
+    rows = tying.unshared_rows(cfg.tying, cfg.model, np.arange(cfg.model.table_rows))
+    state = steps.init(jax.random.key(0), None, rows)
+    check_sharded(cfg, state, mesh)
     scale = tying.role_scale(cfg.tying)
     tokens = [jax.device_put(random_tokens(cfg, i), steps.batch) for i in range(2)]
     found = {
@@ -39,13 +41,19 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
-def check_sharded(state: step.TrainState, mesh: jax.sharding.Mesh) -> None:
-    """Every matrix, its moments and the account must really be cut over fsdp and tensor, check rows over fsdp."""
+def check_sharded(cfg: RunConfig, state: step.TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Every matrix, its moments and the account must really be cut over fsdp and tensor, check rows over fsdp, and what
+    a scheme has beside tables as it declares."""
     check_rows = ("role_mu.output", ".account.initial['shared']", ".account.written['shared'].output")
+    beside = {p.name: p.axes for p in tying.scheme_of(cfg.tying).parameters if p.axes != ("vocab", "embed")}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if leaf.ndim == 2:
             rows_alone = jax.tree_util.keystr(path).endswith(check_rows)
             cut = mesh.shape["fsdp"] * (1 if rows_alone else mesh.shape["tensor"])
+            for name, axes in beside.items():
+                if f"['{name}']" in jax.tree_util.keystr(path):
+                    mesh_axes = [axis for each in axes if each for axis in sharding.RULES[each]]
+                    cut = math.prod(mesh.shape[axis] for axis in mesh_axes)
             held = leaf.addressable_shards[0].data.size
             assert held * cut == leaf.size, f"{jax.tree_util.keystr(path)} is not cut into {cut}"
 
@@ -68,8 +76,10 @@ def difference(name: str, one: np.ndarray, many: np.ndarray) -> float:
 
 def of_scheme(scheme: str) -> dict[str, float]:
     cfg, results = small_config(scheme, layers=1), {}
-    for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+    for shape in [(8, 1, 1), (1, 8, 1), (2, 2, 2)] if scheme in ("tied", "untied") else [(1, 4, 2)]:
         results[str(shape)] = largest_difference(cfg, shape)
+    if scheme not in ("tied", "untied"):  # what a mesh does to the body, theirs have shown
+        return results
     cut = dataclasses.replace(cfg, data=DataConfig(batch_size=8, microbatches=2))
     results["2 microbatches (2, 2, 1)"] = largest_difference(cut, (2, 2, 1))
     scanned = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=True, remat="full"))

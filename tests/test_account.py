@@ -604,7 +604,7 @@ def test_a_controller_without_what_it_reads_is_refused() -> None:
     start = "tying.output_update_share: needs the account of a table of both roles, and "
     assert refused(small_config(tying=dataclasses.replace(wanted, account="off"))) == f"{start}tying.account is off"
     untied = small_config("untied", tying=dataclasses.replace(wanted, scheme="untied"))
-    assert refused(untied) == f"{start}the untied scheme shares none"
+    assert refused(untied) == f"{start}the untied scheme has none"
 
 
 def test_rows_cannot_be_centred_without_the_others() -> None:

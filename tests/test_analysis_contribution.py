@@ -22,6 +22,7 @@ from test_analysis_command import analyze
 from test_model import OPTIONS, recompute, stack_layers
 from test_study_results import fake_study
 
+from tiedjax import tying
 from tiedjax.analysis.basis import held_out
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
 from tiedjax.analysis.basis.run_data import data_of
@@ -61,7 +62,9 @@ def untrained(name: str, *, scan_layers: bool = False, silent: tuple[str, ...] =
     body = jax.tree_util.tree_map_with_path(changed, body)
     tables = {role: rng.normal(size=(32, 16)).astype(np.float32) for role in ("input", "output")}
     params = {"tables": tables, "body": stack_layers(body) if scan_layers else body}
-    return FrozenModel(SimpleNamespace(config=cfg, checkpoint_steps=[7], params=lambda step: params))
+    scheme = tying.scheme_of(cfg.tying)
+    run = SimpleNamespace(config=cfg, checkpoint_steps=[7], params=lambda step: params, scheme=lambda step: scheme)
+    return FrozenModel(run)
 
 
 def windows(seed: int = 1) -> np.ndarray:

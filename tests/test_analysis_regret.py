@@ -22,6 +22,7 @@ from test_analysis_command import analyze
 from test_model import recompute
 from test_study_results import fake_study
 
+from tiedjax import tying
 from tiedjax.analysis.basis import held_out
 from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows, training_windows
 from tiedjax.analysis.basis.run_data import data_of
@@ -50,7 +51,9 @@ def toy(scheme: str, seed: int = 0) -> FrozenModel:
     names = {"tied": ["shared"], "untied": ["input", "output"]}[scheme]
     rng = np.random.default_rng(seed)
     params = {"tables": {name: rng.normal(size=(V, D)).astype(np.float32) / 4 for name in names}, "body": body}
-    return FrozenModel(SimpleNamespace(config=cfg, checkpoint_steps=[7], params=lambda step: params))
+    scheme = tying.scheme_of(cfg.tying)
+    run = SimpleNamespace(config=cfg, checkpoint_steps=[7], params=lambda step: params, scheme=lambda step: scheme)
+    return FrozenModel(run)
 
 
 def text(seed: int, windows: int, follow: float = 0.7) -> np.ndarray:

@@ -41,7 +41,8 @@ CASES = {
     "unknown key": ({"train.stesp": 3}, "unknown option '--train.stesp'; did you mean '--train.steps'?"),
     "unknown value": (
         {"tying.scheme": "tyed"},
-        "overrides: tying.scheme: must be 'tied' or 'untied', got 'tyed'; did you mean 'tied'?",
+        "overrides: tying.scheme: must be 'tied', 'untied', 'untied_equal', 'partial_dims', 'partial_tokens', "
+        "'low_rank', 'transform', 'interpolated' or 'pseudo_inverse', got 'tyed'; did you mean 'tied'?",
     ),
     "wrong type": ({"train.steps": "many"}, "overrides: train.steps: must be a valid integer, got 'many'"),
     "out of range": ({"optimizer.b1": 1.5}, "overrides: optimizer.b1: must be < 1, got 1.5"),

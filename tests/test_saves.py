@@ -8,7 +8,7 @@ import pytest
 
 from tiedjax.config import TrainConfig
 from tiedjax.errors import UserError
-from tiedjax.saves import Saves, snapshot_steps
+from tiedjax.saves import Saves, Sizes, snapshot_steps
 
 MIB = 2**20
 
@@ -16,7 +16,7 @@ MIB = 2**20
 def saves(table_mib: float = 256, account_mib: float = 0, **options: Any) -> Saves:
     """Of a run whose tables take so much and whose state takes four times that; 400 steps unless said otherwise."""
     train = TrainConfig(**{"steps": 400, "checkpoint_every": 100, "snapshot_every": 80, **options})
-    return Saves.of(train, int(table_mib * MIB), int(account_mib * MIB), int(4 * table_mib * MIB))
+    return Saves.of(train, Sizes(int(table_mib * MIB), int(account_mib * MIB), int(4 * table_mib * MIB)))
 
 
 def test_the_snapshot_schedule_is_dense_early() -> None:
@@ -89,6 +89,17 @@ def test_a_limit_puts_regular_snapshots_farther_apart(gib: float, steps: list[in
     planned = saves(snapshot_gib=gib)
     assert list(planned.snapshots) == steps
     assert planned.snapshot_bytes(0, 400) == 256 * MIB * len(steps) <= gib * 2**30
+
+
+def test_what_is_saved_after_a_change_of_scheme_has_other_sizes() -> None:
+    train = TrainConfig(steps=400, checkpoint_every=100, snapshot_every=80, early_snapshots_dtype="bfloat16")
+    planned = Saves.of(train, Sizes(100, 50, 1000), 200, Sizes(200, 0, 3000))
+    early, regular = [1, 2, 4, 8, 16, 32, 64], [0, 80, 160]
+    assert planned.snapshot_bytes(0, 200) == len(early) * 100 + len(regular) * 150
+    assert planned.snapshot_bytes(200, 400) == 3 * 200
+    assert planned.bytes(0, 400) == planned.snapshot_bytes(0, 400) + 2 * 3000  # of 300 and 400
+    assert planned.bytes(0, 250) == planned.snapshot_bytes(0, 250) + 3000 + 1000  # of 250 and 200
+    assert planned.bytes(0, 200) == planned.snapshot_bytes(0, 200) + 2 * 1000
 
 
 def test_a_limit_that_the_early_snapshots_exceed_is_refused() -> None:

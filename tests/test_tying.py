@@ -22,7 +22,7 @@ from tiedjax.tying import SCHEMES, Tables
 
 def params_of(cfg: RunConfig, dtype: Any = jnp.float64) -> dict[str, Any]:
     params = nn.unbox(lm.init_params(cfg, jax.random.key(3)))
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)
 
 
 @functools.cache
@@ -33,13 +33,15 @@ def compiled_gradients(cfg: RunConfig, parts: int, optimized: bool) -> Any:
     total = gradients.accumulated(lm.summed_loss(cfg, ONE_DEVICE, 0.0), parts)
     tokens_BS = random_tokens(cfg)
 
-    def mean_loss(params: Any, zeros: Any, zero: Any, scale: Tables | None) -> jax.Array:
+    def mean_loss(numbers: Any, zeros: Any, zero: Any, whole: Any, scale: Tables | None) -> jax.Array:
+        params = lm.with_trained(whole, numbers)
         tables = tying.split_gradient(scheme.tables(params["tables"]), zeros, scale)
         loss, weight = total(tables, params["body"], tokens_BS, jnp.ones(cfg.data.batch_size), zero)
         return loss / weight
 
-    options = OPTIMIZED if optimized else None
-    return jax.jit(jax.value_and_grad(mean_loss, argnums=(0, 1, 2)), compiler_options=options)
+    gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
+    of = lambda params, zeros, zero, scale: gradient(lm.trained(params), zeros, zero, params, scale)
+    return jax.jit(of, compiler_options=OPTIMIZED if optimized else None)
 
 
 def split_gradients(
@@ -136,7 +138,7 @@ def test_microbatches_change_nothing(scheme: str) -> None:
     cfg = small_config(scheme)
     params = params_of(cfg)
     (*whole, whole_squares), loss = split_gradients(cfg, params, ones())
-    for parts in (2, 4, 8):
+    for parts in (2, 4, 8) if scheme in ("tied", "untied") else (4,):
         (*cut, squares), cut_loss = split_gradients(cfg, params, ones(), parts=parts)
         np.testing.assert_allclose(cut_loss, loss, rtol=1e-14, err_msg=f"{parts} parts")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), cut, whole)
@@ -179,9 +181,9 @@ def test_scaling_touches_the_table_alone_and_needs_no_observer(scheme: str) -> N
     jax.tree.map(np.testing.assert_array_equal, raw, roles)
     assert same == square
     jax.tree.map(np.testing.assert_array_equal, scaled, unobserved)
-    _, transpose = jax.vjp(tying.scheme_of(cfg.tying).tables, params["tables"])
-    (expected,) = transpose(Tables(4 * roles.input, 0.5 * roles.output))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), scaled["tables"], expected)
+    expected = tying.scheme_of(cfg.tying).transposed(params["tables"], Tables(4 * roles.input, 0.5 * roles.output))
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+    jax.tree.map(near, scaled["tables"], expected)
 
 
 def test_a_tied_table_stays_one_array_through_real_steps() -> None:
@@ -243,7 +245,8 @@ def test_a_scheme_declares_the_shape_axes_and_law_of_each_of_its_arrays(monkeypa
     """A table and a matrix of its width: they start as declared, are sharded as declared, and both are trained."""
 
     def turned(options: TyingConfig) -> tying.Scheme:
-        matrix = tying.Parameter("turn", lambda V, D: (D, D), ("embed", None), lambda key, shape: jnp.eye(*shape))
+        eye = lambda start: jnp.eye(start.shape[1])
+        matrix = tying.Parameter("turn", lambda V, D: (D, D), ("embed", None), eye, has_rows=False)
         return tying.Scheme(
             (tying.Parameter("input"), matrix), lambda params: Tables(params["input"], params["input"] @ params["turn"])
         )

@@ -246,7 +246,7 @@ def cluster(
 NO_SPACE = "OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))"
 FAILURES = {
     "data": (1, "loop.prepare = fails(RuntimeError('no luck'))", 1, "RuntimeError: no luck"),
-    "state": (0, "loop._begin = fails(UserError('no luck'))", 2, "no luck"),
+    "state": (0, "loop.begin = fails(UserError('no luck'))", 2, "no luck"),
     "step": (1, "at_step_3(fails(TrainingError('no luck')))", 1, "no luck"),
     "save": (0, f"ocp.PyTreeCheckpointHandler.finalize = fails({NO_SPACE})", 1, "[Errno 28] No space left on device"),
     "SIGINT": (1, "at_step_3(lambda: dies(signal.SIGINT))", 130, "interrupted"),

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from tiedjax.errors import UserError
 
-ROLES = ("input", "output")  # of a table; a parameter of one alone has its name
+ROLES = ("input", "output")  # of a table
 
 _STRICT = {"extra": "forbid", "strict": True}
 
@@ -32,6 +32,12 @@ def _option(
     limits = {">=": at_least, ">": above, "<": below, "<=": at_most}
     metadata = {"meaning": meaning, "limits": {k: v for k, v in limits.items() if v is not None}}
     return field(default=default, metadata=metadata)
+
+
+def role_of(parameter: str) -> str | None:
+    """The role that alone writes the parameter of the tables with this name, which then begins with it; None: both."""
+    first = parameter.partition("_")[0]
+    return first if first in ROLES else None
 
 
 class _Checked:
@@ -72,6 +78,15 @@ class ModelConfig(_Checked):
     qk_norm: bool = _option(False, "normalise queries and keys per head (RMSNorm with a scale)")
     position: Literal["rope", "none"] = _option("rope", "how attention sees positions")
     rope_theta: float = _option(10_000.0, "base of the rotary frequencies", above=0)
+    input_multiplier: Literal["one", "sqrt_d", "inverse_sqrt_d"] = _option(
+        "one", "what looked-up vectors are multiplied by: 1, sqrt(D) or 1 / sqrt(D)"
+    )
+    output_multiplier: Literal["one", "sqrt_d", "inverse_sqrt_d"] = _option(
+        "one", "what the last state is multiplied by before the output table: 1, sqrt(D) or 1 / sqrt(D)"
+    )
+    norm_after_lookup: bool = _option(
+        False, "normalise looked-up vectors, after their multiplier, as before each block"
+    )
     mlp: Literal["swiglu", "gelu"] = _option("swiglu", "the MLP's form")
     output_bias: Literal["none", "unigram"] = _option(
         "none",
@@ -120,6 +135,12 @@ class ModelConfig(_Checked):
         """Rows V of the tables: vocab_size rounded up to vocab_multiple."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """The numbers that `input_multiplier` and `output_multiplier` name, by role."""
+        numbers = {"one": 1.0, "sqrt_d": math.sqrt(self.d_model), "inverse_sqrt_d": 1 / math.sqrt(self.d_model)}
+        return {"input": numbers[self.input_multiplier], "output": numbers[self.output_multiplier]}
+
     def _check(self) -> None:
         if self.d_model % self.heads:
             raise UserError(f"heads: {self.heads} does not divide d_model {self.d_model}")
@@ -133,7 +154,65 @@ class ModelConfig(_Checked):
 class TyingConfig(_Checked):
     """How the two tables share parameters, how much each role's gradient counts, and what is kept of their updates."""
 
-    scheme: Literal["tied", "untied"] = _option("tied", "one table for both roles, or one for each")
+    scheme: Literal[
+        "tied",
+        "untied",
+        "untied_equal",
+        "partial_dims",
+        "partial_tokens",
+        "low_rank",
+        "transform",
+        "interpolated",
+        "pseudo_inverse",
+    ] = _option(
+        "tied",
+        "how two tables come from parameters. tied: one table; untied: two, independent; untied_equal: two that start "
+        "equal. The others start with one table E in both roles: partial_dims: its first tying.dims dimensions are "
+        "shared; partial_tokens: tying.rows rows have a copy for the output role; low_rank: output = E + A B'; "
+        "transform: output = E M; interpolated: output = g E + (1 - g) U; pseudo_inverse: E'U = V / D times the "
+        "identity (arXiv 2602.04556)",
+    )
+    dims: int | None = _option(None, "partial_dims: dimensions that the roles share; null: D / 2", at_least=1)
+    rows: int | None = _option(
+        None, "partial_tokens: tokens whose rows the roles do not share; null: half of the table's", at_least=1
+    )
+    rows_from: Literal["rarest", "frequent"] = _option(
+        "rarest", "partial_tokens: which tokens those are, by count in the training text"
+    )
+    rank: int | None = _option(None, "low_rank: columns of A and B; null: D / 8", at_least=1)
+    transform: Literal["full", "diagonal", "orthogonal"] = _option(
+        "full",
+        "transform: what M is: I + R, R any matrix; I + diag(r); or a rotation, the Cayley transform of R - R'; each "
+        "is I at the start, and weight decay draws it there",
+    )
+    gate: Literal["global", "dimension", "token"] = _option(
+        "global", "interpolated: one learned g for all, for each dimension or for each token, each 1/2 at the start"
+    )
+    untie_at: int | float | None = _option(
+        None,
+        "tied: the update after which each role has a table of its own, a copy; a whole number, or a share of "
+        "train.steps below 1; role scales end there; null: never",
+        above=0,
+    )
+    untie_when: Literal["output_update_share", "harm"] | None = _option(
+        None,
+        "tied: untie once this is above untie_above, averaged over some 20 updates and looked at every 10, from 20 "
+        "updates and the end of warmup on. output_update_share: as metrics.jsonl has it; harm: (m_in_out + m_out_in) / "
+        "|m_in_in + m_out_out|, what the roles' updates cost each other of what they gain; null: never",
+    )
+    untie_above: float | None = _option(None, "the value of untie_when above which the run unties")
+    untie_moments: Literal["copy", "split"] = _option(
+        "copy",
+        "what AdamW's moments are after untying: those of the one table in both, or those of each role's gradients, "
+        "for which two more arrays of its size are kept until then",
+    )
+    tie_at: int | float | None = _option(
+        None, "untied: the update after which the roles have one table, given as untie_at; null: never", above=0
+    )
+    tie_by: Literal["input", "output", "transform"] = _option(
+        "input",
+        "tie_at: the table that stays, or transform: the input table E, and output = E M with the M of least squares",
+    )
     input_grad_scale: float = _option(1.0, "factor on the table's gradient from its input role", at_least=0)
     output_grad_scale: float = _option(1.0, "factor on the table's gradient from its output role", at_least=0)
     grad_scale_schedule: Literal["constant", "linear", "cosine", "window"] = _option(
@@ -227,8 +306,9 @@ class TableOptimizerConfig(_Checked):
     output: RoleOptimizerConfig = RoleOptimizerConfig()
 
     def of(self, name: str) -> TableOptimizerConfig:
-        """These options for the parameter of this name: of a role's name, with that role's own in their place."""
-        own = vars(getattr(self, name)) if name in ROLES else {}
+        """These options for the parameter of this name, with a role's own in their place where it alone writes it."""
+        role = role_of(name)
+        own = vars(getattr(self, role)) if role else {}
         return dataclasses.replace(self, **{option: value for option, value in own.items() if value is not None})
 
 
@@ -337,6 +417,11 @@ class TrainConfig(_Checked):
         at_most=1024,
     )
     seed: int = _option(0, "seeds parameters and data order", at_least=0, below=2**32)
+    init: str | None = _option(
+        None,
+        "a run, or RUN@STEP, whose parameters and tokenizer this one begins with, its optimizer anew; an untied run "
+        "that begins with a tied one has its table in both roles; null: parameters are drawn",
+    )
     z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
     log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)
     eval_every: int | None = _option(None, "steps between evaluations; null: only at the end", at_least=1)

@@ -55,6 +55,10 @@ def meant_key(name: str, valid: Collection[str]) -> str | None:
     key, what others call it, one of its words if it is no other's, or a misspelling; a plural makes no difference.
     """
     section, word = _cut(name)
+    # Others' word as it is comes first: model.dim means the width, and not an option that is called dims.
+    spelled = name.lower().replace("-", "_").rpartition(".")[2]
+    if exact := [key for key, words in SYNONYMS.items() if key in valid and spelled in words]:
+        return exact[0]
     last_words = {key: _cut(key)[1] for key in valid}
     bare_word = re.sub(r"^(n|num|max|total|adam)_(?=.)", "", word)
     for wanted in dict.fromkeys((word, bare_word)):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from tiedjax import muon, tying
-from tiedjax.config import ROLES, RunConfig
+from tiedjax.config import RunConfig
 from tiedjax.flops import matmul_parameters, model_flops
-from tiedjax.saves import Saves
+from tiedjax.saves import Saves, Sizes
 from tiedjax.text import binary, duration
 
 # Arrays beside a parameter; by_role keeps those of each role.
@@ -75,20 +75,27 @@ def step_flops(cfg: RunConfig) -> int:
 
 def saves(cfg: RunConfig) -> Saves:
     """What a run leaves on the disk, norm scales left out."""
+    first, later = (_sizes(tying.stage(cfg, changed)) for changed in (False, True))
+    return Saves.of(cfg.train, first, tying.earliest_change(cfg), later)
+
+
+def _sizes(cfg: RunConfig) -> Sizes:
     table = cfg.model.table_rows * cfg.model.d_model
     body = matmul_parameters(cfg.model) - table
-    names = [parameter.name for parameter in tying.scheme_of(cfg.tying).parameters]
-    options = cfg.optimizer
+    scheme, options, V = tying.scheme_of(cfg.tying), cfg.optimizer, cfg.model.table_rows
+    size = {p.name: p.size(V, cfg.model.d_model) for p in scheme.parameters}
     moments = _MOMENTS[options.body.kind] * body
-    moments += sum(_MOMENTS[options.tables.of(name).kind] for name in names) * table
-    tables = 4 * len(names) * table
+    moments += sum(_MOMENTS[options.tables.of(name).kind] * size[name] for name in scheme.trained)
+    tables = 4 * sum(size.values())
     width = 2 if options.moments_dtype == "bfloat16" else 4
-    form, both = tying.follow(cfg), [name for name in names if name not in ROLES]
-    rows = {"off": 0, "rows": tying.SAMPLE_ROWS}.get(form, cfg.model.table_rows)
-    followed = len(both) * min(rows, cfg.model.table_rows) * cfg.model.d_model
+    form = tying.follow(cfg)
+    rows = {"off": 0, "rows": tying.SAMPLE_ROWS}.get(form, V)
+    followed = sum(size[name] // V * min(rows, V) for name in scheme.followed)
     account = 4 * followed * (2 if form == "checked" else 1)
     moments += followed if not options.tables.kind.startswith("by_role") else 0
-    return Saves.of(cfg.train, tables, account, tables + 4 * body + width * moments + account)
+    if tying.keeps_squares(cfg):
+        moments += 2 * table + (table if form == "off" else 0)
+    return Sizes(tables, account, tables + 4 * body + width * moments + account)
 
 
 def product_rate() -> float:

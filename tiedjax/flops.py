@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.tying import scheme_of
 
 # Dense bfloat16 matrix products, FLOP/s of one JAX device, from the makers' data sheets (NVIDIA's figures with sparsity
 # halved; a TPU7x chip is two devices). Names are `jax.Device.device_kind`, whole: a slice of a GPU has another one.
@@ -52,5 +53,10 @@ def flops_per_token(cfg: ModelConfig, *, causal: bool) -> int:
 
 
 def model_flops(cfg: RunConfig) -> int:
-    """Floating-point operations of the model in a step on all devices, attention causal; the optimizer's apart."""
-    return cfg.data.batch_size * cfg.model.seq_len * flops_per_token(cfg.model, causal=True)
+    """Floating-point operations of the model in a step on all devices, attention causal; the optimizer's apart.
+
+    Those by which a scheme makes its tables come once a step, forward and backward.
+    """
+    tokens = cfg.data.batch_size * cfg.model.seq_len
+    tables = 3 * scheme_of(cfg.tying).flops(cfg.model.table_rows, cfg.model.d_model)
+    return tokens * flops_per_token(cfg.model, causal=True) + tables

@@ -13,7 +13,7 @@ import optax
 
 from tiedjax import model, tying
 from tiedjax.config import RunConfig
-from tiedjax.lm import OUTPUT_BIAS, Squares, SummedLoss, loss_and_states, summed_loss, trained
+from tiedjax.lm import OUTPUT_BIAS, Squares, SummedLoss, loss_and_states, summed_loss, trained, with_trained
 from tiedjax.lookup import sums_by_token
 from tiedjax.sharding import ONE_DEVICE, Layout
 from tiedjax.tying import Tables
@@ -115,8 +115,8 @@ def precision(cfg: RunConfig, layout: Layout) -> contextlib.AbstractContextManag
 def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[..., Any]:
     """The function (params, tokens_BS, role_scale) -> (mean loss, (gradient of params, role gradients, squares)).
 
-    The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of params, the output bias left
-    out, has the role scales in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of
+    The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of what is trained of params
+    has the role scales in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of
     the mean loss's gradient with respect to the looked-up vectors of the whole batch, [B, T, D], and, of several
     microbatches, of each one's part of the role gradients.
     """
@@ -124,15 +124,16 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), parts)
 
     def mean_loss(
-        params: dict[str, Any],
+        numbers: dict[str, Any],
         taps: Tables,
         squares: Squares,
+        params: dict[str, Any],
         tokens_BS: jax.Array,
         role_scale: Tables,
-        bias_V: jax.Array | None,
     ) -> jax.Array:
-        tables = tying.split_gradient(scheme.tables(params["tables"]), taps, role_scale)
-        total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares, bias_V)
+        arrays = with_trained(params, numbers)["tables"]
+        tables, bias_V = tying.split_gradient(scheme.tables(arrays), taps, role_scale), params.get(OUTPUT_BIAS)
+        total, weight = summed(tables, numbers["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares, bias_V)
         return total / weight
 
     def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
@@ -140,7 +141,7 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
         squares = Squares(jnp.zeros(()), Tables(jnp.zeros(()), jnp.zeros(())) if parts > 1 else None)
         gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
         with precision(cfg, layout):
-            return gradient(trained(params), taps, squares, tokens_BS, role_scale, params.get(OUTPUT_BIAS))
+            return gradient(trained(params), taps, squares, params, tokens_BS, role_scale)
 
     return compute
 

@@ -48,14 +48,25 @@ OUTPUT_BIAS = "output_bias"
 
 
 def trained(params: dict[str, Any]) -> dict[str, Any]:
-    """What training updates of the parameters: all but the output bias."""
-    return {name: part for name, part in params.items() if name != OUTPUT_BIAS}
+    """What training updates of the parameters, boxed or not: all but the output bias and arrays of integers."""
+    numbers = {
+        name: array
+        for name, array in params["tables"].items()
+        if jnp.issubdtype(jax.tree.leaves(array)[0].dtype, jnp.floating)
+    }
+    return {"tables": numbers, "body": params["body"]}
 
 
-def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
+def with_trained(params: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with `new` in place of what training updates."""
+    return {**params, **new, "tables": {**params["tables"], **new["tables"]}}
+
+
+def init_params(cfg: RunConfig, root: jax.Array, unshared_S: Any = None) -> dict[str, Any]:
     """{"tables", "body"} boxed with logical axes; the body's key does not depend on the scheme.
 
-    With model.output_bias also "output_bias", float32 [V] of zeros: a run puts what its text says in their place.
+    `unshared_S` are the rows that the roles do not share, of a scheme that shares some and not others. With
+    model.output_bias also "output_bias", float32 [V] of zeros: a run puts what its text says in their place.
     """
     V, D = cfg.model.table_rows, cfg.model.d_model
 
@@ -63,7 +74,7 @@ def init_params(cfg: RunConfig, root: jax.Array) -> dict[str, Any]:
         return model.truncated_normal(cfg.optimizer.tables.of(name).init_std or D**-0.5)
 
     params: dict[str, Any] = {
-        "tables": tying.init_tables(tying.scheme_of(cfg.tying), root, (V, D), law),
+        "tables": tying.init_tables(tying.scheme_of(cfg.tying), tying.Start(root, (V, D), law, unshared_S)),
         "body": model.init_body(cfg.model, key_for(root, "body")),
     }
     if cfg.model.output_bias != "none":

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
+from tiedjax.beginning import BODY_UPDATE, begin, data_begun_with, refuse_another_model
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
@@ -33,23 +34,21 @@ from tiedjax.errors import TrainingError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling
-from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
-from tiedjax.rng import key_for
-from tiedjax.saves import Saves
-from tiedjax.step import Steps, TrainState, decided, make_steps
+from tiedjax.run import CHANGED, change_of
+from tiedjax.saves import Saves, Sizes
+from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "tying.untie_at", "tying.tie_at"),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
 }
 
 
-BODY_UPDATE = "body_update"  # in a state: of the body by the last update, where the next step is observed
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
 _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
 
@@ -111,14 +110,17 @@ def _train(
     trace.check(0, last)
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = decided(_as_begun(cfg, out), mesh)
-    steps = make_steps(cfg, mesh)
+    make_steps(cfg, mesh)
+    if not any(out.glob("checkpoints/[0-9]*")):
+        refuse_another_model(cfg, mesh)
     if process.is_main():
         held.enter_context(sole_writer(out))
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
+    changed = _change_of(cfg, out)
 
     # ---- Data ----
-    prepared = prepare(cfg.data, cfg.model.vocab_size, report=process.say)
+    prepared = prepare(data_begun_with(cfg, out), cfg.model.vocab_size, report=process.say)
     second = _second(cfg, prepared)
     batches = _local_batches(cfg, mesh, prepared)
     at_once = counts.counted_at_once(prepared)
@@ -133,7 +135,7 @@ def _train(
     checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
-    state, body_update, start = _begin(cfg, steps, checkpoints, about, counts_2V)
+    state, body_update, start = begin(cfg, mesh, checkpoints, about, counts_2V, changed)
     trace.check(start, last)
     recorded = start > 0
     if recorded:
@@ -152,20 +154,26 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    saves = Saves.of(cfg.train, _bytes(state.params["tables"]), _bytes(state.account), _bytes(state))
+    saves = Saves.of(
+        cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), _sizes(make_steps(cfg, mesh, 1))
+    )
     if start == 0:
+        if cfg.train.init:
+            process.say(f"{label}: begins with the parameters of {cfg.train.init}")
         process.say(f"{label}: {saves}")
         snapshots.save(0, _snapshot(state), about)
 
     # ---- Steps ----
+    begins = changed if changed is not None and start > changed else 0
+    steps, stage = make_steps(cfg, mesh, begins), tying.stage(cfg, begins > 0)
     everywhere = partial(jax.device_put, device=steps.replicated)
     decile_V = frequency_deciles(counts_2V.sum(0))
-    role_scales = partial(tying.role_scale, cfg.tying, steps=cfg.train.steps, decile_V=decile_V)
-    decile_V, role_scale = everywhere(decile_V), everywhere(role_scales(start + 1))
+    deciles = everywhere(decile_V)
+    role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
+    role_scale = everywhere(role_scales(start + 1))
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
-    if steps.train not in _compiled:
-        process.say(f"{label}: compiling the train step ...")
-        _compiled.add(steps.train)
+    if start != changed:
+        _say_if_it_compiles(steps, label)
     recorder = Recorder(cfg, out, label, start)
     held.callback(recorder.close)
     held.enter_context(trace)
@@ -174,16 +182,25 @@ def _train(
     on_devices = _one_ahead(map(place, batches.iterate(start)))
     observed = saves.snapshots if tying.anatomy_wanted(cfg) else {}
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
+        if changed is not None and step == changed + 1:
+            steps, stage = make_steps(cfg, mesh, changed), tying.stage(cfg, changed=True)
+            state = _changed(cfg, mesh, changed, state, tokens_BS, label)
+            role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
+            role_scale = everywhere(role_scales(step))
+            evaluation = Evaluation(cfg, mesh, steps, prepared, second)
         about_step = _observed(steps, state, tokens_BS, body_update, step) if step in observed else {}
         before, body_update = _copied(state.params["body"]) if step + 1 in observed else None, None
-        if cfg.tying.grad_scale_schedule != "constant":
+        if stage.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
         with trace.step(step, state), jax.transfer_guard("disallow"):
-            state, metrics = steps.train(state, tokens_BS, role_scale, decile_V)
+            state, metrics = steps.train(state, tokens_BS, role_scale, deciles)
         if before is not None:
             body_update = _difference(state.params["body"], before)
         counting.check()
+        if changed is None and tying.unties_now(cfg, step, partial(_number, metrics, "untie_watched")):
+            changed = step
+            _record_change(out, step)
         ends = stop.requested_at(step) or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
@@ -257,6 +274,10 @@ def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
+def _number(metrics: dict[str, jax.Array], name: str) -> float:
+    return float(metrics[name])
+
+
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 _difference = jax.jit(lambda after, before: jax.tree.map(jnp.subtract, after, before), donate_argnums=1)
 
@@ -271,7 +292,8 @@ def _observed(steps: Steps, state: TrainState, tokens_BS: jax.Array, body_update
 
 @jax.jit
 def _rounded(tables: Any) -> Any:
-    return jax.tree.map(lambda table: table.astype(jnp.bfloat16), tables)
+    rounded = lambda array: array.astype(jnp.bfloat16) if jnp.issubdtype(array.dtype, jnp.floating) else array
+    return jax.tree.map(rounded, tables)
 
 
 def _snapshot(state: TrainState) -> dict[str, Any]:
@@ -279,9 +301,10 @@ def _snapshot(state: TrainState) -> dict[str, Any]:
     return {"tables": state.params["tables"]} | ({"account": state.account} if state.account else {})
 
 
-def _bytes(tree: Any) -> int:
-    """Of all arrays, each counted once however many devices hold parts of it."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+def _sizes(steps: Steps) -> Sizes:
+    """Of what is saved, every array counted once however many devices hold parts of it."""
+    parts = steps.abstract.params["tables"], steps.abstract.account, steps.abstract
+    return Sizes(*(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(part)) for part in parts))
 
 
 def _refuse_other_threads(cfg: RunConfig) -> None:
@@ -307,12 +330,31 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
     if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
         return
-    old, new = (dict(flatten(to_tree(config))) for config in (load_run_config(path), cfg))
+    begun = load_run_config(path)
+    _refuse_passed_changes(begun, cfg, out)
+    old, new = (dict(flatten(to_tree(config))) for config in (begun, cfg))
     for key in sorted(old.keys() - MAY_CHANGE):
         if old[key] != new[key]:
             raise UserError(
                 f"{out}: holds a run with {key} = {old[key]!r}, not {new[key]!r}; choose another --out or go back to it"
             )
+
+
+def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
+    """A change of scheme may be put off, or decided on, while it lies ahead of the newest state."""
+    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    was, now = tying.changes_after(begun), tying.changes_after(cfg)
+    if was == now:
+        return
+    if was is not None and was < done:
+        raise UserError(
+            f"{out}: holds a run whose scheme changed after step {was}; choose another --out or go back to it"
+        )
+    if now is not None and now < done:
+        name = "untie_at" if cfg.tying.untie_at is not None else "tie_at"
+        raise UserError(
+            f"tying.{name}: step {now} lies behind step {done}, which the run has reached; give a later one"
+        )
 
 
 def _refuse_lost_states(out: Path) -> None:
@@ -324,6 +366,19 @@ def _refuse_lost_states(out: Path) -> None:
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
             "--out to begin anew"
         )
+
+
+def _change_of(cfg: RunConfig, out: Path) -> int | None:
+    """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
+    changed = change_of(out, cfg)
+    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    # Found, but lost with the states since: the same steps find it again.
+    return None if cfg.tying.untie_when is not None and changed is not None and changed > done else changed
+
+
+def _record_change(out: Path, step: int) -> None:
+    if process.is_main():  # before the state of this step is saved
+        write_atomically(out / CHANGED, json.dumps({"step": step}) + "\n")
 
 
 def _record_state(out: Path, step: int) -> None:
@@ -341,28 +396,21 @@ def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarr
     write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
-def _begin(
-    cfg: RunConfig, steps: Steps, checkpoints: Checkpoints, about: dict[str, Any], counts_2V: np.ndarray
-) -> tuple[TrainState, Any, int]:
-    """The newest checkpoint's state, or a new one; the body's last update, if the next step is to measure what it did;
-    and how many steps it has behind it."""
-    saved = checkpoints.steps()
-    if not saved:
-        key = key_for(jax.random.key(cfg.train.seed), "params")
-        state = steps.init(key, steps.sampled and tying.sampled_rows(counts_2V.sum(0), steps.sampled))
-        if cfg.model.output_bias == "unigram":
-            place = steps.abstract.params[OUTPUT_BIAS].sharding
-            bias_V = jax.device_put(counts.log_unigram(counts_2V[1]), place)
-            state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
-        return state, None, 0
-    record = checkpoints.about(saved[-1])
-    for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
-        if record[part] != about[part]:
-            place = checkpoints.directory / str(saved[-1])
-            raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
-    wanted = steps.abstract._asdict()
-    if any(name.startswith(f"{BODY_UPDATE}/") for name in record["fingerprints"]):
-        wanted[BODY_UPDATE] = steps.abstract.params["body"]
-    restored = checkpoints.restore(saved[-1], wanted)
-    body_update = restored.pop(BODY_UPDATE, None)
-    return TrainState(**restored), body_update, saved[-1]
+def _say_if_it_compiles(steps: Steps, label: str) -> None:
+    if steps.train not in _compiled:
+        process.say(f"{label}: compiling the train step ...")
+        _compiled.add(steps.train)
+
+
+def _changed(cfg: RunConfig, mesh: Mesh, step: int, state: TrainState, tokens_BS: jax.Array, label: str) -> TrainState:
+    """The state after this step with the tables of the scheme to come; says what that does to the next batch's loss."""
+    before, after = (make_steps(cfg, mesh, begins) for begins in (0, step))
+    weights_B = jax.device_put(np.ones(cfg.data.batch_size, np.float32), after.batch)
+    losses = [before.evaluate(state.params, tokens_BS, weights_B)]
+    state = make_change(cfg, mesh, step)(state)
+    losses.append(after.evaluate(state.params, tokens_BS, weights_B))
+    was, now = (float(np.divide(*np.asarray(pair, np.float64))) for pair in jax.device_get(losses))
+    what = f"after step {step} {tying.change_in_words(cfg)}"
+    process.say(f"{label}: {what}; the next batch's loss goes from {was:.6f} to {now:.6f}")
+    _say_if_it_compiles(after, label)
+    return state

@@ -280,6 +280,24 @@ class Block(nn.Module):
         return x_BTD, x_BTD
 
 
+class Entry(nn.Module):
+    """What looked-up vectors become before the first block: themselves, unless the config multiplies or norms them."""
+
+    cfg: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = multiplied(self.cfg, "input", x_BTD)
+        return Norm(self.cfg.norm, self.cfg.norm_eps, self.dtype)(x_BTD) if self.cfg.norm_after_lookup else x_BTD
+
+
+def multiplied(cfg: ModelConfig, role: str, x: jax.Array) -> jax.Array:
+    """x times the multiplier of what is looked up (input) or multiplied by the output table (output)."""
+    factor = cfg.multipliers[role]
+    return x if factor == 1 else x * factor
+
+
 def _remat_policy(name: str) -> Any:
     """What is kept for the backward pass."""
     keep = jax.checkpoint_policies
@@ -293,8 +311,8 @@ def _remat_policy(name: str) -> Any:
 class Transformer(nn.Module):
     """The body: `Transformer(cfg).apply(body, x_BTD) -> h_BTD`, to be multiplied by the output table.
 
-    With `hidden_states=True` also returns x_LBTD, the L + 1 states of the residual stream: the input, then the output
-    of every layer, the last one before the final norm.
+    With `hidden_states=True` also returns x_LBTD, the L + 1 states of the residual stream: what enters the first layer,
+    then the output of every layer, the last one before the final norm.
 
     With a cache, which starts as `empty_cache`, x_BTD are the positions that follow those in it: `apply({**body, CACHE:
     cache}, x_BTD, mutable=CACHE) -> (h_BTD, {CACHE: cache})`. It must have room for them.
@@ -309,7 +327,8 @@ class Transformer(nn.Module):
         block: Any = Block
         if cfg.remat != "none":
             block = nn.remat(Block, policy=_remat_policy(cfg.remat), prevent_cse=not cfg.scan_layers)
-        x_BTD = first_BTD = self.layout.constrain(x_BTD.astype(dtype), ("batch", None, None))
+        x_BTD = self.layout.constrain(x_BTD.astype(dtype), ("batch", None, None))
+        x_BTD = first_BTD = Entry(cfg, dtype, name="entry")(x_BTD)
         if cfg.scan_layers:
             scanned = nn.scan(
                 block,
@@ -324,7 +343,7 @@ class Transformer(nn.Module):
             for i in range(cfg.layers):
                 x_BTD, _ = block(cfg, i, dtype, self.layout, name=f"layer_{i}")(x_BTD, None)
                 outputs.append(x_BTD)
-        h_BTD = Norm(cfg.norm, cfg.norm_eps, dtype, name="final_norm")(x_BTD)
+        h_BTD = multiplied(cfg, "output", Norm(cfg.norm, cfg.norm_eps, dtype, name="final_norm")(x_BTD))
         if not hidden_states:
             return h_BTD
         outputs_LBTD = outputs_LBTD if cfg.scan_layers else jnp.stack(outputs)

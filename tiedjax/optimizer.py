@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from tiedjax import tying
-from tiedjax.config import ROLES, OptimizerConfig
+from tiedjax.config import ROLES, OptimizerConfig, role_of
 from tiedjax.muon import scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
-from tiedjax.table_rules import TableRule, TableState, adam_direction, moment
+from tiedjax.table_rules import TableRule, TableState, adam_direction, moment, united
 from tiedjax.tying import SHARED, Tables
 
 
@@ -39,12 +39,12 @@ def learning_rate(cfg: OptimizerConfig, steps: int, peak: float | None = None) -
 def part_of(path: Sequence[Any]) -> str:
     """Which rule updates the parameter at this path of {"tables", "body"}.
 
-    A table that serves one role has that role's name; any other parameter of the tables is "tables"; of the body,
-    matrices are "matrices" and norm scales "scales".
+    What one role alone writes of the tables has that role's name, and the rest "tables"; of the body, matrices are
+    "matrices" and norm scales "scales".
     """
     names = jax.tree_util.keystr(tuple(path), simple=True, separator="/").split("/")
     if names[0] == "tables":
-        return names[1] if names[1] in ROLES else "tables"
+        return role_of(names[1]) or "tables"
     return "matrices" if "kernel" in names else "scales"
 
 
@@ -78,6 +78,7 @@ def rules(cfg: OptimizerConfig) -> dict[str, Rule]:
         "matrices": Rule(body.kind, rate, cfg.b2, decay),
         "scales": Rule("adamw", cfg.learning_rate, cfg.b2, 0.0),
         **{name: of_table(name) for name in ("tables", *ROLES)},
+        "rowless": Rule("adamw", cfg.learning_rate, cfg.b2, cfg.weight_decay),
     }
 
 
@@ -136,12 +137,14 @@ class Optimizer:
       steps: the length of the schedule, in updates.
       body: of {"body": ...}, without clipping.
       tables: by name.
+      parts: by the name of each of them, that of its rule in `rules`.
     """
 
     cfg: OptimizerConfig
     steps: int
     body: optax.GradientTransformation
     tables: Mapping[str, TableRule]
+    parts: Mapping[str, str]
 
     def init(self, params: Mapping[str, Any], rows: tying.Rows | None = None) -> OptimizerState:
         """The state before the first update of `params`, which may be boxed; `rows` are those that are followed."""
@@ -186,8 +189,17 @@ class Optimizer:
             if self.tables[name].follows
         }
 
+    def divided(self, states: Mapping[str, TableState]) -> dict[str, TableState]:
+        """The tables' states from which on the shared one is two: by `TableRule.divided`."""
+        return dict(self.tables[SHARED].divided(states[SHARED])._asdict())
+
+    def united(self, states: Mapping[str, TableState], arrays: Mapping[str, Any]) -> dict[str, TableState]:
+        """Those from which on the roles' two are `arrays`, one of them shared: by `united`; the others are at rest."""
+        new = {name: rule.init(arrays[name], None) for name, rule in self.tables.items()}
+        return new | {SHARED: united(self.tables[SHARED], Tables(**states), None)}
+
     def _rates(self, name: str, done: jax.Array) -> _Rates:
-        rate = self._rate("tables" if name not in ROLES else name, done)
+        rate = self._rate(self.parts[name], done)
         own = self.tables[name].role_rates
         return _Rates(rate, Tables(*(self._rate(role, done) if own else rate for role in ROLES)))
 
@@ -221,7 +233,7 @@ class Optimizer:
         return jnp.asarray(update)
 
     def _weight_decay(self, name: str) -> float:
-        return rules(self.cfg)[name if name in ROLES else "tables"].weight_decay
+        return rules(self.cfg)[self.parts[name]].weight_decay
 
 
 def _clipped(tree: Any, *, limit: float | None, norm: jax.Array) -> Any:
@@ -239,16 +251,30 @@ def make_optimizer(
     *,
     tables: Sequence[str] = (SHARED,),
     follow: tying.Follow = "off",
+    followed: Collection[str] | None = None,
+    squares: bool = False,
+    rowless: Collection[str] = (),
 ) -> Optimizer:
-    """The optimizer over {"tables", "body"}, whose tables have these names; `follow` is the form of the account."""
+    """The optimizer over {"tables", "body"}, whose tables have these names.
+
+    `follow` is the form of the account. Of the tables that both roles write, those have one that are `followed` (None:
+    all of them). `squares` keeps a second moment for each role of a shared table. Those that are `rowless`,
+    without a row for each token, take AdamW with the options that the body's matrices have by default.
+    """
     dtype = None if cfg.moments_dtype == "float32" else cfg.moments_dtype
     by_part = rules(cfg)
+    parts = {name: "rowless" if name in rowless else role_of(name) or "tables" for name in tables}
 
     def table_rule(name: str) -> TableRule:
-        rule = by_part[name if name in ROLES else "tables"]
-        writers = (name,) if name in ROLES else ROLES
-        rates = {by_part[role].learning_rate for role in writers} | {rule.learning_rate}
-        return TableRule(rule.kind, cfg.b1, rule.b2, cfg.eps, dtype, writers, follow, role_rates=len(rates) > 1)
+        role, rule = role_of(name), by_part[parts[name]]
+        writers = (role,) if role else ROLES
+        form = follow if role or followed is None or name in followed else "off"
+        rates = {rule.learning_rate}
+        if parts[name] == "tables":
+            rates |= {by_part[role].learning_rate for role in writers}
+        return TableRule(
+            rule.kind, cfg.b1, rule.b2, cfg.eps, dtype, writers, form, len(rates) > 1, squares and not role
+        )
 
     def direction(kind: str) -> optax.GradientTransformation:
         return scale_by_muon(layout, dtype) if kind == "muon" else scale_by_adam(cfg.b1, cfg.b2, cfg.eps, dtype)
@@ -261,7 +287,7 @@ def make_optimizer(
         optax.add_decayed_weights(decay, kept) if decay else optax.identity(),
         scale_by_rates({part: learning_rate(cfg, steps, rule.learning_rate) for part, rule in body.items()}),
     ]
-    return Optimizer(cfg, steps, optax.chain(*chain), {name: table_rule(name) for name in tables})
+    return Optimizer(cfg, steps, optax.chain(*chain), {name: table_rule(name) for name in tables}, parts)
 
 
 def _transformations(

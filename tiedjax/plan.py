@@ -182,8 +182,9 @@ def _of_equal_parameters(path: Path, study: StudyConfig, arms: Mapping[str, Arm]
     reference = _resolved(path, study.reference, arms[study.reference].tree, study.seeds[0], {})
     own = _resolved(path, name, arm.tree, study.seeds[0], {})
     wanted = parameters(reference)
-    table = tables(own) * own.model.table_rows * own.model.d_model
-    model = widened(own.model, wanted - table, deeper=study.equal_parameters[name] == "layers", of=own.mesh.tensor)
+    model = widened(
+        own.model, wanted - in_tables(own), deeper=study.equal_parameters[name] == "layers", of=own.mesh.tensor
+    )
     count = parameters(dataclasses.replace(own, model=model))
     if abs(count - wanted) > TOLERANCE * wanted:
         raise UserError(
@@ -204,14 +205,15 @@ def _of_equal_flops(path: Path, study: StudyConfig, arms: Mapping[str, Arm], nam
     return Arm(merge(arm.tree, {"train": {"steps": steps}}), arm.points)
 
 
-def tables(cfg: RunConfig) -> int:
-    """How many [V, D] arrays the run's scheme owns."""
-    return len(tying.scheme_of(cfg.tying).parameters)
+def in_tables(cfg: RunConfig) -> int:
+    """Numbers that the run's scheme owns and trains, at its end."""
+    last = tying.stage(cfg, changed=True)
+    return tying.scheme_of(last.tying).size(cfg.model.table_rows, cfg.model.d_model)
 
 
 def parameters(cfg: RunConfig) -> int:
     """Numbers in the matrices and tables of a run, those that it trains but for norm scales."""
-    return matmul_parameters(cfg.model) + (tables(cfg) - 1) * cfg.model.table_rows * cfg.model.d_model
+    return matmul_parameters(cfg.model) - cfg.model.table_rows * cfg.model.d_model + in_tables(cfg)
 
 
 def widened(model: ModelConfig, body: int, *, deeper: bool, of: int = 1) -> ModelConfig:

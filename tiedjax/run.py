@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,14 @@ import numpy as np
 
 from tiedjax import tying
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
-from tiedjax.config import ROLES, RunConfig
+from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
+
+CHANGED = "untied.json"  # of a run that unties when it is time: after which step it did
 
 
 class RunTables(NamedTuple):
@@ -69,6 +71,11 @@ class Run:
         return load_run_config(self.path / "config.yaml")
 
     @cached_property
+    def changed_after(self) -> int | None:
+        """After how many updates the run's scheme changed, or will; None if it has not, and no step is set for it."""
+        return change_of(self.path, self.config)
+
+    @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
         """Columns of metrics.jsonl as float64 arrays (step: int64); NaN where a line has no value.
 
@@ -112,31 +119,49 @@ class Run:
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
-        return self._restored(step)[0]
+        step, _ = self._choose(step, self._snapshots, "snapshot")
+        arrays, _ = self._restored(step)
+        tables = self.scheme(step).tables(arrays)
+        one = tables.input is tables.output
+        E_VD = np.asarray(tables.input)
+        return RunTables(E_VD, E_VD if one else np.asarray(tables.output), one)
+
+    def scheme(self, step: int) -> tying.Scheme:
+        """How the tables after `step` updates come from arrays: `run.scheme(step).tables(run.params(step)["tables"])`.
+
+        It is another one before and after a step at which the run untied, or tied.
+        """
+        return tying.scheme_of(self.config_at(step).tying)
 
     def account(self, step: int | None = None) -> RunAccount:
-        """Who wrote the shared table, up to `step`; by default the last snapshot. UserError where no run kept that."""
-        form = tying.follow(self.config)
-        names = [p.name for p in tying.scheme_of(self.config.tying).parameters if p.name not in ROLES]
+        """Who wrote the array that both roles write, up to `step`; by default the last snapshot.
+
+        UserError where the run kept no account of one.
+        """
+        step, _ = self._choose(step, self._snapshots, "snapshot")
+        cfg = self.config_at(step)
+        form, names, scheme = tying.follow(cfg), tying.scheme_of(cfg.tying).followed, cfg.tying.scheme
         if form == "off" or len(names) != 1:
-            reason = (
-                "tying.account was off" if names else f"under {self.config.tying.scheme} each role has its own table"
-            )
+            reason = "tying.account was off" if names else f"under {scheme} each role has its own table"
+            if tying.scheme_of(cfg.tying).account == "none":
+                reason = f"the tables of {scheme} are no sums of what the roles wrote"
+            elif cfg is not self.config:
+                reason += f", as it is from step {self.changed_after} on"
             raise UserError(f"{self.path}: has no account of one table: {reason}")
-        sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, self.config.model.table_rows),), np.int32)
+        sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, cfg.model.table_rows),), np.int32)
 
         def opened(tables: Any, sample_S: jax.Array) -> Any:
-            return tying.opened(tables, names, form, tying.rows_of(form, self.config.model.table_rows, sample_S))
+            return tying.opened(tables, names, form, tying.rows_of(form, cfg.model.table_rows, sample_S))
 
-        abstract = jax.eval_shape(opened, abstract_params(self.config)["tables"], sample)
-        tables, beside = self._restored(step, account=_without_sharding(abstract))
+        abstract = jax.eval_shape(opened, abstract_params(cfg)["tables"], sample)
+        arrays, beside = self._restored(step, account=_without_sharding(abstract))
         saved: tying.Account = beside["account"]
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
-        rows = np.arange(self.config.model.table_rows) if saved.rows.sample is None else saved.rows.sample
+        rows = np.arange(cfg.model.table_rows) if saved.rows.sample is None else saved.rows.sample
         if self._started is None:  # a run follows the same rows from its first step to its last
-            self._started = self.tables(0).input[rows]
+            self._started = self._restored(0)[0][names[0]][rows]
         initial = np.asarray(np.exp(log_kept) * self._started, np.float32)
-        output = written.output if form == "checked" else tables.input[rows] - initial - written.input
+        output = written.output if form == "checked" else arrays[names[0]][rows] - initial - written.input
         return RunAccount(rows, log_kept, initial, written.input, output)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
@@ -145,7 +170,7 @@ class Run:
         With model.output_bias also "output_bias", float32 [V], which is added to the logits and was never trained.
         """
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
-        abstract = {"params": _without_sharding(abstract_params(self.config))}
+        abstract = {"params": _without_sharding(abstract_params(self.config_at(step)))}
         return dict(checkpoints.restore(step, abstract)["params"])
 
     def model(self) -> Transformer:
@@ -155,6 +180,10 @@ class Run:
         """
         return Transformer(dataclasses.replace(self.config.model, attention="auto"))  # what suits this machine
 
+    def config_at(self, step: int) -> RunConfig:
+        """The config in force when the state after `step` updates was saved."""
+        return tying.stage(self.config, self.changed_after is not None and step > self.changed_after)
+
     @cached_property
     def _snapshots(self) -> Checkpoints | None:
         return _existing(self.path / "snapshots")
@@ -163,15 +192,14 @@ class Run:
     def _checkpoints(self) -> Checkpoints | None:
         return _existing(self.path / "checkpoints")
 
-    def _restored(self, step: int | None, **beside: Any) -> tuple[RunTables, dict[str, Any]]:
-        """The tables of a snapshot and, by name, what of these shapes was saved beside them."""
+    def _restored(self, step: int | None, **beside: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The scheme's arrays in a snapshot, float32, and, by name, what of these shapes was saved beside them."""
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
         dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
-        abstract = {"tables": _without_sharding(abstract_params(self.config)["tables"], dtype), **beside}
+        arrays = abstract_params(self.config_at(step))["tables"]
+        abstract = {"tables": _without_sharding(arrays, dtype), **beside}
         saved = snapshots.restore(step, abstract)
-        wide = jax.tree.map(partial(np.asarray, dtype=np.float32), saved.pop("tables"))
-        tables = tying.scheme_of(self.config.tying).tables(wide)
-        return RunTables(tables.input, tables.output, tables.input is tables.output), saved
+        return jax.tree.map(_wide, saved.pop("tables")), saved
 
     def _choose(self, step: int | None, saves: Checkpoints | None, kind: str) -> tuple[int, Checkpoints]:
         steps = saves.steps() if saves else []
@@ -180,6 +208,14 @@ class Run:
         if step is not None and step not in steps:
             raise UserError(f"{self.path}: no {kind} of step {step}; there are {', '.join(map(str, steps))}")
         return (steps[-1] if step is None else step), saves
+
+
+def change_of(path: Path, cfg: RunConfig) -> int | None:
+    """After how many updates the scheme of the run in this folder changes; None if that is not known, or never."""
+    record = path / CHANGED
+    if cfg.tying.untie_when is None or not record.exists():
+        return tying.changes_after(cfg)
+    return int(json.loads(record.read_text(encoding="utf-8"))["step"])
 
 
 def load_run(path: str | Path) -> Run:
@@ -212,5 +248,16 @@ def _existing(directory: Path) -> Checkpoints | None:
 
 
 def _without_sharding(tree: Any, dtype: Any = None) -> Any:
-    """The same shapes, to be restored as NumPy; with the leaves' dtypes or all with `dtype`."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), tree)
+    """The same shapes, to be restored as NumPy; numbers with the leaves' dtypes or all with `dtype`."""
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        kept = dtype if dtype and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kept)
+
+    return jax.tree.map(shape, tree)
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    """Numbers as float32, integers as they are."""
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from tiedjax import tying
 from tiedjax.config import ModelConfig
 from tiedjax.data.tokenizer import end_id, load_tokenizer
 from tiedjax.errors import UserError
@@ -50,7 +49,7 @@ def sample_text(
         tokenizer = load_tokenizer(path)
         start = [end_id(tokenizer, str(path)), *tokenizer.encode(_unicode(prompt), add_special_tokens=False).ids]
     params = jax.device_put(run.params(step))
-    tables = tying.scheme_of(run.config.tying).tables(params["tables"])
+    tables = run.scheme(run.checkpoint_steps[-1] if step is None else step).tables(params["tables"])
     drawn_1N = continue_tokens(
         run.config.model,
         tables,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tiedjax.config import TrainConfig
 from tiedjax.errors import UserError
@@ -18,38 +19,48 @@ def snapshot_steps(every: int, last: int) -> dict[int, bool]:
     return {step: step in early for step in sorted({*early, *range(0, last, every), last})}
 
 
+class Sizes(NamedTuple):
+    """Bytes of a run's tables, of their account and of its whole state."""
+
+    tables: int
+    account: int
+    state: int
+
+
 @dataclass(frozen=True)
 class Saves:
     """The snapshots of a run, by step (True: rounded to bfloat16), and its states.
 
-    A state is saved every `state_every` steps and after the last of `steps`, and the newest `most_kept` are kept. str()
-    is what is said before step 1.
+    A state is saved every `state_every` steps and after the last of `steps`, and the newest `most_kept` are kept. What
+    is saved has the sizes `first`, and after the step `changed`, where its scheme changes, `later`. str() is what is
+    said before step 1.
     """
 
     snapshots: dict[int, bool]
-    table_bytes: int
-    account_bytes: int
     steps: int
     state_every: int
     most_kept: int
-    state_bytes: int
+    first: Sizes
+    changed: int
+    later: Sizes
 
     @classmethod
-    def of(cls, train: TrainConfig, table_bytes: int, account_bytes: int, state_bytes: int) -> Saves:
-        """Of a run whose tables, their account and its whole state take so many bytes.
+    def of(cls, train: TrainConfig, first: Sizes, changed: int | None = None, later: Sizes | None = None) -> Saves:
+        """Of a run with these sizes.
 
         Snapshots from `snapshot_every` on lie as many times farther apart as `snapshot_gib` asks for. UserError where
         it cannot hold the early ones and the last.
         """
         limit = None if train.snapshot_gib is None else train.snapshot_gib * 2**30
         most = train.steps // train.snapshot_every + 1  # times as far apart: then none but the early ones and the last
-        snapshot = table_bytes + account_bytes
+        later = later or first
+        snapshot = max(first.tables + first.account, later.tables + later.account)
         fewest = 1 if limit is None else max(1, int(most / max(1, limit // snapshot)))  # below it is too much
         for times in range(min(fewest, most), most + 1):
             early = snapshot_steps(times * train.snapshot_every, train.steps)
             snapshots = {step: early[step] and train.early_snapshots_dtype == "bfloat16" for step in early}
             every, kept = train.checkpoint_every or train.steps, train.keep_checkpoints
-            planned = cls(snapshots, table_bytes, account_bytes, train.steps, every, kept, state_bytes)
+            planned = cls(snapshots, train.steps, every, kept, first, changed or train.steps, later)
             if limit is None or planned.snapshot_bytes(0, train.steps) <= limit:
                 return planned
         raise UserError(
@@ -61,21 +72,31 @@ class Saves:
     def snapshot_bytes(self, done: int, last: int) -> int:
         """Of the snapshots of the updates after `done` up to `last`; that of the start belongs to the first."""
         first = done + 1 if done else 0
-        taken = [rounded for step, rounded in self.snapshots.items() if first <= step <= last]
-        return (self.table_bytes + self.account_bytes) * len(taken) - self.table_bytes // 2 * sum(taken)
+        taken = [(self._sizes(step), rounded) for step, rounded in self.snapshots.items() if first <= step <= last]
+        return sum(size.account + size.tables - rounded * (size.tables // 2) for size, rounded in taken)
 
     def bytes(self, done: int, last: int) -> int:
         """All that the updates after `done` up to `last` leave on the disk."""
-        return self.snapshot_bytes(done, last) + min(self.most_kept, self._states(done, last)) * self.state_bytes
+        return self.snapshot_bytes(done, last) + self._kept_bytes(done, last)
+
+    def _sizes(self, step: int) -> Sizes:
+        return self.first if step <= self.changed else self.later
 
     def _states(self, done: int, last: int) -> int:
         """How many are saved after more than `done` and at most `last` updates, the last of which saves one too."""
         return -(-last // self.state_every) - done // self.state_every
+
+    def _kept_bytes(self, done: int, last: int) -> int:
+        """Of the states that are left of those: that of the last update, and those before it."""
+        kept = min(self.most_kept, self._states(done, last))
+        before = -(-last // self.state_every) - 1  # how many have been saved before the last
+        steps = [last, *((before - i) * self.state_every for i in range(kept - 1))]
+        return sum(self._sizes(step).state for step in steps[:kept])
 
     def __str__(self) -> str:
         states = self._states(0, self.steps)
         kept = min(self.most_kept, states)
         return (
             f"will write {len(self.snapshots)} snapshots ({binary(self.snapshot_bytes(0, self.steps))}) and keep "
-            f"{kept} of {states} states ({binary(kept * self.state_bytes)})"
+            f"{kept} of {states} states ({binary(self._kept_bytes(0, self.steps))})"
         )

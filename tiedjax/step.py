@@ -19,9 +19,10 @@ from tiedjax import sharding, tying
 from tiedjax.config import DataConfig, RunConfig, TrainConfig
 from tiedjax.errors import UserError
 from tiedjax.gradients import anatomy, loss_and_gradients, precision, role_metrics
-from tiedjax.lm import OUTPUT_BIAS, init_params, summed_loss, trained
-from tiedjax.optimizer import OptimizerState, learning_rate, make_optimizer
+from tiedjax.lm import OUTPUT_BIAS, init_params, summed_loss, trained, with_trained
+from tiedjax.optimizer import Optimizer, OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import Layout
+from tiedjax.table_rules import TableState
 from tiedjax.tying import Tables
 
 HOLD_GAIN = 0.05  # of the controller of the output role's share, in each update: momentum follows within some ten
@@ -32,7 +33,8 @@ class TrainState(NamedTuple):
     """What a step reads and writes: updates done, parameters as of `init_params`, optimizer state, the account.
 
     `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
-    holds `tying.output_update_share`, None without it.
+    holds `tying.output_update_share`, None without it; `watched` are the averages that decide on `tying.untie_when`,
+    [2], None without it.
     """
 
     step: jax.Array
@@ -40,6 +42,7 @@ class TrainState(NamedTuple):
     opt_state: OptimizerState
     account: tying.Account | None = None
     held: jax.Array | None = None
+    watched: jax.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Steps:
     """The compiled functions of one config on one mesh, and the shardings of what they take.
 
     Attributes:
-      init: (key, sample_S) -> TrainState, made in place on the mesh; `sample_S` are the rows of an account of a sample
-        of rows, int32 [`sampled`], None for every other.
+      init: (key, sample_S, unshared_S) -> TrainState, made in place on the mesh; `sample_S` are the rows of an account
+        of a sample of rows, int32 [`sampled`], None for every other; `unshared_S` is that of `init_params`.
       train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state.
       evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
       observe: (params, tokens_BS, body_update) -> metrics, as `anatomy` says.
@@ -78,29 +81,87 @@ def decided(cfg: RunConfig, mesh: Mesh) -> RunConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
 
 
-def make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
+def make_steps(cfg: RunConfig, mesh: Mesh, begins: int = 0) -> Steps:
     """Everything that runs on the devices for `cfg` on `mesh`; compiles when first called.
 
+    `begins`, where the scheme of the run has changed, is the update after which it did; 0: before that.
     Runs that differ only in what a step is given (seed, role scales, data source) share what was compiled. Raises
-    UserError if the mesh does not divide a microbatch, or for options of a role that has no table of its own.
+    UserError if the mesh does not divide a microbatch, or for options of the tables that are void or impossible.
     """
     tying.refuse_options_of_roles(cfg)
+    tying.refuse_impossible_changes(cfg)
+    return _make_steps(_compiled_for(tying.stage(cfg, begins > 0), mesh), mesh, begins)
+
+
+def make_change(cfg: RunConfig, mesh: Mesh, begins: int) -> Callable[[TrainState], TrainState]:
+    """The function from the last state before the scheme of `cfg` changes, after the update `begins`, to the next.
+
+    The body's part is handed on as it is. What has no meaning for the other tables, the account and the controller's
+    factor, ends.
+    """
+    after, layout = make_steps(cfg, mesh, begins).abstract, sharding.Layout(mesh)
+    before, now = (_optimizer(_compiled_for(tying.stage(cfg, changed), mesh), layout) for changed in (False, True))
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, (after.params["tables"], after.opt_state.tables))
+
+    @functools.partial(jax.jit, out_shardings=places)
+    def of_tables(arrays: dict[str, jax.Array], states: dict[str, TableState]) -> Any:
+        carried = tying.carried(cfg.tying, arrays)
+        if cfg.tying.tie_at is None:
+            return carried, before.divided(states)
+        return carried, now.united(states, carried)
+
+    def change(state: TrainState) -> TrainState:
+        arrays, states = of_tables(state.params["tables"], state.opt_state.tables)
+        return TrainState(state.step, {**state.params, "tables": arrays}, state.opt_state._replace(tables=states))
+
+    return change
+
+
+def _compiled_for(cfg: RunConfig, mesh: Mesh) -> RunConfig:
+    """What of a config decides the programs on a mesh; UserError for a mesh that does not cut it evenly."""
+    _refuse_uneven_arrays(cfg, mesh)
     rows, split = cfg.data.batch_size // cfg.data.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % split:
         raise UserError(
             f"mesh: data x fsdp = {split} devices do not divide the {rows} sequences of a microbatch "
             f"(data.batch_size {cfg.data.batch_size} / data.microbatches {cfg.data.microbatches})"
         )
-    return _make_steps(
-        RunConfig(
-            model=decided(cfg, mesh).model,
-            tying=tying.without_scales(cfg.tying),
-            optimizer=cfg.optimizer,
-            data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
-            train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
-        ),
-        mesh,
+    return RunConfig(
+        model=decided(cfg, mesh).model,
+        tying=tying.without_scales(cfg.tying),
+        optimizer=cfg.optimizer,
+        data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
+        train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
     )
+
+
+def _optimizer(cfg: RunConfig, layout: Layout) -> Optimizer:
+    scheme = tying.scheme_of(cfg.tying)
+    return make_optimizer(
+        cfg.optimizer,
+        cfg.train.steps,
+        layout,
+        tables=scheme.trained,
+        follow=tying.follow(cfg),
+        followed=scheme.followed,
+        squares=tying.keeps_squares(cfg),
+        rowless=[parameter.name for parameter in scheme.parameters if not parameter.has_rows],
+    )
+
+
+def _refuse_uneven_arrays(cfg: RunConfig, mesh: Mesh) -> None:
+    """UserError for an array of the scheme that the mesh cannot cut evenly."""
+    for parameter in tying.scheme_of(cfg.tying).parameters:
+        shape = parameter.shape(cfg.model.table_rows, cfg.model.d_model)
+        for size, axis in zip(shape, parameter.axes, strict=True):
+            for name in sharding.RULES[axis] if axis else ():
+                if size % mesh.shape[name]:
+                    counted = "rows" if axis == "vocab" else "columns"
+                    raise UserError(
+                        f"mesh.{name}: {mesh.shape[name]} does not divide the {size} {counted} of {parameter.name}, an "
+                        f"array of the {cfg.tying.scheme} scheme"
+                    )
 
 
 def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
@@ -115,11 +176,12 @@ def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
+def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
+    """`begins` is how many updates are behind the first of these steps."""
     scheme = tying.scheme_of(cfg.tying)
     layout = sharding.Layout(mesh)
-    names, form = [parameter.name for parameter in scheme.parameters], tying.follow(cfg)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, layout, tables=names, follow=form)
+    form = tying.follow(cfg)
+    optimizer = _optimizer(cfg, layout)
     schedule = learning_rate(cfg.optimizer, cfg.train.steps)
     gradients = loss_and_gradients(cfg, layout)
     evaluation = summed_loss(cfg, layout, z_loss=0.0)
@@ -127,15 +189,18 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
     sampled = min(tying.SAMPLE_ROWS, cfg.model.table_rows) if form == "rows" and followed else None
     wanted_share = cfg.tying.output_update_share
 
-    def init(root: jax.Array, sample_S: jax.Array | None) -> TrainState:
-        params = init_params(cfg, root)
+    def init(root: jax.Array, sample_S: jax.Array | None = None, unshared_S: jax.Array | None = None) -> TrainState:
+        params = init_params(cfg, root, unshared_S)
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
         account = tying.opened(params["tables"], followed, form, rows)
         held = None if wanted_share is None else jnp.zeros(())
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held)
+        watched = None if cfg.tying.untie_when is None else jnp.zeros(2)
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held, watched
+        )
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
-        tables = jax.vjp(scheme.tables, params["tables"])[1](role_grads)[0]
+        tables = scheme.transposed(params["tables"], role_grads)
         return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
     def by_role(state: TrainState, role_grads: Tables, role_scale: Tables) -> tuple[Tables, Tables]:
@@ -166,7 +231,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         rows = state.account.rows if state.account else None
         before = optimizer.last_parts(state.opt_state, rows)
         change = tying.compromise(raw, before, state.params["tables"], rows)
-        found = {name: jnp.where(state.step > 0, value, jnp.nan) for name, value in change.items()}
+        found = {name: jnp.where(state.step > begins, value, jnp.nan) for name, value in change.items()}
         for name in followed:
             share = optimizer.tables[name].input_step_share(new.opt_state.tables[name], rows)
             found |= {} if share is None else {"input_step_share": share}
@@ -200,7 +265,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
                 grad_norm=clipped_norm,
                 rows=state.account.rows if state.account else None,
             )
-            params = {**state.params, **optax.apply_updates(trained(state.params), updates)}
+            params = with_trained(state.params, optax.apply_updates(trained(state.params), updates))
         with jax.named_scope("account"):
             about_updates = tying.update_metrics(parts) if parts else {}
             account = tying.advanced(state.account, parts) if state.account else None
@@ -208,8 +273,12 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
             if held is not None and wanted_share is not None:
                 about_updates["held_input_scale"] = jnp.exp(held)
                 held = _held(held, about_updates["output_update_share"], wanted_share)
-            new = TrainState(state.step + 1, params, opt_state, account, held)
+            new = TrainState(state.step + 1, params, opt_state, account, held, state.watched)
             about_updates |= account_metrics(state, raw_by_role, parts, new)
+            if state.watched is not None:
+                watched = tying.watched(cfg.tying, state.watched, about_updates)
+                new = new._replace(watched=watched)
+                about_updates["untie_watched"] = watched[0] / watched[1]
         metrics = {
             "loss": value,
             "learning_rate": schedule(state.step),
@@ -234,7 +303,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh) -> Steps:
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), nn.unbox(boxed), placed
     )
     return Steps(
-        init=jax.jit(lambda root, sample_S=None: nn.unbox(init(root, sample_S)), out_shardings=placed),
+        init=jax.jit(lambda *arguments: nn.unbox(init(*arguments)), out_shardings=placed),
         train=jax.jit(
             train,
             donate_argnums=0,

@@ -72,6 +72,7 @@ class TableRule:
       writers: the roles that write the table.
       follow: which rows' parts are wanted, where both roles write it.
       role_rates: whether the roles' parts are given learning rates of their own.
+      squares: whether the second moment of each role is kept beside the table's, for the time when each has its own.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class TableRule:
     writers: tuple[str, ...]
     follow: Follow
     role_rates: bool = False
+    squares: bool = False
 
     @property
     def shared(self) -> bool:
@@ -96,12 +98,12 @@ class TableRule:
     @property
     def needs_roles(self) -> bool:
         """Whether an update depends on the gradient of each role."""
-        return self.apart or (self.shared and (self.follows or self.role_rates))
+        return self.apart or (self.shared and (self.follows or self.role_rates or self.squares))
 
     @property
     def takes_rows(self) -> bool:
         """Whether an update is given the roles' gradients of the followed rows alone."""
-        return self.shared and self.follow == "rows" and not self.apart and not self.role_rates
+        return self.shared and self.follow == "rows" and not (self.apart or self.role_rates or self.squares)
 
     @property
     def apart(self) -> bool:
@@ -114,7 +116,7 @@ class TableRule:
 
     @property
     def _whole_input(self) -> bool:
-        return self.shared and (self.role_rates or self.follow in ("whole", "checked"))
+        return self.shared and (self.role_rates or self.squares or self.follow in ("whole", "checked"))
 
     @property
     def _both(self) -> bool:
@@ -149,6 +151,7 @@ class TableRule:
             mu=None if self._both else zeros(),
             nu=nu,
             role_mu=Tables(role_input, role_output),
+            role_nu=Tables(zeros(), zeros()) if self.squares else Tables(None, None),
             input_square=_rows_of(table, None, rows.sample) if follows and rows and nu is not None else None,
         )
 
@@ -244,7 +247,25 @@ class TableRule:
             product_SD = of_input_SD * (of_input_SD + of_output_SD)
             square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
         mu = None if self._both else moment(gradient, state.mu, self.b1, 1)
-        return TableState(state.updates, mu, nu, role_mu, input_square=square)
+        role_nu = state.role_nu
+        if self.squares:
+            role_nu = Tables(*(moment(g, old, self.b2, 2) for g, old in zip(by_role, role_nu, strict=True)))
+        return TableState(state.updates, mu, nu, role_mu, role_nu, input_square=square)
+
+    def divided(self, state: TableState) -> Tables:
+        """For each role, the state of a table of its own from here on: the moments of this one, or the role's own.
+
+        Those are its own where the rule keeps both of them for each role.
+        """
+        if self.apart:
+            first, second = state.role_mu, state.role_nu
+        elif self.squares:
+            mu = state.role_mu if self._both else Tables(state.role_mu.input, state.mu - state.role_mu.input)
+            first, second = mu, state.role_nu
+        else:
+            whole = state.role_mu.input + state.role_mu.output if self._both else state.mu
+            first, second = Tables(whole, whole), Tables(state.nu, state.nu)
+        return Tables(*(TableState(state.updates, mu, nu) for mu, nu in zip(first, second, strict=True)))
 
     def _update_apart(self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None) -> TableState:
         role_mu: dict[str, Any] = dict.fromkeys(Tables._fields)
@@ -278,6 +299,25 @@ class TableRule:
             part = jnp.where(state.present[:, None], part, 0) if lazy else part
             parts[role] = part if state.matched is None else state.matched.astype(part.dtype) * part
         return Tables(**parts)
+
+
+def united(rule: TableRule, own: Tables, rows: Rows | None) -> TableState:
+    """The state, by `rule`, of one table from here on that two tables with these states become.
+
+    Its first moment is the sum of theirs, as that of the sum of two gradients is; of its second moment that is so only
+    where the gradients' products average to 0. A mean row's is the sum too.
+    """
+    state = rule.init(own.input.mu, rows)
+    if rule.apart:
+        return state._replace(
+            updates=own.input.updates,
+            role_mu=Tables(own.input.mu, own.output.mu),
+            role_nu=Tables(own.input.nu, own.output.nu),
+        )
+    mu = own.input.mu + own.output.mu
+    nu = None if own.input.nu is None else own.input.nu + own.output.nu
+    role_input = own.input.mu if state.role_mu.input is not None else None
+    return state._replace(updates=own.input.updates, mu=mu, nu=nu, role_mu=Tables(role_input, None))
 
 
 def _zeros(table: Any, dtype: str | None, rows: Any = None) -> Any:

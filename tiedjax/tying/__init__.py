@@ -23,18 +23,34 @@ from tiedjax.tying.account import (
     update_metrics,
 )
 from tiedjax.tying.anatomy import common_mode, pull_and_push, signal_and_noise
+from tiedjax.tying.schedule import (
+    begun_from,
+    carried,
+    change_in_words,
+    changes,
+    changes_after,
+    earliest_change,
+    keeps_squares,
+    refuse_another_scheme,
+    refuse_impossible_changes,
+    stage,
+    unties_now,
+    watched,
+)
 from tiedjax.tying.schemes import (
     SCHEMES,
     Law,
     Parameter,
     Scheme,
+    Start,
     init_tables,
     refuse_options_of_roles,
     scheme_of,
+    unshared_rows,
     without_scales,
 )
 from tiedjax.tying.split import role_scale, split_gradient, tap_squares, zero_taps
-from tiedjax.tying.tables import SHARED, Tables, distinct
+from tiedjax.tying.tables import SHARED, Tables, as_roles, distinct
 
 __all__ = [
     "SAMPLE_ROWS",
@@ -47,17 +63,28 @@ __all__ = [
     "Parts",
     "Rows",
     "Scheme",
+    "Start",
     "Tables",
     "advanced",
     "anatomy_wanted",
+    "as_roles",
+    "begun_from",
+    "carried",
+    "change_in_words",
+    "changes",
+    "changes_after",
     "common_mode",
     "compromise",
     "distinct",
+    "earliest_change",
     "error",
     "follow",
     "init_tables",
+    "keeps_squares",
     "opened",
     "pull_and_push",
+    "refuse_another_scheme",
+    "refuse_impossible_changes",
     "refuse_options_of_roles",
     "role_scale",
     "rows_of",
@@ -65,9 +92,13 @@ __all__ = [
     "scheme_of",
     "signal_and_noise",
     "split_gradient",
+    "stage",
     "taken",
     "tap_squares",
+    "unshared_rows",
+    "unties_now",
     "update_metrics",
+    "watched",
     "without_scales",
     "zero_taps",
 ]

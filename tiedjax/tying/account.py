@@ -23,6 +23,7 @@ import numpy as np
 
 from tiedjax.config import ROLES, RunConfig
 from tiedjax.errors import UserError
+from tiedjax.tying.schemes import scheme_of
 from tiedjax.tying.tables import Tables
 
 Follow = Literal["off", "rows", "whole", "checked"]
@@ -76,10 +77,16 @@ class Account(NamedTuple):
     initial: dict[str, Any]
     log_kept: dict[str, Any]
 
+    def reopened(self, tables: Mapping[str, Any]) -> Account:
+        """The account before the first update of other tables of these names."""
+        return self._replace(initial={name: tables[name][self.rows.check] for name in self.initial})
+
 
 def follow(cfg: RunConfig) -> Follow:
     """The form that a run's account has."""
     form = cfg.tying.account
+    if scheme_of(cfg.tying).account == "none":
+        return "off"
     if form == "auto":
         # A mean row is that of all rows: centring needs what was written into each.
         small = cfg.model.table_rows * cfg.model.d_model < WHOLE_BELOW or cfg.optimizer.tables.centered

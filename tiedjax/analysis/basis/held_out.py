@@ -26,7 +26,7 @@ from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.prepared import Prepared
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
-from tiedjax.model import Norm, Transformer
+from tiedjax.model import Entry, Norm, Transformer, multiplied
 from tiedjax.run import RunTables
 
 CHUNK = 512  # positions whose logits [C, V] are held at once
@@ -52,7 +52,7 @@ class FrozenModel:
     def __init__(self, run: Any, step: int | None = None) -> None:
         params = run.params(step)
         self.step: int = run.checkpoint_steps[-1] if step is None else step
-        tables = tying.scheme_of(run.config.tying).tables(params["tables"])
+        tables = run.scheme(self.step).tables(params["tables"])
         self._hold(RunTables(tables.input, tables.output, tables.input is tables.output))
         self.config: ModelConfig = dataclasses.replace(
             run.config.model, dtype="float32", remat="none", attention="auto"
@@ -104,6 +104,12 @@ class FrozenModel:
                 bits_C = _model_bits(self.config, self.norm, x_1ND[0, chunk], self.U_VD, self.bias_V, of_part_N[chunk])
                 parts.append(np.asarray(bits_C, np.float64))
         return np.concatenate(parts).reshape(targets_WT.shape)
+
+    def embedded(self, tokens_BT: Any) -> jax.Array:
+        """What enters the first layer for these tokens: float32 [B, T, D]."""
+        x_BTD = lookup(self.E_VD, jnp.asarray(tokens_BT), self.E_VD.dtype)
+        entered: Any = Entry(self.config, x_BTD.dtype).apply({"params": self.body["params"].get("entry", {})}, x_BTD)
+        return jnp.asarray(entered)
 
     def normed(self, x_ND: Any) -> jax.Array:
         """The final norm of hidden states: what the output table is multiplied with."""
@@ -207,9 +213,9 @@ def _states(cfg: ModelConfig, body: Any, E_VD: jax.Array, tokens_BT: jax.Array) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
-    """The model's last normalisation, with its scale where it has one."""
+    """The model's last normalisation, with its scale where it has one, times `model.output_multiplier`."""
     y_ND: Any = Norm(cfg.norm, cfg.norm_eps, x_ND.dtype).apply({"params": params}, x_ND)
-    return jnp.asarray(y_ND)
+    return multiplied(cfg, "output", jnp.asarray(y_ND))
 
 
 @jax.jit

@@ -156,9 +156,9 @@ def _rows_of(equal_V: np.ndarray, kept_V: np.ndarray | None) -> np.ndarray:
 
 def _start(a: Table, b: Table, rows: tuple[np.ndarray, np.ndarray] | None) -> tuple[bool | None, np.ndarray | None]:
     """Whether any rows of one number were equal at step 0, and which of the rows that correspond; None if unknown."""
-    if a.initial is None or b.initial is None:
+    x_VD, y_VD = (table.initial() if table.initial else None for table in (a, b))
+    if x_VD is None or y_VD is None:
         return None, None
-    x_VD, y_VD = a.initial(), b.initial()
     V = max(len(x_VD), len(y_VD))
     equal_V = np.zeros(V, bool)
     if x_VD.shape[1] == y_VD.shape[1]:

@@ -27,7 +27,8 @@ class Table:
 
     `role` is input, output, shared (one table in both roles) or None (a file does not say). `counts` is int64 [2, V]:
     as input, as target. `tokenizer_path` is the run's tokenizer.json, `run_path` its directory, and `initial` gives the
-    table of step 0, if the run holds it. `ids` int [V] are the rows' token ids; None where they are the row numbers.
+    table of step 0, if the run holds it, and None where it had two tables then and has one now. `ids` int [V] are the
+    rows' token ids; None where they are the row numbers.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Table:
     counts: np.ndarray | None = None
     tokenizer_path: Path | None = None
     run_path: Path | None = None
-    initial: Callable[[], np.ndarray] | None = None
+    initial: Callable[[], np.ndarray | None] | None = None
     ids: np.ndarray | None = None
 
     @property
@@ -157,7 +158,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
     place, step = place_and_step(place)
     if pick is not None and pick not in ROLES:
         raise UserError(f"{text}: {pick!r} is not a role; use #input or #output")
-    from tiedjax.tying import distinct  # here, as for the run: it brings JAX
+    from tiedjax.tying import as_roles, distinct  # here, as for the run: it brings JAX
 
     run = open_run(place)
     if step is not None and step not in run.snapshot_steps:
@@ -174,7 +175,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
         np.asarray(run.token_counts),
         run.tokenizer_path,
         run_path=Path(place).resolve(),
-        initial=(lambda: distinct(run.tables(0))[role]) if 0 in run.snapshot_steps else None,
+        initial=(lambda: as_roles(run.tables(0), [role]).get(role)) if 0 in run.snapshot_steps else None,
     )
 
 

@@ -29,7 +29,7 @@ from tiedjax.analysis.instruments.evolution.evolution import Trail
 from tiedjax.analysis.study import verdicts
 from tiedjax.analysis.study.examples import token_rows
 from tiedjax.config import StudyConfig
-from tiedjax.tying import distinct
+from tiedjax.tying import as_roles, distinct
 
 EXAMPLES = 12  # tokens
 
@@ -69,17 +69,18 @@ class _Walk:
         trails: dict[tuple[str, str], Trail] = {}
         first: dict[str, dict[str, np.ndarray]] = {}
         last = {arm: run.snapshot_steps[-1] for arm, run in runs.items()}
+        roles = {arm: list(distinct(run.tables(last[arm]))) for arm, run in runs.items()}
         ended: dict[str, Any] = {}  # the last tables of runs that are shorter than others
         for step in sorted({step for run in runs.values() for step in run.snapshot_steps}):
             tables = {arm: run.tables(step) for arm, run in runs.items() if step in run.snapshot_steps}
             centred = CentredTables()
             for arm, both in tables.items():
-                by_role, steps = distinct(both), runs[arm].snapshot_steps
+                by_role, steps = as_roles(both, roles[arm]), runs[arm].snapshot_steps
                 for role, table in by_role.items():
                     trail = Trail(seen[arm], strata=groups[arm])
                     trails.setdefault((arm, role), trail).add(step, table, centred.rows(table, seen[arm]))
                 chosen = {role: table[self.ids] for role, table in by_role.items()}
-                first.setdefault(arm, chosen)
+                first[arm] = chosen | first.get(arm, {})
                 if step == steps[-1]:
                     self.examples[arm, seed] = token_rows(first[arm], chosen)
             ended |= {arm: both for arm, both in tables.items() if step == last[arm] < max(last.values())}
@@ -92,7 +93,8 @@ class _Walk:
                     twin = None if arm == study.reference else both
                     kept_V, counts = seen[study.reference] & seen[arm], runs[study.reference].token_counts
                     where = {**arm_and_seed((arm, seed)), "reference_seed": seed, "step": step, "final": final}
-                    self.comparisons += _compared(of_reference, twin, kept_V, counts, where, centred)
+                    names = roles[arm]
+                    self.comparisons += _compared(of_reference, twin, names, kept_V, counts, where, centred)
         for (arm, role), trail in trails.items():
             self.evolution.append(arm_and_seed((arm, seed)) | {"role": role} | to_plain(trail.result()))
 
@@ -100,13 +102,17 @@ class _Walk:
 def _compared(
     reference: Any,
     twin: Any | None,
+    names: list[str],
     kept_V: np.ndarray,
     counts: np.ndarray,
     where: Mapping[str, Any],
     centred: CentredTables,
 ) -> Iterator[dict[str, Any]]:
-    """The reference's tables against its twin's (against each other without one): all fits if final, else one."""
-    for subject_role, reference_role, x, y in _pairs(reference, twin):
+    """The reference's tables against those of its twin with these names: all fits if final, else one.
+
+    Without a twin they are compared with each other.
+    """
+    for subject_role, reference_role, x, y in _pairs(reference, twin, names):
         about = {**where, "subject_role": subject_role, "reference_role": reference_role}
         if where["final"]:
             for record in _by_fit(compare(x, y, kept_V=kept_V, counts=counts, held_out_floors=False)):
@@ -134,12 +140,12 @@ def _by_fit(comparison: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def _pairs(reference: Any, twin: Any | None) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
+def _pairs(reference: Any, twin: Any | None, names: list[str]) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
     """(subject role, reference role, reference table, subject table)."""
     if twin is None:
         yield "output", "input", reference.input, reference.output
         return
-    for subject_role, table in distinct(twin).items():
+    for subject_role, table in as_roles(twin, names).items():
         for reference_role in ROLES:
             yield subject_role, reference_role, getattr(reference, reference_role), table
 

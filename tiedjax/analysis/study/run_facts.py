@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from tiedjax import tying
 from tiedjax.analysis.basis.study_runs import Runs
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import flatten, to_tree
-from tiedjax.flops import flops_per_token
+from tiedjax.flops import model_flops
 
 REPORTED_LOSS = "eval_loss_odd"  # of metrics.jsonl, where a sweep has chosen options by the even windows
 
@@ -30,18 +31,19 @@ def run_facts(run: Any, loss: str) -> dict[str, Any]:
         "train_loss": _last(metrics.get("loss")),
         "eval_loss": _last(metrics.get(loss)),
         "parameters": _parameters(run.config),
-        "flops_per_token": flops_per_token(run.config.model, causal=True),
+        "flops_per_token": model_flops(run.config) / (run.config.data.batch_size * run.config.model.seq_len),
         "training_seconds": _training_seconds(metrics),
     }
 
 
 def _parameters(config: Any) -> int:
-    """How many numbers a run trains: the body's and the tables', a shared table once."""
+    """How many numbers a run trains at its end: the body's and the tables', a shared table once."""
     import jax
 
-    from tiedjax.lm import abstract_params
+    from tiedjax.lm import abstract_params, trained
 
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    last = tying.stage(config, changed=True)
+    return sum(leaf.size for leaf in jax.tree.leaves(trained(abstract_params(last))))
 
 
 def _training_seconds(metrics: Mapping[str, np.ndarray]) -> float | None:

@@ -29,7 +29,6 @@ from tiedjax.analysis.basis.held_out import FrozenModel, batches, chunks, first_
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.config import ModelConfig
 from tiedjax.data.prepared import Prepared
-from tiedjax.lookup import lookup
 from tiedjax.model import MLP, Attention, Block, Transformer
 
 HELD_OUT_TOKENS = 4096
@@ -117,7 +116,7 @@ def layers_of(model: FrozenModel) -> list[Any]:
 def _measured(model: FrozenModel, layers: list[Any], tokens_BS: np.ndarray) -> tuple[np.ndarray, ...]:
     """Bits of every next token [B, T]; what each part of each block adds, and what skipping it costs: [L, P, B, T]."""
     block = functools.partial(_block, model.config)
-    states, added = [lookup(model.E_VD, jnp.asarray(tokens_BS[:, :-1]), model.E_VD.dtype)], []
+    states, added = [model.embedded(tokens_BS[:, :-1])], []
     for layer in layers:
         x_BTD, added_PBT = block(layer, states[-1], 1.0, 1.0)
         states.append(x_BTD)

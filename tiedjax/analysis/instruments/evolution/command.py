@@ -56,17 +56,18 @@ def _followed(run: Any, args: argparse.Namespace, draws: int) -> tuple[dict[str,
     from tiedjax.analysis.basis.tables import seen_rows
     from tiedjax.analysis.instruments.evolution.evolution import Trail
     from tiedjax.errors import UserError
-    from tiedjax.tying import distinct
+    from tiedjax.tying import as_roles, distinct
 
     steps = run.snapshot_steps
     if not steps:
         raise UserError(f"{args.a}: holds no snapshot of its tables")
+    roles = list(distinct(run.tables(steps[-1])))
     rows = None if args.all_rows else seen_rows(run.token_counts)
     corrected: dict[str, Trail] = {}
     paper: dict[str, Trail] = {}
     report = arguments.reporter("evolution")
     for i, step in enumerate(steps):
-        for role, table in distinct(run.tables(step)).items():
+        for role, table in as_roles(run.tables(step), roles).items():
             paper.setdefault(role, Trail(draws=0)).add(step, table)
             if not args.paper:
                 with_strata = Trail(rows, strata=strata(run.token_counts), draws=draws)

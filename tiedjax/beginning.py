@@ -1,0 +1,123 @@
+"""What a run begins with: its newest state, or parameters drawn anew, or those of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tiedjax import tying
+from tiedjax.checkpoint import Checkpoints
+from tiedjax.config import DataConfig, ModelConfig, RunConfig
+from tiedjax.data import counts
+from tiedjax.errors import UserError
+from tiedjax.files import place_and_step
+from tiedjax.lm import OUTPUT_BIAS
+from tiedjax.rng import key_for
+from tiedjax.run import Run, load_run
+from tiedjax.step import TrainState, decided, make_steps
+
+BODY_UPDATE = "body_update"  # in a state: of the body by the last update, where the next step is observed
+# What may differ between a model and the one that it starts from: how it computes, and how far it sees.
+MAY_DIFFER = {"seq_len", "dtype", "attention", "table_gradient", "body_gradient", "remat"}
+
+
+def begin(
+    cfg: RunConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    about: dict[str, Any],
+    counts_2V: np.ndarray,
+    begins: int | None = None,
+) -> tuple[TrainState, Any, int]:
+    """The newest checkpoint's state, or a new one; the body's last update, if the next step is to measure what it did;
+    and how many steps it has behind it. `begins` is the step after which the scheme changes, where that is known."""
+    saved = checkpoints.steps()
+    if not saved:
+        return _new(cfg, mesh, about, counts_2V), None, 0
+    steps = make_steps(cfg, mesh, begins if begins and saved[-1] > begins else 0)
+    record = checkpoints.about(saved[-1])
+    for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
+        if record[part] != about[part]:
+            place = checkpoints.directory / str(saved[-1])
+            raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
+    wanted = steps.abstract._asdict()
+    if any(name.startswith(f"{BODY_UPDATE}/") for name in record["fingerprints"]):
+        wanted[BODY_UPDATE] = steps.abstract.params["body"]
+    restored = checkpoints.restore(saved[-1], wanted)
+    body_update = restored.pop(BODY_UPDATE, None)
+    return TrainState(**restored), body_update, saved[-1]
+
+
+def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarray) -> TrainState:
+    steps, counts_V = make_steps(cfg, mesh), counts_2V.sum(0)
+    sample = steps.sampled and tying.sampled_rows(counts_V, steps.sampled)
+    root = key_for(jax.random.key(cfg.train.seed), "params")
+    state = steps.init(root, sample, tying.unshared_rows(cfg.tying, cfg.model, counts_V))
+    if cfg.model.output_bias == "unigram":
+        place = steps.abstract.params[OUTPUT_BIAS].sharding
+        bias_V = jax.device_put(counts.log_unigram(counts_2V[1]), place)
+        state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
+    if cfg.train.init is None:
+        return state
+    run, step = source(cfg.train.init)
+    others = Checkpoints(run.path / "checkpoints", create=False)
+    if others.about(step)["tokenizer"] != about["tokenizer"]:
+        raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
+    params = {**state.params, **_of_another_run(cfg, mesh, run, step, others)}
+    account = state.account and state.account.reopened(params["tables"])
+    return state._replace(params=params, account=account)
+
+
+def source(init: str) -> tuple[Run, int]:
+    """The run, and the step of its state, that `train.init` names. UserError where there is none."""
+    place, step = place_and_step(init)
+    try:
+        run = load_run(place)
+    except UserError as error:
+        raise UserError(f"train.init: {error}") from None
+    saved = run.checkpoint_steps
+    if not saved or (step is not None and step not in saved):
+        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"train.init: {place}: holds {which}; there are {', '.join(map(str, saved)) or 'none'}")
+    return run, saved[-1] if step is None else step
+
+
+def data_begun_with(cfg: RunConfig, out: Path) -> DataConfig:
+    """The options of the data, with the tokenizer of the run of `train.init` where none is named."""
+    if cfg.train.init is None or cfg.data.tokenizer != DataConfig().tokenizer:
+        return cfg.data
+    kept = out / "tokenizer.json"  # a run that is continued does not need the other one any more
+    path = kept if kept.exists() else source(cfg.train.init)[0].tokenizer_path
+    return cfg.data if path is None else dataclasses.replace(cfg.data, tokenizer=str(path))
+
+
+def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
+    """UserError where the run of `train.init` is of another model, or its scheme cannot become that of `cfg`."""
+    if cfg.train.init is None:
+        return
+    run, step = source(cfg.train.init)
+    theirs, ours = decided(run.config, mesh).model, decided(cfg, mesh).model
+    for field in dataclasses.fields(ModelConfig):
+        was, now = getattr(theirs, field.name), getattr(ours, field.name)
+        if field.name not in MAY_DIFFER and was != now:
+            raise UserError(
+                f"model.{field.name}: is {now!r}, that of train.init {cfg.train.init} is {was!r}; give that"
+            )
+    tying.refuse_another_scheme(run.config_at(step).tying, cfg.tying, cfg.train.init)
+
+
+def _of_another_run(cfg: RunConfig, mesh: Mesh, run: Run, step: int, others: Checkpoints) -> dict[str, Any]:
+    """{"tables", "body"} of that run's state, the tables in the arrays of this one's scheme, where they lie here."""
+    before = run.config_at(step).tying
+    theirs = dataclasses.replace(cfg, tying=before, train=dataclasses.replace(cfg.train, init=None))
+    abstract = make_steps(theirs, mesh).abstract.params
+    wanted = {name: abstract[name] for name in ("tables", "body")}
+    restored = others.restore(step, {"params": wanted})["params"]
+    places = jax.tree.map(lambda leaf: leaf.sharding, make_steps(cfg, mesh).abstract.params["tables"])
+    arrays = jax.jit(lambda tables: tying.begun_from(before, cfg.tying, tables), out_shardings=places)
+    return {"tables": arrays(restored["tables"]), "body": restored["body"]}
