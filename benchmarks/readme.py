@@ -516,23 +516,20 @@ def regrets() -> str:
 
 def pages() -> dict[Path, str]:
     """README.md and the pages of docs/ with numbers, as the saved results want them."""
-    quick, small, rates, mechanisms, schemes, untie = (
-        json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES
-    )
+    of = {name: json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES}
     blocks = {
         ROOT / "README.md": {
-            "answer": answer(small),
-            "small study": findings("small", small, at_once(small)),
-            "quick study": findings("quick", quick, at_once(quick)),
-            "rates study": findings("rates", rates, in_parts(rates)),
+            "answer": answer(of["small"]),
+            "small study": findings("small", of["small"], at_once(of["small"])),
+            "quick study": findings("quick", of["quick"], at_once(of["quick"])),
+            "rates study": findings("rates", of["rates"], in_parts(of["rates"])),
             "g43 study": larger(),
-            "mechanism study": mechanism(mechanisms, at_once(mechanisms)),
+            "mechanism study": mechanism(of["mechanism"], at_once(of["mechanism"])),
             "costs": cost_rows(),
         },
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
         ROOT / "docs" / "schemes.md": {
-            "schemes study": between("schemes", schemes, in_parts(schemes)),
-            "untie study": between("untie", untie, in_parts(untie)),
+            f"{name} study": between(name, of[name], in_parts(of[name])) for name in ("schemes", "untie")
         },
         ROOT / "docs" / "speed.md": {
             "CPU and TPU costs": costs(),

@@ -127,7 +127,10 @@ def test_every_kind_whose_state_can_be_carried_goes_on(kind: str) -> None:
     account = "off" if kind == "lion" else "auto"
     options = OptimizerConfig(learning_rate=0.01, tables=tables)
     for changes in ({"untie_at": CHANGE}, {"scheme": "untied", "tie_at": CHANGE, "tie_by": "output"}):
-        *_, last = trained(config(account=account, optimizer=options, **changes), 6)
+        cfg = config(account=account, optimizer=options, **changes)
+        *_, last = trained(cfg, 6)
+        later = step.make_steps(cfg, one_device(cfg), CHANGE).abstract
+        assert jax.tree.map(jnp.shape, last) == jax.tree.map(lambda leaf: leaf.shape, later)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(last))
 
 
@@ -191,7 +194,7 @@ def test_a_run_that_unties_continues_bit_for_bit_from_before_at_and_after_it(
     with pytest.raises(UserError) as error:
         run.account()
     assert str(error.value) == (
-        f"{whole}: has no account of one table: under untied each role has its own table, as it is from step 4 on"
+        f"{whole}: has no account of one table: under untied each role has its own table, as it is after step 4"
     )
     assert list(run.scheme(4).trained) == ["shared"]
     last = run.scheme(STEPS).tables(run.params()["tables"])
@@ -242,6 +245,10 @@ def test_a_run_unties_when_it_is_time_and_continues_bit_for_bit(
             num, den = 0.95 * num + 0.05 * now[0], 0.95 * den + 0.05 * now[1]
             assert m["untie_watched"][i] == pytest.approx(num / den, rel=1e-4)
     assert np.isnan(m["untie_watched"][20:]).all()
+    (whole / "untied.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        tiedjax.load_run(whole).tables()
+    assert str(error.value) == f'{whole}/untied.json: must hold {{"step": N}}, the update after which the run untied'
 
 
 def test_a_run_for_which_it_is_never_time_stays_tied(text: Path, tmp_path: Path) -> None:
@@ -252,6 +259,21 @@ def test_a_run_for_which_it_is_never_time_stays_tied(text: Path, tmp_path: Path)
     assert run.changed_after is None
     assert run.tables().tied
     assert run.params()["tables"].keys() == {"shared"}
+
+
+def test_a_decision_that_was_lost_and_is_not_made_again_leaves_no_trace(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = {"tying.untie_when": "output_update_share", "tying.untie_above": 1, "train.steps": 24}
+    assert cli.main(arguments(out, text, {**changes, "train.stop_at": 12})) == 0
+    (out / "untied.json").write_text('{"step": 20}\n')
+    assert cli.main(arguments(out, text, changes)) == 0
+    assert not (out / "untied.json").exists()
+    assert tiedjax.load_run(out).tables().tied
+
+
+def test_a_share_of_the_steps_is_never_all_of_them() -> None:
+    assert tying.changes_after(config(untie_at=0.999)) == 9
+    assert tying.changes_after(config(untie_at=0.001)) == 1
 
 
 def test_a_decision_that_was_lost_with_the_states_since_is_made_again(text: Path, tmp_path: Path) -> None:
@@ -371,8 +393,8 @@ def test_impossible_changes_are_refused(options: dict[str, Any], says: str) -> N
 
 
 def test_an_optimizer_whose_state_is_not_another_table_s_is_refused() -> None:
-    def refused(kind: str, **options: Any) -> str:
-        tables = TableOptimizerConfig(kind=kind)  # type: ignore[arg-type]
+    def refused(kind: str, own: str | None = None, **options: Any) -> str:
+        tables = TableOptimizerConfig(kind=kind, output=RoleOptimizerConfig(kind=own))  # type: ignore[arg-type]
         cfg = config(optimizer=OptimizerConfig(tables=tables), **options)
         with pytest.raises(UserError) as error:
             step.make_steps(cfg, one_device(cfg))
@@ -381,6 +403,10 @@ def test_an_optimizer_whose_state_is_not_another_table_s_is_refused() -> None:
     assert refused("by_role_lazy", untie_at=3) == (
         "tying.untie_at: the state of optimizer.tables.kind by_role_lazy is not that of other tables; take adamw, sgd, "
         "coupled, by_role or lion"
+    )
+    assert refused("adamw", "sgd", scheme="untied", tie_at=3) == (
+        "tying.tie_at: needs one kind of optimizer for all tables; optimizer.tables.output.kind is sgd, and that of "
+        "the other adamw"
     )
     assert refused("sgd", untie_at=3, untie_moments="split") == (
         "tying.untie_moments: split is for optimizer.tables.kind adamw, got sgd; leave it out"

@@ -440,6 +440,12 @@ def test_options_that_a_scheme_has_no_room_for_are_refused(options: dict[str, An
             "size 1 / sqrt(D); leave it out",
         ),
         (
+            "transform",
+            {"output": RoleOptimizerConfig(weight_decay=0.9)},
+            "optimizer.tables.output.weight_decay: the transform scheme has no table for the output role alone; give "
+            "optimizer.tables.weight_decay instead",
+        ),
+        (
             "low_rank",
             {"input": RoleOptimizerConfig(b2=0.5)},
             "optimizer.tables.input.b2: the low_rank scheme has no table for the input role alone; give "
@@ -451,6 +457,12 @@ def test_options_of_the_optimizer_that_a_scheme_makes_void_are_refused(
     form: str, tables: dict[str, Any], says: str
 ) -> None:
     assert refused(config(form, optimizer=OptimizerConfig(tables=TableOptimizerConfig(**tables)))) == says
+
+
+def test_a_table_with_fewer_rows_than_columns_has_no_pseudo_inverse() -> None:
+    assert refused(config("pseudo_inverse", vocab_size=8)) == (
+        "tying.scheme: pseudo_inverse needs tables with at least as many rows as columns, got 8 of model.d_model = 16"
+    )
 
 
 def test_a_mesh_that_cannot_cut_an_array_is_refused() -> None:

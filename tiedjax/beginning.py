@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tiedjax import tying
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import DataConfig, ModelConfig, RunConfig
+from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from tiedjax.data import counts
 from tiedjax.errors import UserError
 from tiedjax.files import place_and_step
@@ -92,7 +92,7 @@ def data_begun_with(cfg: RunConfig, out: Path) -> DataConfig:
     if cfg.train.init is None or cfg.data.tokenizer != DataConfig().tokenizer:
         return cfg.data
     kept = out / "tokenizer.json"  # a run that is continued does not need the other one any more
-    path = kept if kept.exists() else source(cfg.train.init)[0].tokenizer_path
+    path = kept if any(out.glob("checkpoints/[0-9]*")) else source(cfg.train.init)[0].tokenizer_path
     return cfg.data if path is None else dataclasses.replace(cfg.data, tokenizer=str(path))
 
 
@@ -114,7 +114,7 @@ def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
 def _of_another_run(cfg: RunConfig, mesh: Mesh, run: Run, step: int, others: Checkpoints) -> dict[str, Any]:
     """{"tables", "body"} of that run's state, the tables in the arrays of this one's scheme, where they lie here."""
     before = run.config_at(step).tying
-    theirs = dataclasses.replace(cfg, tying=before, train=dataclasses.replace(cfg.train, init=None))
+    theirs = dataclasses.replace(cfg, tying=tying.plain(before), optimizer=OptimizerConfig(), train=TrainConfig())
     abstract = make_steps(theirs, mesh).abstract.params
     wanted = {name: abstract[name] for name in ("tables", "body")}
     restored = others.restore(step, {"params": wanted})["params"]

@@ -85,7 +85,11 @@ def _sizes(cfg: RunConfig) -> Sizes:
     scheme, options, V = tying.scheme_of(cfg.tying), cfg.optimizer, cfg.model.table_rows
     size = {p.name: p.size(V, cfg.model.d_model) for p in scheme.parameters}
     moments = _MOMENTS[options.body.kind] * body
-    moments += sum(_MOMENTS[options.tables.of(name).kind] * size[name] for name in scheme.trained)
+    moments += sum(
+        (_MOMENTS[options.tables.of(p.name).kind] if p.has_rows else _MOMENTS["adamw"]) * size[p.name]
+        for p in scheme.parameters
+        if p.trained
+    )
     tables = 4 * sum(size.values())
     width = 2 if options.moments_dtype == "bfloat16" else 4
     form = tying.follow(cfg)

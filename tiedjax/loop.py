@@ -154,9 +154,8 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    saves = Saves.of(
-        cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), _sizes(make_steps(cfg, mesh, 1))
-    )
+    later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
+    saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
@@ -372,8 +371,11 @@ def _change_of(cfg: RunConfig, out: Path) -> int | None:
     """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
     changed = change_of(out, cfg)
     done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
-    # Found, but lost with the states since: the same steps find it again.
-    return None if cfg.tying.untie_when is not None and changed is not None and changed > done else changed
+    if cfg.tying.untie_when is None or changed is None or changed <= done:
+        return changed
+    if process.is_main():  # found, but lost with the states since: the steps that come find it again, or do not
+        (out / CHANGED).unlink(missing_ok=True)
+    return None
 
 
 def _record_change(out: Path, step: int) -> None:

@@ -194,8 +194,12 @@ class Optimizer:
         return dict(self.tables[SHARED].divided(states[SHARED])._asdict())
 
     def united(self, states: Mapping[str, TableState], arrays: Mapping[str, Any]) -> dict[str, TableState]:
-        """Those from which on the roles' two are `arrays`, one of them shared: by `united`; the others are at rest."""
-        new = {name: rule.init(arrays[name], None) for name, rule in self.tables.items()}
+        """Those from which on the roles' two are `arrays`, one of them shared: by `united`.
+
+        The others have had as many updates as that, all without a gradient: they share its schedule.
+        """
+        done = states["input"].updates
+        new = {name: rule.init(arrays[name], None)._replace(updates=done) for name, rule in self.tables.items()}
         return new | {SHARED: united(self.tables[SHARED], Tables(**states), None)}
 
     def _rates(self, name: str, done: jax.Array) -> _Rates:

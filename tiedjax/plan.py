@@ -99,8 +99,11 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
             trials[name, place, seed] = dataclasses.replace(trial, train=few)
     for name, shared in [(study.reference, False), (study.baseline, True)]:
         options = runs[name, study.seeds[0]].tying
-        if tying.scheme_of(options).shares_one_table != shared:
-            wanted = "one table in both roles" if shared else "a table for each role"
+        scheme = tying.scheme_of(options)
+        if not (scheme.shares_one_table if shared else scheme.independent) or tying.changes(runs[name, study.seeds[0]]):
+            wanted = (
+                "one table in both roles" if shared else "a table for each role, drawn by itself, from first to last"
+            )
             raise UserError(
                 f"{path}: arm {name!r} needs a scheme with {wanted}, its tying.scheme is {options.scheme!r}"
             )

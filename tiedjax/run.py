@@ -146,7 +146,7 @@ class Run:
             if tying.scheme_of(cfg.tying).account == "none":
                 reason = f"the tables of {scheme} are no sums of what the roles wrote"
             elif cfg is not self.config:
-                reason += f", as it is from step {self.changed_after} on"
+                reason += f", as it is after step {self.changed_after}"
             raise UserError(f"{self.path}: has no account of one table: {reason}")
         sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, cfg.model.table_rows),), np.int32)
 
@@ -215,7 +215,10 @@ def change_of(path: Path, cfg: RunConfig) -> int | None:
     record = path / CHANGED
     if cfg.tying.untie_when is None or not record.exists():
         return tying.changes_after(cfg)
-    return int(json.loads(record.read_text(encoding="utf-8"))["step"])
+    try:
+        return int(json.loads(record.read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f'{record}: must hold {{"step": N}}, the update after which the run untied') from None
 
 
 def load_run(path: str | Path) -> Run:

@@ -175,7 +175,7 @@ def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
     return jnp.clip(jnp.where(jnp.isfinite(share), next_scale, log_scale), -most, most)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
     """`begins` is how many updates are behind the first of these steps."""
     scheme = tying.scheme_of(cfg.tying)

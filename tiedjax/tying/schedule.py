@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tiedjax.config import RunConfig, TyingConfig
+from tiedjax.config import ROLES, RunConfig, TyingConfig
 from tiedjax.errors import UserError
 from tiedjax.tying.account import follow
 from tiedjax.tying.schemes import OPTIONS, scheme_of
@@ -30,7 +30,7 @@ def changes_after(cfg: RunConfig) -> int | None:
     """After how many updates the scheme changes by the config; None if it never does, or if the run is to find out."""
     for when in (cfg.tying.untie_at, cfg.tying.tie_at):
         if when is not None:
-            return when if isinstance(when, int) else max(1, round(when * cfg.train.steps))
+            return when if isinstance(when, int) else max(1, min(round(when * cfg.train.steps), cfg.train.steps - 1))
     return None
 
 
@@ -131,8 +131,15 @@ def refuse_another_scheme(before: TyingConfig, now: TyingConfig, init: str) -> N
         )
 
 
+def plain(options: TyingConfig) -> TyingConfig:
+    """The scheme of a config with its options, and nothing else."""
+    return TyingConfig(**{name: getattr(options, name) for name in ("scheme", *OPTIONS)})
+
+
 def _alike(options: TyingConfig) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in ("scheme", *OPTIONS)}
+    """What two schemes must have in common to have the same arrays, whatever those start from."""
+    scheme = "untied" if options.scheme == "untied_equal" else options.scheme
+    return vars(plain(options)) | {"scheme": scheme}
 
 
 def refuse_impossible_changes(cfg: RunConfig) -> None:
@@ -157,6 +164,17 @@ def refuse_impossible_changes(cfg: RunConfig) -> None:
         if scheme.shares_one_table != shares or scheme.shares_nothing == shares:
             wanted = "one table in both roles" if shares else "a table for each role"
             raise UserError(f"tying.{name}: needs a scheme with {wanted}, tying.scheme is {options.scheme!r}")
+        for role in ROLES:
+            if (kind := tables.of(role).kind) != tables.kind:
+                raise UserError(
+                    f"tying.{name}: needs one kind of optimizer for all tables; optimizer.tables.{role}.kind is "
+                    f"{kind}, and that of the other {tables.kind}"
+                )
+        if cfg.model.table_rows < cfg.model.d_model and options.tie_by == "transform":
+            raise UserError(
+                f"tying.tie_by: transform needs a table with at least as many rows as columns, got "
+                f"{cfg.model.table_rows} of model.d_model = {cfg.model.d_model}"
+            )
         if tables.kind not in CARRIED:
             raise UserError(
                 f"tying.{name}: the state of optimizer.tables.kind {tables.kind} is not that of other tables; take "

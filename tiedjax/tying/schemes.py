@@ -60,7 +60,7 @@ class Parameter:
         of the optimizer are about it.
       shape: from the tables' (V, D) to its own.
       axes: the logical axis of each dimension, None where it is never sharded.
-      start: its initial value; None: a table of its own name, drawn by the law of the tables.
+      start: its initial value; None: drawn by the law of the tables, with a key of its name.
       trained: False for indices, int32, which a run sets once.
       has_rows: whether it has a row for each of all tokens or some, of which the options of the tables' optimizer are.
     """
@@ -130,6 +130,11 @@ class Scheme:
         return [parameter.name for parameter in self.parameters] == [SHARED]
 
     @property
+    def independent(self) -> bool:
+        """Whether each role has a table of its own, drawn by itself."""
+        return self.shares_nothing and all(parameter.start is None for parameter in self.parameters)
+
+    @property
     def shares_nothing(self) -> bool:
         """Whether no array is written by both roles."""
         return all(role_of(parameter.name) for parameter in self.parameters)
@@ -197,12 +202,7 @@ def _low_rank(cfg: TyingConfig) -> Scheme:
         E_VD = params[SHARED]
         return Tables(E_VD, E_VD + _product(params["output_left"], params["output_right"].T))
 
-    left = Parameter(
-        "output_left",
-        lambda V, D: (V, rank(D)),
-        ("vocab", None),
-        lambda start: start.table("output_left", (start.shape[0], rank(start.shape[1]))),
-    )
+    left = Parameter("output_left", lambda V, D: (V, rank(D)), ("vocab", None))
     right = _rowless("output_right", lambda V, D: (D, rank(D)), ("embed", None))
     return Scheme((Parameter(SHARED), left, right), tables, "input", lambda V, D: 2 * V * D * rank(D))
 
@@ -329,7 +329,7 @@ def unshared_rows(cfg: TyingConfig, model: ModelConfig, counts_V: np.ndarray) ->
 def refuse_options_of_roles(cfg: RunConfig) -> None:
     """UserError for options of one role, or of both roles' updates, that the scheme or another option leaves void."""
     scheme = scheme_of(cfg.tying)
-    own = {role_of(parameter.name) for parameter in scheme.parameters}
+    own = {role_of(parameter.name) for parameter in scheme.parameters if parameter.trained and parameter.has_rows}
     unties = cfg.tying.untie_at is not None or cfg.tying.untie_when is not None
     later = set(ROLES) if unties else set()  # have tables of their own then
     drawn = {role_of(parameter.name) for parameter in scheme.parameters if parameter.start is None}
@@ -392,6 +392,11 @@ def _refuse_options_of_schemes(cfg: RunConfig) -> None:
             f"tying.account: {options.account} cannot be kept under the {options.scheme} scheme, whose tables are no "
             "sums of what the roles wrote; set it to auto or off"
         )
+    if scheme.account == "none" and model.table_rows < model.d_model:
+        raise UserError(
+            f"tying.scheme: {options.scheme} needs tables with at least as many rows as columns, got "
+            f"{model.table_rows} of model.d_model = {model.d_model}"
+        )
     if scheme.account == "none" and tables.init_std is not None:
         raise UserError(
             f"optimizer.tables.init_std: changes nothing under the {options.scheme} scheme, which gives its tables "
@@ -411,7 +416,7 @@ def init_tables(scheme: Scheme, start: Start) -> dict[str, Any]:
     """The scheme's parameters, boxed with their logical axes."""
 
     def value(parameter: Parameter) -> jax.Array:
-        return parameter.start(start) if parameter.start else start.table(parameter.name)
+        return parameter.start(start) if parameter.start else start.table(parameter.name, parameter.shape(*start.shape))
 
     return {
         parameter.name: nn.LogicallyPartitioned(value(parameter), names=parameter.axes)
