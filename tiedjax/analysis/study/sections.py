@@ -1,4 +1,4 @@
-"""The sections of the report, in its order: the first screen, the instruments, the two forms side by side, texts."""
+"""The sections of the report, in its order: first screen, frontier, instruments, the two forms side by side, texts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiedjax.analysis import instruments
-from tiedjax.analysis.study import overview, samples, two_forms
+from tiedjax.analysis.study import frontier, overview, samples, two_forms
 
 SCHEMA = 3  # of what results.json holds beside its sections: another number where a key changes its meaning or goes
 AGAIN = "`tiedjax study` analyses the finished runs again"
 
-SECTIONS: dict[str, Any] = {"overview": overview, **instruments.sections(), "forms": two_forms, "samples": samples}
+SECTIONS: dict[str, Any] = {
+    "overview": overview,
+    "frontier": frontier,
+    **instruments.sections(),
+    "forms": two_forms,
+    "samples": samples,
+}
 
 
 def keys(name: str) -> tuple[str, ...]:
