@@ -129,8 +129,8 @@ HOMES: dict[str, set[str]] = {
     "orbax": {"checkpoint.py"},
     "grain": {"data/batches.py"},
     "tensorflow_datasets": {"data/sources.py", "data/embedded_corpus/embedded_corpus_dataset_builder.py"},
-    "matplotlib": {"analysis/study/page.py"},
-    "jinja2": {"analysis/study/page.py"},
+    "matplotlib": {"analysis/study/figures.py"},
+    "jinja2": {"analysis/study/html.py"},
     "tensorboardX": {"metrics.py"},
     "safetensors": {"analysis/basis/tables.py"},
     "tokenizers": {"data/tokenizer.py", "analysis/basis/tokens.py"},  # analysis may not import data
