@@ -6,6 +6,9 @@ python benchmarks/readme.py studies/rates --machine "2-core x86-64 virtual machi
 python benchmarks/readme.py studies/mechanism --machine "2-core x86-64 virtual machine"   # after that study
 python benchmarks/readme.py studies/schemes --machine "2-core x86-64 virtual machine"     # after that study
 python benchmarks/readme.py studies/untie --machine "2-core x86-64 virtual machine"       # after that study
+python benchmarks/readme.py studies/initialisation --machine "2-core x86-64 virtual machine"   # after that study
+python benchmarks/readme.py studies/shape-512 --machine "2-core x86-64 virtual machine"   # and shape-8192
+python benchmarks/readme.py decisions/quick --machine "2-core x86-64 virtual machine"     # after `tiedjax decide`
 python benchmarks/readme.py                                                           # again, from what was saved
 """
 
@@ -21,6 +24,9 @@ from typing import Any
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import paired
+from tiedjax.analysis.decision import page as decision_page
+from tiedjax.analysis.decision import rows as decision_rows
+from tiedjax.analysis.decision import verdicts as decision_verdicts
 from tiedjax.analysis.instruments.account import section as account
 from tiedjax.analysis.instruments.regret import section as regret
 from tiedjax.analysis.study import losses, sentences
@@ -28,7 +34,8 @@ from tiedjax.cost.gpus import CARDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-STUDIES = ("quick", "small", "rates", "mechanism", "schemes", "untie")
+STUDIES = ("quick", "small", "rates", "mechanism", "schemes", "untie", "initialisation", "shape-512", "shape-8192")
+DECISION = RESULTS / "decision.json"
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
@@ -59,6 +66,38 @@ def save(study: Path, machine: str) -> None:
     saved(results["name"]).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     if results["name"] == "small":
         shutil.copyfile(study / "figures" / "nearness.png", PICTURE)
+
+
+def save_decision(folder: Path, machine: str) -> None:
+    """Keeps of a decision what the pages show."""
+    found = decision_page.read(folder)
+    kept = (*KEPT, "account", "regret")
+    of_rungs = {width: {name: each[name] for name in kept if name in each} for width, each in found["results"].items()}
+    for each in of_rungs.values():
+        each["account"] = [record | {"curve": NO_CURVE, "spans": []} for record in each.get("account", [])]
+    found["environment"]["machine"] = machine
+    DECISION.write_text(json.dumps(found | {"results": of_rungs}, indent=1) + "\n", encoding="utf-8")
+
+
+def decided() -> str:
+    """What the default ladder decides: the verdicts, the arms, the widths."""
+    found = json.loads(DECISION.read_text(encoding="utf-8"))
+    arms = [list(row.values()) for row in decision_rows.arms(found)]
+    widths = [list(row.values()) for row in decision_rows.widths(found)]
+    lines = [
+        *(f"* {sentence}" for sentence in decision_verdicts.said(found)),
+        *(f"* {sentence}" for sentence in decision_verdicts.carries(found)),
+        *(f"* {sentence}" for sentence in losses.sweeps(decision_verdicts.own(found))),
+        "",
+        *table(["Arm", "Best rate", "Steps", "Parameters", "Held-out loss, nats a token", "Less tied’s"], arms),
+        "",
+        *table(["Width", "Parameters, tied", "The table’s share", "untied less tied", "until-200 less tied"], widths),
+        "",
+        decision_rows.legend(found),
+        decision_rows.time(found),
+        f"The default ladder, {_where(found)}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def answer(results: dict[str, Any]) -> str:
@@ -153,6 +192,36 @@ def between(name: str, results: dict[str, Any], made: str) -> str:
         f"The {name} study: {made} {_where(results)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def shapes(studies: dict[str, dict[str, Any]]) -> str:
+    """Tied beside untied at three shares of the table, in bits a byte, from the smallest share on."""
+    heads = [
+        "Study",
+        "Vocabulary",
+        "Width",
+        "The table’s share of tied",
+        "Steps",
+        "Bits a byte, tied",
+        "untied less tied",
+    ]
+    rows = []
+    for name in ("shape-512", "quick", "shape-8192"):
+        results = studies[name]
+        config, runs = results["study"]["config"], results["runs"]
+        V, D = config["model"]["vocab_size"], config["model"]["d_model"]
+        size = next(run["parameters"] for run in runs if run["arm"] == "tied")
+        loss = results["arms"]["tied"]["eval_loss"]["mean"]
+        bits = results["arms"]["tied"]["hurdles"]["bits_per_byte"]
+        nats = to_plain(
+            paired(*({r["seed"]: r["eval_loss"] for r in runs if r["arm"] == a} for a in ("untied", "tied")))
+        )
+        less = {key: nats[key] * bits["mean"] / loss for key in ("mean", "low", "high")}
+        share = f"{100 * V * D / size:.0f} %"
+        steps = f"{config['train']['steps']:,}"
+        rows.append([name, f"{V:,}", str(D), share, steps, numbers.spread(bits), numbers.signed(less)])
+    made = "; ".join(f"{name}: {at_once(studies[name])}" for name in ("shape-512", "shape-8192"))
+    return "\n".join([*table(heads, rows), "", f"{made}, {_where(studies['shape-512'])}."]) + "\n"
 
 
 def at_once(results: dict[str, Any]) -> str:
@@ -530,7 +599,12 @@ def pages() -> dict[Path, str]:
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
         ROOT / "docs" / "schemes.md": {
             f"{name} study": between(name, of[name], in_parts(of[name])) for name in ("schemes", "untie")
+        }
+        | {
+            "initialisation study": between("initialisation", of["initialisation"], at_once(of["initialisation"])),
+            "shape studies": shapes(of),
         },
+        ROOT / "docs" / "deciding.md": {"decision": decided()},
         ROOT / "docs" / "speed.md": {
             "CPU and TPU costs": costs(),
             "GPU costs": gpu_costs(),
@@ -550,12 +624,12 @@ def _filled(text: str, blocks: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help=f"a finished study: {', '.join(STUDIES)}")
+    parser.add_argument("study", nargs="?", type=Path, help=f"a finished study ({', '.join(STUDIES)}), or a decision")
     parser.add_argument("--machine", help="what it ran on, in words")
     args = parser.parse_args()
     if args.study:
         if not args.machine:
             parser.error("--machine: say in words what the study ran on")
-        save(args.study, args.machine)
+        (save_decision if (args.study / decision_page.RECORD).exists() else save)(args.study, args.machine)
     for page, text in pages().items():
         page.write_text(text, encoding="utf-8")

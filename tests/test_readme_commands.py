@@ -80,6 +80,7 @@ ELSEWHERE = {
     'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && '
     ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
+    "tiedjax decide [CONFIG] [--out DIR]",  # dozens of runs: tests/test_decide.py
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
 }
 

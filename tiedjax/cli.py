@@ -99,6 +99,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     _add_study(command("study", "train every run of a study, analyse them, write the report", _study))
 
+    _add_decide(command("decide", "should I tie, when, at what cost: train a ladder, write the answer page", _decide))
+
     train = command("train", "train one run, or continue it", _train)
     named = ", ".join(packaged_configs("run"))
     train.add_argument("config", metavar="CONFIG", help=f"run config: a file, or a name of these: {named}")
@@ -146,8 +148,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
 
-    report = command("report", "redraw the report of a study from its results.json", _report)
-    report.add_argument("directory", metavar="DIR", help="study directory")
+    report = command("report", "redraw the report of a study, or the page of a decision, from saved results", _report)
+    report.add_argument("directory", metavar="DIR", help="directory of a study or a decision")
 
     args, unknown = parser.parse_known_args(list(_joined(argv)))
     if unknown:
@@ -195,6 +197,44 @@ def _add_study(study: argparse.ArgumentParser) -> None:
     study.epilog = "keys of a study file:\n" + "\n".join(f"  {f.key}: {f.meaning}" for f in leaf_fields(StudyConfig))
     _add_cluster(study)
     _add_overrides(study)
+
+
+def _add_decide(decide: argparse.ArgumentParser) -> None:
+    named = ", ".join(packaged_configs("run"))
+    decide.add_argument(
+        "config", nargs="?", metavar="CONFIG", help=f"run config: a file, or a name of these: {named} [quick]"
+    )
+    decide.add_argument("--out", metavar="DIR", help="directory of the decision; default: decisions/NAME")
+    decide.add_argument(
+        "--widths",
+        metavar="A,B",
+        help="model widths; default: the config's own, which is always tried, 3/4 and 3/2 of it",
+    )
+    decide.add_argument(
+        "--rates",
+        default="0.5,1,2",
+        metavar="A,B",
+        help="what each arm tries: factors of the config's rate of the tables [0.5,1,2]",
+    )
+    decide.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the runs that are compared [5]")
+    decide.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs trained side by side on a CPU; default: one for every train.threads cores",
+    )
+    decide.add_argument(
+        "--time-limit",
+        metavar="TIME",
+        help="stop training after so long (90s, 8m, 1.5h), between two steps, and exit with status 75; the same "
+        "command continues",
+    )
+    decide.epilog = (
+        "trains tied, untied, and tied for two thirds of the steps, each at its best of some rates of the tables,\n"
+        "at every width; at the config's own also a tied model with as many parameters as untied, and untied for\n"
+        "the time that tied takes"
+    )
+    _add_overrides(decide)
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +292,41 @@ def _study(args: argparse.Namespace) -> int:
     return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=AGAIN)
 
 
+def _decide(args: argparse.Namespace) -> int:
+    from tiedjax import decide, study
+    from tiedjax.host import process
+
+    path = find_config(args.config, "run") if args.config else packaged_configs("run")["quick"]
+    widths = None if args.widths is None else _numbers(args.widths, int, "--widths", "whole numbers", "48,64,96")
+    rates = _numbers(args.rates, float, "--rates", "numbers", "0.5,1,2")
+    ladder = decide.load_ladder(path, _overrides(args), widths, args.seeds, rates)
+    out = local_path(args.out or f"decisions/{path.stem}", "--out")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers: must be at least 1, got {args.workers}")
+    limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
+    if process.launched_as_one_of_many():
+        raise UserError("decide: runs in one process; start it by itself, or train its studies with `tiedjax study`")
+    plan = ladder.plan(ladder.own)
+    workers = study.workers_for(plan, args.workers)
+    if workers == 1:
+        platform_flags.use_threads(plan.threads)
+
+    def work(_: Any) -> Any:
+        from tiedjax.cost.bench import step_ratio
+
+        return decide.decide(ladder, out, workers, limit, step_ratio)
+
+    return _with_cluster(args, work, unfinished=AGAIN)
+
+
+def _numbers(text: str, kind: Callable[[str], Any], where: str, what: str, example: str) -> list[Any]:
+    """Numbers of a kind between commas."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{where}: must be {what} between commas, such as {example}; got {text!r}") from None
+
+
 def _extent(args: argparse.Namespace, config: StudyConfig) -> Any:
     from tiedjax.study import Extent
 
@@ -301,7 +376,8 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
     from tiedjax import loop
     from tiedjax.host import process
 
-    process.join_cluster(args.coordinator, args.processes, args.process_id)
+    named = [vars(args).get(name) for name in ("coordinator", "processes", "process_id")]
+    process.join_cluster(*named)
     try:
         outcome = work(loop)
         if outcome and outcome.signal:
@@ -338,7 +414,13 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from tiedjax.study import draw_report
+    directory = local_path(args.directory, "DIR")
+    if (directory / "decision.json").is_file():
+        from tiedjax.decide import draw_decision
 
-    print(draw_report(local_path(args.directory, "DIR")))
+        print(draw_decision(directory))
+    else:
+        from tiedjax.study import draw_report
+
+        print(draw_report(directory))
     return 0

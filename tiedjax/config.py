@@ -512,6 +512,7 @@ class StudyConfig(_Checked):
     slow_instruments: tuple[str, ...] = _option(
         (), "what takes minutes a run and is analysed beside the others: regret"
     )
+    slow_arms: tuple[str, ...] = _option((), "the arms that slow instruments are about; none: all")
 
     def _check(self) -> None:
         names = ", ".join(map(repr, self.arms)) or "none"
@@ -521,6 +522,7 @@ class StudyConfig(_Checked):
             ("arm_sweeps", self.arm_sweeps),
             ("equal_parameters", self.equal_parameters),
             ("equal_flops", self.equal_flops),
+            ("slow_arms", self.slow_arms),
         ]:
             for name in arms:
                 if name not in self.arms:

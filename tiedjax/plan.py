@@ -79,7 +79,14 @@ def load_study(path: str | Path, overrides: Mapping[str, str] | None = None) -> 
     base_path = path.parent / study.base
     base = read_yaml(base_path)
     structure(RunConfig, base, str(base_path))
-    last = parse_overrides(overrides or {})
+    return plan_of(path, study, base, parse_overrides(overrides or {}))
+
+
+def plan_of(path: Path, study: StudyConfig, base: Mapping[str, Any], last: Mapping[str, Any]) -> Plan:
+    """Resolves a study over the tree of its base config; `last` are changes to every run, after its arm.
+
+    UserErrors name `path`, the file that the study is from.
+    """
     _refuse_seeds(path, study, last)
     _refuse_swept(path, study, last)
     arms = {

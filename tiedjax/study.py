@@ -191,11 +191,13 @@ class _Study:
 
         `after` are the places of its runs among all.
         """
+        from tiedjax.analysis.instruments import SLOW
         from tiedjax.analysis.study.results import parts_of, seed_of
 
         tasks, runs = {}, list(runs)
         for name in parts_of(self._plan.study, self._extent.instruments):
-            of = [run for run in runs if seed_of(name) in (None, run[1])]
+            slow = self._plan.study.slow_arms if name.partition(" ")[0] in SLOW else ()
+            of = [run for run in runs if seed_of(name) in (None, run[1]) and (not slow or run[0] in slow)]
             if of:
                 seeds = tuple(dict.fromkeys(seed for _, seed in of))
                 arguments = {

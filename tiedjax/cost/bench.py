@@ -45,6 +45,25 @@ def zipf_tokens(cfg: RunConfig, count: int) -> np.ndarray:
     return np.minimum(ranks, cfg.model.vocab_size - 1).astype(np.int32)
 
 
+def step_ratio(first: RunConfig, second: RunConfig, rounds: int = 12, window_seconds: float = 0.5) -> float:
+    """How many times as long as a step of the first run one of the second takes: the median over interleaved windows.
+
+    Windows alternate forwards and backwards between the two, so that what else the machine does concerns both alike.
+    """
+    sides = []
+    for cfg in (first, second):
+        mesh = sharding.make_mesh(cfg.mesh)
+        sides.append(Stepper(cfg, mesh, make_steps(cfg, mesh)))
+        sides[-1].run(WARM_UP)
+    steps = max(1, round(window_seconds / (sides[0].run(WARM_UP) / WARM_UP)))
+    ratios = []
+    for number in range(rounds):
+        order = sides if number % 2 == 0 else sides[::-1]
+        seconds = {id(side): side.run(steps) for side in order}
+        ratios.append(seconds[id(sides[1])] / seconds[id(sides[0])])
+    return float(np.median(ratios))
+
+
 def start(cfg: RunConfig, steps: Steps) -> TrainState:
     """The state that a run of `cfg` starts from, if all tokens are equally frequent."""
     sample = steps.sampled and tying.sampled_rows(np.ones(cfg.model.table_rows), steps.sampled)

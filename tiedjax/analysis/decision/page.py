@@ -1,0 +1,60 @@
+"""decision.html: one offline page that says whether to tie, when, and at what cost, from results alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiedjax.analysis.decision import rows, verdicts
+from tiedjax.analysis.study import figures, frontier, html, losses, sentences
+from tiedjax.analysis.study.page import refuse_other_results
+from tiedjax.analysis.study.sections import sections_of
+from tiedjax.analysis.study.tasks import read_results
+from tiedjax.errors import UserError
+from tiedjax.files import write_atomically
+
+RECORD, PAGE = "decision.json", "decision.html"
+SCHEMA = 1
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What decision.json of a folder holds, with `results` of the rungs that are done.
+
+    UserError where it holds no decision, and where the own width is not trained yet.
+    """
+    path = Path(out) / RECORD
+    try:
+        decision = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax decide` writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    if not isinstance(decision, dict) or decision.get("kind") != "decision" or decision.get("schema") != SCHEMA:
+        raise UserError(f"{path}: holds no decision as this version writes it; `tiedjax decide` writes it")
+    if decision["own"] not in decision["rungs"]:
+        raise UserError(f"{out}: width {decision['own']} is not trained yet; `tiedjax decide` continues it")
+    results = {str(width): read_results(Path(out) / f"width-{width}") for width in decision["rungs"]}
+    for each in results.values():
+        refuse_other_results(each)
+    return decision | {"results": results}
+
+
+def write(decision: verdicts.Decision, out: Path) -> None:
+    """Writes decision.html and its figures under `out`."""
+    own = verdicts.own(decision)
+    drawings = figures.draw(frontier.plots(own), own, out)
+    page = html.rendered(
+        "decision/page.html.j2",
+        drawings,
+        d=decision,
+        r=own,
+        v=verdicts,
+        rows=rows,
+        frontier=frontier,
+        losses=losses,
+        w=sentences,
+        sections=sections_of(own),
+        headings=html.headings,
+    )
+    write_atomically(Path(out) / PAGE, page)
