@@ -236,7 +236,7 @@ def _steps_in_time(ladder: Ladder, out: Path, ratio: StepRatio) -> int:
             raise UserError(f"{out}: holds the decision of another config, widths, rates or seeds; give another --out")
         return int(record["time"]["steps"])
     runs = ladder.plan(ladder.own).runs
-    measured = ratio(runs[TIED, 0], runs[UNTIED, 0])
+    measured = ratio(*(_without_account(runs[arm, 0]) for arm in (TIED, UNTIED)))
     steps = max(1, round(ladder.config.train.steps / measured))
     record = {
         "kind": "decision",
@@ -256,6 +256,11 @@ def _steps_in_time(ladder: Ladder, out: Path, ratio: StepRatio) -> int:
     }
     write_atomically(path, json.dumps(record, indent=1) + "\n")
     return steps
+
+
+def _without_account(cfg: RunConfig) -> RunConfig:
+    """The run as it is timed: an account is kept to learn from, and of tied tables alone."""
+    return dataclasses.replace(cfg, tying=dataclasses.replace(cfg.tying, account="off"))
 
 
 def _write(ladder: Ladder, out: Path, steps_in_time: int, done: Sequence[int]) -> None:

@@ -126,6 +126,10 @@ class Run:
         E_VD = np.asarray(tables.input)
         return RunTables(E_VD, E_VD if one else np.asarray(tables.output), one)
 
+    def arrays(self, step: int | None = None) -> dict[str, np.ndarray]:
+        """What the tables after `step` updates come from, by name, float32; by default the last snapshot."""
+        return self._restored(step)[0]
+
     def scheme(self, step: int) -> tying.Scheme:
         """How the tables after `step` updates come from arrays: `run.scheme(step).tables(run.params(step)["tables"])`.
 

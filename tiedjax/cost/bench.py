@@ -45,7 +45,7 @@ def zipf_tokens(cfg: RunConfig, count: int) -> np.ndarray:
     return np.minimum(ranks, cfg.model.vocab_size - 1).astype(np.int32)
 
 
-def step_ratio(first: RunConfig, second: RunConfig, rounds: int = 12, window_seconds: float = 0.5) -> float:
+def step_ratio(first: RunConfig, second: RunConfig, rounds: int = 30, window_seconds: float = 0.3) -> float:
     """How many times as long as a step of the first run one of the second takes: the median over interleaved windows.
 
     Windows alternate forwards and backwards between the two, so that what else the machine does concerns both alike.
