@@ -20,6 +20,7 @@ from tiedjax.analysis.instruments.account.account import RunAccount
 from tiedjax.analysis.instruments.calibration.section import RunCalibration
 from tiedjax.analysis.instruments.contribution.contribution import RunContribution
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence
+from tiedjax.analysis.instruments.diversity.diversity import RunDiversity
 from tiedjax.analysis.instruments.evolution.evolution import Evolution
 from tiedjax.analysis.instruments.graph_distance.graph_distance import GraphDistance
 from tiedjax.analysis.instruments.hurdles.hurdles import Hurdles
@@ -117,6 +118,7 @@ def small_study() -> dict[str, Any]:
         "hurdles": {"runs": [_hurdles(arm, seed) for arm in ARMS for seed in SEEDS]},
         "lens": _lens(),
         "blocks": _blocks(),
+        "diversity": _diversity(),
         "regret": _regret(),
         "samples": _samples(),
         "examples": _examples(),
@@ -468,6 +470,34 @@ def _blocks() -> dict[str, Any]:
         for i in (1, 2, 3)
     ]
     return {"runs": runs, "twins": twins}
+
+
+def _diversity() -> dict[str, Any]:
+    """Held-out text is as varied for all runs; one run of tied-x5 writes shorter texts."""
+    variety = ("distinct_1", "distinct_2", "distinct_3", "entropy")
+    costs = ("prediction_entropy", "cross_entropy")
+
+    def run(arm: str, seed: int) -> dict[str, Any]:
+        written: dict[str, Any] = {name: value(k, arm, "input", 1, seed) for k, name in enumerate(variety)}
+        written["prediction_entropy"] = {"mean": value(4, arm, "input", 2, seed)}
+        held_out: dict[str, Any] = {name: value(k, "untied", "shared", 7) for k, name in enumerate(variety)}
+        held_out |= {name: {"mean": value(5 + k, arm, "output", 2, seed)} for k, name in enumerate(costs)}
+        about = {"arm": arm, "seed": seed, "texts": 1061, "tokens": 31 if (arm, seed) == ("tied-x5", 2) else 47}
+        return dict(complete(RunDiversity, about | {"written": written, "held_out": held_out}))
+
+    def difference(k: int, arm: str, role: str, other: int) -> dict[str, Any]:
+        sign = (-1) ** k * (1 if arm == "tied" else -1)
+        return span(*(sign * value(k, arm, role, other, seed) for seed in SEEDS))
+
+    twins = [
+        {
+            "arm": arm,
+            "written": {name: difference(k, arm, "input", 3) for k, name in enumerate((*variety, costs[0]))},
+            "held_out": {name: difference(5 + k, arm, "output", 3) for k, name in enumerate(costs)},
+        }
+        for arm in ARMS[1:]
+    ]
+    return {"runs": [run(arm, seed) for arm in ARMS for seed in SEEDS], "twins": twins}
 
 
 def _regret() -> dict[str, Any]:

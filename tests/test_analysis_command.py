@@ -206,9 +206,10 @@ def test_all_runs_what_applies_and_says_what_could_not_be_measured(runs, capsys)
     assert [r["inputs"][0]["name"] for r in found["align"]] == ["untied-0#input", "untied-0#output"]
     alone = json.loads(Path("all.json").read_text())["instruments"]["norms"]
     assert len(alone) == 1
-    for name in ("hurdles", "lens", "blocks", "calibration", "cooccurrence"):  # these runs' text is nowhere
+    of_text = {"hurdles", "lens", "blocks", "calibration", "diversity", "cooccurrence"}  # these runs' is nowhere
+    for name in of_text:
         assert "not_measured" in found[name][0]
-    measured = set(found) - {"hurdles", "lens", "blocks", "calibration", "cooccurrence"}
+    measured = set(found) - of_text
     assert not [name for name in measured if any("not_measured" in result for result in found[name])]
     analyze("align", "untied-0#output", "tied-0", "--json", "one.json")
     one = json.loads(Path("one.json").read_text())

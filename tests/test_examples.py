@@ -25,6 +25,7 @@ OF_RUNS = {
     "lens",
     "blocks",
     "calibration",
+    "diversity",
     "regret",
 }  # they take a trained model and its text; no docstring has one
 MEASURES = [name for name, place in analysis._HOMES.items() if place.endswith(":measure") and name not in OF_RUNS]

@@ -40,14 +40,12 @@ def sample_text(
     _refuse(tokens, temperature)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed: must be 0 to 2^32 - 1, got {seed}")
-    path = run.tokenizer_path
-    if path is None:
-        if prompt:
-            raise UserError(f"prompt: {run.path} has no tokenizer to read it with; leave it out")
-        start, tokenizer = [int(run.token_counts[0].argmax())], None
-    else:
-        tokenizer = load_tokenizer(path)
-        start = [end_id(tokenizer, str(path)), *tokenizer.encode(_unicode(prompt), add_special_tokens=False).ids]
+    if prompt and run.tokenizer_path is None:
+        raise UserError(f"prompt: {run.path} has no tokenizer to read it with; leave it out")
+    first, tokenizer = text_start(run)
+    start = [first]
+    if tokenizer:
+        start += tokenizer.encode(_unicode(prompt), add_special_tokens=False).ids
     params = jax.device_put(run.params(step))
     tables = run.scheme(run.checkpoint_steps[-1] if step is None else step).tables(params["tables"])
     drawn_1N = continue_tokens(
@@ -62,6 +60,19 @@ def sample_text(
     )
     ids = [*start[1:], *drawn_1N[0].tolist()]
     return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer else " ".join(f"[{i}]" for i in ids)
+
+
+def text_start(run: Run) -> tuple[int, Any]:
+    """The token that a run's model reads before all others where a text begins, and its tokenizer or None.
+
+    It is the one that separates documents; without a tokenizer, the one that the model was shown most often. UserError
+    for a tokenizer without such a token.
+    """
+    path = run.tokenizer_path
+    if path is None:
+        return int(run.token_counts[0].argmax()), None
+    tokenizer = load_tokenizer(path)
+    return end_id(tokenizer, str(path)), tokenizer
 
 
 def continue_tokens(

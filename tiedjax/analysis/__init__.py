@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.contribution.contribution import measure as blocks
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import contexts_of
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import measure as cooccurrence
+    from tiedjax.analysis.instruments.diversity.diversity import measure as diversity
     from tiedjax.analysis.instruments.evolution.evolution import measure as evolution
     from tiedjax.analysis.instruments.gradients.gradients import measure as gradients
     from tiedjax.analysis.instruments.gradients.gradients import output_share, smooth
@@ -57,6 +58,7 @@ __all__ = [
     "cooccurrence",
     "data_of",
     "distinct",
+    "diversity",
     "evolution",
     "fits_of",
     "gradients",
@@ -98,6 +100,7 @@ _HOMES = {
     "cooccurrence": f"{_INSTRUMENTS}.cooccurrence.cooccurrence:measure",
     "data_of": "tiedjax.analysis.basis.run_data:data_of",
     "distinct": "tiedjax.tying:distinct",
+    "diversity": f"{_INSTRUMENTS}.diversity.diversity:measure",
     "evolution": f"{_INSTRUMENTS}.evolution.evolution:measure",
     "fits_of": f"{_INSTRUMENTS}.alignment.align:align",
     "gradients": f"{_INSTRUMENTS}.gradients.gradients:measure",

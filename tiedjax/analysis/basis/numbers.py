@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiedjax import text
@@ -42,6 +42,22 @@ def signed(span: Span) -> str:
     """As `spread`, with a plus sign where the mean is above 0."""
     rounded = float(f"{span['mean'] or 0:.3f}")
     return f"+{spread(span)}" if rounded > 0 else spread(span)
+
+
+def compared(span: Span, before: str, after: str, unit: str) -> str:
+    """A difference in a sentence: "BEFORE more AFTER, by SIZE UNIT", or less, or that it is undecided."""
+    question, size = f"Whether {before} more or less {after}", spread(span)
+    if span["mean"] is None:
+        return f"{question} could not be measured."
+    if span["low"] is not None and span["low"] <= 0 <= span["high"]:
+        return f"{question} is undecided: the difference is {size} {unit}."
+    side, one_seed = "more" if span["mean"] > 0 else "less", " (one seed)" if span["low"] is None else ""
+    return f"{before[0].upper()}{before[1:]} {side} {after}, by {size.removeprefix('−')} {unit}{one_seed}."
+
+
+def ends(values: Sequence[float]) -> str:
+    """A number, or the least and the most of those that differ."""
+    return " to ".join(f"{value:,.15g}" for value in sorted({min(values), max(values)}))
 
 
 def duration(seconds: float | None) -> str:

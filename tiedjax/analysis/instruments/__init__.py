@@ -45,6 +45,7 @@ _FOLDERS = {
     "lens": "lens",
     "blocks": "contribution",
     "calibration": "calibration",
+    "diversity": "diversity",
     "regret": "regret",
     "cooccurrence": "cooccurrence",
     "map": "picture",

@@ -74,19 +74,8 @@ def answers(results: drawing.Results) -> list[str]:
             block, whole = twin["block"], twin["whole"]
             costs = f"skipping block {block} costs {arm}", f"than {reference}", "bits a held-out token"
             adds = f"block {block} of {arm} adds", f"than {reference}’s", "times the norm of what it reads"
-            lines += [_compared(whole["skip_cost"], *costs), _compared(whole["added"], *adds)]
+            lines += [numbers.compared(whole["skip_cost"], *costs), numbers.compared(whole["added"], *adds)]
     return lines
-
-
-def _compared(span: Mapping[str, Any], before: str, after: str, unit: str) -> str:
-    """A difference in words: more or less, and by how much, or that it is undecided."""
-    question, size = f"Whether {before} more or less {after}", numbers.spread(span)
-    if span["mean"] is None:
-        return f"{question} could not be measured."
-    if span["low"] is not None and span["low"] <= 0 <= span["high"]:
-        return f"{question} is undecided: the difference is {size} {unit}."
-    side, one_seed = "more" if span["mean"] > 0 else "less", " (one seed)" if span["low"] is None else ""
-    return f"{before[0].upper()}{before[1:]} {side} {after}, by {size.removeprefix('−')} {unit}{one_seed}."
 
 
 def rows(results: drawing.Results) -> list[dict[str, Any]]:

@@ -91,21 +91,16 @@ def without_a_model(results: drawing.Results) -> list[str]:
     if not runs:
         return []
     costs = [f"{drawing.mean(run.losses[name].bits.mean for run in runs)} bits ({name})" for name in PREDICTORS]
-    tokens, windows = _counts([run.held_out_tokens for run in runs]), _counts([run.held_out_windows for run in runs])
-    counted = _counts([run.training_tokens for run in runs])
-    beta, gamma = _counts([run.beta for run in runs]), _counts([run.gamma for run in runs])
+    tokens = numbers.ends([run.held_out_tokens for run in runs])
+    windows = numbers.ends([run.held_out_windows for run in runs])
+    counted = numbers.ends([run.training_tokens for run in runs])
+    beta, gamma = numbers.ends([run.beta for run in runs]), numbers.ends([run.gamma for run in runs])
     return [
         f"Without a model a token costs {', '.join(costs)}: means over runs.",
         f"Losses are over {tokens} held-out tokens in {windows} windows, those of each run’s own evaluation.",
         f"The predictors count {counted} training tokens that the run was shown; the strength of the bigram’s prior is "
         f"{beta}, of the trigram’s {gamma}.",
     ]
-
-
-def _counts(values: Sequence[float]) -> str:
-    """A number, or the least and the most of those that differ."""
-    ends = sorted({min(values), max(values)})
-    return " to ".join(f"{value:,.15g}" for value in ends)
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[Hurdles]]:

@@ -1,0 +1,1 @@
+"""How varied what a model writes is, beside held-out text."""
