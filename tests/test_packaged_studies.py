@@ -74,3 +74,11 @@ def test_initialisation_starts_each_roles_table_as_long_as_its_arm_says(tmp_path
         assert found == pytest.approx(deviations, rel=0.03), arm
         assert tables.tied == arm.startswith("tied")
     assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["g43-untie", "g43-schemes"])
+def test_a_study_for_one_gpu_has_twelve_runs_of_one_shape(name: str) -> None:
+    plan = load_study(STUDIES[name], {"data.source": "prepared:text"})
+    assert len(plan.runs) == 12
+    assert {cfg.model for cfg in plan.runs.values()} == {plan.runs["tied", 0].model}
+    assert len({cfg.tying for cfg in plan.runs.values()}) == 4
