@@ -245,10 +245,13 @@ def test_a_run_unties_when_it_is_time_and_continues_bit_for_bit(
             num, den = 0.95 * num + 0.05 * now[0], 0.95 * den + 0.05 * now[1]
             assert m["untie_watched"][i] == pytest.approx(num / den, rel=1e-4)
     assert np.isnan(m["untie_watched"][20:]).all()
-    (whole / "untied.json").write_text("{}")
-    with pytest.raises(UserError) as error:
-        tiedjax.load_run(whole).tables()
-    assert str(error.value) == f'{whole}/untied.json: must hold {{"step": N}}, the update after which the run untied'
+    for record in ("{}", '{"step": -3}', '{"step": 20.5}', '{"step": true}', '{"step": 100000}', "no"):
+        (whole / "untied.json").write_text(record)
+        with pytest.raises(UserError) as error:
+            tiedjax.load_run(whole).tables()
+        assert (
+            str(error.value) == f'{whole}/untied.json: must hold {{"step": N}}, the update after which the run untied'
+        )
 
 
 def test_a_run_for_which_it_is_never_time_stays_tied(text: Path, tmp_path: Path) -> None:

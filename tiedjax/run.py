@@ -220,9 +220,12 @@ def change_of(path: Path, cfg: RunConfig) -> int | None:
     if cfg.tying.untie_when is None or not record.exists():
         return tying.changes_after(cfg)
     try:
-        return int(json.loads(record.read_text(encoding="utf-8"))["step"])
+        step = json.loads(record.read_text(encoding="utf-8"))["step"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f'{record}: must hold {{"step": N}}, the update after which the run untied') from None
+        step = None
+    if type(step) is not int or not 0 < step <= cfg.train.steps:  # True is an int too
+        raise UserError(f'{record}: must hold {{"step": N}}, the update after which the run untied')
+    return step
 
 
 def load_run(path: str | Path) -> Run:
