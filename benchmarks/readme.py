@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 STUDIES = ("quick", "small", "rates", "mechanism", "schemes", "untie", "initialisation", "shape-512", "shape-8192")
 DECISION = RESULTS / "decision.json"
+WIDTH_HEADS = ("Width", "Parameters, tied", "The table’s share", "Held-out loss, tied", "untied less tied")
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
@@ -79,9 +80,15 @@ def save_decision(folder: Path, machine: str) -> None:
     DECISION.write_text(json.dumps(found | {"results": of_rungs}, indent=1) + "\n", encoding="utf-8")
 
 
+def decision() -> dict[str, Any]:
+    """The decision that was kept."""
+    kept: dict[str, Any] = json.loads(DECISION.read_text(encoding="utf-8"))
+    return kept
+
+
 def decided() -> str:
     """What the default ladder decides: the verdicts, the arms, the widths."""
-    found = json.loads(DECISION.read_text(encoding="utf-8"))
+    found = decision()
     arms = [list(row.values()) for row in decision_rows.arms(found)]
     widths = [list(row.values()) for row in decision_rows.widths(found)]
     lines = [
@@ -91,7 +98,7 @@ def decided() -> str:
         "",
         *table(["Arm", "Best rate", "Steps", "Parameters", "Held-out loss, nats a token", "Less tied’s"], arms),
         "",
-        *table(["Width", "Parameters, tied", "The table’s share", "untied less tied", "until-200 less tied"], widths),
+        *table([*WIDTH_HEADS, f"{found['arms']['until']} less tied"], widths),
         "",
         decision_rows.legend(found),
         decision_rows.time(found),
@@ -589,6 +596,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": {
             "answer": answer(of["small"]),
+            "decision": "".join(f"* {line}\n" for line in decision_verdicts.said(decision())),
             "small study": findings("small", of["small"], at_once(of["small"])),
             "quick study": findings("quick", of["quick"], at_once(of["quick"])),
             "rates study": findings("rates", of["rates"], in_parts(of["rates"])),

@@ -346,6 +346,7 @@ def test_rows_and_lines_beside_the_verdict() -> None:
         "width": "48",
         "parameters": "4,800",
         "share": f"50{N}%",
+        "loss": f"4.400{N}±{N}0.020",
         "untied": f"−0.100{N}±{N}0.004",
         "until": f"−0.200{N}±{N}0.004",
     }

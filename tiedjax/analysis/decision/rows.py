@@ -89,7 +89,7 @@ def common_mode(decision: Decision) -> list[str]:
 
 
 def widths(decision: Decision) -> list[dict[str, str]]:
-    """Per width: parameters of tied, the table's share of them, and both differences to tied."""
+    """Per width: parameters of tied, the table's share of them, its loss, and both differences to it."""
     name, rows = arms_of(decision), []
     for width in sorted(map(int, decision["results"])):
         results = decision["results"][str(width)]
@@ -100,6 +100,7 @@ def widths(decision: Decision) -> list[dict[str, str]]:
                 "width": str(width),
                 "parameters": f"{size:,}",
                 "share": f"{100 * table / size:.0f}\u00a0%",
+                "loss": numbers.spread(results["arms"][name.tied]["eval_loss"]),
                 "untied": numbers.signed(vars(difference(results, name.untied, name.tied))),
                 "until": numbers.signed(vars(difference(results, name.until, name.tied))),
             }
