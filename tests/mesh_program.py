@@ -14,7 +14,7 @@ import numpy as np
 from conftest import random_tokens, small_config
 
 from tiedjax import gradients, sharding, step, tying
-from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig
+from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, OptimizerConfig, RegularisersConfig, RunConfig
 from tiedjax.cost import hlo
 from tiedjax.muon import MuonState, scale_by_muon
 
@@ -35,9 +35,10 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     }
     for each in tokens:
         state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32))
-    logged = [name for name in metrics if name in ("loss", "activation_grad_norm") or name.startswith("m_")]
+    named = ("loss", "activation_grad_norm", "regulariser", "regulariser_grad_norm")
+    logged = [name for name in metrics if name in named or name.startswith("m_")]
     found |= {"params": state.params, **{name: metrics[name] for name in logged}}
-    found |= {"account": state.account.written} if state.account else {}
+    found |= {"account": (state.account.written, state.account.regulariser)} if state.account else {}
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
@@ -96,6 +97,18 @@ def of_muon() -> dict[str, float]:
     return results | {"scanned (1, 8, 1)": largest_difference(scanned, (1, 8, 1))}
 
 
+def of_regularisers() -> dict[str, float]:
+    """Of tables with rows that no token has: sums over rows that lie on several devices."""
+    weights = RegularisersConfig(cosine=0.7, orthogonality=30.0, mean=4.0, anchor=0.3)
+    results = {}
+    for scheme in ("tied", "untied"):
+        cfg = small_config(scheme, layers=1, vocab_size=30, vocab_multiple=8)
+        cfg = dataclasses.replace(cfg, regularisers=weights)
+        for shape in [(1, 4, 2), (2, 2, 2)]:
+            results[f"{scheme} {shape}"] = largest_difference(cfg, shape)
+    return results
+
+
 def of_anatomy() -> dict[str, float]:
     """What `observe` says of a start, and its loss, relative to one device; with an output bias."""
     cfg = small_config(layers=1, output_bias="unigram", data=DataConfig(batch_size=16, microbatches=2))
@@ -129,5 +142,5 @@ def sent_by_muon() -> dict[str, tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    subjects = {"muon": of_muon, "anatomy": of_anatomy, "sent by muon": sent_by_muon}
+    subjects = {"muon": of_muon, "regularised": of_regularisers, "anatomy": of_anatomy, "sent by muon": sent_by_muon}
     print(json.dumps(subjects[sys.argv[1]]() if sys.argv[1] in subjects else of_scheme(sys.argv[1])))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import penalties
 import pytest
 from conftest import random_tokens, small_config
 from programs import OPTIMIZED
@@ -19,6 +20,7 @@ from tiedjax.config import (
     BodyOptimizerConfig,
     DataConfig,
     OptimizerConfig,
+    RegularisersConfig,
     RoleOptimizerConfig,
     RunConfig,
     TableOptimizerConfig,
@@ -31,6 +33,7 @@ from tiedjax.tying import Tables
 
 ROLES = ("input", "output")
 DECILES = tuple(0.5 + 0.25 * i for i in range(10))
+OFF, ON = RegularisersConfig(), RegularisersConfig(cosine=0.7, orthogonality=30.0, mean=4.0, anchor=0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -95,38 +98,50 @@ def trained(
 
 
 def sums(state: step.TrainState, start: step.TrainState, log_kept: float | None = None) -> dict[str, np.ndarray]:
-    """Initial, input and output part of a shared table, by the account; the last where it is kept, else the rest."""
+    """Initial, input and output part of a shared table by the account, the last where it is kept, else the rest; with
+    regularisers theirs too."""
     assert state.account is not None
     written, E_0 = state.account.written["shared"], np.asarray(start.params["tables"]["shared"], np.float64)
     initial = np.exp(np.float64(state.account.log_kept["shared"][0]) if log_kept is None else log_kept) * E_0
+    others = {}
+    if state.account.regulariser is not None:
+        others["regulariser"] = np.asarray(state.account.regulariser["shared"], np.float64)
     output = np.asarray(written.output, np.float64)
     if output.shape != E_0.shape:
         output = np.asarray(state.params["tables"]["shared"], np.float64) - initial - np.asarray(written.input)
-    return {"initial": initial, "input": np.asarray(written.input, np.float64), "output": output}
+        output -= sum(others.values())
+    return {"initial": initial, "input": np.asarray(written.input, np.float64), "output": output, **others}
 
 
 def closed_form(cfg: RunConfig, run: Trained) -> dict[str, np.ndarray]:
-    """C of each role by the sum over all gradients and the updates each had a part in, in float64 (AdamW)."""
-    options, count = cfg.optimizer, len(run.batches)
+    """C of each role, and of regularisers, by the sum over all gradients and the updates each had a part in, in float64
+    (AdamW)."""
+    options, count, weights = cfg.optimizer, len(run.batches), cfg.regularisers.weights
+    E_0 = run.states[0].params["tables"]["shared"]
+    writers = (*ROLES, "regulariser") if weights else ROLES
     by_role = jax.jit(gradients.loss_and_gradients(cfg))
-    g: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
+    g: dict[str, list[np.ndarray]] = {role: [] for role in writers}
     for state, tokens, scale in zip(run.states, run.batches, run.scales, strict=False):
         _, (grads, role_grads, _) = by_role(state.params, tokens, scale)
         body = sum(float(jnp.sum(jnp.square(leaf.astype(jnp.float64)))) for leaf in jax.tree.leaves(grads["body"]))
         raw = [np.asarray(each, np.float64) for each in role_grads]
-        norm = np.sqrt(body + np.square(raw[0] + raw[1]).sum())
+        E = state.params["tables"]["shared"]
+        by_kind = [w * penalties.gradient(kind, E, len(E), E_0) for kind, w in weights.items()]
+        raw += [np.sum(by_kind, axis=0)] if weights else []
+        norm = np.sqrt(body + np.square(sum(raw)).sum())
         assert norm > options.clip_norm
-        for role, G, s in zip(ROLES, raw, scale, strict=True):
+        scales = [*scale, np.ones(())][: len(raw)]
+        for role, G, s in zip(writers, raw, scales, strict=True):
             g[role].append(options.clip_norm / norm * np.asarray(s, np.float64) * G)
     schedule = optimizer.learning_rate(options, cfg.train.steps)
     rate = np.array([float(schedule(t)) for t in range(count)])
     v, P = np.zeros_like(g["input"][0]), []
-    for t, (a, b) in enumerate(zip(g["input"], g["output"], strict=True), 1):
-        v = options.b2 * v + (1 - options.b2) * (a + b) ** 2
+    for t, parts in enumerate(zip(*g.values(), strict=True), 1):
+        v = options.b2 * v + (1 - options.b2) * sum(parts) ** 2
         P.append(1 / (np.sqrt(v / (1 - options.b2**t)) + options.eps))
     kept = np.array([np.prod(1 - rate[tau + 1 :] * options.weight_decay) for tau in range(count)])
     written = {}
-    for role in ROLES:
+    for role in writers:
         C = np.zeros_like(v)
         for k in range(count):
             for tau in range(k, count):
@@ -138,24 +153,28 @@ def closed_form(cfg: RunConfig, run: Trained) -> dict[str, np.ndarray]:
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("form", ["whole", "checked"])
-def test_the_account_is_the_closed_form_in_float64(form: str) -> None:
-    cfg = with_account(hard_config(40), form)
+@pytest.mark.parametrize("regularisers", [OFF, ON], ids=["", "regularised"])
+def test_the_account_is_the_closed_form_in_float64(form: str, regularisers: RegularisersConfig) -> None:
+    cfg = with_account(dataclasses.replace(hard_config(40), regularisers=regularisers), form)
     run = trained(cfg, 40, jnp.float64)
     expected, account = closed_form(cfg, run), sums(run.states[-1], run.states[0])
     size = np.linalg.norm(run.states[-1].params["tables"]["shared"])
-    for role in ROLES:
+    assert account.keys() == {"initial", *expected}
+    for role in expected:
         assert np.linalg.norm(expected[role]) > 0.05 * size
         # The rate is computed in float32, as a run computes it.
         np.testing.assert_allclose(account[role], expected[role], rtol=0, atol=1e-6 * size, err_msg=role)
 
 
 @pytest.mark.usefixtures("float64")
-def test_the_account_adds_up_in_float64() -> None:
-    cfg = with_account(hard_config(500), "checked")
+@pytest.mark.parametrize("regularisers", [OFF, ON], ids=["", "regularised"])
+def test_the_account_adds_up_in_float64(regularisers: RegularisersConfig) -> None:
+    cfg = with_account(dataclasses.replace(hard_config(500), regularisers=regularisers), "checked")
     run = trained(cfg, 500, jnp.float64, keep=False, optimized=True)  # plainly, the float32 rate is rounded twice
     table, account = np.asarray(run.states[-1].params["tables"]["shared"]), sums(run.states[-1], run.states[0])
     np.testing.assert_allclose(sum(account.values()), table, rtol=0, atol=1e-12)
     assert float(run.metrics[-1]["account_error"]) < 1e-12
+    assert len(account) == (4 if regularisers.weights else 3)
     assert all(np.linalg.norm(part) > 0.02 * np.linalg.norm(table) for part in account.values())
 
 
@@ -166,22 +185,39 @@ def test_the_account_adds_up_in_float64() -> None:
         {"data": DataConfig(batch_size=8, microbatches=4)},
         {"optimizer": OptimizerConfig(clip_norm=1e-2, body=BodyOptimizerConfig(kind="muon", learning_rate=0.02))},
         {"optimizer": OptimizerConfig(tables=TableOptimizerConfig(kind="by_role", learning_rate=0.01))},
+        {"regularisers": ON},
     ],
-    ids=["adamw", "accumulation", "muon", "by_role"],
+    ids=["adamw", "accumulation", "muon", "by_role", "regularised"],
 )
 def test_the_account_adds_up_in_float32(changes: dict[str, Any]) -> None:
-    run = trained(with_account(hard_config(500, **changes), "checked"), 500, keep=False)
+    cfg = hard_config(500, **{key: value for key, value in changes.items() if key != "regularisers"})
+    cfg = dataclasses.replace(cfg, regularisers=changes.get("regularisers", OFF))
+    run = trained(with_account(cfg, "checked"), 500, keep=False)
     table, account = np.asarray(run.states[-1].params["tables"]["shared"]), sums(run.states[-1], run.states[0])
-    assert np.linalg.norm(sum(account.values()) - table) < 1e-5 * np.linalg.norm(table)
-    assert 0 < float(run.metrics[-1]["account_error"]) < 1e-5
+    # What is rounded are the parts; regularisers and the loss pull against each other, and theirs grow above the table.
+    largest = max(1.0, *(np.linalg.norm(part) / np.linalg.norm(table) for part in account.values()))
+    assert (largest > 10) == bool(cfg.regularisers.weights)
+    limit = max(1e-5, 1e-6 * largest)
+    assert np.linalg.norm(sum(account.values()) - table) < limit * np.linalg.norm(table)
+    assert 0 < float(run.metrics[-1]["account_error"]) < limit
 
 
-@pytest.mark.parametrize("kind", ["adamw", "coupled", "sgd", "by_role", "by_role_matched", "by_role_lazy"])
-def test_a_sample_of_rows_has_the_bits_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "regularisers"),
+    [
+        *((kind, OFF) for kind in ("adamw", "coupled", "sgd", "by_role", "by_role_matched", "by_role_lazy")),
+        ("adamw", ON),
+    ],
+    ids=["adamw", "coupled", "sgd", "by_role", "by_role_matched", "by_role_lazy", "regularised"],
+)
+def test_a_sample_of_rows_has_the_bits_of_the_whole(
+    kind: str, regularisers: RegularisersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tying.account, "MOST_FREQUENT", 3)
     monkeypatch.setattr(tying, "SAMPLE_ROWS", 8)
     tables = TableOptimizerConfig(kind=kind)  # type: ignore[arg-type]
     cfg = hard_config(20, optimizer=OptimizerConfig(learning_rate=0.02, clip_norm=1e-2, tables=tables))
+    cfg = dataclasses.replace(cfg, regularisers=regularisers)
     whole, rows = (trained(with_account(cfg, form), 20, optimized=True).states[-1] for form in ("whole", "rows"))
     assert whole.account is not None
     assert rows.account is not None
@@ -191,6 +227,12 @@ def test_a_sample_of_rows_has_the_bits_of_the_whole(kind: str, monkeypatch: pyte
     np.testing.assert_array_equal(rows.account.written["shared"].input, whole.account.written["shared"].input[sample])
     np.testing.assert_array_equal(rows.params["tables"]["shared"], whole.params["tables"]["shared"])
     assert np.abs(whole.account.written["shared"].input[sample]).max() > 0
+    if regularisers.weights:
+        assert whole.account.regulariser is not None
+        assert rows.account.regulariser is not None
+        others_SD = rows.account.regulariser["shared"]
+        np.testing.assert_array_equal(others_SD, whole.account.regulariser["shared"][sample])
+        assert np.abs(others_SD).max() > 0
 
 
 def test_the_sample_has_the_frequent_rows_and_as_many_of_every_tenth_of_the_others() -> None:

@@ -232,3 +232,24 @@ def test_the_lookup_is_harmed_helped_or_neither(in_out: list[float | None], says
             f"The output role wrote 62.5{N}±{N}0.0{N}% of the final a table and the input role 12.5{N}±{N}0.0{N}%; "
             f"25.0{N}±{N}0.0{N}% is left of the initial one."
         )
+
+
+def test_regularisers_have_a_place_in_words_and_tables_where_there_are_any() -> None:
+    without, found = (results([0.2, 0.3]) for _ in range(2))
+    for i, record in enumerate(found["account"]):
+        shares = {"initial": 0.25, "input": 0.125, "output": 0.75, "regulariser": -0.125}
+        record["shares"] = record["shares"] | shares
+        record["early"] = record["early"] | {"regulariser": 0.05}
+        record["changes"] = [record["changes"][0] | {"regulariser": 0.002 + 0.001 * i}]
+    assert section.why(found)[0] == (
+        f"The output role wrote 75.0{N}±{N}0.0{N}% of the final a table and the input role 12.5{N}±{N}0.0{N}%; the "
+        f"regularisers −12.5{N}±{N}0.0{N}%; 25.0{N}±{N}0.0{N}% is left of the initial one."
+    )
+    assert section.when(found) == [
+        f"The first 9 steps wrote 15.0{N}±{N}0.0{N}% of the final a table; they have 10{N}±{N}0{N}% of the summed "
+        "learning rate."
+    ]
+    assert [section.regularised(each) for each in (found, without)] == [True, False]
+    assert section.shares(found)[0]["regulariser"] == f"−0.125{N}±{N}0.000"
+    assert section.shares(without)[0]["regulariser"] == "–"
+    assert section.changes(found)[0]["regulariser"] == f"2.50{N}±{N}6.35"

@@ -14,11 +14,11 @@ from tiedjax.config import DataConfig, MeshConfig
 from tiedjax.errors import UserError
 
 
-@pytest.mark.parametrize("subject", [*tying.SCHEMES, "muon"])
+@pytest.mark.parametrize("subject", [*tying.SCHEMES, "muon", "regularised"])
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(subject: str) -> None:
     out, _ = finish(start([TESTS / "mesh_program.py", subject], devices=8))
     differences = json.loads(out.splitlines()[-1])
-    assert len(differences) == {"muon": 4, "tied": 5, "untied": 5}.get(subject, 1)
+    assert len(differences) == {"muon": 4, "regularised": 4, "tied": 5, "untied": 5}.get(subject, 1)
     for case, difference in differences.items():
         assert difference <= 1e-5, case
 

@@ -70,7 +70,8 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
         raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
     params = {**state.params, **_of_another_run(cfg, mesh, run, step, others)}
     account = state.account and state.account.reopened(params["tables"])
-    return state._replace(params=params, account=account)
+    anchor = state.anchor and _anchor(cfg, mesh, params["tables"])
+    return state._replace(params=params, account=account, anchor=anchor)
 
 
 def source(init: str) -> tuple[Run, int]:
@@ -109,6 +110,14 @@ def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
                 f"model.{field.name}: is {now!r}, that of train.init {cfg.train.init} is {was!r}; give that"
             )
     tying.refuse_another_scheme(run.config_at(step).tying, cfg.tying, cfg.train.init)
+
+
+def _anchor(cfg: RunConfig, mesh: Mesh, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The tables of these arrays, which the run is not to leave far behind, where they lie on the mesh."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, make_steps(cfg, mesh).abstract.anchor)
+    scheme = tying.scheme_of(cfg.tying)
+    copied: dict[str, Any] = jax.jit(lambda arrays: tying.anchored(scheme, arrays), out_shardings=places)(arrays)
+    return copied
 
 
 def _of_another_run(cfg: RunConfig, mesh: Mesh, run: Run, step: int, others: Checkpoints) -> dict[str, Any]:

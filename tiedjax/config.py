@@ -257,6 +257,36 @@ class TyingConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegularisersConfig(_Checked):
+    """Weights of what is added to the training loss for each table itself; it is of neither role."""
+
+    cosine: float = _option(
+        0.0, "weight of the mean cosine of two different tokens' rows (arXiv 1907.12009); 0: off", at_least=0
+    )
+    orthogonality: float = _option(
+        0.0, "weight of ||E'E / V - c I||^2, c = trace(E'E) / (V D): columns orthogonal and equally long", at_least=0
+    )
+    mean: float = _option(0.0, "weight of the squared length of the mean row", at_least=0)
+    anchor: float = _option(
+        0.0,
+        "weight of the mean squared distance of a row to where the run began, for which a copy of the table is kept; "
+        "these four are of the one table, or of both added, and leave rows above vocab_size out",
+        at_least=0,
+    )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those that are on, by name."""
+        named = {
+            "cosine": self.cosine,
+            "orthogonality": self.orthogonality,
+            "mean": self.mean,
+            "anchor": self.anchor,
+        }
+        return {name: weight for name, weight in named.items() if weight}
+
+
+@dataclass(frozen=True, kw_only=True)
 class BodyOptimizerConfig(_Checked):
     """What updates the body's matrices; its norm scales take AdamW at optimizer.learning_rate, without decay."""
 
@@ -458,6 +488,7 @@ class RunConfig(_Checked):
 
     model: ModelConfig = ModelConfig()
     tying: TyingConfig = TyingConfig()
+    regularisers: RegularisersConfig = RegularisersConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()

@@ -97,9 +97,14 @@ def _sizes(cfg: RunConfig) -> Sizes:
     followed = sum(size[name] // V * min(rows, V) for name in scheme.followed)
     account = 4 * followed * (2 if form == "checked" else 1)
     moments += followed if not options.tables.kind.startswith("by_role") else 0
+    if weights := cfg.regularisers.weights:
+        account += 4 * followed
+        own = sum(size[p.name] for p in scheme.parameters if p.trained and p.name not in scheme.followed)
+        moments += followed + own if form != "off" else 0
+    anchors = 4 * table * (1 if scheme.shares_one_table else 2) if "anchor" in weights else 0
     if tying.keeps_squares(cfg):
         moments += 2 * table + (table if form == "off" else 0)
-    return Sizes(tables, account, tables + 4 * body + width * moments + account)
+    return Sizes(tables, account, tables + 4 * body + width * moments + account + anchors)
 
 
 def product_rate() -> float:

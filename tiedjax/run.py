@@ -40,6 +40,7 @@ class RunAccount(NamedTuple):
       log_kept: the logarithm of what decay has left of the initial table.
       initial: that.
       input, output: what the updates of each role wrote and decay has left.
+      regulariser: the same of the regularisers; None of a run without any.
     """
 
     rows: np.ndarray
@@ -47,6 +48,7 @@ class RunAccount(NamedTuple):
     initial: np.ndarray
     input: np.ndarray
     output: np.ndarray
+    regulariser: np.ndarray | None = None
 
 
 class Run:
@@ -155,7 +157,8 @@ class Run:
         sample = jax.ShapeDtypeStruct((min(tying.SAMPLE_ROWS, cfg.model.table_rows),), np.int32)
 
         def opened(tables: Any, sample_S: jax.Array) -> Any:
-            return tying.opened(tables, names, form, tying.rows_of(form, cfg.model.table_rows, sample_S))
+            rows = tying.rows_of(form, cfg.model.table_rows, sample_S)
+            return tying.opened(tables, names, form, rows, bool(cfg.regularisers.weights))
 
         abstract = jax.eval_shape(opened, abstract_params(cfg)["tables"], sample)
         arrays, beside = self._restored(step, account=_without_sharding(abstract))
@@ -165,8 +168,12 @@ class Run:
         if self._started is None:  # a run follows the same rows from its first step to its last
             self._started = self._restored(0)[0][names[0]][rows]
         initial = np.asarray(np.exp(log_kept) * self._started, np.float32)
-        output = written.output if form == "checked" else arrays[names[0]][rows] - initial - written.input
-        return RunAccount(rows, log_kept, initial, written.input, output)
+        others = None if saved.regulariser is None else saved.regulariser[names[0]]
+        if form == "checked":
+            output = written.output
+        else:
+            output = arrays[names[0]][rows] - initial - written.input - (0 if others is None else others)
+        return RunAccount(rows, log_kept, initial, written.input, output, others)
 
     def params(self, step: int | None = None) -> dict[str, Any]:
         """{"tables", "body"} as NumPy after `step` updates; by default the last full checkpoint.

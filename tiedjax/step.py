@@ -34,7 +34,8 @@ class TrainState(NamedTuple):
 
     `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
     holds `tying.output_update_share`, None without it; `watched` are the averages that decide on `tying.untie_when`,
-    [2], None without it.
+    [2], None without it; `anchor` are the tables that the run began with, {name: [V, D]} by `tying.distinct`, None
+    without `regularisers.anchor`.
     """
 
     step: jax.Array
@@ -43,6 +44,7 @@ class TrainState(NamedTuple):
     account: tying.Account | None = None
     held: jax.Array | None = None
     watched: jax.Array | None = None
+    anchor: dict[str, jax.Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _compiled_for(cfg: RunConfig, mesh: Mesh) -> RunConfig:
     return RunConfig(
         model=decided(cfg, mesh).model,
         tying=tying.without_scales(cfg.tying),
+        regularisers=cfg.regularisers,
         optimizer=cfg.optimizer,
         data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
         train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
@@ -147,6 +150,7 @@ def _optimizer(cfg: RunConfig, layout: Layout) -> Optimizer:
         followed=scheme.followed,
         squares=tying.keeps_squares(cfg),
         rowless=[parameter.name for parameter in scheme.parameters if not parameter.has_rows],
+        regularised=bool(cfg.regularisers.weights),
     )
 
 
@@ -187,20 +191,34 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
     evaluation = summed_loss(cfg, layout, z_loss=0.0)
     followed = [name for name, rule in optimizer.tables.items() if rule.shared and rule.follows]
     sampled = min(tying.SAMPLE_ROWS, cfg.model.table_rows) if form == "rows" and followed else None
-    wanted_share = cfg.tying.output_update_share
+    wanted_share, weights = cfg.tying.output_update_share, cfg.regularisers.weights
 
     def init(root: jax.Array, sample_S: jax.Array | None = None, unshared_S: jax.Array | None = None) -> TrainState:
         params = init_params(cfg, root, unshared_S)
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
-        account = tying.opened(params["tables"], followed, form, rows)
+        account = tying.opened(params["tables"], followed, form, rows, bool(weights))
         held = None if wanted_share is None else jnp.zeros(())
         watched = None if cfg.tying.untie_when is None else jnp.zeros(2)
+        anchor = None
+        if "anchor" in weights:
+            boxed = lambda E_VD: nn.LogicallyPartitioned(E_VD, names=("vocab", "embed"))
+            anchor = jax.tree.map(boxed, tying.anchored(scheme, nn.unbox(params["tables"])))
         return TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held, watched
+            jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held, watched, anchor
         )
 
-    def unscaled_norm(grads: Any, params: Any, role_grads: Tables) -> jax.Array:
+    def regulariser(state: TrainState) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The weighted sum of the regularisers, and its gradient with respect to what is trained of the tables."""
+
+        def value(arrays: dict[str, jax.Array]) -> jax.Array:
+            return tying.penalty(cfg, scheme.tables({**state.params["tables"], **arrays}), state.anchor)
+
+        return jax.value_and_grad(value)(trained(state.params)["tables"])
+
+    def unscaled_norm(grads: Any, params: Any, role_grads: Tables, others: Any) -> jax.Array:
         tables = scheme.transposed(params["tables"], role_grads)
+        if others is not None:
+            tables = jax.tree.map(jnp.add, tables, others)
         return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
     def by_role(state: TrainState, role_grads: Tables, role_scale: Tables) -> tuple[Tables, Tables]:
@@ -245,8 +263,16 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         if state.held is not None:
             role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
         value, (grads, role_grads, squares) = gradients(state.params, tokens_BS, role_scale)
+        others, about_others = None, {}
+        if weights:
+            with jax.named_scope("regularisers"):
+                # Behind a barrier: so the account is of the very numbers that are added, and not of some rounded anew.
+                total, others = jax.lax.optimization_barrier(regulariser(state))
+                grads = {**grads, "tables": jax.tree.map(jnp.add, grads["tables"], others)}
+                norm = jnp.asarray(optax.tree.norm(others))
+                about_others = {"regulariser": total, "regulariser_grad_norm": norm}
         with jax.named_scope("roles"):
-            grad_norm = unscaled_norm(grads, state.params, role_grads)
+            grad_norm = unscaled_norm(grads, state.params, role_grads, others)
             about_roles = role_metrics(role_grads, decile_V)
             if squares.roles is not None:
                 norms = Tables(about_roles["input_grad_norm"], about_roles["output_grad_norm"])
@@ -264,6 +290,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
                 trained(state.params),
                 grad_norm=clipped_norm,
                 rows=state.account.rows if state.account else None,
+                regulariser=others,
             )
             params = with_trained(state.params, optax.apply_updates(trained(state.params), updates))
         with jax.named_scope("account"):
@@ -273,7 +300,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             if held is not None and wanted_share is not None:
                 about_updates["held_input_scale"] = jnp.exp(held)
                 held = _held(held, about_updates["output_update_share"], wanted_share)
-            new = TrainState(state.step + 1, params, opt_state, account, held, state.watched)
+            new = TrainState(state.step + 1, params, opt_state, account, held, state.watched, state.anchor)
             about_updates |= account_metrics(state, raw_by_role, parts, new)
             if state.watched is not None:
                 watched = tying.watched(cfg.tying, state.watched, about_updates)
@@ -281,6 +308,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
                 about_updates["untie_watched"] = watched[0] / watched[1]
         metrics = {
             "loss": value,
+            **about_others,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
             **({"clip_factor": jnp.minimum(1.0, limit / clipped_norm)} if limit else {}),

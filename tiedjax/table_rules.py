@@ -2,14 +2,15 @@
 
 Where both roles write one table, a rule with one second moment for both is linear in the role gradients given that
 moment, so that its update is the sum of a part of each role: the first moment of a role's gradient in place of the
-whole one's. A rule with moments of each role has its two parts to begin with. Parts are directions: the learning rate,
-decay and centring are the optimizer's.
+whole one's. Regularisers have a part in the same way. A rule with moments of each role has its two parts to begin with.
+Parts are directions: the learning rate, decay and centring are the optimizer's.
 
 Axes: V rows of the table, D its width, S the rows that are followed (all of them, or a sample), R the check rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class TableState(NamedTuple):
       role_nu: `Tables` of the second moment of each role, [V, D].
       input_square: [S], the input role's part of the sum of nu over each row: the average of g_input * g.
       matched: by how much the sum of both parts was multiplied in the last update.
+      regulariser_mu: the first moment of the regularisers' gradient, of the rows that are followed or of all.
       row_updates: [V], how often each row was in a batch's input; `present`: [V], whether it was in the last one's.
     """
 
@@ -42,6 +44,7 @@ class TableState(NamedTuple):
     role_nu: Tables = Tables(None, None)
     input_square: Any = None
     matched: Any = None
+    regulariser_mu: Any = None
     row_updates: Any = None
     present: Any = None
 
@@ -73,6 +76,7 @@ class TableRule:
       follow: which rows' parts are wanted, where both roles write it.
       role_rates: whether the roles' parts are given learning rates of their own.
       squares: whether the second moment of each role is kept beside the table's, for the time when each has its own.
+      regularised: whether regularisers write the table too.
     """
 
     kind: str
@@ -84,6 +88,7 @@ class TableRule:
     follow: Follow
     role_rates: bool = False
     squares: bool = False
+    regularised: bool = False
 
     @property
     def shared(self) -> bool:
@@ -119,6 +124,11 @@ class TableRule:
         return self.shared and (self.role_rates or self.squares or self.follow in ("whole", "checked"))
 
     @property
+    def _whole_regulariser(self) -> bool:
+        """Whether the first moment of the regularisers' gradient, if one is kept, is of all rows."""
+        return self._whole_input or not self.shared
+
+    @property
     def _both(self) -> bool:
         """Whether the first moment is kept as the sum of those of the roles."""
         return self.shared and self.follow == "checked" and not self.apart
@@ -152,32 +162,56 @@ class TableRule:
             nu=nu,
             role_mu=Tables(role_input, role_output),
             role_nu=Tables(zeros(), zeros()) if self.squares else Tables(None, None),
+            regulariser_mu=self._regulariser_zeros(zeros, rows),
             input_square=_rows_of(table, None, rows.sample) if follows and rows and nu is not None else None,
         )
 
+    def _regulariser_zeros(self, zeros: Callable[..., Any], rows: Rows | None) -> Any:
+        """What its first moment starts from: of all rows where the table's whole update is to be taken apart."""
+        if not self.regularised or not (self.follows or self._whole_input):
+            return None
+        if self._whole_regulariser:
+            return zeros()
+        return None if rows is None else zeros(rows.sample)
+
     def update(
-        self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
+        self,
+        gradient: jax.Array,
+        by_role: Tables,
+        state: TableState,
+        rows: Rows | None,
+        regulariser: jax.Array | None = None,
     ) -> tuple[jax.Array, TableState]:
         """The direction [V, D] of an update by `gradient` [V, D], and the next state.
 
-        The gradients `by_role` sum to it; where `takes_rows` they are of the followed rows.
+        The gradients `by_role` and that of the regularisers, [V, D], sum to it; where `takes_rows` those of the roles
+        are of the followed rows.
         """
         updates = optax.safe_increment(state.updates)
         if self.kind == "lion":
             ahead = moment(gradient, state.mu.astype(gradient.dtype), self.b1, 1)
             return jnp.sign(ahead), TableState(updates, moment(gradient, state.mu, self.b2, 1))
-        after = self._update_apart if self.apart else self._update_together
-        state = after(gradient, by_role, state._replace(updates=updates), rows)
+        state = state._replace(updates=updates)
+        if self.apart:
+            state = self._update_apart(gradient, by_role, state)
+        else:
+            state = self._update_together(gradient, by_role, state, rows, regulariser)
         return self._direction(state), state
 
     def parts(self, state: TableState, rows: Rows | None) -> Parts:
-        """What the roles have in the update that led to this state: directions that sum to its own, row by row.
+        """What the roles have in the update that led to this state, and the regularisers: directions that sum to its
+        own, row by row.
 
         Of a table of both roles these must be followed, or have rates of their own.
         """
+        others = state.regulariser_mu
         if not self.shared:
-            whole = self._direction(state)
-            return Parts(Tables(*(whole if role in self.writers else None for role in Tables._fields)))
+            whole, part = self._direction(state), None
+            if others is not None:
+                part = self._of(others, state.nu, state.updates)
+                whole -= part
+            roles = Tables(*(whole if role in self.writers else None for role in Tables._fields))
+            return Parts(roles, regulariser=part)
         sample, check, _ = rows or Rows(None, None, None)
         if self.apart:
             by_role = self._apart(state)
@@ -189,13 +223,18 @@ class TableRule:
             return taken(nu, kept) if nu is not None and nu.ndim > 1 else nu
 
         mu_input_S = taken(mu.input, sample) if self._whole_input else mu.input
-        from_input = self._of(mu_input_S, of_rows(sample), state.updates)
+        from_input, from_others = self._of(mu_input_S, of_rows(sample), state.updates), None
+        if others is not None:
+            others_S = taken(others, sample) if self._whole_input else others
+            from_others = self._of(others_S, of_rows(sample), state.updates)
         if self._both:
             from_output = self._of(mu.output, of_rows(sample), state.updates)
-            return Parts(Tables(from_input, from_output), from_output)
+            return Parts(Tables(from_input, from_output), from_output, regulariser=from_others)
         from_output = self._of(taken(state.mu, sample), of_rows(sample), state.updates) - from_input
+        if from_others is not None:
+            from_output -= from_others
         output_RD = None if mu.output is None or rows is None else self._of(mu.output, of_rows(check), state.updates)
-        return Parts(Tables(from_input, from_output), output_RD)
+        return Parts(Tables(from_input, from_output), output_RD, regulariser=from_others)
 
     def input_step_share(self, state: TableState, rows: Rows | None) -> jax.Array | None:
         """The input role's share of the second moment, which sets the size of steps; None where it has none."""
@@ -210,8 +249,12 @@ class TableRule:
             both = [part for part in self._apart(state) if part is not None]
             total: jax.Array = sum(both[1:], both[0])
             return total
-        mu = state.role_mu.input + state.role_mu.output if self._both else state.mu
-        return self._of(mu, state.nu, state.updates)
+        return self._of(self._sum(state) if self._both else state.mu, state.nu, state.updates)
+
+    def _sum(self, state: TableState) -> jax.Array:
+        """The first moment, of those that are kept in its place."""
+        mu: jax.Array = state.role_mu.input + state.role_mu.output
+        return mu if state.regulariser_mu is None else mu + state.regulariser_mu
 
     def _of(self, mu: jax.Array, nu: Any, updates: jax.Array) -> jax.Array:
         """The direction of a first moment; the rows of `nu` are those of `mu`, or it is one row for all, or None."""
@@ -224,9 +267,13 @@ class TableRule:
         return adam_direction(mu, nu, self.b1, self.b2, self.eps, updates, wide)
 
     def _update_together(
-        self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None
+        self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None, regulariser: Any
     ) -> TableState:
         sample, check, places = rows or Rows(None, None, None)
+        others = state.regulariser_mu
+        if others is not None:
+            others_SD = taken(regulariser, sample if self.shared else None)
+            others = moment(regulariser if self._whole_regulariser else others_SD, others, self.b1, 1)
         if self.takes_rows:
             sample, check = None, places
         kept = Tables(None if self._whole_input else sample, None if self._both else check)
@@ -244,13 +291,14 @@ class TableRule:
         square = state.input_square
         if square is not None:
             of_input_SD, of_output_SD = (taken(g_VD, sample) for g_VD in by_role)
-            product_SD = of_input_SD * (of_input_SD + of_output_SD)
+            whole_SD = of_input_SD + of_output_SD
+            product_SD = of_input_SD * (whole_SD if others is None else whole_SD + others_SD)
             square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
         mu = None if self._both else moment(gradient, state.mu, self.b1, 1)
         role_nu = state.role_nu
         if self.squares:
             role_nu = Tables(*(moment(g, old, self.b2, 2) for g, old in zip(by_role, role_nu, strict=True)))
-        return TableState(state.updates, mu, nu, role_mu, role_nu, input_square=square)
+        return TableState(state.updates, mu, nu, role_mu, role_nu, input_square=square, regulariser_mu=others)
 
     def divided(self, state: TableState) -> Tables:
         """For each role, the state of a table of its own from here on: the moments of this one, or the role's own.
@@ -263,11 +311,11 @@ class TableRule:
             mu = state.role_mu if self._both else Tables(state.role_mu.input, state.mu - state.role_mu.input)
             first, second = mu, state.role_nu
         else:
-            whole = state.role_mu.input + state.role_mu.output if self._both else state.mu
+            whole = self._sum(state) if self._both else state.mu
             first, second = Tables(whole, whole), Tables(state.nu, state.nu)
         return Tables(*(TableState(state.updates, mu, nu) for mu, nu in zip(first, second, strict=True)))
 
-    def _update_apart(self, gradient: jax.Array, by_role: Tables, state: TableState, rows: Rows | None) -> TableState:
+    def _update_apart(self, gradient: jax.Array, by_role: Tables, state: TableState) -> TableState:
         role_mu: dict[str, Any] = dict.fromkeys(Tables._fields)
         role_nu: dict[str, Any] = dict.fromkeys(Tables._fields)
         for role in self.writers:

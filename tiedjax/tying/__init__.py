@@ -2,7 +2,8 @@
 
 Only this room knows tied from untied. Everyone else is given `Tables`, one [V, D] array for each role; under tying
 the two are the same array. `tables` holds the pair, `split` what divides its gradient, `schemes` how it comes from
-parameters, `account` what each role's updates wrote, `anatomy` what the output role's gradient is made of.
+parameters, `account` what each role's updates wrote, `anatomy` what the output role's gradient is made of,
+`regularisers` what the loss may have of the tables themselves.
 """
 
 from tiedjax.tying.account import (
@@ -23,6 +24,7 @@ from tiedjax.tying.account import (
     update_metrics,
 )
 from tiedjax.tying.anatomy import common_mode, pull_and_push, signal_and_noise
+from tiedjax.tying.regularisers import anchored, penalty
 from tiedjax.tying.schedule import (
     begun_from,
     carried,
@@ -68,6 +70,7 @@ __all__ = [
     "Tables",
     "advanced",
     "anatomy_wanted",
+    "anchored",
     "as_roles",
     "begun_from",
     "carried",
@@ -83,6 +86,7 @@ __all__ = [
     "init_tables",
     "keeps_squares",
     "opened",
+    "penalty",
     "plain",
     "pull_and_push",
     "refuse_another_scheme",

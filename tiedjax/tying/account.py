@@ -2,11 +2,12 @@
 
 An optimizer says which part of every update is whose (`parts`); their running sums, decayed as the table is, are C:
 
-    E_t = A_t E_0 + C_input,t + C_output,t        A_t: the product of all (1 - rate * weight decay)
+    E_t = A_t E_0 + C_input,t + C_output,t [+ C_regulariser,t]    A_t: the product of all (1 - rate * weight decay)
 
-Exact on the trajectory that was run, whatever clipping, schedule and row scales were: an account, not a cause, since
-both roles decide the gradients and the second moment. C_output is the rest where only C_input is kept; of the check
-rows both are, and what (1) misses there is the account's error.
+Regularisers, where there are any, have one part together, which is no role's. Exact on the trajectory that was run,
+whatever clipping, schedule and row scales were: an account, not a cause, since both roles decide the gradients and the
+second moment. C_output is the rest where only C_input is kept; of the check rows both are, and what (1) misses there is
+the account's error.
 
 Axes: V rows of a table, D its width, S the rows that are followed (all of them, or a sample), R the check rows.
 """
@@ -53,6 +54,7 @@ class Parts(NamedTuple):
 
     Attributes:
       roles: `Tables` of [S, D]; of a table that one role writes, the other's is None.
+      regulariser: [S, D], what the regularisers wrote; None without any.
       check: [R, D], what the output role wrote by its own moment, or [V, D] where it is not the rest anywhere.
       decay: which part of the table the update took away, rate * weight decay.
     """
@@ -60,6 +62,7 @@ class Parts(NamedTuple):
     roles: Tables
     check: Any = None
     decay: Any = None
+    regulariser: Any = None
 
 
 class Account(NamedTuple):
@@ -70,12 +73,14 @@ class Account(NamedTuple):
       written: {name: `Tables` of C}: the input role's [S, D], the output role's as `Parts.check`.
       initial: {name: E_0 of the check rows}.
       log_kept: {name: [2]}, the logarithm of A_t, and what is to be taken off the next addition to it.
+      regulariser: {name: C [S, D]} of the regularisers; None without any.
     """
 
     rows: Rows
     written: dict[str, Tables]
     initial: dict[str, Any]
     log_kept: dict[str, Any]
+    regulariser: dict[str, Any] | None = None
 
     def reopened(self, tables: Mapping[str, Any]) -> Account:
         """The account before the first update of other tables of these names."""
@@ -127,10 +132,13 @@ def rows_of(form: Follow, table_rows: int, sample: Any = None) -> Rows | None:
     return Rows(None, check, check)
 
 
-def opened(tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None) -> Account | None:
+def opened(
+    tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None, regularised: bool = False
+) -> Account | None:
     """The account before the first update of those of these tables that have the names.
 
-    Tables may be boxed with their logical axes, which the sums then have. None where nothing is followed.
+    Tables may be boxed with their logical axes, which the sums then have. `regularised` says whether regularisers write
+    them too. None where nothing is followed.
     """
     names = tuple(names)
     if rows is None or not names:
@@ -145,6 +153,7 @@ def opened(tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: 
         {name: Tables(zeros(name, rows.sample), zeros(name, check)) for name in names},
         {name: taken(tables[name], rows.check) for name in names},
         {name: jnp.zeros(2, jax.tree.leaves(tables[name])[0].dtype) for name in names},
+        {name: zeros(name, rows.sample) for name in names} if regularised else None,
     )
 
 
@@ -159,26 +168,30 @@ def taken(table: Any, rows: Any) -> Any:
 
 def advanced(account: Account, parts: Mapping[str, Parts]) -> Account:
     """The account after an update that consisted of `parts`."""
-    written, log_kept = {}, {}
+    written, log_kept, regulariser = {}, {}, None if account.regulariser is None else dict(account.regulariser)
     for name, sums in account.written.items():
         part = parts[name]
         new = Tables(part.roles.input, part.check)
         written[name] = Tables(*(C + (D - part.decay * C) for C, D in zip(sums, new, strict=True)))
+        if regulariser is not None:
+            regulariser[name] += part.regulariser - part.decay * regulariser[name]
         # A sum of very many small numbers: what each addition loses is taken off the next (Kahan).
         total, lost = account.log_kept[name]
         step = jnp.log1p(-part.decay).astype(total.dtype) - lost
         log_kept[name] = jnp.stack([total + step, (total + step - total) - step])
-    return account._replace(written=written, log_kept=log_kept)
+    return account._replace(written=written, log_kept=log_kept, regulariser=regulariser)
 
 
 def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
-    """||E - A E_0 - C_input - C_output|| / ||E|| over the check rows of all tables that both roles write."""
+    """||E - A E_0 - C_input - C_output [- C_regulariser]|| / ||E|| over the check rows of all tables of both roles."""
     missed, size = [], []
     for name, sums in account.written.items():
         E_RD = tables[name][account.rows.check]
         output_RD = sums.output if len(sums.output) == len(E_RD) else sums.output[account.rows.check]
         kept = jnp.exp(account.log_kept[name][0])
         rest_RD = E_RD - kept * account.initial[name] - sums.input[account.rows.places] - output_RD
+        if account.regulariser is not None:
+            rest_RD -= account.regulariser[name][account.rows.places]
         missed.append(jnp.sum(jnp.square(rest_RD)))
         size.append(jnp.sum(jnp.square(E_RD)))
     return jnp.sqrt(sum(missed) / sum(size))
@@ -187,7 +200,7 @@ def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
 def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
     """Norms and share of what the two roles wrote in an update, and the cosine of that where they wrote one table.
 
-    The share is output / (input + output).
+    The share is output / (input + output). With regularisers the norm of what those wrote, too.
     """
     square = dict.fromkeys(ROLES, jnp.zeros(()))
     product = jnp.zeros(())
@@ -203,6 +216,9 @@ def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
         "output_update_norm": norm["output"],
         "output_update_share": norm["output"] / (norm["input"] + norm["output"]),
     }
+    others = [part.regulariser for part in parts.values() if part.regulariser is not None]
+    if others:
+        metrics["regulariser_update_norm"] = jnp.sqrt(sum(jnp.sum(jnp.square(part_SD)) for part_SD in others))
     if any(_of_both(part) for part in parts.values()):
         metrics["role_update_cosine"] = product / (norm["input"] * norm["output"])
     return metrics
@@ -216,10 +232,11 @@ def compromise(
     `role_grads` has for each role the gradient of the mean loss with respect to {name: table}, before any scale, of the
     rows that are followed; `parts` are those of the last update, `tables` what it made of them. m_A_B is <G_A, D_B>:
     through the use that role A makes of a table, of what role B wrote. The columns of that matrix are summed as
-    `input_loss_change` and `output_loss_change`; beside them the change by decay.
+    `input_loss_change` and `output_loss_change`; beside them the change by decay, and that by regularisers if there are
+    any: of this loss, of which they are no part.
     """
     matrix = {(reader, writer): jnp.zeros(()) for reader in ROLES for writer in ROLES}
-    decayed = jnp.zeros(())
+    decayed, by_others = jnp.zeros(()), jnp.zeros(())
     for name, part in parts.items():
         followed = rows.sample if rows is not None and _of_both(part) else None
         table_SD = taken(tables[name], followed)
@@ -231,6 +248,10 @@ def compromise(
                     effect = jnp.sum(G_SD * part_SD)
                     matrix[reader, writer] += effect
                     before -= effect
+            if part.regulariser is not None:
+                effect = jnp.sum(G_SD * part.regulariser)
+                by_others += effect
+                before -= effect
             # The table before the update is (table - what was written) / (1 - decay): only its product is needed.
             decayed -= part.decay / (1 - part.decay) * before
     short = {"input": "in", "output": "out"}
@@ -239,6 +260,7 @@ def compromise(
         "input_loss_change": matrix["input", "input"] + matrix["output", "input"],
         "output_loss_change": matrix["input", "output"] + matrix["output", "output"],
         "decay_loss_change": decayed,
+        **({"regulariser_loss_change": by_others} if any(p.regulariser is not None for p in parts.values()) else {}),
     }
 
 

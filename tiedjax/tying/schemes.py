@@ -369,6 +369,33 @@ def refuse_options_of_roles(cfg: RunConfig) -> None:
                 "tying.account off and give the roles no learning rates, or take another kind"
             )
     _refuse_options_of_schemes(cfg)
+    _refuse_regularisers(cfg)
+
+
+def _refuse_regularisers(cfg: RunConfig) -> None:
+    """UserError for regularisers whose part the tables' update has no room for, or in a run that changes its scheme."""
+    options, tables = cfg.tying, cfg.optimizer.tables
+    for name in list(cfg.regularisers.weights)[:1]:
+        for change in ("untie_at", "untie_when", "tie_at"):
+            if getattr(options, change) is not None:
+                raise UserError(
+                    f"regularisers.{name}: cannot be given with tying.{change}: it is added over the tables, of which "
+                    "there is another number after the change; leave one of the two out"
+                )
+        written = [(p.name, role_of(p.name)) for p in scheme_of(options).parameters if p.trained and p.has_rows]
+        for array, role in written:
+            kind = tables.of(array).kind
+            where = "optimizer.tables.kind" if role is None else f"optimizer.tables.{role}.kind"
+            if (role is None and kind.startswith("by_role")) or (role == "input" and kind == "by_role_lazy"):
+                raise UserError(
+                    f"regularisers.{name}: {kind} has moments of the roles alone, and this is of neither; set {where} "
+                    "to adamw, coupled or sgd"
+                )
+            if kind == "lion" and options.account != "off":
+                raise UserError(
+                    f"regularisers.{name}: lion's update is the sign of a sum, of which it has no part of its own; set "
+                    f"tying.account off, or {where} to adamw, coupled or sgd"
+                )
 
 
 def _refuse_options_of_schemes(cfg: RunConfig) -> None:

@@ -1,9 +1,10 @@
 """Who wrote a table of both roles: the running sums of what each role's updates wrote, and what those did to the loss.
 
 At every snapshot the table is A E_0 + C_input + C_output, exactly: what is left of the initial table and of what each
-role wrote. A part's share of the table E is <part, E> / ||E||^2, so that the three shares sum to 1 (shares of norms
-would not); the same over the rows of a stratum. What role r wrote from step s to step t, and is left in the last table,
-is A_T / A_t (C_r,t - A_t / A_s C_r,s). An account, not a cause: gradients and the size of steps depend on both roles.
+role wrote, and with regularisers + C_regulariser. A part's share of the table E is <part, E> / ||E||^2, so that the
+shares sum to 1 (shares of norms would not); the same over the rows of a stratum. What role r wrote from step s to step
+t, and is left in the last table, is A_T / A_t (C_r,t - A_t / A_s C_r,s). An account, not a cause: gradients and the
+size of steps depend on both roles.
 
 M is the change of the next batch's loss, to first order, by an update: through the use that one role makes of the
 table, of what one role wrote into it. The run logged it at every step, in nats a token.
@@ -27,17 +28,22 @@ from tiedjax.analysis.instruments.alignment.align import measure as alignment
 FIT = "orthogonal"  # of the alignment with the twin's tables
 EARLY = 0.1  # share of the steps
 PARTS = ("initial", "input", "output")
+REGULARISER = "regulariser"  # a further part, of a run that has any
 CHANGES = ("in_in", "in_out", "out_in", "out_out")  # of the loss: the reader, then the writer
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of a squared norm that sum to 1: what is left of the initial table, and of what each role wrote."""
+    """Shares of a squared norm that sum to 1: what is left of the initial table, and of what each role wrote.
+
+    `regulariser` is the share of what regularisers wrote, None of a run without any.
+    """
 
     rows: int
     initial: float
     input: float
     output: float
+    regulariser: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,12 @@ class Span:
     rate: float
     input: float
     output: float
+    regulariser: float | None = None
+
+    @property
+    def written(self) -> float:
+        """The share of all that was written in it."""
+        return self.input + self.output + (self.regulariser or 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,8 @@ class LossChange:
 
     `in_in`, `in_out`, `out_in` and `out_out` are M, the reader before the writer. `body` is over the steps at which it
     was measured, None where there are none; `output_update_share` is of both norms, and `cosine` of both updates;
-    `clipped` is the share of these steps whose gradient was clipped, None without a limit.
+    `clipped` is the share of these steps whose gradient was clipped, None without a limit; `regulariser` is the change
+    by what regularisers wrote, of the loss without them, None of a run without any.
     """
 
     first: int
@@ -75,6 +88,7 @@ class LossChange:
     cosine: float | None
     input_step_share: float | None
     clipped: float | None
+    regulariser: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ def measure(run: Any, step: int | None = None, *, twin: Any = None) -> RunAccoun
     """
     step = run.snapshot_steps[-1] if step is None else step
     last, counts = run.account(step), run.token_counts
-    table_ND = sum((getattr(last, part) for part in PARTS[1:]), last.initial)
+    table_ND = sum((getattr(last, part) for part in parts_of(last)[1:]), last.initial)
     steps = [at for at in run.snapshot_steps if at <= step]
     written = {at: run.account(at) for at in steps[:-1]} | {step: last}
     split = early_end(steps)
@@ -149,6 +163,11 @@ def measure(run: Any, step: int | None = None, *, twin: Any = None) -> RunAccoun
     )
 
 
+def parts_of(account: Any) -> tuple[str, ...]:
+    """The names of the parts that an account, or shares of one, has."""
+    return PARTS if account.regulariser is None else (*PARTS, REGULARISER)
+
+
 def early_end(steps: Sequence[int]) -> int:
     """The snapshot that ends the first tenth of the steps: the last one within it, or the first after step 0.
 
@@ -163,8 +182,8 @@ def _shares(account: Any, table_ND: np.ndarray, kept_N: np.ndarray) -> Shares:
     """Of the rows of a mask; over their whole squared norm."""
     rows_MD = np.asarray(table_ND[kept_N], np.float64)
     size = np.sum(np.square(rows_MD))
-    along = [float(np.sum(getattr(account, part)[kept_N] * rows_MD) / size) for part in PARTS]
-    return Shares(int(kept_N.sum()), *along)
+    along = {part: float(np.sum(getattr(account, part)[kept_N] * rows_MD) / size) for part in parts_of(account)}
+    return Shares(int(kept_N.sum()), **along)
 
 
 def _span(
@@ -172,13 +191,13 @@ def _span(
 ) -> Span:
     size, final = np.sum(np.square(table_ND, dtype=np.float64)), max(written)
     log_kept = {at: written[at].log_kept for at in (first, last, final)}
-    left = [
-        np.exp(log_kept[final] - log_kept[last]) * getattr(written[last], role)
-        - np.exp(log_kept[final] - log_kept[first]) * getattr(written[first], role)
-        for role in PARTS[1:]
-    ]
-    shares = [float(np.sum(part_ND * table_ND, dtype=np.float64) / size) for part_ND in left]
-    return Span(first, last, _rate_share(metrics, first, last, final), *shares)
+    left = {
+        part: np.exp(log_kept[final] - log_kept[last]) * getattr(written[last], part)
+        - np.exp(log_kept[final] - log_kept[first]) * getattr(written[first], part)
+        for part in parts_of(written[final])[1:]
+    }
+    shares = {part: float(np.sum(part_ND * table_ND, dtype=np.float64) / size) for part, part_ND in left.items()}
+    return Span(first, last, _rate_share(metrics, first, last, final), **shares)
 
 
 def _rate_share(metrics: Mapping[str, np.ndarray], first: int, last: int, final: int) -> float:
@@ -197,7 +216,7 @@ def _changes(metrics: Mapping[str, np.ndarray], first: int, last: int) -> LossCh
 
     logged_as = {name: f"m_{name}" for name in CHANGES} | {"decay": "decay_loss_change", "body": "body_loss_change"}
     logged_as |= {"output_update_share": "output_update_share", "cosine": "role_update_cosine"}
-    logged_as |= {"input_step_share": "input_step_share"}
+    logged_as |= {"input_step_share": "input_step_share", REGULARISER: "regulariser_loss_change"}
     factor_S = _column(metrics, "clip_factor")[inside_S]
     clipped = float(np.mean(factor_S < 1)) if len(factor_S) and np.isfinite(factor_S).all() else None
     return LossChange(first, last, **{field: mean(name) for field, name in logged_as.items()}, clipped=clipped)

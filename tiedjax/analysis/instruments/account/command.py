@@ -43,23 +43,34 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _text(args: argparse.Namespace, account: RunAccount) -> str:
+    from tiedjax.analysis.instruments.account.account import parts_of
+
+    others = account.shares.regulariser is not None
+    part = ["regulariser"] if others else []
     of = "" if account.rows == account.table_rows else f" (a sample of the {account.table_rows})"
     lines = [
         f"{args.a} at step {account.step}: who wrote its table, shares of the squared norm of {account.rows} rows{of}",
         arguments.text_table(
-            ["tokens", "rows", "initial", "input", "output"],
+            ["tokens", "rows", "initial", "input", "output", *part],
             [
-                [name, shares.rows, shares.initial, shares.input, shares.output]
+                [name, shares.rows, *(getattr(shares, each) for each in parts_of(shares))]
                 for name, shares in {"all": account.shares, **account.strata}.items()
             ],
         ),
-        "initial: what is left of the first table; input, output: of what that role's updates wrote; they sum to 1",
+        "initial: what is left of the first table; input, output: of what that role's updates wrote; "
+        + ("regulariser: of what regularisers wrote; " if others else "")
+        + "they sum to 1",
         "",
         "when it was written: shares of the last table",
         arguments.text_table(
-            ["steps", "of all rates", "input", "output", "both"],
+            ["steps", "of all rates", "input", "output", *part, "all" if others else "both"],
             [
-                [f"{span.first + 1}-{span.last}", span.rate, span.input, span.output, span.input + span.output]
+                [
+                    f"{span.first + 1}-{span.last}",
+                    span.rate,
+                    *(getattr(span, each) for each in parts_of(span)[1:]),
+                    span.written,
+                ]
                 for span in account.spans
             ],
         ),
@@ -67,9 +78,9 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
         "",
         "change of the next batch's loss by an update, to first order, in thousandths of a nat a token",
         arguments.text_table(
-            ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", "body"],
+            ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", *part, "body"],
             [
-                [f"{change.first + 1}-{change.last}", *map(_thousandths, _of(change))]
+                [f"{change.first + 1}-{change.last}", *map(_thousandths, _of(change, others))]
                 for change in account.changes
                 if change.last > change.first
             ],
@@ -91,8 +102,9 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
     return "\n".join(lines)
 
 
-def _of(change: Any) -> list[float | None]:
-    return [change.in_in, change.in_out, change.out_in, change.out_out, change.decay, change.body]
+def _of(change: Any, others: bool) -> list[float | None]:
+    by_regularisers = [change.regulariser] if others else []
+    return [change.in_in, change.in_out, change.out_in, change.out_out, change.decay, *by_regularisers, change.body]
 
 
 def _thousandths(value: float | None) -> float | None:

@@ -12,12 +12,20 @@ from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import STRATA
 from tiedjax.analysis.basis.study_runs import StudyRuns
-from tiedjax.analysis.instruments.account.account import CHANGES, PARTS, LossChange, RunAccount, Shares, measure
+from tiedjax.analysis.instruments.account.account import (
+    CHANGES,
+    PARTS,
+    REGULARISER,
+    LossChange,
+    RunAccount,
+    Shares,
+    measure,
+)
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED, Tables
 
-NAMES = {"initial": "initial table", "input": "input role", "output": "output role"}
-_FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.LIGHT[1]}
+NAMES = {"initial": "initial table", "input": "input role", "output": "output role", REGULARISER: "regularisers"}
+_FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.LIGHT[1], REGULARISER: drawing.LIGHT[2]}
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
@@ -72,34 +80,39 @@ def when(results: drawing.Results) -> list[str]:
     """One sentence for each arm: how much of the table the first tenth of the steps wrote, beside its rates."""
     return [
         f"The first {accounts[0].early.last:,} steps wrote "
-        f"{_percent([a.early.input + a.early.output for a in accounts])} of the final {arm} table; they have "
+        f"{_percent([a.early.written for a in accounts])} of the final {arm} table; they have "
         f"{_percent([a.early.rate for a in accounts], digits=0)} of the summed learning rate."
         for arm, accounts in _by_arm(results).items()
     ]
 
 
 def shares(results: drawing.Results) -> list[dict[str, Any]]:
-    """Per arm and stratum of token frequency: the three shares, over seeds."""
+    """Per arm and stratum of token frequency: the shares, over seeds; "–" for regularisers that it lacks."""
     return [
         {"arm": arm, "tokens": name, "first": name == "all"}
-        | {part: drawing.spread(getattr(each, part) for each in of_seeds) for part in PARTS}
+        | {part: drawing.spread(getattr(each, part) for each in of_seeds) for part in (*PARTS, REGULARISER)}
         for arm, accounts in _by_arm(results).items()
         for name, of_seeds in _strata(accounts).items()
     ]
 
 
 def changes(results: drawing.Results) -> list[dict[str, Any]]:
-    """Per arm and stretch of steps: M, decay and the body in thousandths of a nat a token, over seeds."""
+    """Per arm and stretch of steps: M, decay, regularisers and the body in thousandths of a nat a token, over seeds."""
     lines: list[dict[str, Any]] = []
     for arm, accounts in _by_arm(results).items():
         for i, span in enumerate(accounts[0].changes):
             of_seeds = [account.changes[i] for account in accounts]
             cells = {
                 name: drawing.spread((_thousandths(getattr(each, name)) for each in of_seeds), 2)
-                for name in (*CHANGES, "decay", "body")
+                for name in (*CHANGES, "decay", REGULARISER, "body")
             }
             lines.append({"arm": arm, "steps": f"{span.first + 1:,}–{span.last:,}", "first": i == 0} | cells)
     return lines
+
+
+def regularised(results: drawing.Results) -> bool:
+    """Whether regularisers wrote some arm's table too."""
+    return any(_regularised(accounts) for accounts in _by_arm(results).values())
 
 
 def updates(results: drawing.Results) -> list[dict[str, str]]:
@@ -132,13 +145,18 @@ def _strata(accounts: list[RunAccount]) -> dict[str, list[Shares]]:
     return {"all": [a.shares for a in accounts]} | {name: [a.strata[name] for a in accounts] for name in names}
 
 
+def _regularised(accounts: list[RunAccount]) -> bool:
+    return any(account.shares.regulariser is not None for account in accounts)
+
+
 def _wrote(arm: str, accounts: list[RunAccount]) -> str:
     output, first, start = (
         _percent([getattr(a.shares, part) for a in accounts]) for part in ("output", "input", "initial")
     )
+    others = f"the regularisers {_percent([a.shares.regulariser or 0.0 for a in accounts])}; "
     return (
-        f"The output role wrote {output} of the final {arm} table and the input role {first}; {start} is left of the "
-        "initial one."
+        f"The output role wrote {output} of the final {arm} table and the input role {first}; "
+        f"{others if _regularised(accounts) else ''}{start} is left of the initial one."
     )
 
 
@@ -175,8 +193,8 @@ def _draw_shares(ax: drawing.Axes, results: drawing.Results) -> None:
     """One bar for each arm and stratum: what is left of the initial table, then what each role wrote."""
     bars = [(arm, name, each) for arm, accounts in _by_arm(results).items() for name, each in _strata(accounts).items()]
     left, places = np.zeros(len(bars)), np.arange(len(bars))
-    for part in PARTS:
-        widths = np.array([np.mean([getattr(shares, part) for shares in each]) for _, _, each in bars])
+    for part in (*PARTS, REGULARISER) if regularised(results) else PARTS:
+        widths = np.array([np.mean([getattr(shares, part) or 0.0 for shares in each]) for _, _, each in bars])
         ax.barh(places, widths, left=left, color=_FILL[part], label=NAMES[part])
         left += widths
     ax.set_yticks(places, [arm if name == "all" else name for arm, name, _ in bars])

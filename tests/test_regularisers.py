@@ -1,0 +1,463 @@
+"""Regularisers: their gradients, what they leave alone, whose part of an update they are, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import penalties
+import pytest
+from conftest import random_tokens, small_config
+from programs import OPTIMIZED
+from runs import arguments, assert_same_run
+
+import tiedjax
+from tiedjax import cli, estimate, gradients, loop, step, tying
+from tiedjax.analysis import account
+from tiedjax.config import (
+    OptimizerConfig,
+    RegularisersConfig,
+    RoleOptimizerConfig,
+    RunConfig,
+    TableOptimizerConfig,
+    TyingConfig,
+)
+from tiedjax.errors import UserError
+from tiedjax.sharding import ONE_DEVICE, make_mesh
+from tiedjax.tying import Tables
+
+WEIGHTS = {"cosine": 0.7, "orthogonality": 30.0, "mean": 4.0, "anchor": 0.3}
+ROWS, TOKENS, WIDTH = 9, 7, 5
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """Programs that a test compiled under its own patches are not the next one's."""
+    step._make_steps.cache_clear()
+    yield
+    step._make_steps.cache_clear()
+
+
+def regularised(scheme: str = "tied", weights: dict[str, float] | None = None, **changes: Any) -> RunConfig:
+    cfg = small_config(scheme, **changes)
+    return dataclasses.replace(cfg, regularisers=RegularisersConfig(**(WEIGHTS if weights is None else weights)))
+
+
+def table_and_start(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """With a mean row that is not small, and rows of several lengths."""
+    rng = np.random.default_rng(seed)
+    table = (rng.standard_normal((ROWS, WIDTH)) + 0.5) * np.exp(rng.standard_normal((ROWS, 1)))
+    return table, rng.standard_normal((ROWS, WIDTH))
+
+
+def one_alone(name: str, tokens: int = TOKENS) -> RunConfig:
+    return regularised(weights={name: 1.0}, vocab_size=tokens, vocab_multiple=3, d_model=WIDTH - 1)
+
+
+def ours(name: str, table: Any, start: Any, tokens: int = TOKENS) -> tuple[float, np.ndarray]:
+    """The value and the gradient that a run with this regulariser alone has."""
+    of = lambda E_VD: tying.penalty(one_alone(name, tokens), Tables(E_VD, E_VD), {"shared": jnp.asarray(start)})
+    found, gradient = jax.value_and_grad(of)(jnp.asarray(table))
+    return float(found), np.asarray(gradient)
+
+
+# ---- The functions ----
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", penalties.NAMES)
+@pytest.mark.parametrize("tokens", [TOKENS, ROWS])
+def test_value_and_gradient_are_those_of_the_definition_in_float64(name: str, tokens: int) -> None:
+    table, start = table_and_start()
+    value, gradient = ours(name, table, start, tokens)
+    assert value == pytest.approx(penalties.value(name, table, tokens, start), rel=1e-12)
+    np.testing.assert_allclose(gradient, penalties.gradient(name, table, tokens, start), rtol=1e-11, atol=1e-14)
+    numeric = np.zeros_like(table)
+    for at in np.ndindex(table.shape):
+        moved = [table.copy(), table.copy()]
+        for each, sign in zip(moved, (1, -1), strict=True):
+            each[at] += sign * 1e-5
+        numeric[at] = np.subtract(*(penalties.value(name, each, tokens, start) for each in moved)) / 2e-5
+    np.testing.assert_allclose(gradient, numeric, rtol=1e-5, atol=1e-8)
+    assert np.abs(gradient[:tokens]).min() > 0
+    assert not gradient[tokens:].any()
+
+
+@pytest.mark.parametrize("name", penalties.NAMES)
+def test_the_gradient_in_float32_is_that_of_float64(name: str) -> None:
+    table, start = (each.astype(np.float32) for each in table_and_start())
+    value, gradient = ours(name, table, start)
+    expected = penalties.gradient(name, table, TOKENS, start)
+    assert gradient.dtype == np.float32
+    assert value == pytest.approx(penalties.value(name, table, TOKENS, start), rel=1e-5)
+    assert np.linalg.norm(gradient - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def test_a_row_of_zeros_has_no_direction_and_no_gradient() -> None:
+    table, start = (each.astype(np.float32) for each in table_and_start())
+    table[2] = 0
+    value, gradient = ours("cosine", table, start)
+    others = np.delete(table[:TOKENS], 2, axis=0)
+    n = TOKENS - 1
+    assert value == pytest.approx(penalties.value("cosine", others, n, others) * n * (n - 1) / TOKENS / n, rel=1e-5)
+    assert np.isfinite(gradient).all()
+    assert not gradient[2].any()
+
+
+@pytest.mark.usefixtures("float64")
+def test_orthogonality_is_0_for_columns_of_one_length_and_the_gradient_that_of_a_fixed_c() -> None:
+    rng = np.random.default_rng(3)
+    columns = 1.7 * np.linalg.qr(rng.standard_normal((ROWS, WIDTH)))[0]
+    assert ours("orthogonality", columns, columns, ROWS)[0] == pytest.approx(0, abs=1e-15)
+    table = table_and_start()[0]
+    c = np.sum(table**2) / ROWS / WIDTH
+
+    def fixed(E_VD: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(E_VD.T @ E_VD / ROWS - c * jnp.eye(WIDTH)))
+
+    np.testing.assert_allclose(ours("orthogonality", table, table, ROWS)[1], jax.grad(fixed)(table), rtol=1e-10)
+
+
+# ---- In a run ----
+
+
+class Trained:
+    """A run of a few updates: its states, before each and after the last, and their metrics."""
+
+    def __init__(self, cfg: RunConfig, count: int = 3, dtype: Any = jnp.float32, optimized: bool = False):
+        self.steps = step.make_steps(cfg, make_mesh(cfg.mesh, jax.devices()[:1]))
+        unshared = tying.unshared_rows(cfg.tying, cfg.model, np.arange(cfg.model.table_rows))
+        widened = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        state = jax.tree.map(widened, self.steps.init(jax.random.key(1), None, unshared))
+        self.states, self.metrics = [jax.tree.map(jnp.copy, state)], []
+        decile_V = np.zeros(cfg.model.table_rows, np.int32)
+        others = tying.role_scale(cfg.tying), decile_V
+        train: Any = self.steps.train
+        if optimized:
+            train = train.lower(state, random_tokens(cfg), *others).compile(compiler_options=OPTIMIZED)
+        for i in range(count):
+            state, metrics = train(state, random_tokens(cfg, i), *others)
+            self.states.append(jax.tree.map(jnp.copy, state))
+            self.metrics.append(metrics)
+
+
+def tables_of(cfg: RunConfig, state: step.TrainState) -> dict[str, np.ndarray]:
+    tables = tying.scheme_of(cfg.tying).tables(state.params["tables"])
+    return {name: np.asarray(E_VD) for name, E_VD in tying.distinct(tables).items()}
+
+
+def mesh_of(cfg: RunConfig) -> jax.sharding.Mesh:
+    return make_mesh(cfg.mesh, jax.devices()[:1])
+
+
+def deciles(cfg: RunConfig) -> np.ndarray:
+    return np.zeros(cfg.model.table_rows, np.int32)
+
+
+def plain(state: step.TrainState) -> step.TrainState:
+    """What a run without regularisers has of a state."""
+    tables = {name: table._replace(regulariser_mu=None) for name, table in state.opt_state.tables.items()}
+    account = state.account and state.account._replace(regulariser=None)
+    return state._replace(opt_state=state.opt_state._replace(tables=tables), account=account, anchor=None)
+
+
+def paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+PLAIN = OptimizerConfig(
+    learning_rate=0.1,
+    warmup_steps=0,
+    final_fraction=1.0,
+    b1=0.0,
+    weight_decay=0.0,
+    clip_norm=None,
+    tables=TableOptimizerConfig(kind="sgd"),
+)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", ["tied", "untied", "partial_dims"])
+def test_an_update_gains_minus_the_rate_times_the_gradient_and_the_rest_of_a_step_stays(scheme: str) -> None:
+    cfg = regularised(scheme, optimizer=PLAIN, vocab_size=30, vocab_multiple=4)
+    with_them, off = Trained(cfg, 2, jnp.float64), dataclasses.replace(cfg, regularisers=RegularisersConfig())
+    begun, alone = tables_of(cfg, with_them.states[0]), step.make_steps(off, mesh_of(off)).train
+    for i, (before, after) in enumerate(zip(with_them.states, with_them.states[1:], strict=False)):
+        found = with_them.metrics[i]
+        given = {name: (E, 30, begun[name]) for name, E in tables_of(cfg, before).items()}
+        values = [w * penalties.value(kind, *each) for each in given.values() for kind, w in WEIGHTS.items()]
+        assert float(found["regulariser"]) == pytest.approx(sum(values), rel=1e-9)
+        gradient = {
+            name: sum(w * penalties.gradient(kind, *each) for kind, w in WEIGHTS.items())
+            for name, each in given.items()
+        }
+        if scheme == "partial_dims":  # what both share gets the sum of both gradients, of its own columns
+            both = sum(gradient.values())
+            gradient = {name: np.concatenate([both[:, :8], each[:, 8:]], axis=1) for name, each in gradient.items()}
+        given_alone = jax.tree.map(jnp.copy, plain(before)), random_tokens(cfg, i), tying.role_scale(cfg.tying)
+        without, metrics = alone(*given_alone, deciles(cfg))
+        new = tables_of(cfg, after)
+        for name, E in tables_of(cfg, without).items():
+            np.testing.assert_allclose(new[name] - E, -0.1 * gradient[name], rtol=0, atol=2e-9)
+            assert np.abs(new[name] - E).max() > 1e-4
+        for name in ("loss", "input_grad_norm", "output_grad_norm", "role_grad_cosine", "activation_grad_norm"):
+            assert float(found[name]) == pytest.approx(float(metrics[name]), rel=1e-12)
+        assert float(found["grad_norm"]) != pytest.approx(float(metrics["grad_norm"]), rel=1e-3)
+        bodies = (each.params["body"] for each in (after, without))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *bodies)
+
+
+def test_weights_of_zero_change_no_bit_and_add_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of them is in the program; and as weights tend to 0, that with them gives the same parameters."""
+    off = regularised(weights=dict.fromkeys(WEIGHTS, 0.0))
+    assert off == small_config()
+    least = Trained(regularised(weights=dict.fromkeys(WEIGHTS, 1e-30)), 5, optimized=True)
+    step._make_steps.cache_clear()
+    monkeypatch.setattr(tying, "penalty", None)
+    monkeypatch.setattr(tying, "anchored", None)
+    without = Trained(off, 5, optimized=True)
+    jax.tree.map(np.testing.assert_array_equal, without.states[-1], plain(least.states[-1]))
+    assert set(least.metrics[0]) - set(without.metrics[0]) == {
+        "regulariser",
+        "regulariser_grad_norm",
+        "regulariser_update_norm",
+        "regulariser_loss_change",
+    }
+    assert set(paths(least.states[0])) - set(paths(without.states[0])) == {
+        ".opt_state.tables['shared'].regulariser_mu",
+        ".account.regulariser['shared']",
+        ".anchor['shared']",
+    }
+    given = without.states[0], random_tokens(off), tying.role_scale(off.tying), deciles(off)
+    assert "/regularisers/" not in without.steps.train.lower(*given).as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "coupled", "sgd"])
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_keeping_an_account_changes_parameters_by_rounding_alone(kind: str, scheme: str) -> None:
+    tables = TableOptimizerConfig(kind=kind)  # type: ignore[arg-type]
+    ends = []
+    for form in ("off", "whole"):
+        cfg = regularised(scheme, optimizer=OptimizerConfig(learning_rate=0.02, clip_norm=0.1, tables=tables))
+        cfg = dataclasses.replace(cfg, tying=dataclasses.replace(cfg.tying, account=form))
+        ends.append(Trained(cfg, 4))
+    params = [run.states[-1].params for run in ends]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), *params)
+    held = [[path for path in paths(run.states[0]) if "regulariser" in path] for run in ends]
+    assert not held[0]
+    assert held[1]
+
+
+def test_clipping_limits_the_gradient_with_the_regularisers_in_it() -> None:
+    """Which is the norm of the body's gradient and of what both roles and the regularisers have in the table's."""
+    cfg = regularised(weights={"anchor": 0.0, "mean": 1e4}, optimizer=dataclasses.replace(PLAIN, clip_norm=1e-3))
+    run = Trained(cfg, 1)
+    before, after = (state.params["tables"]["shared"] for state in run.states)
+    metrics, n = run.metrics[0], cfg.model.vocab_size
+    size = 1e4 * np.linalg.norm(penalties.gradient("mean", before, n, before))
+    assert float(metrics["regulariser_grad_norm"]) == pytest.approx(size, rel=1e-4)
+    assert float(metrics["grad_norm"]) > 0.8 * size > 10 * float(metrics["output_grad_norm"])
+    assert float(metrics["clip_factor"]) == pytest.approx(1e-3 / float(metrics["grad_norm"]), rel=1e-6)
+    assert 0.8e-4 < np.linalg.norm(after - before) <= 1e-4 * (1 + 1e-4)
+
+
+# ---- Whose part ----
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("kind", "form", "scheme", "rates"),
+    [
+        *((kind, form, "tied", None) for kind in ("adamw", "coupled", "sgd") for form in ("whole", "checked")),
+        ("adamw", "whole", "tied", (0.3, 0.05)),
+        ("adamw", "checked", "tied", (0.3, 0.05)),
+        ("adamw", "whole", "low_rank", None),
+        ("sgd", "whole", "untied", None),
+    ],
+)
+def test_parts_and_decay_sum_to_the_update(
+    kind: str, form: str, scheme: str, rates: tuple[float, float] | None
+) -> None:
+    """Of every array; an array of one role has a part of the regularisers too."""
+    own = [RoleOptimizerConfig(learning_rate=rate) for rate in rates or (None, None)]
+    tables = TableOptimizerConfig(kind=kind, input=own[0], output=own[1], centered=scheme == "tied")  # type: ignore[arg-type]
+    options = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.2, clip_norm=0.1, tables=tables)
+    cfg = regularised(scheme, optimizer=options, tying=TyingConfig(scheme=scheme, account=form))  # type: ignore[arg-type]
+    run = Trained(cfg, 4, jnp.float64)
+    optimizer = step._optimizer(cfg, ONE_DEVICE)
+    for before, after in zip(run.states, run.states[1:], strict=False):
+        rows_of = after.account.rows if after.account else None
+        for name, parts in optimizer.last_parts(after.opt_state, rows_of).items():
+            kept = (1 - parts.decay) * before.params["tables"][name]
+            if scheme == "tied":
+                kept -= kept.mean(axis=0, keepdims=True)
+            written = [part for part in (*parts.roles, parts.regulariser) if part is not None]
+            np.testing.assert_allclose(kept + sum(written), after.params["tables"][name], rtol=0, atol=1e-12)
+            assert np.abs(parts.regulariser).max() > 1e-4 or after is not run.states[-1]
+            assert len(written) == (3 if name == "shared" else 2)
+
+
+def test_first_order_changes_have_that_by_regularisers() -> None:
+    """It is the inner product of the next batch's gradient, both roles', with what they wrote."""
+    cfg = regularised(tying=TyingConfig(account="checked"))
+    run = Trained(cfg, 3)
+    optimizer = step._optimizer(cfg, ONE_DEVICE)
+    by_role = jax.jit(gradients.loss_and_gradients(cfg))
+    for i in (1, 2):
+        state, metrics = run.states[i], run.metrics[i]
+        part = optimizer.last_parts(state.opt_state, state.account.rows)["shared"]  # type: ignore[union-attr]
+        G = sum(
+            np.asarray(each) for each in by_role(state.params, random_tokens(cfg, i), tying.role_scale(cfg.tying))[1][1]
+        )
+        expected = float(np.sum(G * np.asarray(part.regulariser)))
+        assert float(metrics["regulariser_loss_change"]) == pytest.approx(expected, rel=1e-3)
+        before = np.asarray(state.params["tables"]["shared"]) - sum(map(np.asarray, (*part.roles, part.regulariser)))
+        decay = float(part.decay)
+        assert float(metrics["decay_loss_change"]) == pytest.approx(-decay / (1 - decay) * np.sum(G * before), rel=1e-3)
+        norm = np.linalg.norm(
+            optimizer.last_parts(run.states[i + 1].opt_state, state.account.rows)["shared"].regulariser
+        )  # type: ignore[union-attr]
+        assert float(metrics["regulariser_update_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert np.isnan(float(run.metrics[0]["regulariser_loss_change"]))
+
+
+# ---- A run on the disk ----
+
+
+@pytest.fixture(scope="module")
+def anchored(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two regularisers."""
+    out = tmp_path_factory.mktemp("regularised") / "run"
+    assert cli.main(arguments(out, text, ON)) == 0
+    return out
+
+
+ON = {"regularisers.cosine": 50.0, "regularisers.anchor": 3.0}
+
+
+def test_a_run_continues_bit_for_bit(anchored: Path, text: Path, tmp_path: Path) -> None:
+    assert cli.main(arguments(tmp_path / "run", text, {**ON, "train.stop_at": 3})) == 0
+    assert cli.main(arguments(tmp_path / "run", text, ON)) == 0
+    assert_same_run(tmp_path / "run", anchored)
+
+
+def test_the_shares_of_four_parts_sum_to_one(anchored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiedjax.load_run(anchored)
+    parts, found, table = run.account(), account(run), run.tables().input
+    assert parts.regulariser is not None
+    np.testing.assert_allclose(parts.initial + parts.input + parts.output + parts.regulariser, table, rtol=0, atol=1e-6)
+    for shares in (found.shares, *found.strata.values()):
+        assert shares.regulariser is not None
+        assert shares.initial + shares.input + shares.output + shares.regulariser == pytest.approx(1, abs=1e-5)
+    along = np.sum(parts.regulariser * table) / np.sum(np.square(table))
+    assert found.shares.regulariser == pytest.approx(along, abs=1e-6)
+    assert abs(along) > 1e-4
+    assert sum(span.regulariser or 0 for span in found.spans) == pytest.approx(along, abs=1e-6)
+    assert found.spans[1].written == sum(getattr(found.spans[1], part) for part in ("input", "output", "regulariser"))
+    assert found.error is not None
+    assert found.error < 1e-6
+    logged = run.metrics["regulariser_loss_change"]
+    assert found.changes[2].regulariser == pytest.approx(np.nanmean(logged))
+    assert cli.main(["analyze", "account", str(anchored)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1].split() == ["tokens", "rows", "initial", "input", "output", "regulariser"]
+    assert f"{found.shares.regulariser:.4f}" in shown.splitlines()[2]
+    assert (
+        "initial: what is left of the first table; input, output: of what that role's updates wrote; regulariser: of "
+        "what regularisers wrote; they sum to 1\n"
+    ) in shown
+    assert "of all rates  input  output  regulariser  all\n" in " ".join(shown.split(" ")) or "regulariser" in shown
+    change = found.changes[1].regulariser
+    assert change is not None
+    assert f"{1000 * change:.4f}" in next(line for line in shown.splitlines() if line.startswith("2-8 "))
+
+
+def test_the_anchor_of_a_run_that_begins_with_another_is_that_one_s_table(
+    finished: Path, text: Path, tmp_path: Path
+) -> None:
+    """So that its regulariser is 0 in the first update, and then what the distance says."""
+    changes = {"train.init": finished, "train.seed": 9, "regularisers.anchor": 2.0, "tying.scheme": "untied"}
+    assert cli.main(arguments(tmp_path / "tuned", text, changes)) == 0
+    run, began = tiedjax.load_run(tmp_path / "tuned"), tiedjax.load_run(finished).tables().input
+    after = run.tables(1)
+    logged = run.metrics["regulariser"]
+    assert logged[0] == 0
+    expected = [2.0 * penalties.value("anchor", E, 320, began) for E in (after.input, after.output)]
+    assert min(expected) > 0
+    assert logged[1] == pytest.approx(sum(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["tied", "untied", "low_rank"])
+def test_what_is_saved_is_foreseen(scheme: str) -> None:
+    """All that regularisers add to what a run's files take."""
+    sizes = []
+    for weights in (WEIGHTS, dict.fromkeys(WEIGHTS, 0.0)):
+        cfg = regularised(scheme, weights)
+        sizes.append((estimate._sizes(cfg), loop._sizes(step.make_steps(cfg, mesh_of(cfg)))))
+    (foreseen, real), (foreseen_without, real_without) = sizes
+    for field in ("tables", "account", "state"):
+        more = [getattr(a, field) - getattr(b, field) for a, b in ((foreseen, foreseen_without), (real, real_without))]
+        assert more[0] == more[1], field
+    assert real.state > real_without.state
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"tying": TyingConfig(untie_at=3)},
+            "regularisers.cosine: cannot be given with tying.untie_at: it is added over the tables, of which there is "
+            "another number after the change; leave one of the two out",
+        ),
+        (
+            {"optimizer": OptimizerConfig(tables=TableOptimizerConfig(kind="by_role_matched"))},
+            "regularisers.cosine: by_role_matched has moments of the roles alone, and this is of neither; set "
+            "optimizer.tables.kind to adamw, coupled or sgd",
+        ),
+        (
+            {
+                "tying": TyingConfig(scheme="untied"),
+                "optimizer": OptimizerConfig(
+                    tables=TableOptimizerConfig(input=RoleOptimizerConfig(kind="by_role_lazy"))
+                ),
+            },
+            "regularisers.cosine: by_role_lazy has moments of the roles alone, and this is of neither; set "
+            "optimizer.tables.input.kind to adamw, coupled or sgd",
+        ),
+        (
+            {
+                "tying": TyingConfig(scheme="untied"),
+                "optimizer": OptimizerConfig(tables=TableOptimizerConfig(kind="lion")),
+            },
+            "regularisers.cosine: lion's update is the sign of a sum, of which it has no part of its own; set "
+            "tying.account off, or optimizer.tables.input.kind to adamw, coupled or sgd",
+        ),
+    ],
+)
+def test_where_regularisers_have_no_part_they_are_refused(changes: dict[str, Any], says: str) -> None:
+    cfg = regularised(**changes)
+    with pytest.raises(UserError) as error:
+        step.make_steps(cfg, mesh_of(cfg))
+    assert str(error.value) == says
+    off = dataclasses.replace(cfg, regularisers=RegularisersConfig())
+    step.make_steps(off, mesh_of(off))
+
+
+def test_lion_takes_regularisers_without_an_account() -> None:
+    options = OptimizerConfig(tables=TableOptimizerConfig(kind="lion"))
+    run = Trained(regularised(tying=TyingConfig(account="off"), optimizer=options), 2)
+    assert float(run.metrics[1]["regulariser"]) > 0
+    assert "regulariser_update_norm" not in run.metrics[1]
+
+
+def test_weights_below_0_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^cosine: must be >= 0, got -1.0$"):
+        RegularisersConfig(cosine=-1.0)
