@@ -669,3 +669,60 @@ def test_options_of_scales_are_checked() -> None:
         TyingConfig(input_grad_scale_deciles=(1.0,))
     with pytest.raises(UserError, match=r"^grad_scale_until: must be >= grad_scale_from = 5, got 4$"):
         TyingConfig(grad_scale_from=5, grad_scale_until=4)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("form", ["checked", "rows"])
+def test_m_is_of_raw_gradients_and_of_the_followed_rows(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under row scales; in the form "rows" everything is of the sample: by a run that follows all rows."""
+    monkeypatch.setattr(tying.account, "MOST_FREQUENT", 3)
+    monkeypatch.setattr(tying, "SAMPLE_ROWS", 8)
+    cfg = hard_config(6)
+    run, whole = trained(with_account(cfg, form), 4, jnp.float64), trained(with_account(cfg, "whole"), 4, jnp.float64)
+    account = run.states[0].account
+    assert account is not None
+    rows = slice(None) if form == "checked" else np.asarray(account.rows.sample)
+    transformation = optimizer.make_optimizer(cfg.optimizer, cfg.train.steps, follow="whole")
+    by_role = jax.jit(gradients.loss_and_gradients(cfg))
+    for i in (1, 2, 3):
+        state, before = whole.states[i], np.asarray(whole.states[i - 1].params["tables"]["shared"])
+        part = transformation.last_parts(state.opt_state, state.account.rows)["shared"]
+        raw = [np.asarray(G)[rows] for G in by_role(state.params, run.batches[i], run.scales[i])[1][1]]
+        found = run.metrics[i]
+        for reader, G in zip(("in", "out"), raw, strict=True):
+            for writer, D in zip(("in", "out"), part.roles, strict=True):
+                expected = np.sum(G * np.asarray(D)[rows])
+                assert float(found[f"m_{reader}_{writer}"]) == pytest.approx(expected, rel=1e-6)
+        expected = -float(part.decay) * np.sum(sum(raw) * before[rows])
+        assert float(found["decay_loss_change"]) == pytest.approx(expected, rel=1e-6)
+        table = whole.states[i + 1].opt_state.tables["shared"]
+        share = np.sum(np.asarray(table.input_square)[rows]) / np.sum(np.asarray(table.nu)[rows])
+        assert float(found["input_step_share"]) == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["whole", "checked"])
+@pytest.mark.parametrize("alone", ROLES)
+def test_a_role_without_a_gradient_has_no_part(kind: str, form: str, alone: str) -> None:
+    cfg = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, tables=TableOptimizerConfig(kind=kind))  # type: ignore[arg-type]
+    grads = [
+        Tables(*(g if role == alone else 0 * g for role, g in zip(ROLES, drawn(seed), strict=True)))
+        for seed in range(4)
+    ]
+    *_, (_, _, parts, _) = updated(cfg, grads, form)
+    size: dict[str, Any] = {role: float(jnp.abs(part).max()) for role, part in zip(ROLES, parts.roles, strict=True)}
+    other = ROLES[1 - ROLES.index(alone)]
+    assert size[alone] > 1e-3
+    assert size[other] < 1e-12
+    assert (float(jnp.abs(parts.check).max()) > 1e-3) == (alone == "output")
+
+
+def test_the_logarithm_of_what_is_kept_loses_nothing_in_many_small_additions() -> None:
+    zero = jnp.zeros((2, 1), jnp.float32)
+    account = tying.opened({"shared": zero}, ["shared"], "checked", tying.rows_of("checked", 2))
+    decay = jnp.float32(1e-4)
+    parts = {"shared": tying.Parts(Tables(zero, zero), zero, decay)}
+    many = jax.jit(lambda a: jax.lax.fori_loop(0, 100_000, lambda _, a: tying.advanced(a, parts), a))
+    log_kept = float(many(account).log_kept["shared"][0])
+    assert log_kept == pytest.approx(100_000 * np.log1p(-np.float64(decay)), rel=3e-7)

@@ -16,19 +16,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.strata import strata
+from tiedjax.analysis.instruments.account.reading import PARTS, REGULARISER, TableReading, parts_of, readings
 from tiedjax.analysis.instruments.alignment.align import measure as alignment
 
 FIT = "orthogonal"  # of the alignment with the twin's tables
 EARLY = 0.1  # share of the steps
-PARTS = ("initial", "input", "output")
-REGULARISER = "regulariser"  # a further part, of a run that has any
 CHANGES = ("in_in", "in_out", "out_in", "out_out")  # of the loss: the reader, then the writer
 
 
@@ -114,6 +113,8 @@ class RunAccount:
       changes: of the loss in the first tenth, after it, and over all steps.
       nearness: where a twin was given, for each role that wrote and each table of the twin ("input_to_output": what the
         input role wrote beside the twin's output table) the alignment score above the floor of equally frequent rows.
+      tables: by the role that reads it, who wrote its table; empty where both read the one that the account is of, and
+        where not all rows are followed.
     """
 
     step: int
@@ -128,6 +129,7 @@ class RunAccount:
     changes: list[LossChange]
     curve: Curve
     nearness: dict[str, Score]
+    tables: dict[str, TableReading] = field(default_factory=dict)
 
 
 def measure(run: Any, step: int | None = None, *, twin: Any = None) -> RunAccount:
@@ -160,12 +162,8 @@ def measure(run: Any, step: int | None = None, *, twin: Any = None) -> RunAccoun
             *([_plain(value) for value in _column(metrics, f"m_{name}")] for name in CHANGES),
         ),
         nearness={} if twin is None else _nearness(last, twin, counts),
+        tables={} if run.tables(step).tied else readings(run, step),
     )
-
-
-def parts_of(account: Any) -> tuple[str, ...]:
-    """The names of the parts that an account, or shares of one, has."""
-    return PARTS if account.regulariser is None else (*PARTS, REGULARISER)
 
 
 def early_end(steps: Sequence[int]) -> int:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _text(args: argparse.Namespace, account: RunAccount) -> str:
-    from tiedjax.analysis.instruments.account.account import parts_of
+    from tiedjax.analysis.instruments.account.reading import parts_of
 
     others = account.shares.regulariser is not None
     part = ["regulariser"] if others else []
@@ -87,6 +87,19 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
         ),
         "in<-out: through the lookup, of what the output role wrote; body: at the steps where it was measured",
     ]
+    if account.tables:
+        lines += [
+            "",
+            "who wrote what each role reads: the account carried through the scheme from snapshot to snapshot",
+            arguments.text_table(
+                ["table", "initial", "input", "output", *part, "remainder"],
+                [
+                    [table, *(getattr(each.whole, part) for part in parts_of(each.whole)), each.whole.remainder]
+                    for table, each in zip(("lookup", "output"), account.tables.values(), strict=True)
+                ],
+            ),
+            "remainder: the norm, over the table's, of what a scheme that is not linear leaves between snapshots",
+        ]
     if account.nearness:
         lines += [
             "",

@@ -27,20 +27,23 @@ from tiedjax import tying
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.config import role_of
 
-WRITERS = ("initial", "input", "output")
+PARTS = ("initial", "input", "output")
+REGULARISER = "regulariser"  # a further part, of a run that has any
 
 
 @dataclass(frozen=True)
 class Reading:
     """Shares of a table's squared norm: what is left of its initial values, and what each role wrote.
 
-    They sum to 1 less what the remainder has of it; `remainder` is its norm over the table's.
+    They sum to 1 less what the remainder has of it; `remainder` is its norm over the table's. `regulariser` is what
+    regularisers wrote into the array that both roles write, None without any.
     """
 
     initial: float
     input: float
     output: float
     remainder: float
+    regulariser: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class TableReading:
 
     whole: Reading
     strata: dict[str, Reading]
+
+
+def parts_of(account: Any) -> tuple[str, ...]:
+    """The names of the parts that an account, or shares of one, has."""
+    return PARTS if account.regulariser is None else (*PARTS, REGULARISER)
 
 
 def readings(run: Any, step: int) -> dict[str, TableReading]:
@@ -86,13 +94,13 @@ def carried(run: Any, steps: list[int]) -> dict[str, tying.Tables]:
     tables_of = lambda trained: scheme.tables({**fixed, **trained})
     first = tables_of({name: arrays[steps[0]][name] for name in scheme.trained})
     wide = lambda tables: tying.Tables(*(np.asarray(table, np.float64) for table in tables))
-    sums = {writer: wide(first) for writer in WRITERS[:1]}
-    zeros = tying.Tables(*(np.zeros_like(table) for table in sums["initial"]))
-    sums |= dict.fromkeys(WRITERS[1:], zeros)
+    writers = parts_of(accounts[steps[-1]])
+    nothing = tying.Tables(*(np.zeros_like(table, np.float64) for table in first))
+    sums = dict.fromkeys(writers, nothing) | {"initial": wide(first)}
     for start, end in itertools.pairwise(steps):
         before, after = ({name: arrays[at][name] for name in scheme.trained} for at in (start, end))
         midpoint = {name: (before[name] + after[name]) / 2 for name in before}
-        for writer in WRITERS:
+        for writer in writers:
             of_shared = getattr(accounts[end], writer) - getattr(accounts[start], writer)
             change = {
                 name: of_shared if name == shared else (after[name] - before[name]) * (role_of(name) == writer)

@@ -12,15 +12,8 @@ from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import STRATA
 from tiedjax.analysis.basis.study_runs import StudyRuns
-from tiedjax.analysis.instruments.account.account import (
-    CHANGES,
-    PARTS,
-    REGULARISER,
-    LossChange,
-    RunAccount,
-    Shares,
-    measure,
-)
+from tiedjax.analysis.instruments.account.account import CHANGES, LossChange, RunAccount, Shares, measure
+from tiedjax.analysis.instruments.account.reading import PARTS, REGULARISER, Reading
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED, Tables
 
@@ -29,16 +22,20 @@ _FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.L
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
-    """The account of every run whose roles share a table, its twin's tables beside it."""
+    """The account of every run whose roles share an array; beside that of a shared table the tables of its twin."""
     records = []
     for (arm, seed), tables in study.last.items():
-        if [table.role for table in tables] != [SHARED]:
+        shared = [table.role for table in tables] == [SHARED]
+        run = tables[0].run
+        if not shared and not run.scheme(run.snapshot_steps[-1]).followed:
             continue
         found = {"arm": arm, "seed": seed}
-        twin = study.last.get((study.study.reference, seed), [])
+        twin = study.last.get((study.study.reference, seed), []) if shared else []
         alike = len(twin) == 2 and all(table.values.shape == tables[0].values.shape for table in twin)
         try:
-            account = measure(tables[0].run, twin=Tables(*(table.values for table in twin)) if alike else None)
+            account = measure(run, twin=Tables(*(table.values for table in twin)) if alike else None)
+            if not shared and not account.tables:
+                raise UserError(f"{run.name}: its account is of a sample of rows, from which no table can be made")
             records.append(found | to_plain(account))
         except UserError as error:
             records.append(found | {"not_measured": str(error)})
@@ -112,7 +109,7 @@ def changes(results: drawing.Results) -> list[dict[str, Any]]:
 
 def regularised(results: drawing.Results) -> bool:
     """Whether regularisers wrote some arm's table too."""
-    return any(_regularised(accounts) for accounts in _by_arm(results).values())
+    return any(_regularised(accounts) for accounts in _all(results).values())
 
 
 def updates(results: drawing.Results) -> list[dict[str, str]]:
@@ -135,7 +132,42 @@ def nearness(results: drawing.Results) -> list[dict[str, str]]:
     ]
 
 
+def carried(results: drawing.Results) -> list[str]:
+    """A sentence for each arm whose roles share an array but read different tables: who wrote these."""
+    return [
+        f"The output role wrote {_percent(_shares_of(accounts, 'input', 'output'))} of {arm}’s lookup table and "
+        f"{_percent(_shares_of(accounts, 'output', 'output'))} of its output table."
+        for arm, accounts in _between(results).items()
+    ]
+
+
+def readers(results: drawing.Results) -> list[dict[str, Any]]:
+    """Per such arm and table: the shares of its writers, and the remainder, over seeds."""
+    names = (*PARTS, REGULARISER, "remainder")
+    return [
+        {"arm": arm, "table": {"input": "lookup", "output": "output"}[role], "first": role == "input"}
+        | {name: drawing.spread(_shares_of(accounts, role, name)) for name in names}
+        for arm, accounts in _between(results).items()
+        for role in ("input", "output")
+    ]
+
+
+def _shares_of(accounts: list[RunAccount], role: str, name: str) -> list[Any]:
+    readings: list[Reading] = [account.tables[role].whole for account in accounts]
+    return [getattr(reading, name) for reading in readings]
+
+
 def _by_arm(results: drawing.Results) -> dict[str, list[RunAccount]]:
+    """Of runs with one table for both roles."""
+    return {arm: accounts for arm, accounts in _all(results).items() if not accounts[0].tables}
+
+
+def _between(results: drawing.Results) -> dict[str, list[RunAccount]]:
+    """Of runs whose roles read different tables that share an array."""
+    return {arm: accounts for arm, accounts in _all(results).items() if all(account.tables for account in accounts)}
+
+
+def _all(results: drawing.Results) -> dict[str, list[RunAccount]]:
     return drawing.by_run(plain_json.measured(results["account"], RunAccount))
 
 
