@@ -285,7 +285,7 @@ class OneChain(NamedTuple):
     def init(self, params: Any, rows: Any = None) -> Any:
         return self.chain.init(params)
 
-    def update(self, grads: Any, _: Tables, state: Any, params: Any, *, grad_norm: jax.Array, rows: Any) -> Any:
+    def update(self, grads: Any, _: Tables, state: Any, params: Any, *, grad_norm: jax.Array, **others: Any) -> Any:
         factor = jnp.minimum(1.0, 1.0 / grad_norm)
         return *self.chain.update(jax.tree.map(lambda g: g * factor, grads), state, params), {}
 

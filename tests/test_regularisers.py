@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tiedjax.config import (
     TableOptimizerConfig,
     TyingConfig,
 )
+from tiedjax.cost.kernels import part_of
 from tiedjax.errors import UserError
 from tiedjax.sharding import ONE_DEVICE, make_mesh
 from tiedjax.tying import Tables
@@ -266,6 +268,17 @@ def test_clipping_limits_the_gradient_with_the_regularisers_in_it() -> None:
     assert 0.8e-4 < np.linalg.norm(after - before) <= 1e-4 * (1 + 1e-4)
 
 
+def test_their_kernels_are_a_part_of_the_step_by_themselves() -> None:
+    """Also the products, which are not the body's."""
+    cfg = regularised(weights={"orthogonality": 1.0})
+    steps = step.make_steps(cfg, mesh_of(cfg))
+    given = steps.abstract, random_tokens(cfg), tying.role_scale(cfg.tying), deciles(cfg)
+    program = steps.train.lower(*given).compile().as_text()
+    scopes = set(re.findall(r'op_name="([^"]*/regularisers/[^"]*dot_general)"', program))
+    assert scopes
+    assert {part_of(where, "dot", product=True) for where in scopes} == {"regularisers"}
+
+
 # ---- Whose part ----
 
 
@@ -300,6 +313,22 @@ def test_parts_and_decay_sum_to_the_update(
             np.testing.assert_allclose(kept + sum(written), after.params["tables"][name], rtol=0, atol=1e-12)
             assert np.abs(parts.regulariser).max() > 1e-4 or after is not run.states[-1]
             assert len(written) == (3 if name == "shared" else 2)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_input_role_s_step_share_is_of_a_second_moment_that_has_regularisers_in_it() -> None:
+    cfg = regularised(optimizer=OptimizerConfig(clip_norm=None))
+    run, by_role = Trained(cfg, 3, jnp.float64), jax.jit(gradients.loss_and_gradients(cfg))
+    start, n = np.asarray(run.states[0].params["tables"]["shared"]), cfg.model.vocab_size
+    from_input, whole = 0.0, 0.0
+    for i, state in enumerate(run.states[:-1]):
+        E = np.asarray(state.params["tables"]["shared"])
+        of_roles = by_role(state.params, random_tokens(cfg, i), tying.role_scale(cfg.tying))[1][1]
+        of_input, of_output = map(np.asarray, of_roles)
+        total = of_input + of_output + sum(w * penalties.gradient(kind, E, n, start) for kind, w in WEIGHTS.items())
+        from_input = 0.95 * from_input + 0.05 * np.sum(of_input * total)
+        whole = 0.95 * whole + 0.05 * np.sum(np.square(total))
+    assert float(run.metrics[-1]["input_step_share"]) == pytest.approx(from_input / whole, rel=1e-6)
 
 
 def test_first_order_changes_have_that_by_regularisers() -> None:

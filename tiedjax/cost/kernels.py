@@ -70,6 +70,8 @@ def part_of(where: str, name: str, product: bool) -> str:
     scopes = set(re.findall(r"\w+", where))
     if "loss" in scopes:
         return "products of the loss" if product else "elementwise of the loss"
+    if "regularisers" in scopes:
+        return "regularisers"
     if product:
         return "products of the body"
     if scopes & {"optimizer", "roles"}:
