@@ -214,6 +214,26 @@ def test_an_update_gains_minus_the_rate_times_the_gradient_and_the_rest_of_a_ste
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *bodies)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", tying.SCHEMES)
+def test_every_scheme_is_regularised_by_its_distinct_tables(scheme: str) -> None:
+    """What its arrays get is the gradient of the tables, by hand, through the scheme."""
+    cfg = regularised(scheme, optimizer=PLAIN, layers=1)
+    run = Trained(cfg, 2, jnp.float64)
+    state, arrays, start = run.states[1], run.states[1].params["tables"], tables_of(cfg, run.states[0])
+    tables, n = tables_of(cfg, state), cfg.model.vocab_size
+    values = [w * penalties.value(kind, tables[e], n, start[e]) for e in tables for kind, w in WEIGHTS.items()]
+    assert float(run.metrics[1]["regulariser"]) == pytest.approx(sum(values), rel=1e-9)
+    gradient = [
+        jnp.asarray(sum(w * penalties.gradient(kind, tables[e], n, start[e]) for kind, w in WEIGHTS.items()))
+        for e in tables
+    ]
+    of_tables = Tables(gradient[0], gradient[1] if len(gradient) > 1 else jnp.zeros_like(gradient[0]))
+    of_arrays = tying.scheme_of(cfg.tying).transposed(arrays, of_tables)
+    size = np.sqrt(sum(np.sum(np.square(each)) for each in of_arrays.values()))
+    assert float(run.metrics[1]["regulariser_grad_norm"]) == pytest.approx(size, rel=1e-9)
+
+
 def test_weights_of_zero_change_no_bit_and_add_no_array(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of them is in the program; and as weights tend to 0, that with them gives the same parameters."""
     off = regularised(weights=dict.fromkeys(WEIGHTS, 0.0))
