@@ -33,6 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, err = tiedjax(*COMMAND, "--time-limit", "5s", cwd=folder, status=75)
     assert err == ""
     assert "no verdict yet: width 16 is not trained; the same command continues\n" in out
+    assert "analysing" not in out
     assert not (folder / "out" / page.PAGE).exists()
     out, err = finish(start(["-m", "tiedjax", *COMMAND], cwd=folder), seconds=600)
     assert err == ""
@@ -84,6 +85,7 @@ def test_the_same_command_again_trains_nothing_and_draws_the_same(place: Path) -
     again, _ = tiedjax(*COMMAND, cwd=place)
     assert "are left" not in again
     assert "compiling" not in again
+    assert "analysing" not in again
     assert [file.read_bytes() for file in files] == before
 
 

@@ -57,6 +57,19 @@ def test_the_references_bias_is_its_two_roles_beside_its_two_seeds() -> None:
     assert [place.arm for place in frontier.places(alone)] == ["late", "tied", "half", "worse"]
 
 
+def test_an_arm_of_the_references_scheme_is_compared_with_other_seeds() -> None:
+    """It begins with the reference's own tables, so that its twin says nothing."""
+    known = results()
+    known["arms"]["again"] = known["arms"]["late"] | {"margin": {"input": {"orthogonal": span(-0.9, 0.01)}}}
+    known["study"]["arms"]["again"] = {"tying": {"scheme": "untied"}, "train": {"steps": 7}}
+    known["runs"].append({"arm": "again", "parameters": 200})
+    of = lambda value: {"orthogonal": {"beyond_frequency": span(value)}}
+    known["between_seeds"]["again"] = {"input": {"vs_input": of(0.4), "vs_output": of(0.25)}}
+    (place,) = [place for place in frontier.places(known) if place.arm == "again"]
+    assert place.bias.mean == pytest.approx(0.25 - 0.4)
+    assert place.bias.half_width is None
+
+
 def test_an_arm_without_a_loss_or_a_size_has_no_place() -> None:
     assert "late" not in [place.arm for place in frontier.places(results(without="late"))]
     unknown = results()

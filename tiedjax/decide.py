@@ -184,17 +184,19 @@ def decide(ladder: Ladder, out: Path, workers: int, limit: float | None, ratio: 
     ]
     if line := foreseen(left, workers):
         print(f"{len(plans)} widths ({', '.join(map(str, plans))}): {line}", flush=True)
-    outcome, done = Outcome(0, finished=True), []
+    outcome, done = Outcome(0, finished=True), _done(out)
     for width, plan in plans.items():
+        if width in done:
+            continue
         print(f"width {width}", flush=True)
         rest = None if limit is None else max(0.0, limit - (time.monotonic() - began))
         instruments = OWN_INSTRUMENTS if width == ladder.own else ("hurdles",)
-        extent = Extent(instruments=instruments, time_limit=rest)
+        extent = Extent(instruments=instruments, time_limit=rest, partial=False)
         outcome = run_study(plan, folder_of(out, width), workers, extent)
         if outcome.stopped or not outcome.finished:
             break
         done.append(width)
-        _write(ladder, out, steps_in_time, done)
+        write_atomically(out / RECORD, json.dumps(_record(out) | {"rungs": done}, indent=1) + "\n")
     if ladder.own in done:
         print(draw_decision(out))
     elif not outcome.signal:
@@ -230,7 +232,7 @@ def _steps_in_time(ladder: Ladder, out: Path, ratio: StepRatio) -> int:
     """How many steps of untied take as long as all of tied; measured once, and then on record."""
     path, config = out / RECORD, to_tree(ladder.config)
     if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _record(out)
         known = (record["config"], record["widths"], record["seeds"], record["factors"])
         if known != (config, list(ladder.widths), ladder.seeds, list(ladder.factors)):
             raise UserError(f"{out}: holds the decision of another config, widths, rates or seeds; give another --out")
@@ -263,11 +265,15 @@ def _without_account(cfg: RunConfig) -> RunConfig:
     return dataclasses.replace(cfg, tying=dataclasses.replace(cfg.tying, account="off"))
 
 
-def _write(ladder: Ladder, out: Path, steps_in_time: int, done: Sequence[int]) -> None:
-    """Puts the rungs that are done on record."""
-    path = out / RECORD
-    record = json.loads(path.read_text(encoding="utf-8"))
-    write_atomically(path, json.dumps(record | {"rungs": list(done)}, indent=1) + "\n")
+def _record(out: Path) -> dict[str, Any]:
+    """What decision.json holds."""
+    known: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    return known
+
+
+def _done(out: Path) -> list[int]:
+    """The widths that are trained and analysed, by the record."""
+    return [int(width) for width in _record(out)["rungs"]]
 
 
 def memory(cfg: RunConfig) -> dict[str, int]:

@@ -44,12 +44,14 @@ class Extent:
       analyses: whether what is trained is analysed and the report drawn.
       instruments: those that are analysed beside what the answer needs; None: all.
       time_limit: seconds after which training stops, between two steps; what is trained by then is still analysed.
+      partial: whether a study is analysed of which not all is trained.
     """
 
     trains: bool = True
     analyses: bool = True
     instruments: tuple[str, ...] | None = None
     time_limit: float | None = None
+    partial: bool = True
 
 
 def workers_for(plan: Plan, asked: int | None = None) -> int:
@@ -86,7 +88,7 @@ def run_study(plan: Plan, out: Path, workers: int = 1, extent: Extent = Extent()
             print(f"time is up: {study.done()}; the same command continues", flush=True)
         elif not outcome.finished:
             print(f"train.stop_at: {study.done()}; a later one, or none, continues", flush=True)
-        if extent.analyses:
+        if extent.analyses and (outcome.finished or extent.partial):
             study.analyse(began)
         return dataclasses.replace(outcome, signal=crew.signal if crew else None)
 

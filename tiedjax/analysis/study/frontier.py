@@ -1,8 +1,9 @@
 """The frontier: held-out loss beside the bias of the lookup table and the parameters, arm by arm.
 
-The bias is how much nearer, with token frequency controlled, the table that looks tokens up lies to the output table of
-the reference run of the same seed than to its input table. The reference's own lookup table has no other twin than the
-reference runs of other seeds, whose input tables stand in for it.
+The bias is how much nearer, with token frequency controlled, the table that looks tokens up lies to the output table
+of the reference run of the same seed than to its input table. Arms of the reference's own scheme begin with its
+tables, and would be near to them for that alone: their lookup table is compared with reference runs of other seeds,
+that of the reference itself with their input tables and with its own output table.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MARKERS = {
     "pseudo_inverse": "h",
     CHANGES: ">",
 }
+_NOTHING = Interval(None, None, None, 0, CONFIDENCE)
 _SMALLEST, _LARGEST = 50.0, 220.0  # points squared, of the fewest and the most parameters
 
 
@@ -67,23 +69,27 @@ def _place(results: drawing.Results, arm: str) -> Place | None:
     sizes = [run["parameters"] for run in results["runs"] if run["arm"] == arm]
     if loss.mean is None or bias.mean is None or not sizes or None in sizes:
         return None
+    return Place(arm, _scheme(results, arm), loss, bias, sum(sizes) / len(sizes))
+
+
+def _scheme(results: drawing.Results, arm: str) -> str:
     options = (results["study"]["arms"].get(arm) or {}).get("tying") or {}
     changes = any(option in options for option in ("untie_at", "untie_when", "tie_at"))
-    scheme = CHANGES if changes else options.get("scheme", "tied")
-    return Place(arm, scheme, loss, bias, sum(sizes) / len(sizes))
+    return CHANGES if changes else options.get("scheme", "tied")
 
 
 def _bias(results: drawing.Results, arm: str) -> Interval:
     head, margins = results["headline"], results["arms"][arm]["margin"]
-    if margin := margins.get(SHARED, margins.get("input")):
-        return Interval(**margin[head["fit"]])
-    repeated = results.get("between_seeds", {}).get(arm, {}).get("input", {}).get("vs_input", {}).get(head["fit"])
-    own = head["reference_input_vs_output"]["mean"]
-    if arm != head["reference"] or own is None or not repeated or repeated[head["measure"]]["mean"] is None:
-        return Interval(None, None, None, 0, CONFIDENCE)
-    return Interval(
-        own - repeated[head["measure"]]["mean"], None, None, head["reference_input_vs_output"]["n"], CONFIDENCE
-    )
+    if _scheme(results, arm) != _scheme(results, head["reference"]):
+        margin = margins.get(SHARED, margins.get("input"))
+        return Interval(**margin[head["fit"]]) if margin else _NOTHING
+    repeated = results.get("between_seeds", {}).get(arm, {}).get("input", {})
+    near = {name: cell[head["fit"]][head["measure"]]["mean"] for name, cell in repeated.items()}
+    if arm == head["reference"]:
+        near["vs_output"] = head["reference_input_vs_output"]["mean"]
+    if near.get("vs_output") is None or near.get("vs_input") is None:
+        return _NOTHING
+    return Interval(near["vs_output"] - near["vs_input"], None, None, 0, CONFIDENCE)
 
 
 def _dominates(first: Place, second: Place) -> bool:
