@@ -94,7 +94,7 @@ def decided() -> str:
     lines = [
         *(f"* {sentence}" for sentence in decision_verdicts.said(found)),
         *(f"* {sentence}" for sentence in decision_verdicts.carries(found)),
-        *(f"* {sentence}" for sentence in losses.sweeps(decision_verdicts.own(found))),
+        f"* {decision_rows.rates(found)}",
         "",
         *table(["Arm", "Best rate", "Steps", "Parameters", "Held-out loss, nats a token", "Less tied’s"], arms),
         "",

@@ -277,19 +277,19 @@ def _done(out: Path) -> list[int]:
 
 
 def memory(cfg: RunConfig) -> dict[str, int]:
-    """Bytes of a run: its parameters in training, what the optimizer and the account keep beside them, and inference.
+    """Bytes of a run: its parameters in training, what the optimizer and an account keep beside them, and inference.
 
     Inference has every parameter in bfloat16. Gradients and activations come on top of training.
     """
     mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, data=1, fsdp=1, tensor=1), jax.devices()[:1])
     last = tying.stage(cfg, changed=True)
-    state = make_steps(last, mesh).abstract
+    state = make_steps(_without_account(last), mesh).abstract
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "parameters": numbers,
         "weights": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
-        "account": _bytes(state.account),
+        "account": _bytes(make_steps(last, mesh).abstract) - _bytes(state),
         "inference": 2 * numbers,
     }
 

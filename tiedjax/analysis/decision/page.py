@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.analysis.decision import rows, verdicts
-from tiedjax.analysis.study import figures, frontier, html, losses, sentences
+from tiedjax.analysis.study import figures, frontier, html, sentences
 from tiedjax.analysis.study.page import refuse_other_results
 from tiedjax.analysis.study.sections import sections_of
 from tiedjax.analysis.study.tasks import read_results
@@ -52,7 +52,6 @@ def write(decision: verdicts.Decision, out: Path) -> None:
         v=verdicts,
         rows=rows,
         frontier=frontier,
-        losses=losses,
         w=sentences,
         sections=sections_of(own),
         headings=html.headings,

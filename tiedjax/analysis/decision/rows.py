@@ -71,7 +71,7 @@ def time(decision: Decision) -> str:
     """How long an untied step takes, and how many of them fit in the time of the tied run."""
     measured, steps = decision["time"], decision["config"]["train"]["steps"]
     return (
-        f"A step of untied takes {measured['ratio']:.3f} times as long as one of tied here, neither with an account: "
+        f"Without an account a step of untied takes {measured['ratio']:.3f} times as long as one of tied here: "
         f"{measured['steps']:,} of its steps take the time of {steps:,} tied ones."
     )
 
@@ -84,7 +84,8 @@ def common_mode(decision: Decision) -> list[str]:
         return []
     return [
         f"Of the squared norm of the output role’s gradient of {arm} at step {last['step']}, the common mode, which "
-        f"moves all rows alike, is {last['common']} and the rest {last['rest']}."
+        f"moves all rows alike, is {last['common']} and the rest {last['rest']}; twice their inner product makes it "
+        "whole."
     ]
 
 
@@ -118,13 +119,39 @@ def config_lines(decision: Decision) -> list[str]:
 
 
 def reason(decision: Decision) -> str:
-    """Which verdict the lines follow."""
-    found = verdicts(decision)[0]
+    """Which verdict the lines follow, and where they go."""
+    found, where = verdicts(decision)[0], f"the lines for {decision['name']}.yaml"
     if found.choice == UNDECIDED:
-        return (
-            "Undecided at equal width, so tie: it takes less memory, and no loss was shown. The lines for the config:"
-        )
-    return f"The verdict {found.where}, as lines for the config:"
+        return f"Undecided at equal width, so tie: it takes less memory, and no loss was shown; {where}:"
+    return f"The verdict {found.where}; {where}:"
+
+
+def command(decision: Decision) -> str:
+    """The same on the command line."""
+    options: list[str] = []
+    sections: list[str] = []
+    for line in config_lines(decision):
+        depth, (key, _, value) = (len(line) - len(line.lstrip())) // 2, line.strip().partition(": ")
+        sections = [*sections[:depth], key.rstrip(":")]
+        options += [f"--{'.'.join(sections)} {value}"] if value else []
+    return f"tiedjax train {decision['name']}.yaml --out runs/{decision['name']} {' '.join(options)}"
+
+
+def rates(decision: Decision) -> str:
+    """Which rate of the tables each arm had, of those that it tried."""
+    results = own(decision)
+    best = {arm: f"{_best(results, arm):g}" for arm in results["arms"]}
+    points = next(iter(results["sweep"].values()))["tried"]
+    (option,) = points[0]["values"]
+    tried = ", ".join(f"{point['values'][option]:g}" for point in points)
+    if len(set(best.values())) == 1:
+        chosen = f"every arm is best with {next(iter(best.values()))}"
+    else:
+        chosen = f"best are {', '.join(f'{rate} for {arm}' for arm, rate in best.items())}"
+    return (
+        f"Of {option}, {tried} were tried on {len(points[0]['losses'])} other seeds and on the held-out windows with "
+        f"even numbers: {chosen}. Losses are of the odd windows."
+    )
 
 
 def legend(decision: Decision) -> str:
@@ -136,7 +163,12 @@ def legend(decision: Decision) -> str:
         said += f"; {name.wide} is tied, with a wider MLP, so that it has as many parameters as {name.untied}"
     if name.in_time in trained:
         said += f"; {name.in_time} trains for as long as {name.tied} does"
-    return f"{said}. Differences are paired by seed, and all verdicts are tested together (Holm)."
+    return (
+        f"{said}. Differences are paired by seed. All verdicts are tested together by Holm’s method, so that chance "
+        "decides any of them in at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a "
+        "plain 95 % interval. Near the edge: p is within a factor of 2 of its level, and the same decision made again "
+        "could say otherwise."
+    )
 
 
 def not_varied(decision: Decision) -> str:
@@ -146,5 +178,5 @@ def not_varied(decision: Decision) -> str:
     size = decision["memory"][name.tied]["parameters"]
     return (
         f"Not varied: the text, the number of layers, the tokens shown ({tokens:,}, {tokens / size:.2f} for each "
-        f"parameter of {name.tied}), the rates of the body, the deviation that tables begin with."
+        f"parameter of {name.tied}), the rates of the body, the standard deviation of the initial tables."
     )

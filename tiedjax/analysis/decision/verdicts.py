@@ -6,7 +6,7 @@ Every difference of held-out losses is paired by seed; all that a decision state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,16 @@ class Arms:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where tied, or a tied arm of another size, is held against arms that are not tied to the end."""
+    """Where tied, or a tied arm of another size, is held against arms that are not tied to the end.
+
+    `says_when` is whether its sentence says what it costs to untie late: in one of them, as that is the same in all.
+    """
 
     where: str
     tied: str
     untied: str
     until: str | None
+    says_when: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def comparisons(decision: Decision) -> list[Comparison]:
     """Those whose arms are trained."""
     name, trained = arms_of(decision), own(decision)["arms"]
     made = [
-        Comparison("at equal width and FLOPs", name.tied, name.untied, name.until),
+        Comparison("at equal width and FLOPs", name.tied, name.untied, name.until, says_when=True),
         Comparison("at equal parameters", name.wide, name.untied, name.until),
         Comparison("in equal time", name.tied, name.in_time, None),
     ]
@@ -152,14 +156,14 @@ def _tie(compared: Comparison, to_tied: Mapping[str, Any]) -> str:
 def _untie(compared: Comparison, to_tied: Mapping[str, Any], between: Mapping[str, Any] | None, until: int) -> str:
     gain = margin_of(to_tied[compared.untied], absolute=True)
     said = f"untie. The held-out loss of {compared.untied} lies {gain} nats a token below that of {compared.tied}."
-    if between is None:
+    if between is None or not compared.says_when:
         return said
     if between["verdict"] == "undecided":
         return (
             f"{said} Whether to tie until step {until:,} first is undecided: it changes that loss by "
             f"{margin_of(between, signed=True)}."
         )
-    return f"{said} To tie until step {until:,} first costs {margin_of(between, absolute=True)} of that."
+    return f"{said} Tying until step {until:,} first gives up {margin_of(between, absolute=True)} of this gain."
 
 
 def _until(compared: Comparison, to_tied: Mapping[str, Any], between: Mapping[str, Any] | None, until: int) -> str:
@@ -207,7 +211,7 @@ def headline(decision: Decision) -> str:
         return f"Whether to tie is undecided {everywhere}."
     if len(choices) == 1:
         (choice,) = choices
-        return f"{_capital(words[choice])}: so it is {everywhere}."
+        return f"{_capital(words[choice])}: it is better {everywhere}."
     parts = [f"{verdict.where} {words.get(verdict.choice, 'it is undecided')}" for verdict in found]
     return f"{_capital('; '.join(parts))}."
 
@@ -229,15 +233,17 @@ def warnings(decision: Decision) -> list[str]:
 
 def edges(decision: Decision) -> list[str]:
     """A sentence where the best rate of arms lies at the edge of what was tried."""
-    found = [arm for arm, choice in own(decision)["sweep"].items() if choice["at_edge"]]
+    found = _at_edge(own(decision))
     if not found:
         return []
-    *first, last = found
-    named = f"{', '.join(first)} and {last}" if first else last
     return [
-        f"The best learning rate of {named} lies at the edge of what was tried: a better one may lie beyond, and "
-        "change the verdict."
+        f"The best learning rate of {_listed(found)} lies at the edge of what was tried: a better one may lie beyond, "
+        "and change the verdict."
     ]
+
+
+def _at_edge(results: Mapping[str, Any]) -> list[str]:
+    return [arm for arm, choice in results["sweep"].items() if choice["at_edge"]]
 
 
 def missing(decision: Decision) -> list[str]:
@@ -247,7 +253,8 @@ def missing(decision: Decision) -> list[str]:
         return []
     names, what = " and ".join(map(str, left)), "Widths" if len(left) > 1 else "Width"
     verb = "are" if len(left) > 1 else "is"
-    return [f"{what} {names} {verb} not trained yet; the same command continues."]
+    them = "them" if len(left) > 1 else "it"
+    return [f"{what} {names} {verb} not trained yet; run the same command again to train {them}."]
 
 
 def carries(decision: Decision) -> list[str]:
@@ -271,11 +278,16 @@ def carries(decision: Decision) -> list[str]:
     return [
         f"The held-out loss of {name.untied} beside that of {name.tied} is {', '.join(clauses)}.",
         f"{change}{ended}.",
+        *(
+            f"At width {width} the best rate of {_listed(arms)} lies at the edge of what was tried."
+            for width in widths
+            if width != decision["own"] and (arms := _at_edge(decision["results"][str(width)]))
+        ),
         f"Nothing here speaks of widths beyond {widths[-1]}, of other text, or of longer training.",
     ]
 
 
-def _listed(values: list[int]) -> str:
+def _listed(values: Iterable[Any]) -> str:
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last
 
