@@ -373,8 +373,8 @@ def test_rows_and_lines_beside_the_verdict() -> None:
         "until-200 is tied until step 200 and has a table for each role from there on; tied-wide is tied, with a wider "
         "MLP, so that it has as many parameters as untied; untied-in-time trains for as long as tied does. Differences "
         "are paired by seed. All verdicts are tested together by Holm’s method, so that chance decides any of them in "
-        "at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a plain 95 % interval. Near "
-        "the edge: p is within a factor of 2 of its level, and the same decision made again could say otherwise."
+        "at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a plain 95 % interval. "
+        "Near the edge: p is within a factor of 2 of its level, and the same decision made again could say otherwise."
     )
     assert rows.not_varied(decision()) == (
         "Not varied: the text, the number of layers, the tokens shown (307,200, 153.60 for each parameter of tied), "

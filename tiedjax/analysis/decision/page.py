@@ -43,7 +43,10 @@ def read(out: Path) -> dict[str, Any]:
 def write(decision: verdicts.Decision, out: Path) -> None:
     """Writes decision.html and its figures under `out`."""
     own = verdicts.own(decision)
-    drawings = figures.draw(frontier.plots(own), own, out)
+    # What trains for a few steps more or less than untied is no place of its own.
+    apart = {arm: summary for arm, summary in own["arms"].items() if arm != verdicts.arms_of(decision).in_time}
+    shown = {**own, "arms": apart}
+    drawings = figures.draw(frontier.plots(shown), shown, out)
     page = html.rendered(
         "decision/page.html.j2",
         drawings,
@@ -51,7 +54,7 @@ def write(decision: verdicts.Decision, out: Path) -> None:
         r=own,
         v=verdicts,
         rows=rows,
-        frontier=frontier,
+        on_frontier=frontier.on_it(shown),
         w=sentences,
         sections=sections_of(own),
         headings=html.headings,
