@@ -22,6 +22,7 @@ from tiedjax.analysis.study.results import collect, parts_of, seed_of, summarize
 from tiedjax.analysis.study.sections import left_out
 from tiedjax.config import DataConfig, RunConfig, StudyConfig, TyingConfig
 from tiedjax.errors import UserError
+from tiedjax.tying import Scheme, scheme_of
 
 ARMS = {
     "untied": {"tying": {"scheme": "untied"}},
@@ -52,6 +53,9 @@ class FakeRun:
         counts[-V // 10 :] = 0  # padding
         self.token_counts = np.stack([counts, counts * (1 + np.arange(V) % 3)])
         self.metrics = self._metrics(np.random.default_rng([seed, 3, *arm.encode()]), steps)
+
+    def scheme(self, step: int) -> Scheme:
+        return scheme_of(self.config.tying)
 
     def tables(self, step: int | None = None) -> SimpleNamespace:
         step = self.snapshot_steps[-1] if step is None else step

@@ -29,7 +29,8 @@ def packaged_configs(kind: Kind) -> dict[str, Path]:
     package = Path(__file__).parent
     installed, source_tree = package / "configs", package.parent / "configs"
     folder = installed if installed.is_dir() else source_tree
-    return {path.stem: path for path in sorted((folder / "studies" if kind == "study" else folder).glob("*.yaml"))}
+    found = (folder / "studies" if kind == "study" else folder).glob("*.yaml")
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 
 
 def find_config(given: str, kind: Kind) -> Path:
