@@ -89,6 +89,10 @@ def decision() -> dict[str, Any]:
 def decided() -> str:
     """What the default ladder decides: the verdicts, the arms, the widths."""
     found = decision()
+    rungs = found["results"].values()
+    minutes = sum(each["environment"]["study_seconds"] for each in rungs) / 60
+    tried = [point for each in rungs for choice in each["sweep"].values() for point in choice["tried"]]
+    runs = sum(len(each["runs"]) for each in rungs) + sum(len(point["losses"]) for point in tried)
     arms = [list(row.values()) for row in decision_rows.arms(found)]
     widths = [list(row.values()) for row in decision_rows.widths(found)]
     lines = [
@@ -96,13 +100,16 @@ def decided() -> str:
         *(f"* {sentence}" for sentence in decision_verdicts.carries(found)),
         f"* {decision_rows.rates(found)}",
         "",
-        *table(["Arm", "Best rate", "Steps", "Parameters", "Held-out loss, nats a token", "Less tied’s"], arms),
+        *table(
+            ["Arm", "Best rate", "Steps", "Parameters", "Held-out loss, nats a token", "Difference from tied"], arms
+        ),
         "",
         *table([*WIDTH_HEADS, f"{found['arms']['until']} less tied"], widths),
         "",
         decision_rows.legend(found),
         decision_rows.time(found),
-        f"The default ladder, {_where(found)}.",
+        f"The default ladder: {runs} runs in all, with those of the sweeps, trained and analysed in {minutes:.0f} minutes "
+        f"{_where(found)}.",
     ]
     return "\n".join(lines) + "\n"
 
