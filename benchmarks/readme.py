@@ -108,8 +108,8 @@ def decided() -> str:
         "",
         decision_rows.legend(found),
         decision_rows.time(found),
-        f"The default ladder: {runs} runs in all, with those of the sweeps, trained and analysed in {minutes:.0f} minutes "
-        f"{_where(found)}.",
+        f"The default ladder: {runs} runs in all, with those of the sweeps, trained and analysed in {minutes:.0f} "
+        f"minutes {_where(found)}.",
     ]
     return "\n".join(lines) + "\n"
 

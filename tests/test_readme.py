@@ -39,7 +39,7 @@ PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), *(REPOSITORY / n for n in 
 def test_what_a_page_points_to_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [page.parent / link for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text)]
-    files = [REPOSITORY / name for name in re.findall(r"(?<![\w/.])(?:configs|launch|tests|tiedjax)/[\w/.]*\w", text)]
+    files = [REPOSITORY / name for name in re.findall(r"(?<![\w/.])(?:configs|launch|tests|tiedjax)/[\w/.-]*\w", text)]
     assert not [path for path in links + files if not path.exists()]
 
 
