@@ -217,7 +217,7 @@ def shapes(studies: dict[str, dict[str, Any]]) -> str:
         "The table’s share of tied",
         "Steps",
         "Bits a byte, tied",
-        "untied less tied",
+        "untied less tied, bits a byte",
     ]
     rows = []
     for name in ("shape-512", "quick", "shape-8192"):
