@@ -144,7 +144,9 @@ def verdict_of(compared: Comparison, stated: Mapping[str, Any], until: int) -> V
         choice, sentence = UNTIE, _untie(compared, to_tied, between, until)
     else:
         choice, sentence = UNDECIDED, _undecided(compared, to_tied)
-    near = edge({"near_edge": any(said["near_edge"] for said in to_tied.values())})
+    decided_by = {UNTIE: compared.untied, UNTIL: compared.until}.get(choice)
+    deciding = [to_tied[decided_by]] if decided_by else list(to_tied.values())
+    near = edge({"near_edge": any(said["near_edge"] for said in deciding)})
     return Verdict(compared.where, choice, f"{_capital(compared.where)}: {sentence}{near}")
 
 
