@@ -397,7 +397,7 @@ def test_the_command_prints_the_headline_then_each_verdict() -> None:
     [
         (None, "{path}: cannot be read: No such file or directory; `tiedjax decide` writes it"),
         ("{", "{path}: line 1 is not JSON: Expecting property name enclosed in double quotes"),
-        ("[]", "{path}: holds no decision as this version writes it; `tiedjax decide` writes it"),
+        ("[]", "{path}: must hold an object, got list; `tiedjax decide` writes it"),
         (
             json.dumps({"kind": "decision", "schema": 0}),
             "{path}: holds no decision as this version writes it; `tiedjax decide` writes it",

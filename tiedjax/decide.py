@@ -76,10 +76,10 @@ class Ladder:
             TIED: {"tying": {"scheme": "tied"}},
             self.arm_until: {"tying": {"scheme": "tied", "untie_at": self.until}},
         }
-        own = width == self.own
-        if own:
+        is_own = width == self.own
+        if is_own:
             arms[WIDE] = {"tying": {"scheme": "tied"}}
-        if own and steps_in_time not in (None, self.config.train.steps):
+        if is_own and steps_in_time not in (None, self.config.train.steps):
             arms[IN_TIME] = {"tying": {"scheme": "untied"}, "train": {"steps": steps_in_time}}
         study = StudyConfig(
             base=self.path.name,
@@ -88,7 +88,7 @@ class Ladder:
             seeds=tuple(range(self.seeds)),
             sweep={"optimizer.tables.learning_rate": [factor * self._rate for factor in self.factors]},
             sweep_seeds=SWEEP_SEEDS,
-            equal_parameters={WIDE: "mlp"} if own else {},
+            equal_parameters={WIDE: "mlp"} if is_own else {},
             slow_arms=(TIED, UNTIED),
         )
         return plan_of(self.path, study, self.tree, {})
@@ -135,8 +135,7 @@ def load_ladder(
     if "threads" not in tree.get("train", {}):  # small runs go side by side
         tree = merge(tree, {"train": {"threads": 1}})
         config = structure(RunConfig, tree, str(path))
-    own = config.model.d_model
-    chosen = dict.fromkeys([own, *(_widths(config.model) if widths is None else widths)])
+    chosen = dict.fromkeys([config.model.d_model, *(_widths(config.model) if widths is None else widths)])
     for width in chosen:
         _refuse_width(config.model, width)
     return Ladder(path, tree, config, tuple(chosen), seeds, tuple(factors))
@@ -233,8 +232,8 @@ def _steps_in_time(ladder: Ladder, out: Path, ratio: StepRatio) -> int:
     path, config = out / RECORD, to_tree(ladder.config)
     if path.exists():
         record = _record(out)
-        known = (record["config"], record["widths"], record["seeds"], record["factors"])
-        if known != (config, list(ladder.widths), ladder.seeds, list(ladder.factors)):
+        recorded = (record["config"], record["widths"], record["seeds"], record["factors"])
+        if recorded != (config, list(ladder.widths), ladder.seeds, list(ladder.factors)):
             raise UserError(f"{out}: holds the decision of another config, widths, rates or seeds; give another --out")
         return int(record["time"]["steps"])
     runs = ladder.plan(ladder.own).runs
@@ -267,8 +266,8 @@ def _without_account(cfg: RunConfig) -> RunConfig:
 
 def _record(out: Path) -> dict[str, Any]:
     """What decision.json holds."""
-    known: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    return known
+    record: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    return record
 
 
 def _done(out: Path) -> list[int]:

@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiedjax import tying
+from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
+from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.tables import Table
 from tiedjax.config import ModelConfig
 from tiedjax.data.batches import Batches, eval_batches
 from tiedjax.data.prepared import Prepared
+from tiedjax.errors import UserError
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
 from tiedjax.model import Entry, Norm, Transformer, multiplied
@@ -120,6 +123,15 @@ class FrozenModel:
         """log softmax(y U^T + bias) in nats, [C, V], of normed states."""
         log_p_CV: jax.Array = log_probabilities(jnp.asarray(y_CD), self.U_VD, self.bias_V)
         return log_p_CV
+
+
+def record_of(study: StudyRuns, run: Any, measure: Callable[[FrozenModel, Any, Prepared], Any]) -> dict[str, Any]:
+    """What `measure` finds of a run's model, the run and its text, as a record of a study; or why there is none."""
+    try:
+        prepared = study.text(run)
+        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
+    except UserError as error:
+        return {"not_measured": str(error)}
 
 
 def training_windows(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from tiedjax.analysis.decision import rows, verdicts
 from tiedjax.analysis.study import figures, frontier, html, sentences
 from tiedjax.analysis.study.page import refuse_other_results
 from tiedjax.analysis.study.sections import sections_of
-from tiedjax.analysis.study.tasks import read_results
+from tiedjax.analysis.study.tasks import read_object, read_results
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
 
@@ -24,13 +23,8 @@ def read(out: Path) -> dict[str, Any]:
     UserError where it holds no decision, and where the own width is not trained yet.
     """
     path = Path(out) / RECORD
-    try:
-        decision = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax decide` writes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
-    if not isinstance(decision, dict) or decision.get("kind") != "decision" or decision.get("schema") != SCHEMA:
+    decision = read_object(path, "decide")
+    if decision.get("kind") != "decision" or decision.get("schema") != SCHEMA:
         raise UserError(f"{path}: holds no decision as this version writes it; `tiedjax decide` writes it")
     if decision["own"] not in decision["rungs"]:
         raise UserError(f"{out}: width {decision['own']} is not trained yet; `tiedjax decide` continues it")

@@ -45,13 +45,17 @@ def draw_section(out: str, name: str) -> dict[str, list[str]]:
 
 def read_results(out: Path) -> dict[str, Any]:
     """results.json of a study's folder; UserError unless it holds an object."""
-    path = out / "results.json"
+    return read_object(out / "results.json", "study")
+
+
+def read_object(path: Path, command: str) -> dict[str, Any]:
+    """The object in a JSON file that a command of tiedjax writes; UserError unless it holds one."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax study` writes it") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax {command}` writes it") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: must hold an object, got {type(results).__name__}; `tiedjax study` writes it")
-    return results
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold an object, got {type(found).__name__}; `tiedjax {command}` writes it")
+    return found

@@ -10,14 +10,13 @@ import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json
 from tiedjax.analysis.basis.chance import Score
-from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.held_out import record_of
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.calibration.calibration import Group, RunCalibration, measure
-from tiedjax.errors import UserError
 
 SCORES = ("log2_ratio", "group_error", "target_probability", "top_error", "overconfidence")
 _MEANS = {"share": 3, "target_probability": 4, "entropy": 2}  # digits
@@ -27,16 +26,8 @@ VERSION = 2  # of its part of results.json
 
 def collect(study: StudyRuns) -> dict[str, Any]:
     """Every run by stratum and by bin of frequency, and the differences between twins, paired by seed."""
-    runs = [{"arm": arm, "seed": seed} | _record(study, run) for (arm, seed), run in study.runs.items()]
+    runs = [{"arm": arm, "seed": seed} | record_of(study, run, measure) for (arm, seed), run in study.runs.items()]
     return {"runs": runs, "twins": list(_twins(study.study.reference, runs))}
-
-
-def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
-    try:
-        prepared = study.text(run)
-        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
-    except UserError as error:
-        return {"not_measured": str(error)}
 
 
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json
-from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.held_out import record_of
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.diversity.diversity import RunDiversity, measure
-from tiedjax.errors import UserError
 
 VARIETY = ("distinct_1", "distinct_2", "distinct_3", "entropy")
 # What twins are compared by: held-out text is as varied for both.
@@ -25,16 +24,8 @@ QUANTITIES = {
 
 def collect(study: StudyRuns) -> dict[str, Any]:
     """Every run, and the differences between twins, paired by seed."""
-    runs = [{"arm": arm, "seed": seed} | _record(study, run) for (arm, seed), run in study.runs.items()]
+    runs = [{"arm": arm, "seed": seed} | record_of(study, run, measure) for (arm, seed), run in study.runs.items()]
     return {"runs": runs, "twins": list(_twins(study.study.reference, runs))}
-
-
-def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
-    try:
-        prepared = study.text(run)
-        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
-    except UserError as error:
-        return {"not_measured": str(error)}
 
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json, published
-from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.held_out import record_of
 from tiedjax.analysis.basis.ngrams import PREDICTORS
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval
@@ -18,7 +18,6 @@ from tiedjax.analysis.basis.twins import twins
 from tiedjax.analysis.instruments.lens import lens
 from tiedjax.analysis.instruments.lens.lens import RunLens, State, early_states
 from tiedjax.analysis.instruments.lens.training import CRITERION
-from tiedjax.errors import UserError
 
 QUANTITIES = {f"{lens}_{score}": (lens, score) for lens in ("tuned", "logit") for score in ("kl", "cross_entropy")}
 VERSION = 3  # of its part of results.json
@@ -26,20 +25,16 @@ VERSION = 3  # of its part of results.json
 
 def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
     """Every run of one seed through the lenses."""
-    return [{"arm": arm, "seed": s} | _record(study, run) for (arm, s), run in study.runs.items() if s == seed]
+    return [
+        {"arm": arm, "seed": s} | record_of(study, run, lens.measure)
+        for (arm, s), run in study.runs.items()
+        if s == seed
+    ]
 
 
 def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `collect` gave for every seed, and the differences between twins, paired by seed."""
     return {"criterion": CRITERION, "runs": list(runs), "twins": list(_twins(reference, runs))}
-
-
-def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
-    try:
-        prepared = study.text(run)
-        return dict(to_plain(lens.measure(FrozenModel(run), run, prepared)))
-    except UserError as error:
-        return {"not_measured": str(error)}
 
 
 def _twins(reference_arm: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

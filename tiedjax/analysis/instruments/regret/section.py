@@ -8,33 +8,26 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis import drawing, numbers, plain_json
-from tiedjax.analysis.basis.held_out import FrozenModel
+from tiedjax.analysis.basis.held_out import record_of
 from tiedjax.analysis.basis.plain_json import to_plain
 from tiedjax.analysis.basis.statistics import Interval, interval, paired
 from tiedjax.analysis.basis.strata import THIRDS
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.regret.regret import REGRETS, RunRegret, Saving, measure
-from tiedjax.errors import UserError
 
 SAVINGS = ("own", *REGRETS)
 
 
 def collect(study: StudyRuns, seed: int) -> list[dict[str, Any]]:
     """Every run of one seed."""
-    return [{"arm": arm, "seed": s} | _record(study, run) for (arm, s), run in study.runs.items() if s == seed]
+    return [
+        {"arm": arm, "seed": s} | record_of(study, run, measure) for (arm, s), run in study.runs.items() if s == seed
+    ]
 
 
 def together(reference: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What `collect` gave for every seed, and each arm's regrets less those of the reference, paired by seed."""
     return {"runs": list(runs), "twins": list(_twins(reference, runs))}
-
-
-def _record(study: StudyRuns, run: Any) -> dict[str, Any]:
-    try:
-        prepared = study.text(run)
-        return dict(to_plain(measure(FrozenModel(run), run, prepared)))
-    except UserError as error:
-        return {"not_measured": str(error)}
 
 
 def _twins(reference: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
