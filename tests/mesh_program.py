@@ -7,15 +7,18 @@ import functools
 import json
 import math
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import random_tokens, small_config
+from loss_program import inputs
 
 from tiedjax import gradients, sharding, step, tying
 from tiedjax.config import BodyOptimizerConfig, DataConfig, MeshConfig, OptimizerConfig, RegularisersConfig, RunConfig
 from tiedjax.cost import hlo
+from tiedjax.loss import cross_entropy
 from tiedjax.muon import MuonState, scale_by_muon
 
 
@@ -29,12 +32,12 @@ def gradients_on(cfg: RunConfig, shape: tuple[int, int, int]) -> dict[str, np.nd
     state = steps.init(jax.random.key(0), None, rows)
     check_sharded(cfg, state, mesh)
     scale = tying.role_scale(cfg.tying)
+    gates = [tying.rare_gate(cfg, np.arange(cfg.model.table_rows))] if cfg.tying.rare_gate else []
     tokens = [jax.device_put(random_tokens(cfg, i), steps.batch) for i in range(2)]
-    found = {
-        "gradients": jax.jit(gradients.loss_and_gradients(cfg, sharding.Layout(mesh)))(state.params, tokens[0], scale)
-    }
+    compute = jax.jit(gradients.loss_and_gradients(cfg, sharding.Layout(mesh)))
+    found: dict[str, Any] = {"gradients": compute(state.params, tokens[0], scale, *gates)}
     for each in tokens:
-        state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32))
+        state, metrics = steps.train(state, each, scale, jnp.zeros(cfg.model.table_rows, jnp.int32), *gates)
     named = ("loss", "activation_grad_norm", "regulariser", "regulariser_grad_norm")
     logged = [name for name in metrics if name in named or name.startswith("m_")]
     found |= {"params": state.params, **{name: metrics[name] for name in logged}}
@@ -109,6 +112,33 @@ def of_regularisers() -> dict[str, float]:
     return results
 
 
+def of_gate() -> dict[str, float]:
+    """With half of the tokens rare, on devices that have rare rows and others."""
+    results = {}
+    for scheme, parts in (("tied", 1), ("untied", 2)):
+        cfg = small_config(scheme, layers=1, data=DataConfig(batch_size=8, microbatches=parts))
+        cfg = dataclasses.replace(cfg, tying=dataclasses.replace(cfg.tying, rare_gate=2.0))
+        for shape in [(1, 2, 2), (2, 2, 2) if parts == 1 else (4, 1, 2)]:
+            results[f"{scheme} {shape}"] = largest_difference(cfg, shape)
+    one, many = (pushed(shape) for shape in [(1, 1, 1), (2, 2, 2)])
+    assert len(many) == 8, "devices that have it"
+    return results | {f"push {i}": float(np.abs(part - one[0]).max()) for i, part in enumerate(many)}
+
+
+def pushed(shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """What each device has of the push on four rows, which are on both halves of the table."""
+    layout = sharding.Layout(sharding.make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])))
+    h_BTD, U_VD, targets_BT, weights_BT = inputs()
+    rare_R = jnp.array([0, 7, 30, 55], jnp.int32)
+
+    def total(push_RD: jax.Array) -> jax.Array:
+        rare: dict[str, jax.Array] = {"rare_R": rare_R, "push_RD": push_RD}
+        return cross_entropy(jnp.asarray(h_BTD), jnp.asarray(U_VD), targets_BT, weights_BT, layout=layout, **rare)[0]
+
+    push_RD = jax.jit(jax.grad(total), out_shardings=sharding.replicated(layout.mesh))(jnp.zeros((4, h_BTD.shape[-1])))
+    return [np.asarray(shard.data) for shard in push_RD.addressable_shards]
+
+
 def of_anatomy() -> dict[str, float]:
     """What `observe` says of a start, and its loss, relative to one device; with an output bias."""
     cfg = small_config(layers=1, output_bias="unigram", data=DataConfig(batch_size=16, microbatches=2))
@@ -142,5 +172,11 @@ def sent_by_muon() -> dict[str, tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    subjects = {"muon": of_muon, "regularised": of_regularisers, "anatomy": of_anatomy, "sent by muon": sent_by_muon}
+    subjects = {
+        "muon": of_muon,
+        "regularised": of_regularisers,
+        "gated": of_gate,
+        "anatomy": of_anatomy,
+        "sent by muon": sent_by_muon,
+    }
     print(json.dumps(subjects[sys.argv[1]]() if sys.argv[1] in subjects else of_scheme(sys.argv[1])))

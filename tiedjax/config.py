@@ -239,6 +239,12 @@ class TyingConfig(_Checked):
         above=0,
         below=1,
     )
+    rare_gate: float | None = _option(
+        None,
+        "appearances per update, by the training text, below which a token is rare, some 0.03: what pushes its output "
+        "row while the target is not rare is multiplied by that number of its own (arXiv 2109.03127); null: no gate",
+        above=0,
+    )
     account: Literal["auto", "whole", "checked", "rows", "off"] = _option(
         "auto",
         "running sums of what each role wrote into a table of both: whole, whole with the output role's kept beside "

@@ -16,7 +16,7 @@ from tiedjax.config import RunConfig
 from tiedjax.lm import OUTPUT_BIAS, Squares, SummedLoss, loss_and_states, summed_loss, trained, with_trained
 from tiedjax.lookup import sums_by_token
 from tiedjax.sharding import ONE_DEVICE, Layout
-from tiedjax.tying import Tables
+from tiedjax.tying import RareGate, Tables
 
 DECILES = 10
 
@@ -37,7 +37,7 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
     if parts == 1:
         return total
     # Of the loss, not of the mean: the weight that divides it is known only after the last microbatch.
-    gradient = jax.value_and_grad(total, argnums=(0, 1, 4), has_aux=True)
+    gradient = jax.value_and_grad(total, argnums=(0, 1, 4, 7), has_aux=True)
 
     cut = functools.partial(_cut, parts=parts)
 
@@ -49,6 +49,8 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
         weights_B: jax.Array,
         tap: Squares | None = None,
         bias_V: jax.Array | None = None,
+        rare_R: jax.Array | None = None,
+        push_RD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         one = lambda part: total(tables, body, part[0], part[1], bias_V=bias_V)
         losses, weights = jax.lax.map(one, (cut(tokens_BS), cut(weights_B)))
@@ -61,24 +63,30 @@ def accumulated(total: SummedLoss, parts: int) -> SummedLoss:
         weights_B: jax.Array,
         tap: Squares | None,
         bias_V: jax.Array | None,
+        rare_R: jax.Array | None,
+        push_RD: jax.Array | None,
     ) -> Any:
+        about_output = bias_V, rare_R, push_RD
+
         def add(carry: Any, part: Any) -> tuple[Any, None]:
-            (loss_sum, weight), grads = gradient(tables, body, *part, tap, bias_V)
+            (loss_sum, weight), grads = gradient(tables, body, *part, tap, *about_output)
             return jax.tree.map(jnp.add, carry, ((loss_sum, weight), grads)), None
 
         # The sums start with the dtypes that `total` gives, which are wider than those of its activations.
         one = slice(tokens_BS.shape[0] // parts)
-        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap, bias_V)
+        shapes = jax.eval_shape(gradient, tables, body, tokens_BS[one], weights_B[one], tap, *about_output)
         sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[0])
-        start = (sums, jax.tree.map(jnp.zeros_like, (tables, body, tap)))
+        start = (sums, jax.tree.map(jnp.zeros_like, (tables, body, tap, push_RD)))
         return jax.lax.scan(add, start, (cut(tokens_BS), cut(weights_B)))[0]
 
     def backward(grads: Any, cotangents: Any) -> Any:
-        *grads, squares = grads
+        tables, body, squares, push_RD = grads
         # All that is left is to scale: the gradients are linear in the loss's cotangent, the tap's sums of squares go
         # by its square, and the weights' sum depends on no parameter.
-        tables, body = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, grads)
-        return tables, body, None, None, jax.tree.map(lambda s: jnp.square(cotangents[0]) * s, squares), None
+        linear = tables, body, push_RD
+        tables, body, push_RD = jax.tree.map(lambda g: cotangents[0].astype(g.dtype) * g, linear)
+        squares = jax.tree.map(lambda s: jnp.square(cotangents[0]) * s, squares)
+        return tables, body, None, None, squares, None, None, push_RD
 
     summed.defvjp(forward, backward)
     return summed
@@ -118,7 +126,8 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
     The mean is over all tokens of all microbatches, in nats, with z-loss. The gradient of what is trained of params
     has the role scales in it, the role gradients, `Tables` of [V, D], do not. `squares` are sums of squares: of
     the mean loss's gradient with respect to the looked-up vectors of the whole batch, [B, T, D], and, of several
-    microbatches, of each one's part of the role gradients.
+    microbatches, of each one's part of the role gradients. A fourth argument is the `tying.RareGate`, through which the
+    output role's gradient goes before it is scaled; with it a fourth gradient is that, as the gate leaves it, [V, D].
     """
     scheme, parts = tying.scheme_of(cfg.tying), cfg.data.microbatches
     summed = accumulated(summed_loss(cfg, layout, cfg.train.z_loss), parts)
@@ -127,21 +136,32 @@ def loss_and_gradients(cfg: RunConfig, layout: Layout = ONE_DEVICE) -> Callable[
         numbers: dict[str, Any],
         taps: Tables,
         squares: Squares,
+        gated_VD: jax.Array | None,
         params: dict[str, Any],
         tokens_BS: jax.Array,
         role_scale: Tables,
+        gate: RareGate | None,
     ) -> jax.Array:
-        arrays = with_trained(params, numbers)["tables"]
-        tables, bias_V = tying.split_gradient(scheme.tables(arrays), taps, role_scale), params.get(OUTPUT_BIAS)
-        total, weight = summed(tables, numbers["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), squares, bias_V)
+        tables = scheme.tables(with_trained(params, numbers)["tables"])
+        rare: tuple[jax.Array, ...] = ()
+        if gate is None:
+            tables = tying.split_gradient(tables, taps, role_scale)
+        else:  # what goes backward is observed first, then gated, then scaled
+            tables = tying.split_gradient(tables, None, role_scale)
+            U_VD, push_RD = tying.gate_push(tables.output, gated_VD, gate)
+            tables = tying.split_gradient(tables._replace(output=U_VD), taps, None)
+            rare = gate.rows_R, push_RD
+        weights_B, bias_V = jnp.ones(tokens_BS.shape[0]), params.get(OUTPUT_BIAS)
+        total, weight = summed(tables, numbers["body"], tokens_BS, weights_B, squares, bias_V, *rare)
         return total / weight
 
-    def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables) -> Any:
+    def compute(params: dict[str, Any], tokens_BS: jax.Array, role_scale: Tables, gate: RareGate | None = None) -> Any:
         taps = tying.zero_taps(scheme.tables(params["tables"]))
         squares = Squares(jnp.zeros(()), Tables(jnp.zeros(()), jnp.zeros(())) if parts > 1 else None)
-        gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2))
+        gated_VD = None if gate is None else taps.output
+        gradient = jax.value_and_grad(mean_loss, argnums=(0, 1, 2) if gate is None else (0, 1, 2, 3))
         with precision(cfg, layout):
-            return gradient(trained(params), taps, squares, params, tokens_BS, role_scale)
+            return gradient(trained(params), taps, squares, gated_VD, params, tokens_BS, role_scale, gate)
 
     return compute
 

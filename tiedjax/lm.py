@@ -31,7 +31,10 @@ class Squares(NamedTuple):
 
 
 class SummedLoss(Protocol):
-    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1; `bias_V` is added to the logits."""
+    """A batch's (sum of the weighted losses, sum of the weights); S = T + 1; `bias_V` is added to the logits.
+
+    `rare_R` and `push_RD` are as in `cross_entropy`.
+    """
 
     def __call__(
         self,
@@ -41,6 +44,8 @@ class SummedLoss(Protocol):
         weights_B: jax.Array,
         tap: Squares | None = None,
         bias_V: jax.Array | None = None,
+        rare_R: jax.Array | None = None,
+        push_RD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]: ...
 
 
@@ -103,8 +108,10 @@ def summed_loss(cfg: RunConfig, layout: Layout, z_loss: float) -> SummedLoss:
         weights_B: jax.Array,
         tap: Squares | None = None,
         bias_V: jax.Array | None = None,
+        rare_R: jax.Array | None = None,
+        push_RD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap, bias_V)
+        loss_sum, weight, _ = with_states(tables, body, tokens_BS, weights_B, tap, bias_V, rare_R, push_RD)
         return loss_sum, weight
 
     return total
@@ -122,6 +129,8 @@ def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[.
         weights_B: jax.Array,
         tap: Squares | None = None,
         bias_V: jax.Array | None = None,
+        rare_R: jax.Array | None = None,
+        push_RD: jax.Array | None = None,
     ) -> tuple[jax.Array, ...]:
         inputs_BT, targets_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
         lookup_tap, role_taps = tap or (None, None)
@@ -129,7 +138,8 @@ def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[.
             tables = tying.tap_squares(tables, role_taps)
         h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, lookup_tap, **options))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
-        sums = loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, bias_V=bias_V, z_loss=z_loss, **options)
+        about_output: dict[str, Any] = {"bias_V": bias_V, "rare_R": rare_R, "push_RD": push_RD, "z_loss": z_loss}
+        sums = loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, **about_output, **options)
         return *sums, h_BTD
 
     return total

@@ -170,6 +170,10 @@ def _train(
     deciles = everywhere(decile_V)
     role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
     role_scale = everywhere(role_scales(start + 1))
+    gate = tying.rare_gate(cfg, counts_2V.sum(0))
+    gates = [] if cfg.tying.rare_gate is None else [everywhere(gate)]
+    if gates:
+        process.say(f"{label}: {tying.gate_in_words(cfg, gate)}")
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
@@ -193,7 +197,7 @@ def _train(
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
         with trace.step(step, state), jax.transfer_guard("disallow"):
-            state, metrics = steps.train(state, tokens_BS, role_scale, deciles)
+            state, metrics = steps.train(state, tokens_BS, role_scale, deciles, *gates)
         if before is not None:
             body_update = _difference(state.params["body"], before)
         counting.check()

@@ -34,6 +34,8 @@ def cross_entropy(
     weights_BT: jax.Array,
     *,
     bias_V: jax.Array | None = None,
+    rare_R: jax.Array | None = None,
+    push_RD: jax.Array | None = None,
     z_loss: float = 0.0,
     soft_cap: float | None = None,
     chunk: int | None = None,
@@ -50,12 +52,14 @@ def cross_entropy(
     for `chunk` tokens of a device at a time (None: as many as CHUNK_BYTES allows, or D if more and below 0.8 GiB). When
     differentiated, both gradients are computed with the loss, in three matrix products; weights have none. `gradient`
     is as in `lookup`: with narrow operands, what rounding takes from each target's own row of the table's gradient is
-    added back by it.
+    added back by it. `push_RD` are zeros that no forward pass reads; their gradient is the part of the gradient of the
+    rows `rare_R`, int32 and all different, that comes from tokens whose target is none of these rows.
     """
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
     weights_BT = jnp.where(targets_BT < 0, 0, jnp.where(targets_BT < len(U_VD), weights_BT, jnp.nan)).astype(wide)
     spec = _Spec(z_loss, soft_cap, chunk, layout, row_sums(gradient, layout.platform))
-    return _summed(h_BTD, U_VD, jnp.maximum(targets_BT, 0), weights_BT, bias_V, spec), jnp.sum(weights_BT)
+    total = _summed(h_BTD, U_VD, jnp.maximum(targets_BT, 0), weights_BT, bias_V, rare_R, push_RD, spec)
+    return total, jnp.sum(weights_BT)
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,15 @@ class _Spec:
 _TABLE, _BIAS, _TOKENS, _STATES = ("vocab", None), ("vocab",), ("batch", None), ("batch", None, None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _summed(
     h_BTD: jax.Array,
     U_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     bias_V: jax.Array | None,
+    rare_R: jax.Array | None,
+    push_RD: jax.Array | None,
     spec: _Spec,
 ) -> jax.Array:
     """The summed loss alone; nothing is computed for gradients."""
@@ -114,6 +120,8 @@ def _forward(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     bias_V: jax.Array | None,
+    rare_R: jax.Array | None,
+    push_RD: jax.Array | None,
     spec: _Spec,
 ) -> Any:
     layout = spec.layout
@@ -124,7 +132,9 @@ def _forward(
     # out in tiles, and do not.
     by_columns = bool(fsdp) and layout.platform != "tpu"
 
-    def local(h_BTD: jax.Array, U: jax.Array, bias_V: jax.Array | None, *about_BT: jax.Array) -> Any:
+    def local(
+        h_BTD: jax.Array, U: jax.Array, bias_V: jax.Array | None, rare_R: jax.Array | None, *about_BT: jax.Array
+    ) -> Any:
         wide, tokens = about_BT[1].dtype, about_BT[0].size
         if by_columns:
             U = jax.lax.all_gather(U.T, fsdp, axis=0, tiled=True)
@@ -133,18 +143,31 @@ def _forward(
             return U.T if by_columns else U  # turned back where it is used: XLA makes that part of the products
 
         chunks, gradients = _way(tokens, h_BTD.dtype, table, bias_V, spec)
+        if rare_R is not None:
+            is_rare_V = jnp.zeros(len(U_VD), bool).at[rare_R].set(True)
+            own_R = own_rows(rare_R, len(U_VD) // layout.size("tensor"), tensor)
+
+        def push(part: _Gradients, target_C: jax.Array) -> jax.Array:
+            d_CR = part.d_CV.at[:, own_R].get(mode="fill", fill_value=0)
+            h_CD = jnp.where(is_rare_V[target_C][:, None], 0, part.h_CD)
+            return _outer_sum(d_CR, h_CD, wide, layout.platform, turned=False)
 
         def add(carry: Any, chunk: Any) -> tuple[Any, Any]:
-            total, dU, d_bias_V = carry
+            total, dU, d_bias_V, push_RD = carry
             part = gradients(chunk)
             dU += _outer_sum(part.d_CV, part.h_CD, wide, layout.platform, by_columns)
             dh_CD = part.dh_CD if tensor else part.dh_CD.astype(h_BTD.dtype)
-            return (total + part.loss, dU, jax.tree.map(jnp.add, d_bias_V, part.d_bias_V)), (dh_CD, part.d_target_C)
+            if push_RD is not None:
+                push_RD += push(part, chunk[1])
+            d_bias_V = jax.tree.map(jnp.add, d_bias_V, part.d_bias_V)
+            return (total + part.loss, dU, d_bias_V, push_RD), (dh_CD, part.d_target_C)
 
         rows, width = table().shape
         no_bias_V = None if bias_V is None else jnp.zeros(rows, wide)
-        start = (jnp.zeros((), wide), jnp.zeros((width, rows) if by_columns else (rows, width), wide), no_bias_V)
-        (total, dU, d_bias_V), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
+        no_push_RD = None if rare_R is None else jnp.zeros((len(rare_R), width), wide)
+        no_dU = jnp.zeros((width, rows) if by_columns else (rows, width), wide)
+        start = (jnp.zeros((), wide), no_dU, no_bias_V, no_push_RD)
+        (total, dU, d_bias_V, push_RD), per_token = jax.lax.scan(add, start, _cut(h_BTD, about_BT, chunks))
         dU_VD = dU.T if by_columns else dU
         dh_ND, d_target_N = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], per_token)
         dh_BTD = dh_ND.reshape(h_BTD.shape)
@@ -165,15 +188,21 @@ def _forward(
         batch = layout.names("data", "fsdp")
         if d_bias_V is not None:
             d_bias_V = _across(jax.lax.psum, d_bias_V, batch)
-        return _across(jax.lax.psum, total, batch), dh_BTD, dU_VD, d_bias_V
+        if push_RD is not None:  # of rows that are elsewhere along tensor it is 0
+            push_RD = _across(jax.lax.psum, push_RD, batch + tensor)
+        return _across(jax.lax.psum, total, batch), dh_BTD, dU_VD, d_bias_V, push_RD
 
-    results: list[Axes] = [(), _STATES, ("vocab", "embed"), _BIAS]
+    results: list[Axes] = [(), _STATES, ("vocab", "embed"), _BIAS, (None, None)]
     given = ("vocab", "embed") if by_columns else _TABLE
-    run = layout.per_device(local, [_STATES, given, _BIAS, _TOKENS, _TOKENS], results)
-    total, dh_BTD, dU_VD, d_bias_V = run(h_BTD, U_VD.astype(h_BTD.dtype), bias_V, targets_BT, weights_BT)
+    run = layout.per_device(local, [_STATES, given, _BIAS, (None,), _TOKENS, _TOKENS], results)
+    total, dh_BTD, dU_VD, d_bias_V, d_push_RD = run(
+        h_BTD, U_VD.astype(h_BTD.dtype), bias_V, rare_R, targets_BT, weights_BT
+    )
     if bias_V is not None:
         d_bias_V = d_bias_V.astype(bias_V.dtype)
-    return total, (dh_BTD, dU_VD.astype(U_VD.dtype), d_bias_V)
+    if push_RD is not None:
+        d_push_RD = d_push_RD.astype(push_RD.dtype)
+    return total, (dh_BTD, dU_VD.astype(U_VD.dtype), d_bias_V, d_push_RD)
 
 
 def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turned: bool) -> jax.Array:
@@ -190,10 +219,10 @@ def _outer_sum(d_CV: jax.Array, h_CD: jax.Array, dtype: Any, platform: str, turn
 
 
 def _backward(spec: _Spec, residuals: Any, cotangent: jax.Array) -> Any:
-    dh_BTD, dU_VD, d_bias_V = residuals
-    if d_bias_V is not None:
-        d_bias_V *= cotangent.astype(d_bias_V.dtype)
-    return (cotangent * dh_BTD).astype(dh_BTD.dtype), cotangent.astype(dU_VD.dtype) * dU_VD, None, None, d_bias_V
+    dh_BTD, dU_VD, *others = residuals
+    d_bias_V, d_push_RD = jax.tree.map(lambda d: d * cotangent.astype(d.dtype), others)
+    dh_BTD, dU_VD = (cotangent * dh_BTD).astype(dh_BTD.dtype), cotangent.astype(dU_VD.dtype) * dU_VD
+    return dh_BTD, dU_VD, None, None, d_bias_V, None, d_push_RD
 
 
 _summed.defvjp(_forward, _backward)

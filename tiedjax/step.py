@@ -23,7 +23,7 @@ from tiedjax.lm import OUTPUT_BIAS, init_params, summed_loss, trained, with_trai
 from tiedjax.optimizer import Optimizer, OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import Layout
 from tiedjax.table_rules import TableState
-from tiedjax.tying import Tables
+from tiedjax.tying import RareGate, Tables
 
 HOLD_GAIN = 0.05  # of the controller of the output role's share, in each update: momentum follows within some ten
 MOST_HELD = 1000.0  # its factor, and one over the smallest
@@ -54,13 +54,14 @@ class Steps:
     Attributes:
       init: (key, sample_S, unshared_S) -> TrainState, made in place on the mesh; `sample_S` are the rows of an account
         of a sample of rows, int32 [`sampled`], None for every other; `unshared_S` is that of `init_params`.
-      train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state.
+      train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state. With `tying.rare_gate` a
+        fifth argument is `tying.RareGate`, None where no token is rare.
       evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
       observe: (params, tokens_BS, body_update) -> metrics, as `anatomy` says.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
       sampled: how many rows the account has, if it has not all.
       batch: the sharding of tokens and weights.
-      replicated: the sharding of role_scale, decile_V and metrics.
+      replicated: the sharding of role_scale, decile_V, the gate and metrics.
     """
 
     init: Callable[..., TrainState]
@@ -192,6 +193,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
     followed = [name for name, rule in optimizer.tables.items() if rule.shared and rule.follows]
     sampled = min(tying.SAMPLE_ROWS, cfg.model.table_rows) if form == "rows" and followed else None
     wanted_share, weights = cfg.tying.output_update_share, cfg.regularisers.weights
+    gates = cfg.tying.rare_gate is not None
 
     def init(root: jax.Array, sample_S: jax.Array | None = None, unshared_S: jax.Array | None = None) -> TrainState:
         params = init_params(cfg, root, unshared_S)
@@ -221,21 +223,29 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             tables = jax.tree.map(jnp.add, tables, others)
         return jnp.asarray(optax.tree.norm({"tables": tables, "body": grads["body"]}))
 
-    def by_role(state: TrainState, role_grads: Tables, role_scale: Tables) -> tuple[Tables, Tables]:
-        """What each role's gradient is to every table, {name: gradient}: before its scale, of the rows that are
-        followed, and after it, of those that the table's rule asks for."""
+    def by_role(
+        state: TrainState, role_grads: Tables, gated_VD: jax.Array | None, role_scale: Tables
+    ) -> tuple[Tables, Tables]:
+        """What each role's gradient is to every table, {name: gradient}: before gate and scale, of the rows that are
+        followed, and after them, of those that the table's rule asks for."""
         rows = state.account.rows.sample if state.account else None
-        scaled = jax.tree.map(lambda s, g: s.astype(g.dtype) * g, role_scale, role_grads)
+        gated = role_grads if gated_VD is None else role_grads._replace(output=gated_VD)
+        scaled = jax.tree.map(lambda s, g: s.astype(g.dtype) * g, role_scale, gated)
         whole, wanted = (scheme.by_role(state.params["tables"], g) for g in (role_grads, scaled))
-        raw = Tables(
-            *({name: tying.taken(G, rows if name in followed else None) for name, G in of.items()} for of in whole)
-        )
+
+        def of_rows(whole: Tables) -> Tables:
+            return Tables(
+                *({name: tying.taken(G, rows if name in followed else None) for name, G in of.items()} for of in whole)
+            )
+
+        raw = of_rows(whole)
+        unscaled = raw if gated_VD is None else of_rows(scheme.by_role(state.params["tables"], gated))
         few = [name for name in followed if optimizer.tables[name].takes_rows]
         # Rows are taken first: scaled after that, the others are not computed.
         sample = Tables(
             *(
                 {name: tying.taken(s, rows if s.ndim else None) * of[name] for name in few}
-                for s, of in zip(role_scale, raw, strict=True)
+                for s, of in zip(role_scale, unscaled, strict=True)
             )
         )
         return raw, Tables(*(of | rows_alone for of, rows_alone in zip(wanted, sample, strict=True)))
@@ -258,11 +268,15 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         return found
 
     def train(
-        state: TrainState, tokens_BS: jax.Array, role_scale: Tables, decile_V: jax.Array
+        state: TrainState,
+        tokens_BS: jax.Array,
+        role_scale: Tables,
+        decile_V: jax.Array,
+        gate: RareGate | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         if state.held is not None:
             role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
-        value, (grads, role_grads, squares) = gradients(state.params, tokens_BS, role_scale)
+        value, (grads, role_grads, squares, *gated) = gradients(state.params, tokens_BS, role_scale, gate)
         others, about_others = None, {}
         if weights:
             with jax.named_scope("regularisers"):
@@ -278,8 +292,8 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
                 norms = Tables(about_roles["input_grad_norm"], about_roles["output_grad_norm"])
                 about_roles |= tying.signal_and_noise(norms, squares.roles, cfg.data.microbatches)
             # What is only observed is behind barriers: fused with the update it would change the update's last bits.
-            role_grads = jax.lax.optimization_barrier(role_grads)
-            raw_by_role, scaled_by_role = by_role(state, role_grads, role_scale)
+            role_grads, gated_VD = jax.lax.optimization_barrier((role_grads, gated[0] if gated else None))
+            raw_by_role, scaled_by_role = by_role(state, role_grads, gated_VD, role_scale)
         with jax.named_scope("optimizer"):
             limit, raw = cfg.optimizer.clip_norm, cfg.optimizer.clip_by == "raw"
             clipped_norm = grad_norm if raw else jnp.asarray(optax.tree.norm(grads))
@@ -335,7 +349,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         train=jax.jit(
             train,
             donate_argnums=0,
-            in_shardings=(placed, batch, everywhere, everywhere),
+            in_shardings=(placed, batch, everywhere, everywhere, *([everywhere] if gates else [])),
             out_shardings=(placed, everywhere),
         ),
         observe=jax.jit(anatomy(cfg, layout), in_shardings=(placed.params, batch, None), out_shardings=everywhere),

@@ -33,13 +33,18 @@ WINDOWS = 10
 PACKAGES = ("tiedjax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
+def zipf_shares(cfg: RunConfig) -> np.ndarray:
+    """[V], the chance of each id in `zipf_tokens`; 0 for rows that no token has."""
+    chance_V = 1 / (np.arange(cfg.model.vocab_size) + 2.7)
+    return np.pad(chance_V / chance_V.sum(), (0, cfg.model.table_rows - cfg.model.vocab_size))
+
+
 def zipf_tokens(cfg: RunConfig, count: int) -> np.ndarray:
     """int32 [count, B, T + 1], a function of the seed: ids are ranks, drawn as Zipf and Mandelbrot find words to occur.
 
     A gradient of the lookup collides on frequent tokens; uniform tokens would make it cheaper than text does.
     """
-    chance_V = 1 / (np.arange(cfg.model.vocab_size) + 2.7)
-    up_to_V = np.cumsum(chance_V / chance_V.sum())
+    up_to_V = np.cumsum(zipf_shares(cfg)[: cfg.model.vocab_size])
     shape = (count, cfg.data.batch_size, cfg.model.seq_len + 1)
     ranks = np.searchsorted(up_to_V, np.random.default_rng(cfg.train.seed).random(shape))
     return np.minimum(ranks, cfg.model.vocab_size - 1).astype(np.int32)
@@ -84,7 +89,9 @@ class Stepper:
         rows = sharding.local_rows(mesh, cfg.data.batch_size)
         self._batches = [sharding.global_batch(batch[rows], mesh, cfg.data.batch_size) for batch in tokens]
         deciles = frequency_deciles(np.bincount(tokens.ravel(), minlength=cfg.model.table_rows))
-        self._constants = everywhere(tying.role_scale(cfg.tying)), everywhere(deciles)
+        self._constants = [everywhere(tying.role_scale(cfg.tying)), everywhere(deciles)]
+        if cfg.tying.rare_gate is not None:
+            self._constants.append(everywhere(tying.rare_gate(cfg, zipf_shares(cfg))))
         self._state = start(cfg, steps)
         self._losses: list[jax.Array] = []
         began = time.perf_counter()

@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tiedjax import sharding
+from tiedjax import sharding, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import to_tree
 from tiedjax.cost import hlo, roofline
 from tiedjax.cost import topology as topologies
+from tiedjax.cost.bench import zipf_shares
 from tiedjax.cost.gpus import Hosts
 from tiedjax.cost.kernels import kernels
 from tiedjax.cost.report import GpuWork, Report, as_json, lines, product
@@ -144,13 +145,16 @@ def _standard_error() -> Iterator[io.StringIO]:
 
 
 def arguments(cfg: RunConfig, steps: Steps) -> tuple[Any, ...]:
-    """The shapes and shardings of what `steps.train` takes."""
+    """The shapes and shardings of what `steps.train` takes; tokens are as rare as those of `zipf_tokens`."""
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=steps.replicated)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=steps.replicated)
+    gate = jax.tree.map(like, tying.rare_gate(cfg, zipf_shares(cfg)))
     return (
         steps.abstract,
         jax.ShapeDtypeStruct((cfg.data.batch_size, cfg.model.seq_len + 1), jnp.int32, sharding=steps.batch),
         Tables(scalar, scalar),
         jax.ShapeDtypeStruct((cfg.model.table_rows,), jnp.int32, sharding=steps.replicated),
+        *([] if cfg.tying.rare_gate is None else [gate]),
     )
 
 

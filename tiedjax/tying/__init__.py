@@ -1,9 +1,9 @@
 """Tying: who owns the table parameters, the exact split of their gradient by role, and the account of who wrote them.
 
 Only this room knows tied from untied. Everyone else is given `Tables`, one [V, D] array for each role; under tying
-the two are the same array. `tables` holds the pair, `split` what divides its gradient, `schemes` how it comes from
-parameters, `account` what each role's updates wrote, `anatomy` what the output role's gradient is made of,
-`regularisers` what the loss may have of the tables themselves.
+the two are the same array. `tables` holds the pair, `split` what divides its gradient, `gate` what takes rare tokens'
+push out of it, `schemes` how it comes from parameters, `account` what each role's updates wrote, `anatomy` what the
+output role's gradient is made of, `regularisers` what the loss may have of the tables themselves.
 """
 
 from tiedjax.tying.account import (
@@ -24,6 +24,7 @@ from tiedjax.tying.account import (
     update_metrics,
 )
 from tiedjax.tying.anatomy import common_mode, pull_and_push, signal_and_noise
+from tiedjax.tying.gate import RareGate, gate_in_words, gate_push, rare_gate
 from tiedjax.tying.regularisers import anchored, penalty
 from tiedjax.tying.schedule import (
     begun_from,
@@ -64,6 +65,7 @@ __all__ = [
     "Law",
     "Parameter",
     "Parts",
+    "RareGate",
     "Rows",
     "Scheme",
     "Start",
@@ -83,12 +85,15 @@ __all__ = [
     "earliest_change",
     "error",
     "follow",
+    "gate_in_words",
+    "gate_push",
     "init_tables",
     "keeps_squares",
     "opened",
     "penalty",
     "plain",
     "pull_and_push",
+    "rare_gate",
     "refuse_another_scheme",
     "refuse_impossible_changes",
     "refuse_options_of_roles",

@@ -45,7 +45,8 @@ def changes(cfg: RunConfig) -> bool:
 
 
 def stage(cfg: RunConfig, changed: bool) -> RunConfig:
-    """The config in force before the scheme of a run has changed, and after it: its own scheme, and no change to come.
+    """The config in force before the scheme of a run has changed, and after it: its own scheme and the rare-token gate,
+    and no change to come.
 
     After it that of `cfg` itself where it never changes.
     """
@@ -53,9 +54,10 @@ def stage(cfg: RunConfig, changed: bool) -> RunConfig:
     if not (changed and changes(cfg)):
         return cfg
     if _unties(options):
-        later = TyingConfig(scheme="untied", account=options.account)
+        later = TyingConfig(scheme="untied", account=options.account, rare_gate=options.rare_gate)
     else:  # whose account would be that of the time from the change on
-        later = TyingConfig(scheme="transform" if options.tie_by == "transform" else "tied", account="off")
+        scheme: Any = "transform" if options.tie_by == "transform" else "tied"
+        later = TyingConfig(scheme=scheme, account="off", rare_gate=options.rare_gate)
     return dataclasses.replace(cfg, tying=later)
 
 
