@@ -371,7 +371,12 @@ def test_where_no_token_is_rare_a_line_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("value", "says"),
-    [(0.0, "must be > 0, got 0.0"), (-0.5, "must be > 0, got -0.5"), (float("nan"), "must be finite, got nan")],
+    [
+        (0.0, "must be > 0, got 0.0"),
+        (-0.5, "must be > 0, got -0.5"),
+        (1.5, "must be <= 1, got 1.5"),
+        (float("nan"), "must be finite, got nan"),
+    ],
 )
 def test_a_limit_that_makes_no_sense_is_refused(value: float, says: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -244,6 +244,7 @@ class TyingConfig(_Checked):
         "appearances per update, by the training text, below which a token is rare, some 0.03: what pushes its output "
         "row while the target is not rare is multiplied by that number of its own (arXiv 2109.03127); null: no gate",
         above=0,
+        at_most=1,
     )
     account: Literal["auto", "whole", "checked", "rows", "off"] = _option(
         "auto",
