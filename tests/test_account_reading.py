@@ -123,8 +123,8 @@ def test_what_is_said_of_what_each_role_reads() -> None:
     ]
     exact = lambda value: f"{value:.3f}{N}±{N}0.000"
     assert [list(row.values()) for row in section.readers(results)] == [
-        ["half", "lookup", True, *map(exact, (0.11, 0.62, 0.27)), "–", exact(0.001)],
-        ["half", "output", False, *map(exact, (0.12, 0.33, 0.55)), "–", exact(0.042)],
+        ["half", "lookup", True, *map(exact, (0.11, 0.62, 0.27)), *["–"] * 4, exact(0.001)],
+        ["half", "output", False, *map(exact, (0.12, 0.33, 0.55)), *["–"] * 4, exact(0.042)],
     ]
     assert [row["arm"] for row in section.shares(results)] == ["tied"]
 

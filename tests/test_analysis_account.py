@@ -237,19 +237,23 @@ def test_the_lookup_is_harmed_helped_or_neither(in_out: list[float | None], says
 def test_regularisers_have_a_place_in_words_and_tables_where_there_are_any() -> None:
     without, found = (results([0.2, 0.3]) for _ in range(2))
     for i, record in enumerate(found["account"]):
-        shares = {"initial": 0.25, "input": 0.125, "output": 0.75, "regulariser": -0.125}
+        by_regulariser = {"anchor": 0.0625, "cosine": -0.1875}
+        shares = {"initial": 0.25, "input": 0.125, "output": 0.75, "regularisers": by_regulariser}
         record["shares"] = record["shares"] | shares
-        record["early"] = record["early"] | {"regulariser": 0.05}
-        record["changes"] = [record["changes"][0] | {"regulariser": 0.002 + 0.001 * i}]
+        record["early"] = record["early"] | {"regularisers": {"anchor": 0.02, "cosine": 0.03}}
+        changes = {"anchor": 0.004, "cosine": 0.002 + 0.001 * i}
+        record["changes"] = [record["changes"][0] | {"regularisers": changes}]
     assert section.why(found)[0] == (
-        f"The output role wrote 75.0{N}±{N}0.0{N}% of the final a table and the input role 12.5{N}±{N}0.0{N}%; the "
-        f"regularisers −12.5{N}±{N}0.0{N}%; 25.0{N}±{N}0.0{N}% is left of the initial one."
+        f"The output role wrote 75.0{N}±{N}0.0{N}% of the final a table and the input role 12.5{N}±{N}0.0{N}%; "
+        f"25.0{N}±{N}0.0{N}% is left of the initial one. The cosine regulariser wrote −18.8{N}±{N}0.0{N}%. The anchor "
+        f"regulariser wrote 6.2{N}±{N}0.0{N}%."
     )
     assert section.when(found) == [
         f"The first 9 steps wrote 15.0{N}±{N}0.0{N}% of the final a table; they have 10{N}±{N}0{N}% of the summed "
         "learning rate."
     ]
-    assert [section.regularised(each) for each in (found, without)] == [True, False]
-    assert section.shares(found)[0]["regulariser"] == f"−0.125{N}±{N}0.000"
-    assert section.shares(without)[0]["regulariser"] == "–"
-    assert section.changes(found)[0]["regulariser"] == f"2.50{N}±{N}6.35"
+    assert [section.regularisers(each) for each in (found, without)] == [["cosine", "anchor"], []]
+    row, blank, change = section.shares(found)[0], section.shares(without)[0], section.changes(found)[0]
+    assert (row["cosine"], row["anchor"], row["mean"]) == (f"−0.188{N}±{N}0.000", f"0.062{N}±{N}0.000", "–")
+    assert (blank["cosine"], blank["anchor"]) == ("–", "–")
+    assert (change["cosine"], change["anchor"]) == (f"2.50{N}±{N}6.35", f"4.00{N}±{N}0.00")

@@ -63,7 +63,7 @@ def one_alone(name: str, tokens: int = TOKENS) -> RunConfig:
 
 def ours(name: str, table: Any, start: Any, tokens: int = TOKENS) -> tuple[float, np.ndarray]:
     """The value and the gradient that a run with this regulariser alone has."""
-    of = lambda E_VD: tying.penalty(one_alone(name, tokens), Tables(E_VD, E_VD), {"shared": jnp.asarray(start)})
+    of = lambda E_VD: tying.penalty(one_alone(name, tokens), name, Tables(E_VD, E_VD), {"shared": jnp.asarray(start)})
     found, gradient = jax.value_and_grad(of)(jnp.asarray(table))
     return float(found), np.asarray(gradient)
 
@@ -247,12 +247,11 @@ def test_weights_of_zero_change_no_bit_and_add_no_array(monkeypatch: pytest.Monk
     assert set(least.metrics[0]) - set(without.metrics[0]) == {
         "regulariser",
         "regulariser_grad_norm",
-        "regulariser_update_norm",
-        "regulariser_loss_change",
+        *(f"regulariser_{name}_{what}" for name in WEIGHTS for what in ("update_norm", "loss_change")),
     }
     assert set(paths(least.states[0])) - set(paths(without.states[0])) == {
-        ".opt_state.tables['shared'].regulariser_mu",
-        ".account.regulariser['shared']",
+        *(f".opt_state.tables['shared'].regulariser_mu['{name}']" for name in WEIGHTS),
+        *(f".account.regulariser['shared']['{name}']" for name in WEIGHTS),
         ".anchor['shared']",
     }
     given = without.states[0], random_tokens(off), tying.role_scale(off.tying), deciles(off)
@@ -316,7 +315,7 @@ def test_their_kernels_are_a_part_of_the_step_by_themselves() -> None:
 def test_parts_and_decay_sum_to_the_update(
     kind: str, form: str, scheme: str, rates: tuple[float, float] | None
 ) -> None:
-    """Of every array; an array of one role has a part of the regularisers too."""
+    """Of every array; an array of one role has a part of each regulariser too."""
     own = [RoleOptimizerConfig(learning_rate=rate) for rate in rates or (None, None)]
     tables = TableOptimizerConfig(kind=kind, input=own[0], output=own[1], centered=scheme == "tied")  # type: ignore[arg-type]
     options = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.2, clip_norm=0.1, tables=tables)
@@ -329,10 +328,41 @@ def test_parts_and_decay_sum_to_the_update(
             kept = (1 - parts.decay) * before.params["tables"][name]
             if scheme == "tied":
                 kept -= kept.mean(axis=0, keepdims=True)
-            written = [part for part in (*parts.roles, parts.regulariser) if part is not None]
+            written = [*(part for part in parts.roles if part is not None), *parts.regulariser.values()]
             np.testing.assert_allclose(kept + sum(written), after.params["tables"][name], rtol=0, atol=1e-12)
-            assert np.abs(parts.regulariser).max() > 1e-4 or after is not run.states[-1]
-            assert len(written) == (3 if name == "shared" else 2)
+            for regulariser, part in parts.regulariser.items():
+                centred_away = regulariser == "mean" and scheme == "tied"  # which moves all rows alike, sizes apart
+                assert np.abs(part).max() > 1e-7 or centred_away or after is not run.states[-1]
+            assert list(parts.regulariser) == sorted(WEIGHTS)
+            assert len(written) == (6 if name == "shared" else 5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_each_of_two_regularisers_has_the_part_of_its_own_first_moment() -> None:
+    """Both by hand, from the table before every update; they share the second moment with the roles."""
+    weights = {"mean": 40.0, "anchor": 3.0}
+    options = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.2, clip_norm=0.1)
+    cfg = regularised(weights=weights, optimizer=options, tying=TyingConfig(account="checked"))
+    run, optimizer = Trained(cfg, 4, jnp.float64), step._optimizer(cfg, ONE_DEVICE)
+    start, n = np.asarray(run.states[0].params["tables"]["shared"]), cfg.model.vocab_size
+    moments = dict.fromkeys(weights, np.zeros_like(start))
+    written = dict.fromkeys(weights, np.zeros_like(start))
+    for i, (before, after) in enumerate(zip(run.states, run.states[1:], strict=False)):
+        E, table = np.asarray(before.params["tables"]["shared"]), after.opt_state.tables["shared"]
+        parts = optimizer.last_parts(after.opt_state, after.account.rows)["shared"]  # type: ignore[union-attr]
+        factor, rate = float(run.metrics[i]["clip_factor"]), float(run.metrics[i]["learning_rate"])
+        size = np.sqrt(np.asarray(table.nu) / (1 - options.b2 ** (i + 1))) + options.eps
+        assert factor < 1
+        for kind, weight in weights.items():
+            gradient = factor * weight * penalties.gradient(kind, E, n, start)
+            moments[kind] = options.b1 * moments[kind] + (1 - options.b1) * gradient
+            np.testing.assert_allclose(table.regulariser_mu[kind], moments[kind], rtol=1e-6, atol=1e-12)
+            part = -rate * moments[kind] / (1 - options.b1 ** (i + 1)) / size
+            np.testing.assert_allclose(parts.regulariser[kind], part, rtol=2e-6, atol=1e-12)
+            written[kind] = (1 - rate * options.weight_decay) * written[kind] + part
+            of_account = after.account.regulariser["shared"][kind]  # type: ignore[union-attr, index]
+            np.testing.assert_allclose(of_account, written[kind], rtol=0, atol=1e-7)
+    assert all(np.abs(each).max() > 1e-3 for each in written.values())
 
 
 @pytest.mark.usefixtures("float64")
@@ -351,8 +381,8 @@ def test_the_input_role_s_step_share_is_of_a_second_moment_that_has_regularisers
     assert float(run.metrics[-1]["input_step_share"]) == pytest.approx(from_input / whole, rel=1e-6)
 
 
-def test_first_order_changes_have_that_by_regularisers() -> None:
-    """It is the inner product of the next batch's gradient, both roles', with what they wrote."""
+def test_first_order_changes_have_that_by_each_regulariser() -> None:
+    """It is the inner product of the next batch's gradient, both roles', with what that one wrote."""
     cfg = regularised(tying=TyingConfig(account="checked"))
     run = Trained(cfg, 3)
     optimizer = step._optimizer(cfg, ONE_DEVICE)
@@ -363,16 +393,18 @@ def test_first_order_changes_have_that_by_regularisers() -> None:
         G = sum(
             np.asarray(each) for each in by_role(state.params, random_tokens(cfg, i), tying.role_scale(cfg.tying))[1][1]
         )
-        expected = float(np.sum(G * np.asarray(part.regulariser)))
-        assert float(metrics["regulariser_loss_change"]) == pytest.approx(expected, rel=1e-3)
-        before = np.asarray(state.params["tables"]["shared"]) - sum(map(np.asarray, (*part.roles, part.regulariser)))
+        changes = {kind: float(np.sum(G * np.asarray(wrote))) for kind, wrote in part.regulariser.items()}
+        for kind, expected in changes.items():
+            assert float(metrics[f"regulariser_{kind}_loss_change"]) == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        written = [np.asarray(each) for each in (*part.roles, *part.regulariser.values())]
+        before = np.asarray(state.params["tables"]["shared"]) - sum(written)
         decay = float(part.decay)
         assert float(metrics["decay_loss_change"]) == pytest.approx(-decay / (1 - decay) * np.sum(G * before), rel=1e-3)
-        norm = np.linalg.norm(
-            optimizer.last_parts(run.states[i + 1].opt_state, state.account.rows)["shared"].regulariser
-        )  # type: ignore[union-attr]
-        assert float(metrics["regulariser_update_norm"]) == pytest.approx(norm, rel=1e-5)
-    assert np.isnan(float(run.metrics[0]["regulariser_loss_change"]))
+        now = optimizer.last_parts(run.states[i + 1].opt_state, state.account.rows)["shared"]  # type: ignore[union-attr]
+        for kind, wrote in now.regulariser.items():
+            norm = np.linalg.norm(wrote)
+            assert float(metrics[f"regulariser_{kind}_update_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert np.isnan(float(run.metrics[0]["regulariser_anchor_loss_change"]))
 
 
 # ---- A run on the disk ----
@@ -386,6 +418,7 @@ def anchored(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+ON_NAMES = ("cosine", "anchor")
 ON = {"regularisers.cosine": 50.0, "regularisers.anchor": 3.0}
 
 
@@ -395,35 +428,40 @@ def test_a_run_continues_bit_for_bit(anchored: Path, text: Path, tmp_path: Path)
     assert_same_run(tmp_path / "run", anchored)
 
 
-def test_the_shares_of_four_parts_sum_to_one(anchored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shares_of_five_parts_sum_to_one(anchored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tiedjax.load_run(anchored)
     parts, found, table = run.account(), account(run), run.tables().input
-    assert parts.regulariser is not None
-    np.testing.assert_allclose(parts.initial + parts.input + parts.output + parts.regulariser, table, rtol=0, atol=1e-6)
+    assert list(parts.regularisers) == ["anchor", "cosine"]
+    of_roles = parts.initial + parts.input + parts.output
+    np.testing.assert_allclose(of_roles + sum(parts.regularisers.values()), table, rtol=0, atol=1e-6)
     for shares in (found.shares, *found.strata.values()):
-        assert shares.regulariser is not None
-        assert shares.initial + shares.input + shares.output + shares.regulariser == pytest.approx(1, abs=1e-5)
-    along = np.sum(parts.regulariser * table) / np.sum(np.square(table))
-    assert found.shares.regulariser == pytest.approx(along, abs=1e-6)
-    assert abs(along) > 1e-4
-    assert sum(span.regulariser or 0 for span in found.spans) == pytest.approx(along, abs=1e-6)
-    assert found.spans[1].written == sum(getattr(found.spans[1], part) for part in ("input", "output", "regulariser"))
+        others = sum(shares.regularisers.values())
+        assert shares.initial + shares.input + shares.output + others == pytest.approx(1, abs=1e-5)
+    for name, wrote in parts.regularisers.items():
+        along = np.sum(wrote * table) / np.sum(np.square(table))
+        assert found.shares.regularisers[name] == pytest.approx(along, abs=1e-6)
+        assert abs(along) > 1e-5
+        assert sum(span.regularisers[name] for span in found.spans) == pytest.approx(along, abs=1e-6)
+        logged = run.metrics[f"regulariser_{name}_loss_change"]
+        assert found.changes[2].regularisers[name] == pytest.approx(np.nanmean(logged))
+    span = found.spans[1]
+    assert span.written == span.input + span.output + sum(span.regularisers.values())
     assert found.error is not None
     assert found.error < 1e-6
-    logged = run.metrics["regulariser_loss_change"]
-    assert found.changes[2].regulariser == pytest.approx(np.nanmean(logged))
     assert cli.main(["analyze", "account", str(anchored)]) == 0
     shown = capsys.readouterr().out
-    assert shown.splitlines()[1].split() == ["tokens", "rows", "initial", "input", "output", "regulariser"]
-    assert f"{found.shares.regulariser:.4f}" in shown.splitlines()[2]
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[1] == ["tokens", "rows", "initial", "input", "output", "cosine", "anchor"]
+    assert lines[2][-2:] == [f"{found.shares.regularisers[name]:.4f}" for name in ON_NAMES]
     assert (
-        "initial: what is left of the first table; input, output: of what that role's updates wrote; regulariser: of "
-        "what regularisers wrote; they sum to 1\n"
+        "initial: what is left of the first table; input, output: of what that role's updates wrote; cosine, anchor: "
+        "of what that regulariser wrote; they sum to 1\n"
     ) in shown
-    assert "of all rates  input  output  regulariser  all\n" in " ".join(shown.split(" ")) or "regulariser" in shown
-    change = found.changes[1].regulariser
-    assert change is not None
-    assert f"{1000 * change:.4f}" in next(line for line in shown.splitlines() if line.startswith("2-8 "))
+    assert ["steps", "of", "all", "rates", "input", "output", "cosine", "anchor", "all"] in lines
+    assert ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", "cosine", "anchor", "body"] in lines
+    changes = [found.changes[1].regularisers[name] for name in ON_NAMES]
+    shown_changes = next(line for line in lines if line[:1] == ["2-8"] and len(line) == 9)[6:8]
+    assert shown_changes == [f"{1000 * change:.4f}" for change in changes if change is not None]
 
 
 def test_the_anchor_of_a_run_that_begins_with_another_is_that_one_s_table(
@@ -504,7 +542,7 @@ def test_lion_takes_regularisers_without_an_account() -> None:
     options = OptimizerConfig(tables=TableOptimizerConfig(kind="lion"))
     run = Trained(regularised(tying=TyingConfig(account="off"), optimizer=options), 2)
     assert float(run.metrics[1]["regulariser"]) > 0
-    assert "regulariser_update_norm" not in run.metrics[1]
+    assert "regulariser_cosine_update_norm" not in run.metrics[1]
 
 
 def test_weights_below_0_are_refused() -> None:

@@ -155,30 +155,32 @@ def test_results_without_histograms_of_rows_are_drawn_with_a_line_that_says_so()
 # ---- What the small study does not come to
 
 
-def test_what_regularisers_wrote_has_a_column_a_bar_and_a_place_in_the_text() -> None:
-    """Of arms that have any; the others' cells are dashes."""
+def test_what_each_regulariser_wrote_has_a_column_a_bar_and_a_place_in_the_text() -> None:
+    """Of arms that have it; the others' cells are dashes."""
     results = small_study()
     for record in results["account"]:
         if record["arm"] == "tied-x5":
             for shares in (record["shares"], *record["strata"].values(), record["early"]):
-                shares["regulariser"] = 0.064
+                shares["regularisers"] = {"cosine": 0.064, "anchor": 0.031}
             for change in record["changes"]:
-                change["regulariser"] = 0.000128
+                change["regularisers"] = {"cosine": 0.000128, "anchor": 0.000512}
     text, before = page_text(results).splitlines(), page_text(small_study()).splitlines()
     new = [line for line in text if line not in before]
     starts = ("Adam, not the gradient", "Tokens | ", "all | ", "Steps | Lookup", "1–20 | ")
     rows = [next(line for line in new if line.startswith(start)) for start in starts]
-    assert "what the output role’s gradient wrote, what regularisers wrote, and decay;" in rows[0]
-    assert "the four shares sum to 1" in rows[0]
-    assert rows[1] == "Tokens | Initial table | Input role | Output role | Regularisers"
-    assert rows[2].endswith(" | –")
-    assert rows[3].endswith(" | Decay | Regularisers | Body")
-    assert rows[4].count(" | – | ") == 1
-    assert any(line.startswith("all | ") and line.endswith(" | 0.064 ± 0.000") for line in new)
-    assert sum(" | 0.13 ± 0.00 | " in line for line in new) == 3
-    assert any("; the regularisers 6.4" in line for line in new)
+    assert "what the output role’s gradient wrote, what each regulariser wrote, and decay;" in rows[0]
+    assert "the five shares sum to 1" in rows[0]
+    assert rows[1] == "Tokens | Initial table | Input role | Output role | Cosine regulariser | Anchor regulariser"
+    assert rows[2].endswith(" | – | –")
+    assert rows[3].endswith(" | Decay | Cosine regulariser | Anchor regulariser | Body")
+    assert rows[4].count(" | – | – | ") == 1
+    assert any(line.startswith("all | ") and line.endswith(" | 0.064 ± 0.000 | 0.031 ± 0.000") for line in new)
+    assert sum(" | 0.13 ± 0.00 | 0.51 ± 0.00 | " in line for line in new) == 3
+    assert any(" The cosine regulariser wrote 6.4" in line for line in new)
+    assert any(" The anchor regulariser wrote 3.1" in line for line in new)
     drawn_new = set(figures_text(results).splitlines()) - set(figures_text(small_study()).splitlines())
-    assert len([line for line in drawn_new if "0.064" in line]) == 4
+    for share in ("0.064", "0.031"):
+        assert len([line for line in drawn_new if share in line]) == 4
 
 
 def test_a_table_of_an_arm_with_two_is_named_with_its_role() -> None:

@@ -70,7 +70,7 @@ class FakeRun:
         """Three quarters of what the table has besides its start are the output role's."""
         start, table = self.tables(0).input, self.tables(step).input
         parts = {"initial": start, "input": (table - start) / 4, "output": 3 * (table - start) / 4}
-        return SimpleNamespace(rows=np.arange(len(table)), log_kept=0.0, regulariser=None, **parts)
+        return SimpleNamespace(rows=np.arange(len(table)), log_kept=0.0, regularisers={}, **parts)
 
     def params(self, step: int | None = None) -> None:
         raise UserError(f"{self.path}: holds no checkpoint")

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 from tiedjax.errors import UserError
 
 ROLES = ("input", "output")  # of a table
+REGULARISERS = ("cosine", "orthogonality", "mean", "anchor")
 
 _STRICT = {"extra": "forbid", "strict": True}
 
@@ -284,13 +285,8 @@ class RegularisersConfig(_Checked):
     @property
     def weights(self) -> dict[str, float]:
         """Those that are on, by name."""
-        named = {
-            "cosine": self.cosine,
-            "orthogonality": self.orthogonality,
-            "mean": self.mean,
-            "anchor": self.anchor,
-        }
-        return {name: weight for name, weight in named.items() if weight}
+        weights = (self.cosine, self.orthogonality, self.mean, self.anchor)
+        return {name: weight for name, weight in zip(REGULARISERS, weights, strict=True) if weight}
 
 
 @dataclass(frozen=True, kw_only=True)

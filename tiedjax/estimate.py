@@ -98,9 +98,9 @@ def _sizes(cfg: RunConfig) -> Sizes:
     account = 4 * followed * (2 if form == "checked" else 1)
     moments += followed if not options.tables.kind.startswith("by_role") else 0
     if weights := cfg.regularisers.weights:
-        account += 4 * followed
+        account += 4 * followed * len(weights)
         own = sum(size[p.name] for p in scheme.parameters if p.trained and p.name not in scheme.followed)
-        moments += followed + own if form != "off" else 0
+        moments += (followed + own) * len(weights) if form != "off" else 0
     anchors = 4 * table * (1 if scheme.shares_one_table else 2) if "anchor" in weights else 0
     if tying.keeps_squares(cfg):
         moments += 2 * table + (table if form == "off" else 0)

@@ -160,12 +160,12 @@ class Optimizer:
         *,
         grad_norm: jax.Array,
         rows: tying.Rows | None = None,
-        regulariser: Mapping[str, Any] | None = None,
+        regulariser: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> tuple[dict[str, Any], OptimizerState, dict[str, tying.Parts]]:
         """What to add to `params`, the next state, and what of the tables' update each role wrote.
 
         `grads` is the gradient of the parameters with the role scales in it, `role_grads` each role's part of that of
-        the tables, {name: gradient} each, and `regulariser` the part of the regularisers, if there are any. Clipping
+        the tables, {name: gradient} each, and `regulariser` that of each regulariser, if there are any. Clipping
         compares `grad_norm` with its limit.
         """
         clipped = partial(_clipped, limit=self.cfg.clip_norm, norm=grad_norm)
@@ -173,7 +173,7 @@ class Optimizer:
         tables, states, parts = {}, {}, {}
         for name, rule in self.tables.items():
             by_role = Tables(*(clipped(own[name]) for own in role_grads)) if rule.needs_roles else Tables(None, None)
-            others = None if regulariser is None else clipped(regulariser[name])
+            others = None if regulariser is None else clipped({kind: of[name] for kind, of in regulariser.items()})
             gradient = clipped(grads["tables"][name])
             direction, states[name] = rule.update(gradient, by_role, state.tables[name], rows, others)
             rates = self._rates(name, state.tables[name].updates)
@@ -220,12 +220,12 @@ class Optimizer:
             None if part is None else -rate * part for part, rate in zip(directions.roles, rates.roles, strict=True)
         ]
         check = None if directions.check is None else -rates.roles.output * directions.check
-        others = None if directions.regulariser is None else -rates.table * directions.regulariser
+        others = jax.tree.map(lambda part: -rates.table * part, directions.regulariser)
         if self.cfg.tables.centered:
             means = Tables(*(None if part is None else jnp.mean(part, axis=0, keepdims=True) for part in written))
             written = [None if part is None else part - mean for part, mean in zip(written, means, strict=True)]
             check = None if check is None else check - means.output
-            others = None if others is None else others - jnp.mean(others, axis=0, keepdims=True)
+            others = jax.tree.map(lambda part: part - jnp.mean(part, axis=0, keepdims=True), others)
         wide = jax.tree.leaves(written)[0].dtype
         return tying.Parts(Tables(*written), check, rates.table.astype(wide) * self._weight_decay(name), others)
 
@@ -236,8 +236,7 @@ class Optimizer:
         if rule.role_rates:
             parts = rule.parts(state, None)
             written = [-rate * part for rate, part in zip(rates.roles, parts.roles, strict=True)]
-            if parts.regulariser is not None:
-                written.append(-rates.table * parts.regulariser)
+            written += [-rates.table * part for part in (parts.regulariser or {}).values()]
             update = sum(written[1:], written[0]) - rates.table.astype(table.dtype) * decay * table
         else:
             update = -rates.table * (direction + decay * table if decay else direction)
@@ -267,14 +266,14 @@ def make_optimizer(
     followed: Collection[str] | None = None,
     squares: bool = False,
     rowless: Collection[str] = (),
-    regularised: bool = False,
+    regularisers: tuple[str, ...] = (),
 ) -> Optimizer:
     """The optimizer over {"tables", "body"}, whose tables have these names.
 
     `follow` is the form of the account. Of the tables that both roles write, those have one that are `followed` (None:
     all of them). `squares` keeps a second moment for each role of a shared table. Those that are `rowless`,
-    without a row for each token, take AdamW with the options that the body's matrices have by default. `regularised`
-    says whether regularisers write the tables too.
+    without a row for each token, take AdamW with the options that the body's matrices have by default. `regularisers`
+    are the names of those that write the tables too.
     """
     dtype = None if cfg.moments_dtype == "float32" else cfg.moments_dtype
     by_part = rules(cfg)
@@ -297,7 +296,7 @@ def make_optimizer(
             form,
             role_rates=len(rates) > 1,
             squares=squares and not role,
-            regularised=regularised,
+            regularisers=regularisers,
         )
 
     def direction(kind: str) -> optax.GradientTransformation:

@@ -40,7 +40,7 @@ class RunAccount(NamedTuple):
       log_kept: the logarithm of what decay has left of the initial table.
       initial: that.
       input, output: what the updates of each role wrote and decay has left.
-      regulariser: the same of the regularisers; None of a run without any.
+      regularisers: the same of each regulariser, by its name; {} of a run without any.
     """
 
     rows: np.ndarray
@@ -48,7 +48,7 @@ class RunAccount(NamedTuple):
     initial: np.ndarray
     input: np.ndarray
     output: np.ndarray
-    regulariser: np.ndarray | None = None
+    regularisers: dict[str, np.ndarray]
 
 
 class Run:
@@ -158,7 +158,7 @@ class Run:
 
         def opened(tables: Any, sample_S: jax.Array) -> Any:
             rows = tying.rows_of(form, cfg.model.table_rows, sample_S)
-            return tying.opened(tables, names, form, rows, bool(cfg.regularisers.weights))
+            return tying.opened(tables, names, form, rows, cfg.regularisers.weights)
 
         abstract = jax.eval_shape(opened, abstract_params(cfg)["tables"], sample)
         arrays, beside = self._restored(step, account=_without_sharding(abstract))
@@ -168,11 +168,11 @@ class Run:
         if self._started is None:  # a run follows the same rows from its first step to its last
             self._started = self._restored(0)[0][names[0]][rows]
         initial = np.asarray(np.exp(log_kept) * self._started, np.float32)
-        others = None if saved.regulariser is None else saved.regulariser[names[0]]
+        others = {} if saved.regulariser is None else saved.regulariser[names[0]]
         if form == "checked":
             output = written.output
         else:
-            output = arrays[names[0]][rows] - initial - written.input - (0 if others is None else others)
+            output = arrays[names[0]][rows] - initial - written.input - sum(others.values())
         return RunAccount(rows, log_kept, initial, written.input, output, others)
 
     def params(self, step: int | None = None) -> dict[str, Any]:

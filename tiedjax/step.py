@@ -151,7 +151,7 @@ def _optimizer(cfg: RunConfig, layout: Layout) -> Optimizer:
         followed=scheme.followed,
         squares=tying.keeps_squares(cfg),
         rowless=[parameter.name for parameter in scheme.parameters if not parameter.has_rows],
-        regularised=bool(cfg.regularisers.weights),
+        regularisers=tuple(cfg.regularisers.weights),
     )
 
 
@@ -198,7 +198,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
     def init(root: jax.Array, sample_S: jax.Array | None = None, unshared_S: jax.Array | None = None) -> TrainState:
         params = init_params(cfg, root, unshared_S)
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
-        account = tying.opened(params["tables"], followed, form, rows, bool(weights))
+        account = tying.opened(params["tables"], followed, form, rows, weights)
         held = None if wanted_share is None else jnp.zeros(())
         watched = None if cfg.tying.untie_when is None else jnp.zeros(2)
         anchor = None
@@ -209,13 +209,13 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held, watched, anchor
         )
 
-    def regulariser(state: TrainState) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The weighted sum of the regularisers, and its gradient with respect to what is trained of the tables."""
+    def regularisers(state: TrainState) -> dict[str, tuple[jax.Array, dict[str, jax.Array]]]:
+        """What each adds to the loss, and its gradient with respect to what is trained of the tables."""
 
-        def value(arrays: dict[str, jax.Array]) -> jax.Array:
-            return tying.penalty(cfg, scheme.tables({**state.params["tables"], **arrays}), state.anchor)
+        def value(arrays: dict[str, jax.Array], kind: str) -> jax.Array:
+            return tying.penalty(cfg, kind, scheme.tables({**state.params["tables"], **arrays}), state.anchor)
 
-        return jax.value_and_grad(value)(trained(state.params)["tables"])
+        return {kind: jax.value_and_grad(value)(trained(state.params)["tables"], kind) for kind in weights}
 
     def unscaled_norm(grads: Any, params: Any, role_grads: Tables, others: Any) -> jax.Array:
         tables = scheme.transposed(params["tables"], role_grads)
@@ -277,11 +277,13 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         if state.held is not None:
             role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
         value, (grads, role_grads, squares, *gated) = gradients(state.params, tokens_BS, role_scale, gate)
-        others, about_others = None, {}
+        by_regulariser, others, about_others = None, None, {}
         if weights:
             with jax.named_scope("regularisers"):
                 # Behind a barrier: so the account is of the very numbers that are added, and not of some rounded anew.
-                total, others = jax.lax.optimization_barrier(regulariser(state))
+                found = jax.lax.optimization_barrier(regularisers(state))
+                by_regulariser = {kind: gradient for kind, (_, gradient) in found.items()}
+                total, others = jax.tree.map(lambda *each: sum(each[1:], each[0]), *found.values())
                 grads = {**grads, "tables": jax.tree.map(jnp.add, grads["tables"], others)}
                 norm = jnp.asarray(optax.tree.norm(others))
                 about_others = {"regulariser": total, "regulariser_grad_norm": norm}
@@ -304,7 +306,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
                 trained(state.params),
                 grad_norm=clipped_norm,
                 rows=state.account.rows if state.account else None,
-                regulariser=others,
+                regulariser=by_regulariser,
             )
             params = with_trained(state.params, optax.apply_updates(trained(state.params), updates))
         with jax.named_scope("account"):

@@ -2,15 +2,15 @@
 
 Where both roles write one table, a rule with one second moment for both is linear in the role gradients given that
 moment, so that its update is the sum of a part of each role: the first moment of a role's gradient in place of the
-whole one's. Regularisers have a part in the same way. A rule with moments of each role has its two parts to begin with.
-Parts are directions: the learning rate, decay and centring are the optimizer's.
+whole one's. Each regulariser has a part in the same way. A rule with moments of each role has its two parts to begin
+with. Parts are directions: the learning rate, decay and centring are the optimizer's.
 
 Axes: V rows of the table, D its width, S the rows that are followed (all of them, or a sample), R the check rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ class TableState(NamedTuple):
       role_nu: `Tables` of the second moment of each role, [V, D].
       input_square: [S], the input role's part of the sum of nu over each row: the average of g_input * g.
       matched: by how much the sum of both parts was multiplied in the last update.
-      regulariser_mu: the first moment of the regularisers' gradient, of the rows that are followed or of all.
+      regulariser_mu: {a regulariser's name: the first moment of its gradient}, of the rows that are followed or of all.
       row_updates: [V], how often each row was in a batch's input; `present`: [V], whether it was in the last one's.
     """
 
@@ -76,7 +76,7 @@ class TableRule:
       follow: which rows' parts are wanted, where both roles write it.
       role_rates: whether the roles' parts are given learning rates of their own.
       squares: whether the second moment of each role is kept beside the table's, for the time when each has its own.
-      regularised: whether regularisers write the table too.
+      regularisers: those that write the table too.
     """
 
     kind: str
@@ -88,7 +88,7 @@ class TableRule:
     follow: Follow
     role_rates: bool = False
     squares: bool = False
-    regularised: bool = False
+    regularisers: tuple[str, ...] = ()
 
     @property
     def shared(self) -> bool:
@@ -125,7 +125,7 @@ class TableRule:
 
     @property
     def _whole_regulariser(self) -> bool:
-        """Whether the first moment of the regularisers' gradient, if one is kept, is of all rows."""
+        """Whether the first moments of the regularisers' gradients, if they are kept, are of all rows."""
         return self._whole_input or not self.shared
 
     @property
@@ -167,12 +167,13 @@ class TableRule:
         )
 
     def _regulariser_zeros(self, zeros: Callable[..., Any], rows: Rows | None) -> Any:
-        """What its first moment starts from: of all rows where the table's whole update is to be taken apart."""
-        if not self.regularised or not (self.follows or self._whole_input):
+        """What their first moments start from: of all rows where the table's whole update is to be taken apart."""
+        if not self.regularisers or not (self.follows or self._whole_input):
             return None
-        if self._whole_regulariser:
-            return zeros()
-        return None if rows is None else zeros(rows.sample)
+        if not self._whole_regulariser and rows is None:
+            return None
+        kept = None if self._whole_regulariser or rows is None else rows.sample
+        return {kind: zeros(kept) for kind in self.regularisers}
 
     def update(
         self,
@@ -180,12 +181,12 @@ class TableRule:
         by_role: Tables,
         state: TableState,
         rows: Rows | None,
-        regulariser: jax.Array | None = None,
+        regulariser: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, TableState]:
         """The direction [V, D] of an update by `gradient` [V, D], and the next state.
 
-        The gradients `by_role` and that of the regularisers, [V, D], sum to it; where `takes_rows` those of the roles
-        are of the followed rows.
+        The gradients `by_role` and of each `regulariser`, [V, D], sum to it; where `takes_rows` those of the roles are
+        of the followed rows.
         """
         updates = optax.safe_increment(state.updates)
         if self.kind == "lion":
@@ -199,7 +200,7 @@ class TableRule:
         return self._direction(state), state
 
     def parts(self, state: TableState, rows: Rows | None) -> Parts:
-        """What the roles have in the update that led to this state, and the regularisers: directions that sum to its
+        """What the roles have in the update that led to this state, and each regulariser: directions that sum to its
         own, row by row.
 
         Of a table of both roles these must be followed, or have rates of their own.
@@ -208,8 +209,8 @@ class TableRule:
         if not self.shared:
             whole, part = self._direction(state), None
             if others is not None:
-                part = self._of(others, state.nu, state.updates)
-                whole -= part
+                part = {kind: self._of(mu, state.nu, state.updates) for kind, mu in others.items()}
+                whole -= _total(part)
             roles = Tables(*(whole if role in self.writers else None for role in Tables._fields))
             return Parts(roles, regulariser=part)
         sample, check, _ = rows or Rows(None, None, None)
@@ -225,14 +226,16 @@ class TableRule:
         mu_input_S = taken(mu.input, sample) if self._whole_input else mu.input
         from_input, from_others = self._of(mu_input_S, of_rows(sample), state.updates), None
         if others is not None:
-            others_S = taken(others, sample) if self._whole_input else others
-            from_others = self._of(others_S, of_rows(sample), state.updates)
+            kept = sample if self._whole_input else None
+            from_others = {
+                kind: self._of(taken(mu, kept), of_rows(sample), state.updates) for kind, mu in others.items()
+            }
         if self._both:
             from_output = self._of(mu.output, of_rows(sample), state.updates)
             return Parts(Tables(from_input, from_output), from_output, regulariser=from_others)
         from_output = self._of(taken(state.mu, sample), of_rows(sample), state.updates) - from_input
         if from_others is not None:
-            from_output -= from_others
+            from_output -= _total(from_others)
         output_RD = None if mu.output is None or rows is None else self._of(mu.output, of_rows(check), state.updates)
         return Parts(Tables(from_input, from_output), output_RD, regulariser=from_others)
 
@@ -254,7 +257,7 @@ class TableRule:
     def _sum(self, state: TableState) -> jax.Array:
         """The first moment, of those that are kept in its place."""
         mu: jax.Array = state.role_mu.input + state.role_mu.output
-        return mu if state.regulariser_mu is None else mu + state.regulariser_mu
+        return mu if state.regulariser_mu is None else mu + _total(state.regulariser_mu)
 
     def _of(self, mu: jax.Array, nu: Any, updates: jax.Array) -> jax.Array:
         """The direction of a first moment; the rows of `nu` are those of `mu`, or it is one row for all, or None."""
@@ -272,8 +275,9 @@ class TableRule:
         sample, check, places = rows or Rows(None, None, None)
         others = state.regulariser_mu
         if others is not None:
-            others_SD = taken(regulariser, sample if self.shared else None)
-            others = moment(regulariser if self._whole_regulariser else others_SD, others, self.b1, 1)
+            others_SD = {kind: taken(g, sample if self.shared else None) for kind, g in regulariser.items()}
+            gradients = regulariser if self._whole_regulariser else others_SD
+            others = {kind: moment(gradients[kind], mu, self.b1, 1) for kind, mu in others.items()}
         if self.takes_rows:
             sample, check = None, places
         kept = Tables(None if self._whole_input else sample, None if self._both else check)
@@ -292,7 +296,7 @@ class TableRule:
         if square is not None:
             of_input_SD, of_output_SD = (taken(g_VD, sample) for g_VD in by_role)
             whole_SD = of_input_SD + of_output_SD
-            product_SD = of_input_SD * (whole_SD if others is None else whole_SD + others_SD)
+            product_SD = of_input_SD * (whole_SD if others is None else whole_SD + _total(others_SD))
             square = moment(jnp.sum(product_SD, axis=-1), square, self.b2, 1)
         mu = None if self._both else moment(gradient, state.mu, self.b1, 1)
         role_nu = state.role_nu
@@ -347,6 +351,11 @@ class TableRule:
             part = jnp.where(state.present[:, None], part, 0) if lazy else part
             parts[role] = part if state.matched is None else state.matched.astype(part.dtype) * part
         return Tables(**parts)
+
+
+def _total(by_regulariser: Mapping[str, jax.Array]) -> jax.Array:
+    first, *rest = by_regulariser.values()
+    return sum(rest, first)
 
 
 def united(rule: TableRule, own: Tables, rows: Rows | None) -> TableState:

@@ -2,9 +2,9 @@
 
 An optimizer says which part of every update is whose (`parts`); their running sums, decayed as the table is, are C:
 
-    E_t = A_t E_0 + C_input,t + C_output,t [+ C_regulariser,t]    A_t: the product of all (1 - rate * weight decay)
+    E_t = A_t E_0 + C_input,t + C_output,t [+ C_anchor,t + ...]    A_t: the product of all (1 - rate * weight decay)
 
-Regularisers, where there are any, have one part together, which is no role's. Exact on the trajectory that was run,
+Each regulariser that is on has a part of its own, which is no role's. Exact on the trajectory that was run,
 whatever clipping, schedule and row scales were: an account, not a cause, since both roles decide the gradients and the
 second moment. C_output is the rest where only C_input is kept; of the check rows both are, and what (1) misses there is
 the account's error.
@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
     Attributes:
       roles: `Tables` of [S, D]; of a table that one role writes, the other's is None.
-      regulariser: [S, D], what the regularisers wrote; None without any.
+      regulariser: {its name: [S, D]}, what each regulariser wrote; None without any.
       check: [R, D], what the output role wrote by its own moment, or [V, D] where it is not the rest anywhere.
       decay: which part of the table the update took away, rate * weight decay.
     """
@@ -73,14 +73,14 @@ class Account(NamedTuple):
       written: {name: `Tables` of C}: the input role's [S, D], the output role's as `Parts.check`.
       initial: {name: E_0 of the check rows}.
       log_kept: {name: [2]}, the logarithm of A_t, and what is to be taken off the next addition to it.
-      regulariser: {name: C [S, D]} of the regularisers; None without any.
+      regulariser: {name: {a regulariser's name: its C [S, D]}}; None without any.
     """
 
     rows: Rows
     written: dict[str, Tables]
     initial: dict[str, Any]
     log_kept: dict[str, Any]
-    regulariser: dict[str, Any] | None = None
+    regulariser: dict[str, dict[str, Any]] | None = None
 
     def reopened(self, tables: Mapping[str, Any]) -> Account:
         """The account before the first update of other tables of these names."""
@@ -133,14 +133,14 @@ def rows_of(form: Follow, table_rows: int, sample: Any = None) -> Rows | None:
 
 
 def opened(
-    tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None, regularised: bool = False
+    tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None, regularisers: Iterable[str] = ()
 ) -> Account | None:
     """The account before the first update of those of these tables that have the names.
 
-    Tables may be boxed with their logical axes, which the sums then have. `regularised` says whether regularisers write
-    them too. None where nothing is followed.
+    Tables may be boxed with their logical axes, which the sums then have. `regularisers` are the names of those that
+    write them too. None where nothing is followed.
     """
-    names = tuple(names)
+    names, kinds = tuple(names), tuple(regularisers)
     if rows is None or not names:
         return None
 
@@ -153,7 +153,7 @@ def opened(
         {name: Tables(zeros(name, rows.sample), zeros(name, check)) for name in names},
         {name: taken(tables[name], rows.check) for name in names},
         {name: jnp.zeros(2, jax.tree.leaves(tables[name])[0].dtype) for name in names},
-        {name: zeros(name, rows.sample) for name in names} if regularised else None,
+        {name: {kind: zeros(name, rows.sample) for kind in kinds} for name in names} if kinds else None,
     )
 
 
@@ -174,7 +174,9 @@ def advanced(account: Account, parts: Mapping[str, Parts]) -> Account:
         new = Tables(part.roles.input, part.check)
         written[name] = Tables(*(C + (D - part.decay * C) for C, D in zip(sums, new, strict=True)))
         if regulariser is not None:
-            regulariser[name] += part.regulariser - part.decay * regulariser[name]
+            regulariser[name] = {
+                kind: C + (part.regulariser[kind] - part.decay * C) for kind, C in regulariser[name].items()
+            }
         # A sum of very many small numbers: what each addition loses is taken off the next (Kahan).
         total, lost = account.log_kept[name]
         step = jnp.log1p(-part.decay).astype(total.dtype) - lost
@@ -183,7 +185,7 @@ def advanced(account: Account, parts: Mapping[str, Parts]) -> Account:
 
 
 def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
-    """||E - A E_0 - C_input - C_output [- C_regulariser]|| / ||E|| over the check rows of all tables of both roles."""
+    """||E - A E_0 - C_input - C_output [- C_anchor - ...]|| / ||E|| over the check rows of all tables of both roles."""
     missed, size = [], []
     for name, sums in account.written.items():
         E_RD = tables[name][account.rows.check]
@@ -191,7 +193,8 @@ def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
         kept = jnp.exp(account.log_kept[name][0])
         rest_RD = E_RD - kept * account.initial[name] - sums.input[account.rows.places] - output_RD
         if account.regulariser is not None:
-            rest_RD -= account.regulariser[name][account.rows.places]
+            for C_SD in account.regulariser[name].values():
+                rest_RD -= C_SD[account.rows.places]
         missed.append(jnp.sum(jnp.square(rest_RD)))
         size.append(jnp.sum(jnp.square(E_RD)))
     return jnp.sqrt(sum(missed) / sum(size))
@@ -200,7 +203,7 @@ def error(account: Account, tables: Mapping[str, jax.Array]) -> jax.Array:
 def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
     """Norms and share of what the two roles wrote in an update, and the cosine of that where they wrote one table.
 
-    The share is output / (input + output). With regularisers the norm of what those wrote, too.
+    The share is output / (input + output). Of each regulariser the norm of what it wrote, too.
     """
     square = dict.fromkeys(ROLES, jnp.zeros(()))
     product = jnp.zeros(())
@@ -216,9 +219,11 @@ def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
         "output_update_norm": norm["output"],
         "output_update_share": norm["output"] / (norm["input"] + norm["output"]),
     }
-    others = [part.regulariser for part in parts.values() if part.regulariser is not None]
-    if others:
-        metrics["regulariser_update_norm"] = jnp.sqrt(sum(jnp.sum(jnp.square(part_SD)) for part_SD in others))
+    by_others: dict[str, jax.Array] = {}
+    for part in parts.values():
+        for kind, part_SD in (part.regulariser or {}).items():
+            by_others[kind] = by_others.get(kind, 0) + jnp.sum(jnp.square(part_SD))
+    metrics |= {f"regulariser_{kind}_update_norm": jnp.sqrt(value) for kind, value in by_others.items()}
     if any(_of_both(part) for part in parts.values()):
         metrics["role_update_cosine"] = product / (norm["input"] * norm["output"])
     return metrics
@@ -232,11 +237,11 @@ def compromise(
     `role_grads` has for each role the gradient of the mean loss with respect to {name: table}, before any scale, of the
     rows that are followed; `parts` are those of the last update, `tables` what it made of them. m_A_B is <G_A, D_B>:
     through the use that role A makes of a table, of what role B wrote. The columns of that matrix are summed as
-    `input_loss_change` and `output_loss_change`; beside them the change by decay, and that by regularisers if there are
-    any: of this loss, of which they are no part.
+    `input_loss_change` and `output_loss_change`; beside them the change by decay, and that by each regulariser: of this
+    loss, of which it is no part.
     """
     matrix = {(reader, writer): jnp.zeros(()) for reader in ROLES for writer in ROLES}
-    decayed, by_others = jnp.zeros(()), jnp.zeros(())
+    decayed, by_others = jnp.zeros(()), dict[str, jax.Array]()
     for name, part in parts.items():
         followed = rows.sample if rows is not None and _of_both(part) else None
         table_SD = taken(tables[name], followed)
@@ -248,9 +253,9 @@ def compromise(
                     effect = jnp.sum(G_SD * part_SD)
                     matrix[reader, writer] += effect
                     before -= effect
-            if part.regulariser is not None:
-                effect = jnp.sum(G_SD * part.regulariser)
-                by_others += effect
+            for kind, part_SD in (part.regulariser or {}).items():
+                effect = jnp.sum(G_SD * part_SD)
+                by_others[kind] = by_others.get(kind, 0) + effect
                 before -= effect
             # The table before the update is (table - what was written) / (1 - decay): only its product is needed.
             decayed -= part.decay / (1 - part.decay) * before
@@ -260,7 +265,7 @@ def compromise(
         "input_loss_change": matrix["input", "input"] + matrix["output", "input"],
         "output_loss_change": matrix["input", "output"] + matrix["output", "output"],
         "decay_loss_change": decayed,
-        **({"regulariser_loss_change": by_others} if any(p.regulariser is not None for p in parts.values()) else {}),
+        **{f"regulariser_{kind}_loss_change": value for kind, value in by_others.items()},
     }
 
 

@@ -54,19 +54,18 @@ def anchor(E_VD: jax.Array, A_VD: jax.Array, n: int) -> jax.Array:
     return jnp.sum(jnp.square(_tokens(E_VD - A_VD, n))) / n
 
 
-def penalty(cfg: RunConfig, tables: Tables, anchors: Mapping[str, jax.Array] | None) -> jax.Array:
-    """The weighted sum of the regularisers that are on, over the distinct tables, in nats.
+def penalty(cfg: RunConfig, kind: str, tables: Tables, anchors: Mapping[str, jax.Array] | None) -> jax.Array:
+    """What the regulariser `kind` adds: its weight times its sum over the distinct tables, in nats.
 
     `anchors` is what `anchored` gave at the start of the run; None without that regulariser.
     """
-    weights, n, total = cfg.regularisers.weights, cfg.model.vocab_size, jnp.zeros(())
+    weight, n, total = cfg.regularisers.weights[kind], cfg.model.vocab_size, jnp.zeros(())
     for name, E_VD in distinct(tables).items():
-        for kind, weight in weights.items():
-            if kind == "anchor":
-                assert anchors is not None
-                total += weight * anchor(E_VD, anchors[name], n)
-            else:
-                total += weight * _ALONE[kind](E_VD, n)
+        if kind == "anchor":
+            assert anchors is not None
+            total += weight * anchor(E_VD, anchors[name], n)
+        else:
+            total += weight * _ALONE[kind](E_VD, n)
     return total
 
 

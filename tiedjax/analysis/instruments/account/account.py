@@ -1,7 +1,7 @@
 """Who wrote a table of both roles: the running sums of what each role's updates wrote, and what those did to the loss.
 
 At every snapshot the table is A E_0 + C_input + C_output, exactly: what is left of the initial table and of what each
-role wrote, and with regularisers + C_regulariser. A part's share of the table E is <part, E> / ||E||^2, so that the
+role wrote, and of each regulariser that is on. A part's share of the table E is <part, E> / ||E||^2, so that the
 shares sum to 1 (shares of norms would not); the same over the rows of a stratum. What role r wrote from step s to step
 t, and is left in the last table, is A_T / A_t (C_r,t - A_t / A_s C_r,s). An account, not a cause: gradients and the
 size of steps depend on both roles.
@@ -23,8 +23,9 @@ import numpy as np
 
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.instruments.account.reading import PARTS, REGULARISER, TableReading, parts_of, readings
+from tiedjax.analysis.instruments.account.reading import PARTS, TableReading, grouped, parts_of, readings
 from tiedjax.analysis.instruments.alignment.align import measure as alignment
+from tiedjax.config import REGULARISERS
 
 FIT = "orthogonal"  # of the alignment with the twin's tables
 EARLY = 0.1  # share of the steps
@@ -35,14 +36,14 @@ CHANGES = ("in_in", "in_out", "out_in", "out_out")  # of the loss: the reader, t
 class Shares:
     """Shares of a squared norm that sum to 1: what is left of the initial table, and of what each role wrote.
 
-    `regulariser` is the share of what regularisers wrote, None of a run without any.
+    `regularisers` are the shares of what each regulariser wrote, by its name.
     """
 
     rows: int
     initial: float
     input: float
     output: float
-    regulariser: float | None = None
+    regularisers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class Span:
     rate: float
     input: float
     output: float
-    regulariser: float | None = None
+    regularisers: dict[str, float] = field(default_factory=dict)
 
     @property
     def written(self) -> float:
         """The share of all that was written in it."""
-        return self.input + self.output + (self.regulariser or 0.0)
+        return self.input + self.output + sum(self.regularisers.values())
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class LossChange:
 
     `in_in`, `in_out`, `out_in` and `out_out` are M, the reader before the writer. `body` is over the steps at which it
     was measured, None where there are none; `output_update_share` is of both norms, and `cosine` of both updates;
-    `clipped` is the share of these steps whose gradient was clipped, None without a limit; `regulariser` is the change
-    by what regularisers wrote, of the loss without them, None of a run without any.
+    `clipped` is the share of these steps whose gradient was clipped, None without a limit; `regularisers` are the
+    changes by what each regulariser wrote, of the loss without them, by its name.
     """
 
     first: int
@@ -87,7 +88,7 @@ class LossChange:
     cosine: float | None
     input_step_share: float | None
     clipped: float | None
-    regulariser: float | None = None
+    regularisers: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def measure(run: Any, step: int | None = None, *, twin: Any = None) -> RunAccoun
     """
     step = run.snapshot_steps[-1] if step is None else step
     last, counts = run.account(step), run.token_counts
-    table_ND = sum((getattr(last, part) for part in parts_of(last)[1:]), last.initial)
+    first, *others = parts_of(last).values()
+    table_ND = sum(others, first)
     steps = [at for at in run.snapshot_steps if at <= step]
     written = {at: run.account(at) for at in steps[:-1]} | {step: last}
     split = early_end(steps)
@@ -180,8 +182,8 @@ def _shares(account: Any, table_ND: np.ndarray, kept_N: np.ndarray) -> Shares:
     """Of the rows of a mask; over their whole squared norm."""
     rows_MD = np.asarray(table_ND[kept_N], np.float64)
     size = np.sum(np.square(rows_MD))
-    along = {part: float(np.sum(getattr(account, part)[kept_N] * rows_MD) / size) for part in parts_of(account)}
-    return Shares(int(kept_N.sum()), **along)
+    along = {part: float(np.sum(part_ND[kept_N] * rows_MD) / size) for part, part_ND in parts_of(account).items()}
+    return Shares(int(kept_N.sum()), **grouped(along))
 
 
 def _span(
@@ -189,13 +191,15 @@ def _span(
 ) -> Span:
     size, final = np.sum(np.square(table_ND, dtype=np.float64)), max(written)
     log_kept = {at: written[at].log_kept for at in (first, last, final)}
+    before, after = (parts_of(written[at]) for at in (first, last))
     left = {
-        part: np.exp(log_kept[final] - log_kept[last]) * getattr(written[last], part)
-        - np.exp(log_kept[final] - log_kept[first]) * getattr(written[first], part)
-        for part in parts_of(written[final])[1:]
+        part: np.exp(log_kept[final] - log_kept[last]) * after[part]
+        - np.exp(log_kept[final] - log_kept[first]) * before[part]
+        for part in after
+        if part != "initial"
     }
     shares = {part: float(np.sum(part_ND * table_ND, dtype=np.float64) / size) for part, part_ND in left.items()}
-    return Span(first, last, _rate_share(metrics, first, last, final), **shares)
+    return Span(first, last, _rate_share(metrics, first, last, final), **grouped(shares))
 
 
 def _rate_share(metrics: Mapping[str, np.ndarray], first: int, last: int, final: int) -> float:
@@ -214,10 +218,17 @@ def _changes(metrics: Mapping[str, np.ndarray], first: int, last: int) -> LossCh
 
     logged_as = {name: f"m_{name}" for name in CHANGES} | {"decay": "decay_loss_change", "body": "body_loss_change"}
     logged_as |= {"output_update_share": "output_update_share", "cosine": "role_update_cosine"}
-    logged_as |= {"input_step_share": "input_step_share", REGULARISER: "regulariser_loss_change"}
+    logged_as |= {"input_step_share": "input_step_share"}
+    changed_by = {name: f"regulariser_{name}_loss_change" for name in REGULARISERS}
     factor_S = _column(metrics, "clip_factor")[inside_S]
     clipped = float(np.mean(factor_S < 1)) if len(factor_S) and np.isfinite(factor_S).all() else None
-    return LossChange(first, last, **{field: mean(name) for field, name in logged_as.items()}, clipped=clipped)
+    return LossChange(
+        first,
+        last,
+        **{field: mean(name) for field, name in logged_as.items()},
+        clipped=clipped,
+        regularisers={kind: mean(name) for kind, name in changed_by.items() if name in metrics},
+    )
 
 
 def _nearness(account: Any, twin: Any, counts: np.ndarray) -> dict[str, Score]:

@@ -45,32 +45,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _text(args: argparse.Namespace, account: RunAccount) -> str:
     from tiedjax.analysis.instruments.account.reading import parts_of
 
-    others = account.shares.regulariser is not None
-    part = ["regulariser"] if others else []
+    others = list(account.shares.regularisers)
     of = "" if account.rows == account.table_rows else f" (a sample of the {account.table_rows})"
     lines = [
         f"{args.a} at step {account.step}: who wrote its table, shares of the squared norm of {account.rows} rows{of}",
         arguments.text_table(
-            ["tokens", "rows", "initial", "input", "output", *part],
+            ["tokens", "rows", "initial", "input", "output", *others],
             [
-                [name, shares.rows, *(getattr(shares, each) for each in parts_of(shares))]
+                [name, shares.rows, *parts_of(shares).values()]
                 for name, shares in {"all": account.shares, **account.strata}.items()
             ],
         ),
         "initial: what is left of the first table; input, output: of what that role's updates wrote; "
-        + ("regulariser: of what regularisers wrote; " if others else "")
+        + (f"{', '.join(others)}: of what that regulariser wrote; " if others else "")
         + "they sum to 1",
         "",
         "when it was written: shares of the last table",
         arguments.text_table(
-            ["steps", "of all rates", "input", "output", *part, "all" if others else "both"],
+            ["steps", "of all rates", "input", "output", *others, "all" if others else "both"],
             [
-                [
-                    f"{span.first + 1}-{span.last}",
-                    span.rate,
-                    *(getattr(span, each) for each in parts_of(span)[1:]),
-                    span.written,
-                ]
+                [f"{span.first + 1}-{span.last}", span.rate, *parts_of(span).values(), span.written]
                 for span in account.spans
             ],
         ),
@@ -78,7 +72,7 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
         "",
         "change of the next batch's loss by an update, to first order, in thousandths of a nat a token",
         arguments.text_table(
-            ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", *part, "body"],
+            ["steps", "in<-in", "in<-out", "out<-in", "out<-out", "decay", *others, "body"],
             [
                 [f"{change.first + 1}-{change.last}", *map(_thousandths, _of(change, others))]
                 for change in account.changes
@@ -92,9 +86,9 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
             "",
             "who wrote what each role reads: the account carried through the scheme from snapshot to snapshot",
             arguments.text_table(
-                ["table", "initial", "input", "output", *part, "remainder"],
+                ["table", "initial", "input", "output", *others, "remainder"],
                 [
-                    [table, *(getattr(each.whole, part) for part in parts_of(each.whole)), each.whole.remainder]
+                    [table, *parts_of(each.whole).values(), each.whole.remainder]
                     for table, each in zip(("lookup", "output"), account.tables.values(), strict=True)
                 ],
             ),
@@ -115,8 +109,8 @@ def _text(args: argparse.Namespace, account: RunAccount) -> str:
     return "\n".join(lines)
 
 
-def _of(change: Any, others: bool) -> list[float | None]:
-    by_regularisers = [change.regulariser] if others else []
+def _of(change: Any, others: list[str]) -> list[float | None]:
+    by_regularisers = [change.regularisers.get(name) for name in others]
     return [change.in_in, change.in_out, change.out_in, change.out_out, change.decay, *by_regularisers, change.body]
 
 

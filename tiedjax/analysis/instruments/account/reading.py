@@ -17,7 +17,8 @@ Axes: V rows, D width.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -25,25 +26,24 @@ import numpy as np
 
 from tiedjax import tying
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.config import role_of
+from tiedjax.config import REGULARISERS, role_of
 
 PARTS = ("initial", "input", "output")
-REGULARISER = "regulariser"  # a further part, of a run that has any
 
 
 @dataclass(frozen=True)
 class Reading:
     """Shares of a table's squared norm: what is left of its initial values, and what each role wrote.
 
-    They sum to 1 less what the remainder has of it; `remainder` is its norm over the table's. `regulariser` is what
-    regularisers wrote into the array that both roles write, None without any.
+    They sum to 1 less what the remainder has of it; `remainder` is its norm over the table's. `regularisers` is what
+    each regulariser wrote into the array that both roles write, by its name.
     """
 
     initial: float
     input: float
     output: float
     remainder: float
-    regulariser: float | None = None
+    regularisers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,16 @@ class TableReading:
     strata: dict[str, Reading]
 
 
-def parts_of(account: Any) -> tuple[str, ...]:
-    """The names of the parts that an account, or shares of one, has."""
-    return PARTS if account.regulariser is None else (*PARTS, REGULARISER)
+def parts_of(account: Any) -> dict[str, Any]:
+    """The parts that an account has, or what each has in shares or in a span of one, by their names."""
+    named = {part: getattr(account, part) for part in PARTS if hasattr(account, part)}
+    return named | {name: account.regularisers[name] for name in REGULARISERS if name in account.regularisers}
+
+
+def grouped(by_part: Mapping[str, Any]) -> dict[str, Any]:
+    """Shares by the names of their parts, as the fields that they have: those of regularisers have one together."""
+    own = {name: share for name, share in by_part.items() if name not in REGULARISERS}
+    return own | {"regularisers": {name: share for name, share in by_part.items() if name in REGULARISERS}}
 
 
 def readings(run: Any, step: int) -> dict[str, TableReading]:
@@ -94,14 +101,15 @@ def carried(run: Any, steps: list[int]) -> dict[str, tying.Tables]:
     tables_of = lambda trained: scheme.tables({**fixed, **trained})
     first = tables_of({name: arrays[steps[0]][name] for name in scheme.trained})
     wide = lambda tables: tying.Tables(*(np.asarray(table, np.float64) for table in tables))
-    writers = parts_of(accounts[steps[-1]])
+    written = {at: parts_of(account) for at, account in accounts.items()}
+    writers = written[steps[-1]]
     nothing = tying.Tables(*(np.zeros_like(table, np.float64) for table in first))
     sums = dict.fromkeys(writers, nothing) | {"initial": wide(first)}
     for start, end in itertools.pairwise(steps):
         before, after = ({name: arrays[at][name] for name in scheme.trained} for at in (start, end))
         midpoint = {name: (before[name] + after[name]) / 2 for name in before}
         for writer in writers:
-            of_shared = getattr(accounts[end], writer) - getattr(accounts[start], writer)
+            of_shared = written[end][writer] - written[start][writer]
             change = {
                 name: of_shared if name == shared else (after[name] - before[name]) * (role_of(name) == writer)
                 for name in before
@@ -117,4 +125,4 @@ def _reading(parts: dict[str, tying.Tables], role: str, table_VD: np.ndarray, ke
     by_writer = {writer: getattr(tables, role)[kept] for writer, tables in parts.items()}
     shares = {writer: float(np.sum(part_MD * rows_MD) / size) for writer, part_MD in by_writer.items()}
     rest_MD = rows_MD - sum(by_writer.values())
-    return Reading(**shares, remainder=float(np.sqrt(np.sum(np.square(rest_MD)) / size)))
+    return Reading(**grouped(shares), remainder=float(np.sqrt(np.sum(np.square(rest_MD)) / size)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,23 @@ from tiedjax.analysis.basis.statistics import interval
 from tiedjax.analysis.basis.strata import STRATA
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.account.account import CHANGES, LossChange, RunAccount, Shares, measure
-from tiedjax.analysis.instruments.account.reading import PARTS, REGULARISER, Reading
+from tiedjax.analysis.instruments.account.reading import PARTS, Reading, parts_of
+from tiedjax.config import REGULARISERS
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED, Tables
 
-NAMES = {"initial": "initial table", "input": "input role", "output": "output role", REGULARISER: "regularisers"}
-_FILL = {"initial": drawing.GRID, "input": drawing.LIGHT[5], "output": drawing.LIGHT[1], REGULARISER: drawing.LIGHT[2]}
+NAMES = {
+    "initial": "initial table",
+    "input": "input role",
+    "output": "output role",
+    **{name: f"{name} regulariser" for name in REGULARISERS},
+}
+_FILL = {
+    "initial": drawing.GRID,
+    "input": drawing.LIGHT[5],
+    "output": drawing.LIGHT[1],
+    **{name: drawing.LIGHT[i] for name, i in zip(REGULARISERS, (2, 3, 4, 0), strict=True)},
+}
 
 
 def collect(study: StudyRuns) -> list[dict[str, Any]]:
@@ -84,10 +95,10 @@ def when(results: drawing.Results) -> list[str]:
 
 
 def shares(results: drawing.Results) -> list[dict[str, Any]]:
-    """Per arm and stratum of token frequency: the shares, over seeds; "–" for regularisers that it lacks."""
+    """Per arm and stratum of token frequency: the shares, over seeds; "–" for a regulariser that it lacks."""
     return [
         {"arm": arm, "tokens": name, "first": name == "all"}
-        | {part: drawing.spread(getattr(each, part) for each in of_seeds) for part in (*PARTS, REGULARISER)}
+        | {part: drawing.spread(parts_of(each).get(part) for each in of_seeds) for part in (*PARTS, *REGULARISERS)}
         for arm, accounts in _by_arm(results).items()
         for name, of_seeds in _strata(accounts).items()
     ]
@@ -101,15 +112,18 @@ def changes(results: drawing.Results) -> list[dict[str, Any]]:
             of_seeds = [account.changes[i] for account in accounts]
             cells = {
                 name: drawing.spread((_thousandths(getattr(each, name)) for each in of_seeds), 2)
-                for name in (*CHANGES, "decay", REGULARISER, "body")
+                for name in (*CHANGES, "decay", "body")
+            } | {
+                name: drawing.spread((_thousandths(each.regularisers.get(name)) for each in of_seeds), 2)
+                for name in REGULARISERS
             }
             lines.append({"arm": arm, "steps": f"{span.first + 1:,}–{span.last:,}", "first": i == 0} | cells)
     return lines
 
 
-def regularised(results: drawing.Results) -> bool:
-    """Whether regularisers wrote some arm's table too."""
-    return any(_regularised(accounts) for accounts in _all(results).values())
+def regularisers(results: drawing.Results) -> list[str]:
+    """The names of those that wrote some arm's table."""
+    return _regularisers(account for accounts in _all(results).values() for account in accounts)
 
 
 def updates(results: drawing.Results) -> list[dict[str, str]]:
@@ -143,7 +157,7 @@ def carried(results: drawing.Results) -> list[str]:
 
 def readers(results: drawing.Results) -> list[dict[str, Any]]:
     """Per such arm and table: the shares of its writers, and the remainder, over seeds."""
-    names = (*PARTS, REGULARISER, "remainder")
+    names = (*PARTS, *REGULARISERS, "remainder")
     return [
         {"arm": arm, "table": {"input": "lookup", "output": "output"}[role], "first": role == "input"}
         | {name: drawing.spread(_shares_of(accounts, role, name)) for name in names}
@@ -154,7 +168,7 @@ def readers(results: drawing.Results) -> list[dict[str, Any]]:
 
 def _shares_of(accounts: list[RunAccount], role: str, name: str) -> list[Any]:
     readings: list[Reading] = [account.tables[role].whole for account in accounts]
-    return [getattr(reading, name) for reading in readings]
+    return [(parts_of(reading) | {"remainder": reading.remainder}).get(name) for reading in readings]
 
 
 def _by_arm(results: drawing.Results) -> dict[str, list[RunAccount]]:
@@ -177,18 +191,22 @@ def _strata(accounts: list[RunAccount]) -> dict[str, list[Shares]]:
     return {"all": [a.shares for a in accounts]} | {name: [a.strata[name] for a in accounts] for name in names}
 
 
-def _regularised(accounts: list[RunAccount]) -> bool:
-    return any(account.shares.regulariser is not None for account in accounts)
+def _regularisers(accounts: Iterable[RunAccount]) -> list[str]:
+    on = {name for account in accounts for name in account.shares.regularisers}
+    return [name for name in REGULARISERS if name in on]
 
 
 def _wrote(arm: str, accounts: list[RunAccount]) -> str:
     output, first, start = (
         _percent([getattr(a.shares, part) for a in accounts]) for part in ("output", "input", "initial")
     )
-    others = f"the regularisers {_percent([a.shares.regulariser or 0.0 for a in accounts])}; "
+    others = [
+        f" The {name} regulariser wrote {_percent([a.shares.regularisers[name] for a in accounts])}."
+        for name in _regularisers(accounts)
+    ]
     return (
         f"The output role wrote {output} of the final {arm} table and the input role {first}; "
-        f"{others if _regularised(accounts) else ''}{start} is left of the initial one."
+        f"{start} is left of the initial one.{''.join(others)}"
     )
 
 
@@ -225,8 +243,8 @@ def _draw_shares(ax: drawing.Axes, results: drawing.Results) -> None:
     """One bar for each arm and stratum: what is left of the initial table, then what each role wrote."""
     bars = [(arm, name, each) for arm, accounts in _by_arm(results).items() for name, each in _strata(accounts).items()]
     left, places = np.zeros(len(bars)), np.arange(len(bars))
-    for part in (*PARTS, REGULARISER) if regularised(results) else PARTS:
-        widths = np.array([np.mean([getattr(shares, part) or 0.0 for shares in each]) for _, _, each in bars])
+    for part in (*PARTS, *regularisers(results)):
+        widths = np.array([np.mean([parts_of(shares).get(part, 0.0) for shares in each]) for _, _, each in bars])
         ax.barh(places, widths, left=left, color=_FILL[part], label=NAMES[part])
         left += widths
     ax.set_yticks(places, [arm if name == "all" else name for arm, name, _ in bars])
