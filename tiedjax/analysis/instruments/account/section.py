@@ -18,6 +18,7 @@ from tiedjax.config import REGULARISERS
 from tiedjax.errors import UserError
 from tiedjax.tying import SHARED, Tables
 
+VERSION = 2  # of its part of results.json
 NAMES = {
     "initial": "initial table",
     "input": "input role",
