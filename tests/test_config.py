@@ -144,8 +144,9 @@ def test_a_config_is_found_by_its_bare_name_and_a_file_wins(tmp_path: Path, monk
         (
             "xyz",
             "study",
-            "xyz: no such file, and no study of that name; there are g43, g43-schemes, g43-untie, initialisation, "
-            "mechanism, olmo_1b, quick, rates, schemes, shape-512, shape-8192, small, untie",
+            "xyz: no such file, and no study of that name; there are g43, g43-initialisation, g43-schemes, "
+            "g43-shape-8192, g43-untie, initialisation, mechanism, olmo_1b, quick, rates, schemes, shape-512, "
+            "shape-8192, small, untie",
         ),
     ],
 )

@@ -13,7 +13,7 @@ from runs import write_text
 from tiedjax import load_run
 from tiedjax.config_files import packaged_configs
 from tiedjax.flops import model_flops
-from tiedjax.plan import load_study, parameters
+from tiedjax.plan import in_tables, load_study, parameters
 
 STUDIES = packaged_configs("study")
 
@@ -76,9 +76,20 @@ def test_initialisation_starts_each_roles_table_as_long_as_its_arm_says(tmp_path
     assert (out / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["g43-untie", "g43-schemes"])
-def test_a_study_for_one_gpu_has_twelve_runs_of_one_shape(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "runs", "settings"),
+    [("g43-untie", 12, 4), ("g43-schemes", 12, 4), ("g43-initialisation", 12, 4), ("g43-shape-8192", 6, 2)],
+)
+def test_a_study_for_one_gpu_has_at_most_twelve_runs_of_one_shape(name: str, runs: int, settings: int) -> None:
     plan = load_study(STUDIES[name], {"data.source": "prepared:text"})
-    assert len(plan.runs) == 12
+    assert len(plan.runs) == runs
     assert {cfg.model for cfg in plan.runs.values()} == {plan.runs["tied", 0].model}
-    assert len({cfg.tying for cfg in plan.runs.values()}) == 4
+    assert len({(cfg.tying, cfg.optimizer) for cfg in plan.runs.values()}) == settings
+
+
+def test_the_shape_for_one_gpu_has_the_parameters_of_the_others_and_a_third_of_their_table() -> None:
+    usual, other = (load_study(STUDIES[name], {"data.source": "prepared:text"}) for name in ("g43", "g43-shape-8192"))
+    (ours, theirs) = (parameters(plan.runs["tied", 0]) for plan in (other, usual))
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert in_tables(other.runs["tied", 0]) / ours == pytest.approx(0.12, abs=0.005)
+    assert in_tables(usual.runs["tied", 0]) / theirs == pytest.approx(0.39, abs=0.01)
