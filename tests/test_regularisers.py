@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import penalties
 import pytest
 from conftest import random_tokens, small_config
 from programs import OPTIMIZED
-from runs import arguments, assert_same_run
+from runs import arguments, assert_same_run, write_text
 
 import tiedjax
 from tiedjax import cli, estimate, gradients, loop, step, tying
@@ -479,6 +480,29 @@ def test_the_anchor_of_a_run_that_begins_with_another_is_that_one_s_table(
     assert logged[1] == pytest.approx(sum(expected), rel=1e-4)
 
 
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_the_anchor_may_be_the_table_of_another_run(scheme: str, finished: Path, text: Path, tmp_path: Path) -> None:
+    """Its newest one, or that of a step; of every table of this run, which needs it no more once it has begun."""
+    other, weight = tmp_path / "other", {"regularisers.anchor": 2.0, "tying.scheme": scheme, "train.seed": 9}
+    other.symlink_to(finished)
+    for step_at, named in ((8, other), (1, f"{other}@1")):
+        whole, parts = (tmp_path / f"{part}-{step_at}" for part in ("whole", "parts"))
+        changes = {**weight, "regularisers.anchor_to": named}
+        assert cli.main(arguments(whole, text, changes)) == 0
+        run, near = tiedjax.load_run(whole), tiedjax.load_run(finished).tables(step_at).input
+        logged = run.metrics["regulariser"]
+        for at in (0, 1):
+            tables = tying.distinct(run.tables(at)).values()
+            expected = sum(2.0 * penalties.value("anchor", E, 320, near) for E in tables)
+            assert expected > 0.01
+            assert logged[at] == pytest.approx(expected, rel=1e-5)
+        assert cli.main(arguments(parts, text, {**changes, "train.stop_at": 3})) == 0
+        other.rename(tmp_path / "away")
+        assert cli.main(arguments(parts, text, changes)) == 0
+        assert_same_run(parts, whole)
+        (tmp_path / "away").rename(other)
+
+
 @pytest.mark.parametrize("scheme", ["tied", "untied", "low_rank"])
 def test_what_is_saved_is_foreseen(scheme: str) -> None:
     """All that regularisers add to what a run's files take."""
@@ -543,6 +567,49 @@ def test_lion_takes_regularisers_without_an_account() -> None:
     run = Trained(regularised(tying=TyingConfig(account="off"), optimizer=options), 2)
     assert float(run.metrics[1]["regulariser"]) > 0
     assert "regulariser_cosine_update_norm" not in run.metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"regularisers.anchor_to": "nowhere"}, "nowhere: is no run directory: it holds no config.yaml"),
+        ({"regularisers.anchor_to": "RUN@5"}, "RUN: holds no snapshot of step 5; there are 0, 1, 2, 4, 6, 8"),
+        (
+            {"model.d_model": 32},
+            "RUN: its tables are [320, 16], those of this run [320, 32]; name one of this shape",
+        ),
+        (
+            {"regularisers.anchor_to": "UNTIED"},
+            "UNTIED: has two tables, and this run one; name a run of one table",
+        ),
+        (
+            {"data.tokenizer": "OTHER"},
+            "RUN: has another tokenizer; give that as data.tokenizer",
+        ),
+    ],
+)
+def test_an_anchor_that_the_run_cannot_have_is_refused(
+    changes: dict[str, Any], says: str, finished: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untied, others = tmp_path / "untied", tmp_path / "others"
+    assert cli.main(arguments(untied, text, {"tying.scheme": "untied", "train.stop_at": 1})) == 0
+    assert cli.main(arguments(others, write_text(tmp_path / "other.jsonl", 5), {"train.stop_at": 1})) == 0
+    names = {"RUN": finished, "UNTIED": untied, "OTHER": others / "tokenizer.json"}
+
+    def named(value: Any) -> str:
+        return functools.reduce(lambda done, name: done.replace(name, str(names[name])), names, str(value))
+
+    capsys.readouterr()
+    given = {"regularisers.anchor": 1.0, "regularisers.anchor_to": "RUN", **changes}
+    assert cli.main(arguments(tmp_path / "run", text, {key: named(value) for key, value in given.items()})) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"tiedjax: regularisers.anchor_to: {named(says)}"
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_an_anchor_without_a_weight_is_refused() -> None:
+    with pytest.raises(UserError) as error:
+        RegularisersConfig(mean=1.0, anchor_to="runs/tied")
+    assert str(error.value) == "anchor_to: is void without a weight of anchor; give it one, or leave this out"
 
 
 def test_weights_below_0_are_refused() -> None:

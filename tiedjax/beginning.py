@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -63,28 +63,34 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
         bias_V = jax.device_put(counts.log_unigram(counts_2V[1]), place)
         state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
     if cfg.train.init is None:
-        return state
+        held_by_another = state.anchor is not None and cfg.regularisers.anchor_to is not None
+        return state._replace(anchor=_anchor(cfg, mesh, {}, about)) if held_by_another else state
     run, step = source(cfg.train.init)
     others = Checkpoints(run.path / "checkpoints", create=False)
     if others.about(step)["tokenizer"] != about["tokenizer"]:
         raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
     params = {**state.params, **_of_another_run(cfg, mesh, run, step, others)}
     account = state.account and state.account.reopened(params["tables"])
-    anchor = state.anchor and _anchor(cfg, mesh, params["tables"])
-    return state._replace(params=params, account=account, anchor=anchor)
+    state = state._replace(params=params, account=account)
+    return state if state.anchor is None else state._replace(anchor=_anchor(cfg, mesh, params["tables"], about))
 
 
 def source(init: str) -> tuple[Run, int]:
     """The run, and the step of its state, that `train.init` names. UserError where there is none."""
-    place, step = place_and_step(init)
+    return _named("train.init", init, "checkpoint")
+
+
+def _named(option: str, text: str, kind: Literal["checkpoint", "snapshot"]) -> tuple[Run, int]:
+    """The run, and the step of what it saved, that an option names, the newest by default. UserError without one."""
+    place, step = place_and_step(text)
     try:
         run = load_run(place)
     except UserError as error:
-        raise UserError(f"train.init: {error}") from None
-    saved = run.checkpoint_steps
+        raise UserError(f"{option}: {error}") from None
+    saved = run.checkpoint_steps if kind == "checkpoint" else run.snapshot_steps
     if not saved or (step is not None and step not in saved):
-        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise UserError(f"train.init: {place}: holds {which}; there are {', '.join(map(str, saved)) or 'none'}")
+        which = f"no {kind}" if step is None else f"no {kind} of step {step}"
+        raise UserError(f"{option}: {place}: holds {which}; there are {', '.join(map(str, saved)) or 'none'}")
     return run, saved[-1] if step is None else step
 
 
@@ -112,9 +118,31 @@ def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
     tying.refuse_another_scheme(run.config_at(step).tying, cfg.tying, cfg.train.init)
 
 
-def _anchor(cfg: RunConfig, mesh: Mesh, arrays: dict[str, Any]) -> dict[str, Any]:
-    """The tables of these arrays, which the run is not to leave far behind, where they lie on the mesh."""
+def refuse_another_anchor(cfg: RunConfig) -> None:
+    """UserError where the run of `regularisers.anchor_to` has no tables that those of `cfg` can be held near."""
+    text = cfg.regularisers.anchor_to
+    if text is None:
+        return
+    run, step = _named("regularisers.anchor_to", text, "snapshot")
+    theirs, ours = ([model.table_rows, model.d_model] for model in (run.config.model, cfg.model))
+    if theirs != ours:
+        raise UserError(
+            f"regularisers.anchor_to: {text}: its tables are {theirs}, those of this run {ours}; name one of this shape"
+        )
+    tying.refuse_two_anchors(run.config_at(step).tying, cfg.tying, text)
+
+
+def _anchor(cfg: RunConfig, mesh: Mesh, arrays: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The tables that the run is not to leave far behind, where they lie on the mesh: those of these arrays, or of the
+    run that `regularisers.anchor_to` names, whose one table is that of both roles."""
     places = jax.tree.map(lambda leaf: leaf.sharding, make_steps(cfg, mesh).abstract.anchor)
+    text = cfg.regularisers.anchor_to
+    if text is not None:
+        run, step = _named("regularisers.anchor_to", text, "snapshot")
+        if Checkpoints(run.path / "snapshots", create=False).about(step)["tokenizer"] != about["tokenizer"]:
+            raise UserError(f"regularisers.anchor_to: {text}: has another tokenizer; give that as data.tokenizer")
+        held: dict[str, Any] = jax.device_put(tying.as_roles(run.tables(step), places), places)
+        return held
     scheme = tying.scheme_of(cfg.tying)
     copied: dict[str, Any] = jax.jit(lambda arrays: tying.anchored(scheme, arrays), out_shardings=places)(arrays)
     return copied

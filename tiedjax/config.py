@@ -281,6 +281,13 @@ class RegularisersConfig(_Checked):
         "these four are of the one table, or of both added, and leave rows above vocab_size out",
         at_least=0,
     )
+    anchor_to: str | None = _option(
+        None, "a run, or RUN@STEP, whose tables anchor is of; null: those that this run begins with"
+    )
+
+    def _check(self) -> None:
+        if self.anchor_to is not None and not self.anchor:
+            raise UserError("anchor_to: is void without a weight of anchor; give it one, or leave this out")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.beginning import BODY_UPDATE, begin, data_begun_with, refuse_another_model
+from tiedjax.beginning import BODY_UPDATE, begin, data_begun_with, refuse_another_anchor, refuse_another_model
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves
 from tiedjax.config import RunConfig
 from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
@@ -113,6 +113,7 @@ def _train(
     make_steps(cfg, mesh)
     if not any(out.glob("checkpoints/[0-9]*")):
         refuse_another_model(cfg, mesh)
+        refuse_another_anchor(cfg)
     if process.is_main():
         held.enter_context(sole_writer(out))
     _refuse_another_run(cfg, out)

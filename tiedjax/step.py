@@ -34,8 +34,8 @@ class TrainState(NamedTuple):
 
     `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
     holds `tying.output_update_share`, None without it; `watched` are the averages that decide on `tying.untie_when`,
-    [2], None without it; `anchor` are the tables that the run began with, {name: [V, D]} by `tying.distinct`, None
-    without `regularisers.anchor`.
+    [2], None without it; `anchor` are the tables that the run is to stay near, {name: [V, D]} by `tying.distinct`,
+    None without `regularisers.anchor`.
     """
 
     step: jax.Array
@@ -133,7 +133,7 @@ def _compiled_for(cfg: RunConfig, mesh: Mesh) -> RunConfig:
     return RunConfig(
         model=decided(cfg, mesh).model,
         tying=tying.without_scales(cfg.tying),
-        regularisers=cfg.regularisers,
+        regularisers=dataclasses.replace(cfg.regularisers, anchor_to=None),
         optimizer=cfg.optimizer,
         data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
         train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),

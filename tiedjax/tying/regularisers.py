@@ -50,14 +50,14 @@ def mean(E_VD: jax.Array, n: int) -> jax.Array:
 
 
 def anchor(E_VD: jax.Array, A_VD: jax.Array, n: int) -> jax.Array:
-    """The mean over the first n rows of |e_v - a_v|^2, A the table that the run began with."""
+    """The mean over the first n rows of |e_v - a_v|^2, A the table that the run is to stay near."""
     return jnp.sum(jnp.square(_tokens(E_VD - A_VD, n))) / n
 
 
 def penalty(cfg: RunConfig, kind: str, tables: Tables, anchors: Mapping[str, jax.Array] | None) -> jax.Array:
     """What the regulariser `kind` adds: its weight times its sum over the distinct tables, in nats.
 
-    `anchors` is what `anchored` gave at the start of the run; None without that regulariser.
+    `anchors` are the tables to stay near, by the names of `distinct`; None without that regulariser.
     """
     weight, n, total = cfg.regularisers.weights[kind], cfg.model.vocab_size, jnp.zeros(())
     for name, E_VD in distinct(tables).items():

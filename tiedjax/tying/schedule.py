@@ -121,6 +121,12 @@ def begun_from(before: TyingConfig, now: TyingConfig, arrays: dict[str, Any]) ->
     return {"input": arrays[SHARED], "output": arrays[SHARED]}
 
 
+def refuse_two_anchors(theirs: TyingConfig, ours: TyingConfig, text: str) -> None:
+    """UserError where the run that `regularisers.anchor_to` names has two tables and this one has one."""
+    if scheme_of(ours).shares_one_table and not scheme_of(theirs).shares_one_table:
+        raise UserError(f"regularisers.anchor_to: {text}: has two tables, and this run one; name a run of one table")
+
+
 def refuse_another_scheme(before: TyingConfig, now: TyingConfig, init: str) -> None:
     """UserError where arrays of the scheme `before`, of the run `init`, cannot begin a run of the scheme `now`."""
     if _alike(before) == _alike(now):
