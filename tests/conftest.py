@@ -24,7 +24,15 @@ from programs import TESTS, environment, shell
 from runs import arguments, write_config, write_text
 
 from tiedjax import cli, model
-from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
+from tiedjax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TableOptimizerConfig,
+    TrainConfig,
+    TyingConfig,
+)
 
 os.environ.setdefault("XLA_FLAGS", environment()["XLA_FLAGS"])  # a program with devices of its own has set it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -63,6 +71,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in QUICK and "on_meshes" not in getattr(item, "fixturenames", ()):
             item.add_marker("quick")
+
+
+# Plain: of the tables at a constant rate, without decay and clipping.
+GRADIENT_DESCENT = OptimizerConfig(
+    learning_rate=0.1,
+    warmup_steps=0,
+    final_fraction=1.0,
+    b1=0.0,
+    weight_decay=0.0,
+    clip_norm=None,
+    tables=TableOptimizerConfig(kind="sgd"),
+)
 
 
 def small_config(scheme: str = "tied", **changes: Any) -> RunConfig:

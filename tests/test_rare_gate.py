@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
-from conftest import random_tokens, small_config
+from conftest import GRADIENT_DESCENT, random_tokens, small_config
 from loss_program import inputs, powers
 from programs import TESTS, finish, start
 from runs import STEPS, arguments, assert_same_run, rows
@@ -257,23 +257,12 @@ def test_metrics_of_gradients_are_those_of_the_loss_and_clipping_goes_by_them() 
     assert abs(float(optax.tree.norm(raw)) / norm - 1) > 1e-4
 
 
-SGD = OptimizerConfig(
-    learning_rate=0.1,
-    warmup_steps=0,
-    final_fraction=1.0,
-    b1=0.0,
-    weight_decay=0.0,
-    clip_norm=None,
-    tables=TableOptimizerConfig(kind="sgd"),
-)
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("account", ["checked", "rows"])
 def test_what_the_gate_leaves_is_the_output_roles_part_of_the_update(account: str) -> None:
     """Of plain gradient descent, minus the rate times the gradients: the input role's raw, the output role's gated."""
     cfg = gated_config(
-        optimizer=SGD,
+        optimizer=GRADIENT_DESCENT,
         tying=TyingConfig(rare_gate=0.5, account=account, output_grad_scale_deciles=DECILES, input_grad_scale=3.0),  # type: ignore[arg-type]
     )
     run = trained(cfg, 1, jnp.float64)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import penalties
 import pytest
-from conftest import random_tokens, small_config
+from conftest import GRADIENT_DESCENT, random_tokens, small_config
 from programs import OPTIMIZED
 from runs import arguments, assert_same_run, write_text
 
@@ -173,21 +173,10 @@ def paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-PLAIN = OptimizerConfig(
-    learning_rate=0.1,
-    warmup_steps=0,
-    final_fraction=1.0,
-    b1=0.0,
-    weight_decay=0.0,
-    clip_norm=None,
-    tables=TableOptimizerConfig(kind="sgd"),
-)
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("scheme", ["tied", "untied", "partial_dims"])
 def test_an_update_gains_minus_the_rate_times_the_gradient_and_the_rest_of_a_step_stays(scheme: str) -> None:
-    cfg = regularised(scheme, optimizer=PLAIN, vocab_size=30, vocab_multiple=4)
+    cfg = regularised(scheme, optimizer=GRADIENT_DESCENT, vocab_size=30, vocab_multiple=4)
     with_them, off = Trained(cfg, 2, jnp.float64), dataclasses.replace(cfg, regularisers=RegularisersConfig())
     begun, alone = tables_of(cfg, with_them.states[0]), step.make_steps(off, mesh_of(off)).train
     for i, (before, after) in enumerate(zip(with_them.states, with_them.states[1:], strict=False)):
@@ -219,7 +208,7 @@ def test_an_update_gains_minus_the_rate_times_the_gradient_and_the_rest_of_a_ste
 @pytest.mark.parametrize("scheme", tying.SCHEMES)
 def test_every_scheme_is_regularised_by_its_distinct_tables(scheme: str) -> None:
     """What its arrays get is the gradient of the tables, by hand, through the scheme."""
-    cfg = regularised(scheme, optimizer=PLAIN, layers=1)
+    cfg = regularised(scheme, optimizer=GRADIENT_DESCENT, layers=1)
     run = Trained(cfg, 2, jnp.float64)
     state, arrays, start = run.states[1], run.states[1].params["tables"], tables_of(cfg, run.states[0])
     tables, n = tables_of(cfg, state), cfg.model.vocab_size
@@ -277,7 +266,8 @@ def test_keeping_an_account_changes_parameters_by_rounding_alone(kind: str, sche
 
 def test_clipping_limits_the_gradient_with_the_regularisers_in_it() -> None:
     """Which is the norm of the body's gradient and of what both roles and the regularisers have in the table's."""
-    cfg = regularised(weights={"anchor": 0.0, "mean": 1e4}, optimizer=dataclasses.replace(PLAIN, clip_norm=1e-3))
+    clipped = dataclasses.replace(GRADIENT_DESCENT, clip_norm=1e-3)
+    cfg = regularised(weights={"anchor": 0.0, "mean": 1e4}, optimizer=clipped)
     run = Trained(cfg, 1)
     before, after = (state.params["tables"]["shared"] for state in run.states)
     metrics, n = run.metrics[0], cfg.model.vocab_size
