@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -503,6 +504,19 @@ def test_the_compromise_is_reader_by_writer() -> None:
                 assert float(run.metrics[i][f"m_{reader}_{writer}"]) == pytest.approx(expected, rel=1e-9)
         values = [float(run.metrics[i][f"m_{a}_{b}"]) for a in ("in", "out") for b in ("in", "out")]
         assert len({round(value, 12) for value in values}) == 4
+
+
+def test_no_table_is_copied_to_tell_what_its_last_update_did() -> None:
+    """M is told from moments that the update overwrites: it is known before, or XLA copies them, and the table."""
+    cfg = small_config()
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    steps, everywhere = step.make_steps(cfg, mesh), jnp.zeros(cfg.model.table_rows, jnp.int32)
+    given = steps.abstract, random_tokens(cfg), tying.role_scale(cfg.tying), everywhere
+    program = steps.train.lower(*given).compile().as_text()
+    table = rf"f32\[{cfg.model.table_rows},{cfg.model.d_model}\]"
+    assert len(re.findall(rf"%state\S+ = {table}\S+ parameter", program)) == 5  # the table, 3 moments, C_input
+    assert not re.findall(rf"= {table}\S+ copy\(%state", program)
+    assert "m_out_in" in steps.train.eval_shape(*given)[1]
 
 
 @pytest.mark.usefixtures("float64")

@@ -63,8 +63,9 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
         bias_V = jax.device_put(counts.log_unigram(counts_2V[1]), place)
         state = state._replace(params={**state.params, OUTPUT_BIAS: bias_V})
     if cfg.train.init is None:
-        held_by_another = state.anchor is not None and cfg.regularisers.anchor_to is not None
-        return state._replace(anchor=_anchor(cfg, mesh, {}, about)) if held_by_another else state
+        if cfg.regularisers.anchor_to is None:
+            return state
+        return state._replace(anchor=_anchor(cfg, mesh, {}, about))
     run, step = source(cfg.train.init)
     others = Checkpoints(run.path / "checkpoints", create=False)
     if others.about(step)["tokenizer"] != about["tokenizer"]:

@@ -215,19 +215,18 @@ class Optimizer:
         return jnp.asarray(learning_rate(self.cfg, self.steps, rules(self.cfg)[part].learning_rate)(done))
 
     def _parts(self, name: str, state: TableState, rows: tying.Rows | None, rates: _Rates) -> tying.Parts:
-        directions = self.tables[name].parts(state, rows)
-        written = [
-            None if part is None else -rate * part for part, rate in zip(directions.roles, rates.roles, strict=True)
-        ]
-        check = None if directions.check is None else -rates.roles.output * directions.check
-        others = jax.tree.map(lambda part: -rates.table * part, directions.regulariser)
+        found = self.tables[name].parts(state, rows)
+        wide = jax.tree.leaves(found.directions)[0].dtype
+        scales = Tables(*(-rate.astype(wide) for rate in rates.roles))
+        check = None if found.check is None else scales.output * found.check
+        others = jax.tree.map(lambda part: -rates.table * part, found.regulariser)
+        directions = found.directions
         if self.cfg.tables.centered:
-            means = Tables(*(None if part is None else jnp.mean(part, axis=0, keepdims=True) for part in written))
-            written = [None if part is None else part - mean for part, mean in zip(written, means, strict=True)]
-            check = None if check is None else check - means.output
+            means = jax.tree.map(lambda part: jnp.mean(part, axis=0, keepdims=True), directions)
+            directions = jax.tree.map(jnp.subtract, directions, means)
+            check = None if check is None else check - scales.output * means.output
             others = jax.tree.map(lambda part: part - jnp.mean(part, axis=0, keepdims=True), others)
-        wide = jax.tree.leaves(written)[0].dtype
-        return tying.Parts(Tables(*written), check, rates.table.astype(wide) * self._weight_decay(name), others)
+        return tying.Parts(directions, check, rates.table.astype(wide) * self._weight_decay(name), others, scales)
 
     def _table_update(
         self, name: str, direction: jax.Array, state: TableState, table: jax.Array, rates: _Rates
@@ -235,7 +234,7 @@ class Optimizer:
         rule, decay = self.tables[name], self._weight_decay(name)
         if rule.role_rates:
             parts = rule.parts(state, None)
-            written = [-rate * part for rate, part in zip(rates.roles, parts.roles, strict=True)]
+            written = [-rate * part for rate, part in zip(rates.roles, parts.directions, strict=True)]
             written += [-rates.table * part for part in (parts.regulariser or {}).values()]
             update = sum(written[1:], written[0]) - rates.table.astype(table.dtype) * decay * table
         else:

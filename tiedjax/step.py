@@ -180,6 +180,14 @@ def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
     return jnp.clip(jnp.where(jnp.isfinite(share), next_scale, log_scale), -most, most)
 
 
+def _known_after(x: jax.Array, others: dict[str, jax.Array], step: jax.Array) -> jax.Array:
+    """`x`, bit for bit, but to the compiler a function of `others` too, so that these are computed before it is used.
+
+    A barrier would not do: XLA takes barriers out before it decides what to copy.
+    """
+    return jnp.where(step < 0, sum(others.values(), jnp.zeros(())).astype(x.dtype), x) if others else x
+
+
 @functools.lru_cache(maxsize=16)
 def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
     """`begins` is how many updates are behind the first of these steps."""
@@ -250,16 +258,18 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         )
         return raw, Tables(*(of | rows_alone for of, rows_alone in zip(wanted, sample, strict=True)))
 
-    def account_metrics(
-        state: TrainState, raw: Tables, parts: dict[str, tying.Parts], new: TrainState
-    ) -> dict[str, jax.Array]:
-        """What the roles' updates were, and what the last ones did to the loss of this batch."""
+    def change_by_the_last(state: TrainState, raw: Tables) -> dict[str, jax.Array]:
+        """What the last update of the tables did to the loss of this batch; nothing where its parts are not told."""
+        rows = state.account.rows if state.account else None
+        parts = optimizer.last_parts(state.opt_state, rows)
         if not parts:
             return {}
-        rows = state.account.rows if state.account else None
-        before = optimizer.last_parts(state.opt_state, rows)
-        change = tying.compromise(raw, before, state.params["tables"], rows)
-        found = {name: jnp.where(state.step > begins, value, jnp.nan) for name, value in change.items()}
+        change = tying.compromise(raw, parts, state.params["tables"], rows)
+        return {name: jnp.where(state.step > begins, value, jnp.nan) for name, value in change.items()}
+
+    def account_metrics(new: TrainState) -> dict[str, jax.Array]:
+        """The input role's share of the second moments, and the error of the account, after an update."""
+        rows, found = new.account.rows if new.account else None, dict[str, jax.Array]()
         for name in followed:
             share = optimizer.tables[name].input_step_share(new.opt_state.tables[name], rows)
             found |= {} if share is None else {"input_step_share": share}
@@ -296,9 +306,14 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             # What is only observed is behind barriers: fused with the update it would change the update's last bits.
             role_grads, gated_VD = jax.lax.optimization_barrier((role_grads, gated[0] if gated else None))
             raw_by_role, scaled_by_role = by_role(state, role_grads, gated_VD, role_scale)
+        with jax.named_scope("account"):
+            about_last = change_by_the_last(state, raw_by_role)
         with jax.named_scope("optimizer"):
             limit, raw = cfg.optimizer.clip_norm, cfg.optimizer.clip_by == "raw"
             clipped_norm = grad_norm if raw else jnp.asarray(optax.tree.norm(grads))
+            # The last update's parts are told from moments that this one overwrites: if it may begin first, XLA copies
+            # them and the tables.
+            clipped_norm = _known_after(clipped_norm, about_last, state.step)
             updates, opt_state, parts = optimizer.update(
                 grads,
                 scaled_by_role,
@@ -317,7 +332,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
                 about_updates["held_input_scale"] = jnp.exp(held)
                 held = _held(held, about_updates["output_update_share"], wanted_share)
             new = TrainState(state.step + 1, params, opt_state, account, held, state.watched, state.anchor)
-            about_updates |= account_metrics(state, raw_by_role, parts, new)
+            about_updates |= about_last | (account_metrics(new) if parts else {})
             if state.watched is not None:
                 watched = tying.watched(cfg.tying, state.watched, about_updates)
                 new = new._replace(watched=watched)

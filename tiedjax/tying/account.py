@@ -53,16 +53,25 @@ class Parts(NamedTuple):
     """What the roles wrote into one table in an update.
 
     Attributes:
-      roles: `Tables` of [S, D]; of a table that one role writes, the other's is None.
+      directions: `Tables` of [S, D], which `scales` multiply; of a table that one role writes, the other's is None.
       regulariser: {its name: [S, D]}, what each regulariser wrote; None without any.
       check: [R, D], what the output role wrote by its own moment, or [V, D] where it is not the rest anywhere.
       decay: which part of the table the update took away, rate * weight decay.
+      scales: `Tables` of numbers, minus the learning rate of each role's part. Apart from the directions, so that a sum
+        over a table is multiplied once, and not the table.
     """
 
-    roles: Tables
+    directions: Tables
     check: Any = None
     decay: Any = None
     regulariser: Any = None
+    scales: Tables = Tables(1.0, 1.0)
+
+    @property
+    def roles(self) -> Tables:
+        """`Tables` of [S, D], what each role wrote; None where `directions` is."""
+        both = zip(self.scales, self.directions, strict=True)
+        return Tables(*(None if part is None else scale * part for scale, part in both))
 
 
 class Account(NamedTuple):
@@ -208,11 +217,12 @@ def update_metrics(parts: Mapping[str, Parts]) -> dict[str, jax.Array]:
     square = dict.fromkeys(ROLES, jnp.zeros(()))
     product = jnp.zeros(())
     for part in parts.values():
-        for role in ROLES:
-            if (part_SD := getattr(part.roles, role)) is not None:
-                square[role] += jnp.sum(jnp.square(part_SD))
+        for role, scale, part_SD in zip(ROLES, part.scales, part.directions, strict=True):
+            if part_SD is not None:
+                square[role] += jnp.square(scale) * jnp.sum(jnp.square(part_SD))
         if _of_both(part):
-            product += jnp.sum(part.roles.input * part.roles.output)
+            whole = jnp.sum(part.directions.input * part.directions.output)
+            product += part.scales.input * part.scales.output * whole
     norm = {role: jnp.sqrt(value) for role, value in square.items()}
     metrics = {
         "input_update_norm": norm["input"],
@@ -244,21 +254,22 @@ def compromise(
     decayed, by_others = jnp.zeros(()), dict[str, jax.Array]()
     for name, part in parts.items():
         followed = rows.sample if rows is not None and _of_both(part) else None
-        table_SD = taken(tables[name], followed)
-        for reader in ROLES:
-            G_SD = getattr(role_grads, reader)[name]
-            before = jnp.sum(G_SD * table_SD)
-            for writer in ROLES:
-                if (part_SD := getattr(part.roles, writer)) is not None:
-                    effect = jnp.sum(G_SD * part_SD)
-                    matrix[reader, writer] += effect
-                    before -= effect
-            for kind, part_SD in (part.regulariser or {}).items():
-                effect = jnp.sum(G_SD * part_SD)
-                by_others[kind] = by_others.get(kind, 0) + effect
+        G_SD = {reader: getattr(role_grads, reader)[name] for reader in ROLES}
+        whole_SD = G_SD["input"] + G_SD["output"]
+        before = jnp.sum(whole_SD * taken(tables[name], followed))
+        for writer, scale, part_SD in zip(ROLES, part.scales, part.directions, strict=True):
+            if part_SD is None:
+                continue
+            for reader in ROLES:
+                effect = scale * jnp.sum(G_SD[reader] * part_SD)
+                matrix[reader, writer] += effect
                 before -= effect
-            # The table before the update is (table - what was written) / (1 - decay): only its product is needed.
-            decayed -= part.decay / (1 - part.decay) * before
+        for kind, part_SD in (part.regulariser or {}).items():
+            effect = jnp.sum(whole_SD * part_SD)
+            by_others[kind] = by_others.get(kind, 0) + effect
+            before -= effect
+        # The table before the update is (table - what was written) / (1 - decay): only its product is needed.
+        decayed -= part.decay / (1 - part.decay) * before
     short = {"input": "in", "output": "out"}
     return {
         **{f"m_{short[reader]}_{short[writer]}": value for (reader, writer), value in matrix.items()},
@@ -270,4 +281,4 @@ def compromise(
 
 
 def _of_both(part: Parts) -> bool:
-    return all(part_SD is not None for part_SD in part.roles)
+    return all(part_SD is not None for part_SD in part.directions)
