@@ -528,8 +528,9 @@ def test_a_run_is_the_same_up_to_rounding_as_users_compile_it(finished: Path, te
     ours, plain = load_run(out), load_run(finished)
     assert ours.metrics.keys() == plain.metrics.keys()
     for name in ours.metrics.keys() - {"tokens_per_second"}:
-        # The starts differ in last bits. Where the roles' first gradients cancel in a number, Adam divides by nearly 0.
-        first_update = 1e-4 if name.endswith("update_norm") else 1e-5
+        # The starts differ in last bits. Where the roles' first gradients cancel in a number, Adam divides by nearly 0:
+        # one number is most of these norms, and of what two programs make of it three digits are the same.
+        first_update = 1e-3 if name.endswith("update_norm") else 1e-5
         for steps, near in [(slice(0, 1), first_update), (slice(1, None), 1e-5)]:
             pair = ours.metrics[name][steps], plain.metrics[name][steps]
             np.testing.assert_allclose(*pair, rtol=near, atol=1e-5, err_msg=name)

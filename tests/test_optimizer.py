@@ -289,6 +289,9 @@ class OneChain(NamedTuple):
         factor = jnp.minimum(1.0, 1.0 / grad_norm)
         return *self.chain.update(jax.tree.map(lambda g: g * factor, grads), state, params), {}
 
+    def last_parts(self, *_: Any) -> dict[str, Any]:
+        return {}
+
 
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
 def test_without_options_of_parts_training_is_that_of_one_adamw(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
