@@ -510,8 +510,8 @@ def test_no_table_is_copied_to_tell_what_its_last_update_did() -> None:
     """M is told from moments that the update overwrites: it is known before, or XLA copies them, and the table."""
     cfg = small_config()
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
-    steps, everywhere = step.make_steps(cfg, mesh), jnp.zeros(cfg.model.table_rows, jnp.int32)
-    given = steps.abstract, random_tokens(cfg), tying.role_scale(cfg.tying), everywhere
+    steps, decile_V = step.make_steps(cfg, mesh), jnp.zeros(cfg.model.table_rows, jnp.int32)
+    given = steps.abstract, random_tokens(cfg), tying.role_scale(cfg.tying), decile_V
     program = steps.train.lower(*given).compile().as_text()
     table = rf"f32\[{cfg.model.table_rows},{cfg.model.d_model}\]"
     assert len(re.findall(rf"%state\S+ = {table}\S+ parameter", program)) == 5  # the table, 3 moments, C_input
