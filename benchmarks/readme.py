@@ -256,11 +256,6 @@ def span(quantiles: dict[str, float], digits: int = 2) -> str:
     return f"{median} ({low} to {high})"
 
 
-def certain(ratio: dict[str, float]) -> str:
-    """A median ratio with the 95 % interval of it."""
-    return "{median:.2f} ({low:.2f} to {high:.2f})".format_map(ratio)
-
-
 def cost_rows() -> str:
     """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
     heads = [
@@ -406,19 +401,12 @@ def costs() -> str:
         sides = measured["sides"]
         milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
         others = ", ".join(
-            f"{certain(sides[side]['over_tiedjax'])} times that {words}"
+            f"{span(sides[side]['over_tiedjax'])} times that {words}"
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
             if side in sides
         )
-        less = ", ".join(
-            f"without {words} {certain(sides[side]['over_tiedjax'])}"
-            for side, words in [
-                ("without_update_metrics", "the metrics of the updates"),
-                ("without_account", "these and the account"),
-                ("without_roles", "any of it"),
-            ]
-        )
-        lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}; {less}.")
+        roles = f"; without role split, account and their metrics {span(sides['without_roles']['over_tiedjax'])}"
+        lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}{roles}.")
     memory = loss["memory"]
     lines.append(
         f"* The loss with its gradients at {memory['tokens']:,} tokens, V = {memory['rows']:,}, D = {memory['width']}: "
@@ -434,10 +422,7 @@ def costs() -> str:
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines += spectral_costs()
-    lines.append(
-        f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles; of the steps' "
-        "ratios, taken within short windows side by side, with the 95 % interval of the median."
-    )
+    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
         [

@@ -322,17 +322,6 @@ def test_the_split_costs_no_matrix_product_and_at_most_one_more_table(
 # ---- The programs in benchmarks/ ----
 
 
-def test_a_ratio_has_the_interval_of_its_median_by_ranks(step_benchmark: ModuleType) -> None:
-    """The 40th and 61st of 100, as a table of the binomial law has them; none of fewer rounds than can give one."""
-    measured = np.random.default_rng(0).permutation(np.arange(1.0, 101))
-    found = step_benchmark.ratios(3 * measured, np.full(100, 3.0))
-    assert found["median"] == pytest.approx(50.5)
-    assert (found["low"], found["high"]) == pytest.approx((40, 61))
-    assert "low" not in step_benchmark.ratios(measured[:5], np.ones(5))
-    six = step_benchmark.ratios(measured[:6], np.ones(6))
-    assert (six["low"], six["high"]) == pytest.approx((measured[:6].min(), measured[:6].max()))
-
-
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_benchmarks_read_configs_as_the_command_line_does(path: Path, step_benchmark: ModuleType) -> None:
     """They need neither pydantic nor ruamel.yaml, which a machine with a GPU may lack."""
