@@ -1,6 +1,6 @@
 """The whole train step beside PyTorch's, and beside itself without the role split, interleaved.
 
-    python benchmarks/step.py --machine "2-core x86-64 virtual machine"                      # configs quick and tiny
+    python benchmarks/step.py --machine "2-core x86-64 virtual machine"           # configs quick and tiny
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
 
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
@@ -9,8 +9,10 @@ what metrics.jsonl has of it; `without_roles` does not split the gradient either
 with ours: one that computes something else is reported as failed, whatever its speed. Then windows of equally many
 steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and
 its allocator would slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken
-within a round: seconds of the side / seconds of tiedjax. PyTorch (`pip install torch transformers`) is left out of
-`--sides` where it is not wanted. Prints, and adds the results by config to benchmarks/results/step_DEVICE.json.
+within a round: seconds of the side / seconds of tiedjax. A process keeps its luck, of where its memory lies, through
+all of its rounds: everything is begun `--starts` times in new processes, and a ratio's interval is one over starts.
+PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results
+by config to benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import optax
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
+from tiedjax.analysis.basis.statistics import interval
 from tiedjax.config import BodyOptimizerConfig, RunConfig, TableOptimizerConfig
 from tiedjax.config_files import to_tree
 from tiedjax.cost import bench
@@ -288,53 +291,102 @@ def compare_curves(sides: Mapping[str, Side]) -> dict[str, Any]:
     return {"curves": curves, "largest_relative_difference": apart}
 
 
-def compare(cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: float) -> dict[str, Any]:
-    """Seconds per step of each side over `rounds` interleaved windows, and each side's ratio to tiedjax."""
-    if cfg.mesh.data == -1:
-        cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=1))
+def measure(cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: float) -> dict[str, Any]:
+    """Seconds per step of each side in `rounds` interleaved windows, and what else is known of them."""
     mesh = sharding.make_mesh(cfg.mesh)
-    dtype = bench.compute_dtype(cfg, mesh)
     sides, failed = start(names, cfg, mesh)
     if "tiedjax" not in sides:
         raise SystemExit(f"tiedjax cannot run: {failed['tiedjax']}")
     losses = compare_curves(sides)
     for name, difference in losses["largest_relative_difference"].items():
-        if not difference <= TOLERANCE[dtype]:
+        if not difference <= TOLERANCE[bench.compute_dtype(cfg, mesh)]:
             failed[name] = f"its losses differ from ours by {difference:.1e} relative: not the same training"
             print(f"  {name}: {failed[name]}", flush=True)
     steps = max(1, round(window_seconds / (sides["tiedjax"].run(3) / 3)))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    windows: dict[str, list[float]] = {name: [] for name in sides}
     load = []
     for i in range(rounds):
         load.append(os.getloadavg()[0])
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
             time.sleep(0.1)  # until the threads of the side before have gone to sleep
-            seconds[name].append(sides[name].run(steps) / steps)
-    ours = seconds["tiedjax"]
+            windows[name].append(round(sides[name].run(steps) / steps, 7))
+    return {
+        "windows": windows,
+        "about": {name: getattr(side, "about", {}) for name, side in sides.items()},
+        "failed": failed,
+        "losses": losses,
+        "window_steps": steps,
+        "load_average": load,
+    }
+
+
+def in_a_process(*asked: Any) -> dict[str, Any]:
+    """`measure` in a new process."""
+    processes = multiprocessing.get_context("spawn")
+    here, there = processes.Pipe()
+    child = processes.Process(target=answer, args=(there, *asked))
+    child.start()
+    there.close()  # so that a child that dies is noticed
+    try:
+        found: dict[str, Any] = here.recv()
+    except EOFError:
+        raise SystemExit("the process of a start has died") from None
+    child.join()
+    return found
+
+
+def answer(there: Any, *asked: Any) -> None:
+    """The other end of `in_a_process`."""
+    keep_freed_memory()
+    there.send(measure(*asked))
+
+
+def compare(
+    cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: float, starts: int = 1
+) -> dict[str, Any]:
+    """Seconds per step of each side, and each side's ratio to tiedjax, over rounds and over starts.
+
+    One start is in this process, several are in one of their own each. `interval`: mean of the starts' median ratios
+    with its 95 % t interval, null of one start. A side that failed in one start is among `failed`.
+    """
+    if cfg.mesh.data == -1:
+        cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=1))
+    found = []
+    for i in range(starts):
+        found.append((measure if starts == 1 else in_a_process)(cfg, names, rounds, window_seconds))
+        windows = found[-1]["windows"]
+        medians = {name: float(np.median(np.array(each) / windows["tiedjax"])) for name, each in windows.items()}
+        print(f"  start {i + 1}: {', '.join(f'{name} {ratio:.3f}' for name, ratio in medians.items())}", flush=True)
+    mesh = sharding.make_mesh(cfg.mesh)
     tokens = cfg.data.batch_size * cfg.model.seq_len
     report = {}
-    for name, each in seconds.items():
-        spread = bench.quantiles(each)
+    for name in names:
+        pairs = [(each["windows"][name], each["windows"]["tiedjax"]) for each in found if name in each["windows"]]
+        if not pairs:
+            continue
+        spread = bench.quantiles(np.concatenate([side for side, _ in pairs]).tolist())
+        ratios = [np.array(side) / ours for side, ours in pairs]
+        over = interval([float(np.median(each)) for each in ratios])
         report[name] = {
             "step_seconds": spread,
             "tokens_per_second": tokens / spread["median"],
             **bench.utilisation(cfg, mesh.devices.flat[0].device_kind, tokens / spread["median"]),
-            "over_tiedjax": bench.quantiles([a / b for a, b in zip(each, ours, strict=True)]),
-            "windows": each,
-            **getattr(sides[name], "about", {}),
+            "over_tiedjax": bench.quantiles(np.concatenate(ratios).tolist()),
+            "interval": {"mean": over.mean, "low": over.low, "high": over.high, "starts": over.n},
+            "windows": [side for side, _ in pairs],
+            **found[0]["about"].get(name, {}),
         }
-        ratio = report[name]["over_tiedjax"]["median"]
-        print(f"  {name:<15} {1e3 * spread['median']:9.2f} ms a step, {ratio:.3f} of ours", flush=True)
+        within = "" if over.low is None else f" ({over.low:.3f} to {over.high:.3f}, {over.n} starts)"
+        print(f"  {name:<22} {1e3 * spread['median']:9.2f} ms a step, {over.mean:.3f}{within} of ours", flush=True)
     return {
         "config": to_tree(cfg),
-        "compute_dtype": dtype,
+        "compute_dtype": bench.compute_dtype(cfg, mesh),
         "parameters": parameters(make_steps(cfg, mesh)),
-        "window_steps": steps,
         "rounds": rounds,
         "sides": report,
-        "failed": failed,
-        "losses": losses,
-        "load_average": load,
+        "failed": {name: reason for each in found for name, reason in each["failed"].items()},
+        "losses": found[0]["losses"],
+        **{key: [each[key] for each in found] for key in ("window_steps", "load_average")},
     }
 
 
@@ -361,6 +413,7 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="what it runs on, in words")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--starts", type=int, default=8, help="new processes for each config")
     parser.add_argument("--window-seconds", type=float, default=2.0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_DEVICE.json")
@@ -373,7 +426,8 @@ def main() -> None:
     path = args.out or HERE / "results" / f"step_{slug(environment['device']['kind'])}.json"
     for config in args.configs:
         print(config.stem, flush=True)
-        result = compare(under_adamw(read_config(config, changes)), args.sides, args.rounds, args.window_seconds)
+        cfg = under_adamw(read_config(config, changes))
+        result = compare(cfg, args.sides, args.rounds, args.window_seconds, args.starts)
         save(path, config.stem, result | {"environment": environment})
 
 

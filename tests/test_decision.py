@@ -269,6 +269,19 @@ def test_arms_that_are_not_trained_are_not_compared() -> None:
     assert [verdict.where for verdict in found] == ["at equal width and FLOPs", "at equal parameters"]
 
 
+def test_where_a_step_of_both_takes_as_long_equal_time_is_equal_steps() -> None:
+    """Then no arm of other steps is trained, and the question is answered all the same."""
+    without = {arm: loss for arm, loss in LOSSES.items() if arm != "untied-in-time"}
+    time = {"ratio": 1.0003, "steps": 300}
+    made = decision(time=time, results={"64": rung(64, without)})
+    assert verdicts.headline(made) == (
+        "Untie: it is better at equal width and FLOPs, at equal parameters and in equal time."
+    )
+    width, _, in_time = (verdict.sentence for verdict in verdicts.verdicts(made))
+    assert in_time == width.replace("At equal width and FLOPs", "In equal time").partition(" Tying until")[0]
+    assert set(verdicts.statements(made)) == set(verdicts.statements(decision(results={"64": rung(64, without)})))
+
+
 def test_what_limits_the_verdict() -> None:
     assert verdicts.warnings(decision()) == []
     limited = decision(results={"64": rung(64, LOSSES, at_edge=("tied", "until-200"), less=0.25)}, widths=[64, 48, 96])
@@ -362,8 +375,8 @@ def test_rows_and_lines_beside_the_verdict() -> None:
         "inference": "5.86 KiB",
     }
     assert rows.time(decision()) == (
-        "Without an account a step of untied takes 1.031 times as long as one of tied here: 291 of its steps take the "
-        "time of 300 tied ones."
+        "A step of untied takes 1.031 times as long as one of tied on this machine, both without an account of "
+        "updates: 291 of its steps take the time of 300 tied ones."
     )
     assert rows.widths(decision())[0] == {
         "width": "48",
@@ -373,12 +386,19 @@ def test_rows_and_lines_beside_the_verdict() -> None:
         "untied": f"−0.100{N}±{N}0.004",
         "until": f"−0.200{N}±{N}0.004",
     }
-    assert rows.legend(decision()) == (
+    legend = (
         "until-200 is tied until step 200 and has a table for each role from there on; tied-wide is tied, with a wider "
         "MLP, so that it has as many parameters as untied; untied-in-time trains for as long as tied does. Differences "
         "are paired by seed. All verdicts are tested together by Holm’s method, so that chance decides any of them in "
-        "at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a plain 95 % interval. "
-        "Near the edge: p is within a factor of 2 of its level, and the same decision made again could say otherwise."
+        "at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a plain 95 % interval."
+    )
+    assert rows.legend(decision()) == legend
+    # Five pairs whose mean is -0.4 and whose deviation is 0.27: p is 0.03, near its level.
+    uncertain = decision(results={"64": rung(64, LOSSES | {"tied-wide": (4.5, -170)})})
+    assert any(verdict.sentence.endswith("This verdict is near the edge.") for verdict in verdicts.verdicts(uncertain))
+    assert rows.legend(uncertain) == (
+        f"{legend} Near the edge: p is within a factor of 2 of its level, and the same decision made again could say "
+        "otherwise."
     )
     assert rows.not_varied(decision()) == (
         "Not varied: the text, the number of layers, the tokens shown (307,200, 153.60 for each parameter of tied), "

@@ -71,8 +71,8 @@ def time(decision: Decision) -> str:
     """How long an untied step takes, and how many of them fit in the time of the tied run."""
     measured, steps = decision["time"], decision["config"]["train"]["steps"]
     return (
-        f"Without an account a step of untied takes {measured['ratio']:.3f} times as long as one of tied here: "
-        f"{measured['steps']:,} of its steps take the time of {steps:,} tied ones."
+        f"A step of untied takes {measured['ratio']:.3f} times as long as one of tied on this machine, both without an "
+        f"account of updates: {measured['steps']:,} of its steps take the time of {steps:,} tied ones."
     )
 
 
@@ -163,12 +163,17 @@ def legend(decision: Decision) -> str:
         said += f"; {name.wide} is tied, with a wider MLP, so that it has as many parameters as {name.untied}"
     if name.in_time in trained:
         said += f"; {name.in_time} trains for as long as {name.tied} does"
-    return (
+    said = (
         f"{said}. Differences are paired by seed. All verdicts are tested together by Holm’s method, so that chance "
         "decides any of them in at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a "
-        "plain 95 % interval. Near the edge: p is within a factor of 2 of its level, and the same decision made again "
-        "could say otherwise."
+        "plain 95 % interval."
     )
+    if any("near the edge" in verdict.sentence for verdict in verdicts(decision)):
+        said += (
+            " Near the edge: p is within a factor of 2 of its level, and the same decision made again could say "
+            "otherwise."
+        )
+    return said
 
 
 def not_varied(decision: Decision) -> str:

@@ -66,12 +66,13 @@ def arms_of(decision: Decision) -> Arms:
 
 
 def comparisons(decision: Decision) -> list[Comparison]:
-    """Those whose arms are trained."""
+    """Those whose arms are trained. Untied has no other arm in the time of tied where a step of both takes as long."""
     name, trained = arms_of(decision), own(decision)["arms"]
+    as_long = decision["time"]["steps"] == decision["config"]["train"]["steps"]
     made = [
         Comparison("at equal width and FLOPs", name.tied, name.untied, name.until, says_when=True),
         Comparison("at equal parameters", name.wide, name.untied, name.until),
-        Comparison("in equal time", name.tied, name.in_time, None),
+        Comparison("in equal time", name.tied, name.untied if as_long else name.in_time, None),
     ]
     return [each for each in made if each.tied in trained and each.untied in trained]
 
