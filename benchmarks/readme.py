@@ -256,6 +256,12 @@ def span(quantiles: dict[str, float], digits: int = 2) -> str:
     return f"{median} ({low} to {high})"
 
 
+def part_of_step(side: dict[str, Any]) -> str:
+    """How much of our step a side does without, with its interval over starts."""
+    mean, low, high = (f"{100 * (1 - side['interval'][name]):.1f}" for name in ("mean", "high", "low"))
+    return f"{mean} % ({low} to {high})".replace("-", "−")
+
+
 def cost_rows() -> str:
     """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
     heads = [
@@ -407,6 +413,13 @@ def costs() -> str:
         )
         roles = f"; without role split, account and their metrics {span(sides['without_roles']['over_tiedjax'])}"
         lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}{roles}.")
+    for name, measured in read("account_cpu").items():
+        sides = measured["sides"]
+        lines.append(
+            f"* Of a step of `{name}.yaml` the account of updates takes {part_of_step(sides['without_account'])} with "
+            f"what metrics.jsonl has of updates, and that alone {part_of_step(sides['without_update_metrics'])}: means "
+            f"over {len(measured['window_steps'])} starts, with 95 % intervals."
+        )
     memory = loss["memory"]
     lines.append(
         f"* The loss with its gradients at {memory['tokens']:,} tokens, V = {memory['rows']:,}, D = {memory['width']}: "
@@ -422,7 +435,7 @@ def costs() -> str:
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines += spectral_costs()
-    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
+    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians, and 10 % and 90 % quantiles.")
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
         [
