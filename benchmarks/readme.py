@@ -435,7 +435,7 @@ def costs() -> str:
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines += spectral_costs()
-    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians, and 10 % and 90 % quantiles.")
+    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
         [

@@ -168,7 +168,7 @@ def legend(decision: Decision) -> str:
         "decides any of them in at most 5 % of decisions, and ± in them is wider for that; in tables it is half of a "
         "plain 95 % interval."
     )
-    if any("near the edge" in verdict.sentence for verdict in verdicts(decision)):
+    if any(verdict.near_edge for verdict in verdicts(decision)):
         said += (
             " Near the edge: p is within a factor of 2 of its level, and the same decision made again could say "
             "otherwise."

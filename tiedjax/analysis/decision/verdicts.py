@@ -47,11 +47,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison says is to be done, and the sentences that say so."""
+    """What a comparison says is to be done, the sentences that say so, and whether other luck could change it."""
 
     where: str
     choice: str
     sentence: str
+    near_edge: bool
 
 
 def own(decision: Decision) -> Mapping[str, Any]:
@@ -147,8 +148,9 @@ def verdict_of(compared: Comparison, stated: Mapping[str, Any], until: int) -> V
         choice, sentence = UNDECIDED, _undecided(compared, to_tied)
     decided_by = {UNTIE: compared.untied, UNTIL: compared.until}.get(choice)
     deciding = [to_tied[decided_by]] if decided_by else list(to_tied.values())
-    near = edge({"near_edge": any(said["near_edge"] for said in deciding)})
-    return Verdict(compared.where, choice, f"{_capital(compared.where)}: {sentence}{near}")
+    near = any(said["near_edge"] for said in deciding)
+    said = f"{_capital(compared.where)}: {sentence}{edge({'near_edge': near})}"
+    return Verdict(compared.where, choice, said, near)
 
 
 def _tie(compared: Comparison, to_tied: Mapping[str, Any]) -> str:
