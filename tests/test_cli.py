@@ -286,15 +286,6 @@ def test_the_module_and_the_script_are_the_same_program() -> None:
         assert f"\n    {name} " in out
 
 
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(argv: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_parse", interrupted)
-    assert cli.main([]) == 130
-    assert capsys.readouterr().err == "tiedjax: interrupted\n"
-
-
 def test_runs_can_start_from_another_folder(text: Path, tmp_path: Path) -> None:
     """Nothing depends on the folder that the package is developed in, and --out defaults to runs/NAME."""
     shutil.copy(REPOSITORY / "configs" / "tiny.yaml", tmp_path / "mine.yaml")

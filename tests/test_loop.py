@@ -23,7 +23,7 @@ from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, evaluation, load_run, loop, metrics, recording
+from tiedjax import cli, load_run, loop, metrics, recording
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import ModelConfig, RunConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
@@ -280,7 +280,7 @@ def test_sigterm_checkpoints_and_the_same_command_continues(
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLog, "write", write_and_ask)
-        assert cli.main(arguments(out, text)) == 128 + signal.SIGTERM
+        assert cli.main(arguments(out, text)) == 75
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
     (stopped,) = (int(p.name) for p in (out / "checkpoints").iterdir())
@@ -370,17 +370,6 @@ metrics.MetricsLog.write = write_and_die
     assert_same_run(out, finished)
 
 
-def test_a_signal_during_the_last_evaluation_is_not_lost(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run ends as it should have, and a study that trains it must still hear of the signal."""
-    evaluate = evaluation.eval_batches
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
-    monkeypatch.setattr(evaluation, "eval_batches", stop)
-    assert cli.main(arguments(tmp_path / "run", text)) == 128 + signal.SIGTERM
-    assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
-
-
 SIGNALLED_IN_A_SAVE = """
 import os, pathlib, signal, threading, time
 import orbax.checkpoint as ocp
@@ -412,7 +401,7 @@ def test_a_save_that_is_under_way_when_a_signal_comes_is_finished(
     before = SIGNALLED_IN_A_SAVE.replace("signal.SIG)", f"signal.{number.name})")
     changes = {"train.stop_at": 4, "train.checkpoint_every": 2}  # the loop itself waits for the first one
     process = start_commands([arguments(out, text, changes)], before=before)
-    _, stderr = finish(process, seconds=120, status=128 + number)
+    _, stderr = finish(process, seconds=120, status=75)
     assert stderr == f"tiedjax: stopped by {number.name}; the same command continues from there\n"
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4"]
     assert cli.main(arguments(out, text)) == 0

@@ -17,12 +17,10 @@ from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.config_errors import meant_key
 from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
-from tiedjax.errors import UserError
+from tiedjax.errors import Status, UserError
 from tiedjax.files import local_path, place_and_step
-from tiedjax.host import platform_flags
+from tiedjax.host import platform_flags, signals
 from tiedjax.text import nearest, seconds
-
-AGAIN = 75  # exit status: run me again
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,18 +71,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 run me again, 128 + N signal N."""
+    """Runs one command; returns its exit `Status`. Signals are heard from before JAX is imported."""
     try:
-        args = _parse(sys.argv[1:] if argv is None else list(argv))
-        # Before any command imports JAX.
-        (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
-        status: int = args.run(args)
-        return status
-    except UserError as error:
-        return _fail(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        print("tiedjax: interrupted", file=sys.stderr)
-        return 130
+        with signals.hearing():
+            args = _parse(sys.argv[1:] if argv is None else list(argv))
+            # Before any command imports JAX.
+            (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
+            status: int = args.run(args)
+            return status
+    except (UserError, signals.Stopped) as error:
+        return _fail(" ".join(str(error).split()), error.status)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -289,7 +285,7 @@ def _study(args: argparse.Namespace) -> int:
     workers = study.workers_for(plan, args.workers) if alone else 1
     if workers == 1:
         platform_flags.use_threads(plan.threads)
-    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=AGAIN)
+    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=Status.AGAIN)
 
 
 def _decide(args: argparse.Namespace) -> int:
@@ -316,7 +312,7 @@ def _decide(args: argparse.Namespace) -> int:
 
         return decide.decide(ladder, out, workers, limit, step_ratio)
 
-    return _with_cluster(args, work, unfinished=AGAIN)
+    return _with_cluster(args, work, unfinished=Status.AGAIN)
 
 
 def _numbers(text: str, kind: Callable[[str], Any], where: str, what: str, example: str) -> list[Any]:
@@ -381,20 +377,18 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
     try:
         outcome = work(loop)
         if outcome and outcome.signal:
-            print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
+            print(f"tiedjax: {signals.sentence(outcome.signal.name)}", file=sys.stderr)
         process.part_from_cluster_if_any()
-    except BaseException as error:  # whatever ends this process, Ctrl-C too, the others wait for it until they are told
+    except BaseException as error:  # whatever ends this process, a signal too, the others wait until they are told
         why = process.cause(error)
         if not why.enough and jax.process_count() > 1:
             traceback.print_exc()
         process.end_cluster_if_any(why)
-        if not why.enough or isinstance(error, KeyboardInterrupt):
+        if not why.enough:
             raise
         return _fail(why.line, why.status)
-    if outcome and outcome.signal:
-        return 128 + int(outcome.signal)
-    if outcome and outcome.time_is_up:
-        return AGAIN
+    if outcome and outcome.stopped:
+        return Status.AGAIN
     return unfinished if outcome and not outcome.finished else 0
 
 

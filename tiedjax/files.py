@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tiedjax.errors import UserError
+from tiedjax.errors import LockedError, UserError
 
 
 def local_path(text: str | Path, option: str) -> Path:
@@ -37,11 +37,13 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -49,8 +51,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 def sole_writer(directory: Path) -> Iterator[None]:
     """Creates the folder and holds it: two jobs that write one run would mix their weights.
 
-    Raises UserError if it cannot be written or another live process holds it; the hold ends with the process, however
-    it ends.
+    Raises UserError if it cannot be written, LockedError if another live process holds it; the hold ends with the
+    process, however it ends.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise LockedError(
                 f"{directory}: another process is writing this run; wait for it or choose another --out"
             ) from None
         yield

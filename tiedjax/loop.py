@@ -30,13 +30,13 @@ from tiedjax.data.batches import Batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
-from tiedjax.host import platform_flags, process, profiling
+from tiedjax.host import platform_flags, process, profiling, signals
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
-from tiedjax.run import CHANGED, change_of
+from tiedjax.run import CHANGED, OWED, change_of, owed
 from tiedjax.saves import Saves, Sizes
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 
@@ -50,7 +50,7 @@ MAY_CHANGE = {
 
 
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
-_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
+_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps of which it was said that they are compiled
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ def train(
 
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
     into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
-    UserError for what the caller can mend, TrainingError if the loss stops being finite.
+    UserError for what the caller can mend, NotFiniteError if the loss stops being finite.
     """
     stop = process.StopRequest(until)
     with ExitStack() as held:
         step = _train(cfg, out, label or out.name, profile, stop, held)
-    return Outcome(step, step >= cfg.train.steps, stop.signal, stop.time_is_up)
+    finished = step >= cfg.train.steps and process.main_says(owed(out) is None)
+    return Outcome(step, finished, stop.signal, stop.time_is_up)
 
 
 def _train(
@@ -143,7 +144,8 @@ def _train(
         _record_state(out, start)  # the process may have been killed between the state's commit and its record
     elif (out / "config.yaml").exists():
         process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
-    if start >= last:
+    owes = start > 0 and process.main_says(owed(out) == start)
+    if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
             counting.begin()  # the process was ended while it waited for them
@@ -182,13 +184,16 @@ def _train(
     held.callback(recorder.close)
     held.enter_context(trace)
     stop.listen()
+    if owes and not _evaluated_late(evaluation, state, stop, recorder, out, start):
+        return start
     place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
     on_devices = _one_ahead(map(place, batches.iterate(start)))
-    observed = saves.snapshots if tying.anatomy_wanted(cfg) else {}
+    observed, step = saves.snapshots if tying.anatomy_wanted(cfg) else {}, start
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
         if changed is not None and step == changed + 1:
             steps, stage = make_steps(cfg, mesh, changed), tying.stage(cfg, changed=True)
-            state = _changed(cfg, mesh, changed, state, tokens_BS, label)
+            with signals.brief():
+                state = _changed(cfg, mesh, changed, state, tokens_BS, label)
             role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
             role_scale = everywhere(role_scales(step))
             evaluation = Evaluation(cfg, mesh, steps, prepared, second)
@@ -197,23 +202,26 @@ def _train(
         if stage.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
-        with trace.step(step, state), jax.transfer_guard("disallow"):
-            state, metrics = steps.train(state, tokens_BS, role_scale, deciles, *gates)
+        with process.first_call(steps.train) as train_step, trace.step(step, state), jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, tokens_BS, role_scale, deciles, *gates)
         if before is not None:
             body_update = _difference(state.params["body"], before)
         counting.check()
         if changed is None and tying.unties_now(cfg, step, partial(_number, metrics, "untie_watched")):
             changed = step
             _record_change(out, step)
-        ends = stop.requested_at(step) or step == last
+        ends = stop.requested() or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
         recorder.record(step, metrics | about_step, deciles=snaps)
         if evaluates or checks or snaps:
-            recorder.flush(partial(evaluation, state) if evaluates else None)
+            evaluated = recorder.flush(partial(evaluation, state, stop) if evaluates else None)
+            ends, checks = ends or not evaluated, checks or not evaluated
+            if not evaluated:
+                _record_owed(out, step)
         if (checks or snaps) and not _all_finite(state):
-            raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+            raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
@@ -231,6 +239,19 @@ def _train(
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _evaluated_late(
+    evaluation: Evaluation, state: TrainState, stop: process.StopRequest, recorder: Recorder, out: Path, step: int
+) -> bool:
+    """Whether what a signal kept from being evaluated after this step now is."""
+    losses = evaluation(state, stop)
+    if losses is None:
+        return False
+    recorder.complete(step, losses)
+    if process.is_main():
+        (out / OWED).unlink()
+    return True
 
 
 def _second(cfg: RunConfig, prepared: Prepared) -> Prepared | None:
@@ -290,7 +311,8 @@ def _observed(steps: Steps, state: TrainState, tokens_BS: jax.Array, body_update
     """What is measured of a step before it is taken; the first has no update behind it."""
     if body_update is None:
         body_update = _difference(state.params["body"], _copied(state.params["body"]))
-    metrics = steps.observe(state.params, tokens_BS, body_update)
+    with process.first_call(steps.observe) as observe:
+        metrics = observe(state.params, tokens_BS, body_update)
     return {name: value for name, value in metrics.items() if step > 1 or name != "body_loss_change"}
 
 
@@ -386,6 +408,11 @@ def _change_of(cfg: RunConfig, out: Path) -> int | None:
 def _record_change(out: Path, step: int) -> None:
     if process.is_main():  # before the state of this step is saved
         write_atomically(out / CHANGED, json.dumps({"step": step}) + "\n")
+
+
+def _record_owed(out: Path, step: int) -> None:
+    if process.is_main():  # before the state of this step is saved
+        write_atomically(out / OWED, json.dumps({"step": step}) + "\n")
 
 
 def _record_state(out: Path, step: int) -> None:

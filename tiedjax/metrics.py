@@ -35,11 +35,10 @@ class MetricsLog:
     """metrics.jsonl and, if tensorboardX is installed, tensorboard/ of one run, from the line after `step` on."""
 
     def __init__(self, directory: Path, step: int):
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = directory / "metrics.jsonl"
+        if self._path.exists():
+            self._rewrite([row for row in read_metrics(self._path) if row["step"] <= step])
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = _Board(directory / "tensorboard", step) if importlib.util.find_spec("tensorboardX") else None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -49,6 +48,19 @@ class MetricsLog:
         if self._board:
             scalars = {name: x for name, x in row.items() if name != "step" and not isinstance(x, list)}
             self._board.write(row["step"], scalars)
+
+    def complete(self, step: int, values: dict[str, Any]) -> None:
+        """Adds these to the last line, which is that of `step`."""
+        self._file.close()
+        *rows, last = read_metrics(self._path)
+        assert last["step"] == step
+        self._rewrite([*rows, last | values])
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._board:
+            self._board.write(step, values)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        write_atomically(self._path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiedjax.config import RunConfig
-from tiedjax.errors import TrainingError
+from tiedjax.errors import NotFiniteError
 from tiedjax.host import process
 from tiedjax.metrics import MetricsLog, Progress
 
@@ -54,29 +54,33 @@ class Recorder:
 
     def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the step before."""
-        self.flush(None)
+        self.flush()
         shapes = {name: value.shape for name, value in metrics.items()}
         numbers = packed(list(metrics.values()))
         numbers.copy_to_host_async()
         self._pending = _Pending(step, shapes, numbers, deciles)
 
-    def flush(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
-        """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
+    def flush(self, evaluate: Callable[[], dict[str, float] | None] | None = None) -> bool:
+        """Reads what is pending, evaluates if asked; NotFiniteError if the loss is not finite.
+
+        False if the evaluation was given up; the step's line is written without it, until `complete` adds it.
+        """
         if self._pending is None:
-            return
+            return True
         pending, self._pending = self._pending, None
         step, deciles, values = pending.step, pending.deciles, pending.values()
         (before, then), now = self._read, time.monotonic()
         if not math.isfinite(values["loss"]):
-            raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
+            raise NotFiniteError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
         per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
         row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
         if not deciles:
             row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
         row["tokens_per_second"] = (step - before) * per_step / (now - then)
         shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
-        if evaluate:
-            row |= evaluate()
+        losses = evaluate() if evaluate else {}
+        if losses:
+            row |= losses
             shown += f"  held-out {row['eval_loss']:.3f}"
         if self._log and self._progress:
             self._progress.update(step, shown)
@@ -84,6 +88,12 @@ class Recorder:
             self._read = (step, time.monotonic() if evaluate else now)
             if self._log:
                 self._log.write(row)
+        return losses is not None
+
+    def complete(self, step: int, losses: dict[str, float]) -> None:
+        """Adds what an earlier call had not evaluated to the line of this step, its last."""
+        if self._log:
+            self._log.complete(step, losses)
 
     def close(self) -> None:
         """Closes the log; what is pending was flushed by the checkpoint that ends every call."""

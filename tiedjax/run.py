@@ -22,6 +22,7 @@ from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
 
 CHANGED = "untied.json"  # of a run that unties when it is time: after which step it did
+OWED = "evaluation_owed.json"  # of a run that a signal stopped while it evaluated: after which step
 
 
 class RunTables(NamedTuple):
@@ -278,3 +279,9 @@ def _wide(leaf: Any) -> np.ndarray:
     """Numbers as float32, integers as they are."""
     array = np.asarray(leaf)
     return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def owed(path: Path) -> int | None:
+    """After which step the run here still has to evaluate, if a signal has kept it from that."""
+    record = path / OWED
+    return json.loads(record.read_text(encoding="utf-8"))["step"] if record.exists() else None

@@ -12,12 +12,12 @@ from typing import Any
 from tiedjax import sweep, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import structure, to_tree
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.files import write_atomically
 from tiedjax.host import process
-from tiedjax.host.workers import ProcessEnded, Task
+from tiedjax.host.workers import Task
 from tiedjax.loop import Outcome, train
-from tiedjax.run import load_run
+from tiedjax.run import load_run, owed
 
 DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its update was not finite
 
@@ -45,9 +45,7 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
         return out_of_it
     try:
         outcome = train_run(config, out, until)
-    except ProcessEnded:
-        raise
-    except TrainingError as error:
+    except NotFiniteError as error:
         process.say(f"{Path(out).name}: {error}; this point is out")
         if process.is_main():
             record = {"error": str(error), "config": _to_its_end(config)}
@@ -71,8 +69,8 @@ def _to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trained(folder: Path, cfg: RunConfig) -> bool:
-    """Whether a run's folder holds the state after its last step."""
-    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir()
+    """Whether a run's folder holds the state after its last step, and all that was to be evaluated."""
+    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir() and owed(folder) is None
 
 
 def steps_left(folder: Path, cfg: RunConfig) -> int:

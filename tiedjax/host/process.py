@@ -14,20 +14,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import platform_flags
+from tiedjax.host import platform_flags, signals
 from tiedjax.host.watch import Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
+_called: WeakSet[Any] = WeakSet()  # functions that have compiled
+_TIME = "the time"  # what asks a cluster to stop, where it is no signal
 
 
 class _Closeable(Protocol):
@@ -35,6 +37,7 @@ class _Closeable(Protocol):
 
 
 _Saves = TypeVar("_Saves", bound=_Closeable)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
@@ -59,6 +62,7 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
             raise UserError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
     elif not launched_as_one_of_many():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -80,7 +84,8 @@ def _watch_over_cluster(coordinator: str | None) -> None:
         watch = Spoke.reach(jax.process_index(), invitation)
     unreached = [i for i, laid in enumerate(_gathered(watch is not None)) if not laid]
     if watch and not unreached:
-        watch.hear_interrupts()
+        watch.on_asked = _hear
+        signals.pass_on(watch.ask, watch.fail)
         _watch = watch
         return
     if watch:
@@ -88,10 +93,15 @@ def _watch_over_cluster(coordinator: str | None) -> None:
     if is_main():
         print(
             f"tiedjax: process {unreached[0]} cannot reach process 0 beside JAX's own port; "
-            "when a process fails, the others notice only after a minute or two",
+            "when a process fails, the others notice only after a minute or two, and a signal saves nothing",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _hear(reason: str) -> None:
+    if reason != _TIME:
+        signals.heard_elsewhere(reason)
 
 
 def _from_main(message: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +195,9 @@ class Cause(NamedTuple):
 def cause(error: BaseException) -> Cause:
     """Why a process ends that raised this."""
     if isinstance(error, KeyboardInterrupt):
-        return Cause("interrupted", 128 + signal.SIGINT, True)
-    if isinstance(error, UserError | TrainingError):
-        return Cause(" ".join(str(error).split()), 2 if isinstance(error, UserError) else 1, True)
+        return Cause("interrupted", signals.INTERRUPTED, True)
+    if isinstance(error, UserError | TrainingError | signals.Stopped):
+        return Cause(" ".join(str(error).split()), error.status, True)
     lines = str(error).splitlines()
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)
@@ -275,61 +285,50 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+@contextlib.contextmanager
+def first_call(function: _Function) -> Iterator[_Function]:
+    """The function, whose first call in this process compiles: no signal waits for the end of that."""
+    with contextlib.nullcontext() if function in _called else signals.brief():
+        yield function
+    _called.add(function)
+
+
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one kills the process.
+    """Asks, between steps, whether a signal or the time wants this process to stop: `signal`, `time_is_up`.
 
-    From `listen` until it is left: entered before what must be closed in peace, it lets a save in progress be finished.
-    In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM to
-    any of them); there SIGINT is a KeyboardInterrupt after the step in progress, or after the last save.
-
-    When `time.monotonic()` has passed `until` (in a cluster that of process 0), that is a request too: `time_is_up`.
+    From `listen` until it is left signals are held: entered before what must be closed in peace, it lets a save in
+    progress be finished. In a cluster a signal to any process stops all of them after the same step. The time is up
+    when `time.monotonic()` has passed `until`, in a cluster that of process 0.
     """
 
     def __init__(self, until: float | None = None) -> None:
         self.signal: signal.Signals | None = None
         self.time_is_up = False
         self._until = until
-        self._notified = False  # JAX in a cluster, of the time
-        self._previous: dict[int, Any] = {}
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> StopRequest:
         return self
 
     def listen(self) -> None:
-        """From here on a signal is a request; until here it does what it always did."""
-        if jax.process_count() == 1:
-            numbers = [signal.SIGINT, signal.SIGTERM]
-        else:  # a launcher that has its processes ignore Ctrl-C sends them SIGTERM instead
-            numbers = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
-        for number in numbers:
-            self._previous[number] = signal.signal(number, self._receive)
+        """From here on a signal is a request; until here it ends what this process does."""
+        self._held.enter_context(signals.held())
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if kind is None:
-            self._interrupt_cluster()
+    def __exit__(self, *_: object) -> None:
+        self.signal = self.signal or signals.heard()  # while the last save was closed
+        self._held.close()
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        for handled in self._previous:
-            signal.signal(handled, signal.SIG_DFL)  # which ends a process even while it waits in a library
-
-    def requested_at(self, step: int) -> bool:
-        """Whether to stop after this step, or what stands for one while nothing is trained. All ask at each."""
-        self._interrupt_cluster()
+    def requested(self) -> bool:
+        """Whether to stop here. All processes of a cluster ask at the same moments."""
         passed = self._until is not None and time.monotonic() >= self._until
         if jax.process_count() == 1:
-            self.time_is_up = self.time_is_up or passed
-        else:
-            if passed and is_main() and not self._notified:
-                self._notified = True
-                os.kill(os.getpid(), signal.SIGTERM)
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.time_is_up = self._until is not None and main_says(self._notified)
-                self.signal = None if self.time_is_up else signal.SIGTERM
+            self.signal, self.time_is_up = signals.heard(), self.time_is_up or passed
+        elif _watch:
+            if passed and is_main():
+                _watch.ask(_TIME)
+            reason = _watch.stops_here()
+            self.time_is_up = reason == _TIME
+            self.signal = signal.Signals[reason] if reason and not self.time_is_up else None
+        elif number := signals.heard():
+            raise signals.Stopped(number)
         return self.signal is not None or self.time_is_up
-
-    def _interrupt_cluster(self) -> None:
-        if self.signal == signal.SIGINT and jax.process_count() > 1:
-            raise KeyboardInterrupt

@@ -1,7 +1,8 @@
 """A wire from every process of a cluster to process 0, so that whatever ends one of them ends all, with its cause.
 
 JAX alone leaves the others waiting: a minute in a collective, longer in a barrier, and then they die of an error that
-names no cause. This file knows sockets and processes, nothing of JAX.
+names no cause. A request to stop takes the same way, and all agree on the moment. This file knows sockets and
+processes, nothing of JAX.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import json
 import os
 import queue
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from tiedjax.errors import Status
 
 GRACE = 15.0  # seconds in which a process that fails may finish what it is saving before all are ended
 SETTLING = 1.0  # seconds in which the death of a process may show that caused a failure reported before it
@@ -38,7 +40,10 @@ class Failure:
         """The line in which a process says it that failed of the cause `known` itself, or of none."""
         if self.cause is None:
             return f"process {self.process} ended without a word: it was killed, or its machine is lost"
-        return self.cause if self.cause == known else f"process {self.process} failed: {self.cause}"
+        if self.cause == known:
+            return self.cause
+        verb = "was" if self.status == Status.AGAIN else "failed:"
+        return f"process {self.process} {verb} {self.cause}"
 
 
 class Watch:
@@ -49,6 +54,11 @@ class Watch:
         self._cause: str | None = None
         self._over = threading.Event()
         self._deadline: threading.Timer | None = None
+        self.on_asked: Callable[[str], None] = lambda reason: None  # called in another thread
+        self._moment = threading.Condition()
+        self._moments = 0  # that have passed
+        self._reason: str | None = None  # once all are asked to stop
+        self._last: int | None = None  # the moment at which they do, once it is agreed on
 
     def fail(self, cause: str, status: int) -> NoReturn:
         """Ends all processes, this one included. The first cause of all that are reported is what each one says."""
@@ -63,24 +73,37 @@ class Watch:
             self._deadline.daemon = True
             self._deadline.start()
 
-    def hear_interrupts(self) -> None:
-        """Has SIGINT end all processes even while this one waits in a library, where Python runs no handler.
+    def ask(self, reason: str) -> None:
+        """Asks all processes to stop at one moment, the next that none of them has passed; the first reason is kept.
 
-        They have `GRACE` seconds; a second SIGINT ends them at once.
+        Also within a signal's thread: those that wait in a library hear it too.
         """
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        why = ("interrupted", 128 + signal.SIGINT)
+        raise NotImplementedError
 
-        def listen() -> None:
-            interrupts = 0
-            while number := os.read(reading, 1):
-                if number[0] == signal.SIGINT:
-                    interrupts += 1
-                    self.expect(*why) if interrupts == 1 else self._say(*why)
+    def stops_here(self) -> str | None:
+        """The reason if all processes stop at this moment.
 
-        threading.Thread(target=listen, daemon=True).start()
+        All ask at the same moments, in the same order. Between them they do what needs all.
+        """
+        with self._moment:
+            self._moments += 1
+            if self._reason is None:
+                return None
+            self._moment.wait_for(lambda: self._last is not None)
+            assert self._last is not None
+            return self._reason if self._moments >= self._last else None
+
+    def _asked(self, reason: str) -> int:
+        """Hears that all are to stop; the next moment at which this process can."""
+        with self._moment:
+            self._reason, here = reason, self._moments + 1
+        self.on_asked(reason)
+        return here
+
+    def _agree(self, last: int) -> None:
+        with self._moment:
+            self._last = last
+            self._moment.notify_all()
 
     def part(self) -> None:
         """Returns when all processes have come here: from then on they may end without being missed."""
@@ -105,6 +128,9 @@ class Hub(Watch):
         super().__init__(0)
         self._failures: queue.Queue[Failure] = queue.Queue()
         self._wires: dict[int, socket.socket] = {}
+        self._asking = threading.Lock()
+        self._moments_of: dict[int, int] = {}  # process: the next moment at which it can stop
+        self._processes = processes
         self._waiting, self._all_wait = set(range(1, processes)), threading.Event()
         self._readers: list[threading.Thread] = []
         self._token = secrets.token_hex(16)
@@ -119,6 +145,20 @@ class Hub(Watch):
         hosts = [host, socket.gethostname(), _address()]
         port = self._listener.getsockname()[1]
         return {"hosts": [name for name in dict.fromkeys(hosts) if name], "port": port, "token": self._token}
+
+    def ask(self, reason: str) -> None:
+        with self._asking:
+            if self._reason is not None:
+                return
+            self._tell({"stop": reason})
+            self._note(0, self._asked(reason))
+
+    def _note(self, process: int, moment: int) -> None:
+        self._moments_of[process] = moment
+        if len(self._moments_of) == self._processes:
+            last = max(self._moments_of.values())
+            self._tell({"last": last})
+            self._agree(last)
 
     def part(self) -> None:
         self._all_wait.wait()
@@ -157,12 +197,17 @@ class Hub(Watch):
         for message in messages:
             if "failed" in message:
                 self._report(Failure(**message["failed"]))
+            elif "ask" in message:
+                self.ask(message["ask"])
+            elif "moment" in message:
+                with self._asking:
+                    self._note(process, message["moment"])
             else:
                 self._waiting.discard(process)
                 if not self._waiting:
                     self._all_wait.set()
         if not self._over.is_set():
-            self._report(Failure(process, 1, None))
+            self._report(Failure(process, Status.AGAIN, None))
 
     def _judge(self) -> None:
         first = self._failures.get()
@@ -206,6 +251,9 @@ class Spoke(Watch):
                 wire.close()
         return None
 
+    def ask(self, reason: str) -> None:
+        _send(self._wire, {"ask": reason})
+
     def part(self) -> None:
         _send(self._wire, {"waiting": True})
         self._over.wait()
@@ -222,9 +270,14 @@ class Spoke(Watch):
             if "verdict" in message:
                 first = Failure(**message["verdict"])
                 end(first.sentence(self._cause), first.status)
-            self._over.set()
+            elif "stop" in message:
+                _send(self._wire, {"moment": self._asked(message["stop"])})
+            elif "last" in message:
+                self._agree(message["last"])
+            else:
+                self._over.set()
         if not self._over.is_set():
-            end(Failure(0, 1, None).sentence(None), 1)
+            end(Failure(0, Status.AGAIN, None).sentence(None), Status.AGAIN)
 
 
 def end(line: str, status: int) -> NoReturn:
