@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -164,7 +165,8 @@ end.part()
 
 
 def test_the_first_reason_to_stop_is_kept() -> None:
-    body = "{asks}; time.sleep(1)\nend.ask('SIGHUP')\ntime.sleep(1); print(end.stops_here(), end.stops_here(), flush=True); end.part()"
+    late = "time.sleep(1); end.ask('SIGHUP'); time.sleep(1)"
+    body = f"{{asks}}; {late}; print(end.stops_here(), end.stops_here(), flush=True); end.part()"
     processes = wire(*[body.format(asks=asks) for asks in ("end.ask('SIGTERM')", "pass")])
     for process in processes:
         assert process.communicate(timeout=60)[0].splitlines()[-1] == "SIGTERM SIGTERM"
@@ -237,16 +239,22 @@ def prepared_and_signalled(number):
 
 
 def cluster(
-    tmp_path: Path, text: Path, hooks: Mapping[int, str], outs: Mapping[int, Path] | None = None
+    tmp_path: Path,
+    text: Path,
+    hooks: Mapping[int, str],
+    outs: Mapping[int, Path] | None = None,
+    more: Mapping[str, object] | None = None,
+    heartbeat: float = 60,
 ) -> list[subprocess.Popen[str]]:
     """Two processes of one run, each after its hook."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    changes = {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1}
+    changes = {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1, **(more or {})}
     for number in range(2):
         flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(number)]
+        flags += ["--heartbeat", str(heartbeat)]
         argv = [*arguments((outs or {}).get(number, tmp_path / "run"), text, changes), *flags]
         program = (
             f"{PRELUDE.format(mark=str(tmp_path / 'mark'))}\n{hooks.get(number, '')}\nsys.exit(main(sys.argv[1:]))"
@@ -322,6 +330,40 @@ def test_a_killed_process_ends_the_other(killed: int, text: Path, tmp_path: Path
     assert status == 75
     line = f"tiedjax: process {killed} ended without a word: it was killed, or its machine is lost"
     assert error.splitlines()[-1] == line
+
+
+GONE = "process {} ended without a word: it was killed, or its machine is lost"
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_ends_the_other(stopped: int, text: Path, tmp_path: Path) -> None:
+    hooks = {stopped: "at_step_3(lambda: dies(signal.SIGSTOP))"}
+    processes = cluster(tmp_path, text, hooks, heartbeat=10)
+    (result,) = ended([processes[1 - stopped]], seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    status, error = result
+    assert status == 76
+    line = f"tiedjax: process {stopped} has been silent for 10 s: it is stopped, or its machine hangs"
+    assert error.splitlines()[-1] == line
+    processes[stopped].send_signal(signal.SIGCONT)
+    status, error = ended([processes[stopped]])[0]  # and when it goes on, it ends too
+    if stopped == 0:
+        assert (status, error.splitlines()[-1]) == (75, "tiedjax: " + GONE.format(1))
+    else:
+        assert (status, error.splitlines()[-1]) == (76, line)
+
+
+def test_a_step_that_does_not_end_ends_all_with_what_each_is_at(text: Path, tmp_path: Path) -> None:
+    """Process 1 sleeps, process 0 waits for it in a collective; the state of step 2 is there to go on from."""
+    hooks = {1: "def asleep():\n    now()\n    time.sleep(600)\nat_step_3(asleep)"}
+    results = ended(cluster(tmp_path, text, hooks, more={"train.stall_seconds": 5}), seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    for status, error in results:
+        assert status == 76
+        assert re.search(r"no step has ended for \d+ s; the same command continues from there\n$", error), error
+        assert "Current thread" in error
+    assert "in asleep" in results[1][1]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_folders_that_are_not_one_are_refused_at_once_and_nothing_is_left(text: Path, tmp_path: Path) -> None:

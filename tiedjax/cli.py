@@ -238,6 +238,12 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat",
+        type=float,
+        metavar="SECONDS",
+        help="end all when one of them has been silent for so long, at least 1 [60]",
+    )
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -372,7 +378,7 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
     from tiedjax import loop
     from tiedjax.host import process
 
-    named = [vars(args).get(name) for name in ("coordinator", "processes", "process_id")]
+    named = [vars(args).get(name) for name in ("coordinator", "processes", "process_id", "heartbeat")]
     process.join_cluster(*named)
     try:
         outcome = work(loop)

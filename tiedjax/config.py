@@ -468,6 +468,12 @@ class TrainConfig(_Checked):
     eval_batches: int | None = _option(None, "batches per evaluation; null: all held-out windows", at_least=1)
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
+    stall_seconds: float | None = _option(
+        600.0,
+        "end the process, with status 76, when no step has ended for so long, or for ten times the median step if that "
+        "is longer; null: never",
+        above=0,
+    )
     anatomy: bool | None = _option(
         None,
         "at snapshots, measure what the output role's gradient is made of and what the body's update did to the loss; "

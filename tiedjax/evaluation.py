@@ -11,6 +11,7 @@ from tiedjax.config import RunConfig
 from tiedjax.data.batches import eval_batches
 from tiedjax.data.prepared import Prepared
 from tiedjax.host import process
+from tiedjax.host.watchdog import Watchdog
 from tiedjax.step import Steps, TrainState
 
 AHEAD = 4  # batches under way: what a signal waits for
@@ -25,16 +26,16 @@ class Evaluation:
     def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps, prepared: Prepared, second: Prepared | None):
         self._cfg, self._mesh, self._steps, self._prepared, self._second = cfg, mesh, steps, prepared, second
 
-    def __call__(self, state: TrainState, stop: process.StopRequest) -> dict[str, float] | None:
+    def __call__(self, state: TrainState, stop: process.StopRequest, watchdog: Watchdog) -> dict[str, float] | None:
         """The losses of this state; None if a signal came before all were found."""
-        losses = self._of(state, self._prepared, "eval_loss", stop)
+        losses = self._of(state, self._prepared, "eval_loss", stop, watchdog)
         if losses and self._second:
-            second = self._of(state, self._second, "loss", stop)
+            second = self._of(state, self._second, "loss", stop, watchdog)
             return second and losses | {"second_eval_loss": second["loss"]}
         return losses
 
     def _of(
-        self, state: TrainState, prepared: Prepared, name: str, stop: process.StopRequest
+        self, state: TrainState, prepared: Prepared, name: str, stop: process.StopRequest, watchdog: Watchdog
     ) -> dict[str, float] | None:
         size, limit = self._cfg.data.batch_size, self._cfg.train.eval_batches
         rows = sharding.local_rows(self._mesh, size)
@@ -46,6 +47,7 @@ class Evaluation:
                 sums.append(evaluate(state.params, tokens_BS, weights_B))
             if len(sums) > AHEAD:
                 jax.block_until_ready(sums[-1 - AHEAD])
+            watchdog.alive()
             if stop.requested() and stop.signal:
                 return None
         loss_and_weight = np.asarray(jax.device_get(sums), np.float64)

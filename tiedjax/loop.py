@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,7 @@ from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling, signals
+from tiedjax.host.watchdog import Watchdog
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, OWED, change_of, owed
@@ -44,7 +45,7 @@ from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "tying.untie_at", "tying.tie_at"),
+    *("train.checkpoint_every", "train.keep_checkpoints", "train.stall_seconds", "tying.untie_at", "tying.tie_at"),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
 }
 
@@ -182,9 +183,10 @@ def _train(
         _say_if_it_compiles(steps, label)
     recorder = Recorder(cfg, out, label, start)
     held.callback(recorder.close)
+    watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
     stop.listen()
-    if owes and not _evaluated_late(evaluation, state, stop, recorder, out, start):
+    if owes and not _evaluated_late(partial(evaluation, state, stop, watchdog), recorder, out, start):
         return start
     place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
     on_devices = _one_ahead(map(place, batches.iterate(start)))
@@ -215,8 +217,9 @@ def _train(
         checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
         recorder.record(step, metrics | about_step, deciles=snaps)
+        watchdog.alive(step=True)  # the step before this one, whose metrics were read
         if evaluates or checks or snaps:
-            evaluated = recorder.flush(partial(evaluation, state, stop) if evaluates else None)
+            evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
             ends, checks = ends or not evaluated, checks or not evaluated
             if not evaluated:
                 _record_owed(out, step)
@@ -241,11 +244,9 @@ def _train(
     return step
 
 
-def _evaluated_late(
-    evaluation: Evaluation, state: TrainState, stop: process.StopRequest, recorder: Recorder, out: Path, step: int
-) -> bool:
+def _evaluated_late(evaluate: Callable[[], dict[str, float] | None], recorder: Recorder, out: Path, step: int) -> bool:
     """Whether what a signal kept from being evaluated after this step now is."""
-    losses = evaluation(state, stop)
+    losses = evaluate()
     if losses is None:
         return False
     recorder.complete(step, losses)

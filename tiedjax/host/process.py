@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.host import platform_flags, signals
-from tiedjax.host.watch import Hub, Spoke, Watch, end
+from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
 _called: WeakSet[Any] = WeakSet()  # functions that have compiled
@@ -40,12 +40,18 @@ _Saves = TypeVar("_Saves", bound=_Closeable)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def join_cluster(
+    coordinator: str | None, processes: int | None, process_id: int | None, heartbeat: float | None = None
+) -> None:
     """Joins the other processes of the job, if there are any; must come before JAX is used.
+
+    `heartbeat` is after how many seconds of silence of one of them all end.
 
     Explicit flags win; otherwise an srun of several tasks or a TPU slice is recognised by its environment, a TPU VM
     by its devices, and JAX finds the rest itself. Raises UserError if the flags are incomplete or nobody answers.
     """
+    if heartbeat is not None and not heartbeat >= 1:
+        raise UserError(f"--heartbeat: must be at least 1 second, got {heartbeat:g}")
     flags = (coordinator, processes, process_id)
     if any(flag is not None for flag in flags):
         if coordinator is None or processes is None or process_id is None:
@@ -68,16 +74,16 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
     if jax.process_count() > 1:
-        _watch_over_cluster(coordinator)
+        _watch_over_cluster(coordinator, HEARTBEAT if heartbeat is None else heartbeat)
 
 
-def _watch_over_cluster(coordinator: str | None) -> None:
+def _watch_over_cluster(coordinator: str | None, heartbeat: float) -> None:
     """From here on whatever ends one process ends all; says so in one line if process 0 cannot be reached for that."""
     global _watch
     watch: Watch | None = None
     if is_main():
         with contextlib.suppress(OSError):
-            watch = Hub(jax.process_count())
+            watch = Hub(jax.process_count(), heartbeat)
     host = coordinator.rsplit(":", 1)[0].strip("[]") if coordinator else None
     invitation = _from_main(watch.invitation(host) if isinstance(watch, Hub) else {})
     if invitation and not is_main():
@@ -202,6 +208,11 @@ def cause(error: BaseException) -> Cause:
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)
     return Cause(": ".join([type(error).__name__, *lines[:1]]), 1, False)
+
+
+def end_all(line: str, status: int) -> None:
+    """Ends this process at once, and in a cluster all others, each with this line as its last one."""
+    (_watch.fail if _watch else end)(line, status)
 
 
 def end_cluster_if_any(why: Cause) -> None:

@@ -153,6 +153,11 @@ def brief() -> Iterator[None]:
             here.brief -= 1
 
 
+def is_brief() -> bool:
+    """Whether such a part is under way."""
+    return _hearing is not None and _hearing.brief > 0
+
+
 def heard() -> signal.Signals | None:
     """The first signal."""
     return _hearing.first if _hearing else None

@@ -8,6 +8,7 @@ processes, nothing of JAX.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
@@ -24,20 +25,28 @@ from tiedjax.errors import Status
 
 GRACE = 15.0  # seconds in which a process that fails may finish what it is saving before all are ended
 SETTLING = 1.0  # seconds in which the death of a process may show that caused a failure reported before it
+BEATS = 4  # in the time whose silence ends all
 PARTING = 5.0  # seconds in which the others may say the cause and go; process 0 goes last, JAX's service with it
 REACHING = 5.0  # seconds to reach process 0
+HEARTBEAT = 60.0  # seconds of silence that end all; JAX would end them after 100, without a cause
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ends a cluster: which process, its exit status and cause; without a cause it ended without a word."""
+    """What ends a cluster: which process, its exit status and cause.
+
+    Without a cause it ended without a word, or has been `silent` for so many seconds.
+    """
 
     process: int
     status: int
     cause: str | None
+    silent: float | None = None
 
     def sentence(self, known: str | None) -> str:
         """The line in which a process says it that failed of the cause `known` itself, or of none."""
+        if self.silent is not None:
+            return f"process {self.process} has been silent for {self.silent:g} s: it is stopped, or its machine hangs"
         if self.cause is None:
             return f"process {self.process} ended without a word: it was killed, or its machine is lost"
         if self.cause == known:
@@ -49,8 +58,8 @@ class Failure:
 class Watch:
     """One process's end of the wire. Subclasses carry reports to where the first of them is chosen."""
 
-    def __init__(self, process: int):
-        self._process = process
+    def __init__(self, process: int, heartbeat: float):
+        self._process, self._heartbeat = process, heartbeat
         self._cause: str | None = None
         self._over = threading.Event()
         self._deadline: threading.Timer | None = None
@@ -124,8 +133,9 @@ class Watch:
 class Hub(Watch):
     """Process 0's end: hears the others, and decides which failure was the first."""
 
-    def __init__(self, processes: int):
-        super().__init__(0)
+    def __init__(self, processes: int, heartbeat: float = HEARTBEAT):
+        """`heartbeat`: after so many seconds of silence of one process all end."""
+        super().__init__(0, heartbeat)
         self._failures: queue.Queue[Failure] = queue.Queue()
         self._wires: dict[int, socket.socket] = {}
         self._asking = threading.Lock()
@@ -137,14 +147,15 @@ class Hub(Watch):
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=processes, dualstack_ipv6=both)
-        threading.Thread(target=self._accept, daemon=True).start()
-        threading.Thread(target=self._judge, daemon=True).start()
+        for work in (self._accept, self._judge, self._beat):
+            threading.Thread(target=work, daemon=True).start()
 
     def invitation(self, host: str | None) -> dict[str, Any]:
         """What `Spoke.reach` needs: hosts to try in turn (`host` first, if it is known), a port, a password."""
         hosts = [host, socket.gethostname(), _address()]
         port = self._listener.getsockname()[1]
-        return {"hosts": [name for name in dict.fromkeys(hosts) if name], "port": port, "token": self._token}
+        known = {"port": port, "token": self._token, "heartbeat": self._heartbeat}
+        return {"hosts": [name for name in dict.fromkeys(hosts) if name], **known}
 
     def ask(self, reason: str) -> None:
         with self._asking:
@@ -185,7 +196,12 @@ class Hub(Watch):
             self._readers.append(reader)
             reader.start()
 
+    def _beat(self) -> None:
+        while not self._over.wait(self._heartbeat / BEATS):
+            self._tell({"beat": True})
+
     def _listen(self, wire: socket.socket) -> None:
+        wire.settimeout(self._heartbeat)
         messages = _messages(wire)
         greeting = next(messages, {})
         if greeting.get("token") != self._token:
@@ -202,7 +218,10 @@ class Hub(Watch):
             elif "moment" in message:
                 with self._asking:
                     self._note(process, message["moment"])
-            else:
+            elif "silent" in message and not self._over.is_set():
+                self._report(Failure(process, Status.STALLED, None, self._heartbeat))
+                return
+            elif "waiting" in message:
                 self._waiting.discard(process)
                 if not self._waiting:
                     self._all_wait.set()
@@ -232,10 +251,11 @@ class Hub(Watch):
 class Spoke(Watch):
     """The end of every other process."""
 
-    def __init__(self, process: int, wire: socket.socket, messages: Iterator[dict[str, Any]]):
-        super().__init__(process)
+    def __init__(self, process: int, wire: socket.socket, messages: Iterator[dict[str, Any]], heartbeat: float):
+        super().__init__(process, heartbeat)
         self._wire, self._messages = wire, messages
-        threading.Thread(target=self._listen, daemon=True).start()
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, daemon=True).start()
 
     @classmethod
     def reach(cls, process: int, invitation: dict[str, Any]) -> Spoke | None:
@@ -246,8 +266,8 @@ class Spoke(Watch):
                 _send(wire, {"token": invitation["token"], "process": process})
                 messages = _messages(wire)
                 if next(messages, {}).get("welcome"):
-                    wire.settimeout(None)
-                    return cls(process, wire, messages)
+                    wire.settimeout(invitation["heartbeat"])
+                    return cls(process, wire, messages, invitation["heartbeat"])
                 wire.close()
         return None
 
@@ -265,6 +285,10 @@ class Spoke(Watch):
     def _report(self, failure: Failure) -> None:
         _send(self._wire, {"failed": vars(failure)})
 
+    def _beat(self) -> None:
+        while not self._over.wait(self._heartbeat / BEATS):
+            _send(self._wire, {"beat": True})
+
     def _listen(self) -> None:
         for message in self._messages:
             if "verdict" in message:
@@ -274,17 +298,24 @@ class Spoke(Watch):
                 _send(self._wire, {"moment": self._asked(message["stop"])})
             elif "last" in message:
                 self._agree(message["last"])
-            else:
+            elif "silent" in message and not self._over.is_set():
+                end(Failure(0, Status.STALLED, None, self._heartbeat).sentence(None), Status.STALLED)
+            elif "over" in message:
                 self._over.set()
         if not self._over.is_set():
             end(Failure(0, Status.AGAIN, None).sentence(None), Status.AGAIN)
 
 
 def end(line: str, status: int) -> NoReturn:
-    """Says why and ends this process at once: an orderly exit would wait for others, threads and processes."""
+    """Says why and ends this process at once: an orderly exit would wait for others, threads and processes.
+
+    If it has stalled, what every thread is at comes first.
+    """
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(1)  # whoever holds the stream may be what hangs
+    if status == Status.STALLED:
+        faulthandler.dump_traceback()
     os.write(2, f"tiedjax: {line}\n".encode())
     os._exit(status)
 
@@ -301,16 +332,26 @@ def _hang_up(wire: socket.socket) -> None:
 
 
 def _messages(wire: socket.socket) -> Iterator[dict[str, Any]]:
-    """What comes over the wire until the other process ends, or its machine has been silent for half a minute."""
+    """What comes over the wire until the other process ends, or its machine is lost for half a minute.
+
+    The last is {"silent": True} if nothing has come for the wire's timeout.
+    """
     wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):
             wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     buffer = b""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a stranger who speaks another language
+    try:
         while received := wire.recv(4096):
             *lines, buffer = (buffer + received).split(b"\n")
             yield from (json.loads(line) for line in lines)
+    except OSError as error:
+        if (
+            isinstance(error, TimeoutError) and error.errno is None
+        ):  # with a number it is that of a machine that is lost
+            yield {"silent": True}
+    except ValueError:  # a stranger who speaks another language
+        return
 
 
 def _address() -> str | None:
