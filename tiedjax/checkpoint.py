@@ -1,14 +1,20 @@
 """The only file that imports Orbax: full states to resume from, and snapshots of the tables to look at later.
 
 Orbax keeps no checksum of values and restores flipped bits silently, so every save carries a fingerprint of each leaf
-and every restore compares it.
+and of what is said about it, and every restore compares them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import itertools
+import json
 import logging
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from tiedjax.errors import UserError
 
+DIGEST = "digest"  # of all else that is said of a save
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
 
@@ -48,6 +56,10 @@ def _names(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+class DamagedError(UserError):
+    """What was saved cannot be read, or is not what was saved."""
+
+
 class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
@@ -58,7 +70,8 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
         self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with _damage(self.directory, "cannot be opened"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps whose save is complete, ascending."""
@@ -68,19 +81,27 @@ class Checkpoints:
     def save(self, step: int, tree: Any, about: dict[str, Any]) -> None:
         """Starts saving `tree` (arrays) and `about` (JSON); raises here or in `close` if an earlier save failed."""
         record = {**about, "fingerprints": fingerprints(tree)}
+        record[DIGEST] = _digest(record)
         items = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(record))
         if not self._manager.save(step, args=items, force=True):
             raise RuntimeError(f"{self.directory / str(step)}: Orbax declined to save")
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was said when this step was saved."""
-        items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        return dict(items["about"])
+        """What was said when this step was saved; DamagedError if that is not what is read."""
+        where = self.directory / str(step)
+        with _damage(where, "cannot be restored"):
+            items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+            record = dict(items["about"])
+            digest = record.pop(DIGEST)
+        if digest != _digest(record):
+            raise DamagedError(f"{where}: is damaged: 'about' is not what was saved")
+        return record
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The saved leaves of `abstract` (ShapeDtypeStructs with shardings; without, as NumPy), which may be a part.
 
-        Raises UserError if the shapes or dtypes differ from what was saved, or the values from their fingerprints.
+        Raises UserError if the shapes or dtypes differ from what was saved, DamagedError if the values differ from
+        their fingerprints.
         """
         where = self.directory / str(step)
         saved = self.about(step)["fingerprints"]
@@ -89,10 +110,8 @@ class Checkpoints:
             raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-        try:
+        with _damage(where, "cannot be restored"):
             tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
-        except (ValueError, OSError) as error:
-            raise UserError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
                 raise UserError(
@@ -101,10 +120,16 @@ class Checkpoints:
                 )
         for name, pair in fingerprints(tree).items():
             if pair != saved[name]:
-                raise UserError(
-                    f"{where}: is damaged: {name!r} is not what was saved; remove this folder to use an older one"
-                )
+                raise DamagedError(f"{where}: is damaged: {name!r} is not what was saved")
         return tree
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Renames the saves of these steps to damaged-STEP, which nothing reads."""
+        for step in steps:
+            if jax.process_index() == 0:
+                os.replace(self.directory / str(step), _free_name(self.directory / f"damaged-{step}"))
+        multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
 
     def wait(self) -> None:
         """Returns when every save so far is complete; raises the error of one that failed."""
@@ -119,6 +144,41 @@ class Checkpoints:
         """Waits for what is being saved and raises its errors."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _damage(where: Path, what: str) -> Iterator[None]:
+    """DamagedError for whatever goes wrong in reading: a flipped bit can make Orbax raise anything."""
+    try:
+        yield
+    except Exception as error:  # of JSON, of msgpack, of zstd, of the file system, of an array's metadata, ...
+        _hush()
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DamagedError(f"{where}: {what}: {lines[0]}") from error
+
+
+@functools.cache
+def _hush() -> None:
+    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike."""
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    hook = sys.unraisablehook
+
+    def told(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = told
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Of what JSON makes of it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or that with the first number behind it that nothing has."""
+    names = (path.with_name(f"{path.name}-{i}" if i else path.name) for i in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 class _Listener(logging.Handler):

@@ -145,7 +145,12 @@ def _train(
         _record_state(out, start)  # the process may have been killed between the state's commit and its record
     elif (out / "config.yaml").exists():
         process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
+    if changed is not None and cfg.tying.untie_when is not None and start < changed:
+        changed = None  # found after this state: the steps that come find it again, or do not
+        _forget_change(out)
     owes = start > 0 and process.main_says(owed(out) == start)
+    if not owes and process.is_main():
+        (out / OWED).unlink(missing_ok=True)  # after a step whose state was not saved, or is damaged
     if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
@@ -401,9 +406,13 @@ def _change_of(cfg: RunConfig, out: Path) -> int | None:
     done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
     if cfg.tying.untie_when is None or changed is None or changed <= done:
         return changed
-    if process.is_main():  # found, but lost with the states since: the steps that come find it again, or do not
-        (out / CHANGED).unlink(missing_ok=True)
+    _forget_change(out)  # found, but lost with the states since
     return None
+
+
+def _forget_change(out: Path) -> None:
+    if process.is_main():
+        (out / CHANGED).unlink(missing_ok=True)
 
 
 def _record_change(out: Path, step: int) -> None:
