@@ -25,6 +25,7 @@ import tiedjax
 from tiedjax import cli
 from tiedjax.checkpoint import Checkpoints, DamagedError, failed_saves, fingerprints
 from tiedjax.errors import UserError
+from tiedjax.saves import Kept
 
 
 def some_tree(seed: int = 0) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def test_an_unfinished_save_is_invisible_and_can_be_done_again(tmp_path: Path) -
 
 
 def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=Kept(2))
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {})
     assert checkpoints.steps() == [2, 3]
@@ -303,6 +304,21 @@ def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> 
     checkpoints.close()
     restored = Checkpoints(tmp_path, create=False).restore(3, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
     np.testing.assert_array_equal(restored["x"], [30, 30, 30])
+
+
+def test_multiples_and_pinned_saves_stay_as_long_as_they_are_pinned(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=Kept(2, 4))
+    for step in range(1, 8):
+        if step == 4:
+            (tmp_path / "3.pinned").touch()
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 6, 7]
+    (tmp_path / "3.pinned").unlink()
+    for step in (8, 9, 10):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path, create=False).steps() == [4, 8, 9, 10]
 
 
 def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:

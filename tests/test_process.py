@@ -210,13 +210,13 @@ def test_from_listening_on_a_signal_is_a_request_and_what_was_before_comes_back(
     heard: list[int] = []
     outside = signal.signal(number, before)
     try:
-        with process.StopRequest() as stop:
+        with process.Requests() as stop:
             os.kill(os.getpid(), number)
             assert heard == [1]
             stop.listen()
-            assert not stop.requested()
+            assert not stop.stops()
             os.kill(os.getpid(), number)
-            assert stop.requested()
+            assert stop.stops()
             assert stop.signal == number
         assert heard == [1]
         assert signal.getsignal(number) is before
@@ -225,21 +225,21 @@ def test_from_listening_on_a_signal_is_a_request_and_what_was_before_comes_back(
 
 
 def test_a_signal_that_comes_after_the_last_step_is_not_lost() -> None:
-    with process.StopRequest() as stop:
+    with process.Requests() as stop:
         stop.listen()
-        assert not stop.requested()
+        assert not stop.stops()
         os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.signal == signal.SIGUSR1
 
 
 @pytest.mark.usefixtures("cluster_of_two")
 def test_processes_that_cannot_agree_on_a_moment_do_not_save() -> None:
-    with process.StopRequest() as stop:
+    with process.Requests() as stop:
         stop.listen()
-        assert not stop.requested()
+        assert not stop.stops()
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(signals.Stopped):
-            stop.requested()
+            stop.stops()
 
 
 def faults_of_a_freed_block(mebibytes: int, threads: int) -> int:

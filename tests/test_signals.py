@@ -56,13 +56,13 @@ process.first_call = slow
 """,
     "training": """
 from tiedjax import loop
-requested, asked = loop.process.StopRequest.requested, []
+stops, asked = loop.process.Requests.stops, []
 def at_3(self):
     asked.append(None)
     if len(asked) == 3:
         now()
-    return requested(self)
-loop.process.StopRequest.requested = at_3
+    return stops(self)
+loop.process.Requests.stops = at_3
 """,
     "evaluation": """
 from tiedjax import evaluation

@@ -150,10 +150,10 @@ for moment in range(1, 1000):
     time.sleep({pause})
     if moment == asks:
         end.ask("SIGHUP")
-    reason = end.stops_here()
-    if reason:
+    requests = end.reached()
+    if requests:
         break
-print(moment, reason, flush=True)
+print(moment, *requests, flush=True)
 end.part()
 """
     processes = wire(*[body.format(asks=5 if i == 2 else None, pause=0.01 * 4**i) for i in range(3)])
@@ -164,12 +164,15 @@ end.part()
     assert 5 < int(moment) < 200
 
 
-def test_the_first_reason_to_stop_is_kept() -> None:
-    late = "time.sleep(1); end.ask('SIGHUP'); time.sleep(1)"
-    body = f"{{asks}}; {late}; print(end.stops_here(), end.stops_here(), flush=True); end.part()"
-    processes = wire(*[body.format(asks=asks) for asks in ("end.ask('SIGTERM')", "pass")])
+def test_several_requests_reach_all_in_one_order_and_each_once() -> None:
+    asks = "time.sleep(1); end.ask('SIGHUP'); time.sleep(1)"
+    body = (
+        f"{{first}}; {asks}; print(end.reached(), end.reached(), flush=True); {asks}; print(end.reached(), flush=True)"
+    )
+    body += "; end.part()"
+    processes = wire(*[body.format(first=first) for first in ("end.ask('SIGTERM')", "pass")])
     for process in processes:
-        assert process.communicate(timeout=60)[0].splitlines()[-1] == "SIGTERM SIGTERM"
+        assert process.communicate(timeout=60)[0].splitlines()[-2:] == ["['SIGTERM', 'SIGHUP'] []", "['SIGHUP']"]
 
 
 def test_strangers_are_not_listened_to() -> None:
@@ -216,15 +219,15 @@ def fails(error):
         now()
         raise error
     return failing
-requested = loop.process.StopRequest.requested
+stops = loop.process.Requests.stops
 def at_step_3(act):
     asked = []
     def observed(self):
         asked.append(None)
         if len(asked) == 3:
             act()
-        return requested(self)
-    loop.process.StopRequest.requested = observed
+        return stops(self)
+    loop.process.Requests.stops = observed
 def dies(number):
     now()
     os.kill(os.getpid(), number)

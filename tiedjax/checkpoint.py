@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import UserError
+from tiedjax.saves import Kept
 
 DIGEST = "digest"  # of all else that is said of a save
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
@@ -56,6 +58,18 @@ def _names(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
+@dataclass(frozen=True)
+class _Preserved:
+    """That as Orbax asks for it."""
+
+    keep: Kept
+    directory: Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self.keep.of([each.step for each in checkpoints])
+        return [each.step in kept or (self.directory / f"{each.step}.pinned").exists() for each in checkpoints]
+
+
 class DamagedError(UserError):
     """What was saved cannot be read, or is not what was saved."""
 
@@ -63,13 +77,14 @@ class DamagedError(UserError):
 class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
-    All processes of a cluster call every method together. `keep` limits how many are kept, newest first; None keeps
-    all. The folder is made if it is to be written.
+    All processes of a cluster call every method together. `keep` says which stay when others are saved; None keeps all.
+    The folder is made if it is to be written.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
+    def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True):
         self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
+        policy = None if keep is None else _Preserved(keep, self.directory)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -181,28 +196,26 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-class _Listener(logging.Handler):
-    def __init__(self, to: Callable[[BaseException], None]):
-        super().__init__(logging.ERROR)
-        self._to = to
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] and record.threadName == "async_save":
-            self._to(record.exc_info[1])
-
-
 @contextlib.contextmanager
 def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
     """Calls `to`, in another thread, with the error of a save at the moment it fails.
 
-    Orbax raises it only behind a barrier at which the other processes of a cluster do not arrive, but it logs it first.
+    Orbax raises it only behind a barrier at which the other processes of a cluster do not arrive, but it logs it first:
+    to this alone, as it is told from here.
     """
-    logger, listener = logging.getLogger("absl"), _Listener(to)
-    logger.addHandler(listener)
+
+    def heard(record: logging.LogRecord) -> bool:
+        failed = record.threadName == "async_save" and record.exc_info and record.exc_info[1]
+        if failed:
+            to(failed)
+        return not failed
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(heard)
     try:
         yield
     finally:
-        logger.removeHandler(listener)
+        logger.removeFilter(heard)
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

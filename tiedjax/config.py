@@ -467,7 +467,13 @@ class TrainConfig(_Checked):
     eval_every: int | None = _option(None, "steps between evaluations; null: only at the end", at_least=1)
     eval_batches: int | None = _option(None, "batches per evaluation; null: all held-out windows", at_least=1)
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
+    checkpoint_minutes: float | None = _option(
+        None, "minutes after which a full checkpoint is saved too; null: by steps alone", above=0
+    )
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
+    keep_every: int | None = _option(
+        None, "of the others those whose step is a multiple of this are kept too; null: none", at_least=1
+    )
     stall_seconds: float | None = _option(
         600.0,
         "end the process, with status 76, when no step has ended for so long, or for ten times the median step if that "

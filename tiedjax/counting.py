@@ -19,7 +19,7 @@ class Counting:
     they are `needed` now, unless `stop` comes, and ends the process.
     """
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.StopRequest):
+    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.Requests):
         arguments = {
             "directory": str(prepared.directory),
             "seq_len": cfg.model.seq_len,
@@ -58,7 +58,7 @@ class Counting:
 
     def _wait_for_counts(self) -> None:
         """All processes of a cluster wait, so that a signal to any of them ends all."""
-        while not self._stop.requested():
+        while not self._stop.stops():
             if self._killed and not self._aside:
                 self._aside = Aside(self._task)
             if process.main_says(self._counted(seconds=0.2)):

@@ -26,7 +26,7 @@ class Evaluation:
     def __init__(self, cfg: RunConfig, mesh: Mesh, steps: Steps, prepared: Prepared, second: Prepared | None):
         self._cfg, self._mesh, self._steps, self._prepared, self._second = cfg, mesh, steps, prepared, second
 
-    def __call__(self, state: TrainState, stop: process.StopRequest, watchdog: Watchdog) -> dict[str, float] | None:
+    def __call__(self, state: TrainState, stop: process.Requests, watchdog: Watchdog) -> dict[str, float] | None:
         """The losses of this state; None if a signal came before all were found."""
         losses = self._of(state, self._prepared, "eval_loss", stop, watchdog)
         if losses and self._second:
@@ -35,7 +35,7 @@ class Evaluation:
         return losses
 
     def _of(
-        self, state: TrainState, prepared: Prepared, name: str, stop: process.StopRequest, watchdog: Watchdog
+        self, state: TrainState, prepared: Prepared, name: str, stop: process.Requests, watchdog: Watchdog
     ) -> dict[str, float] | None:
         size, limit = self._cfg.data.batch_size, self._cfg.train.eval_batches
         rows = sharding.local_rows(self._mesh, size)
@@ -48,7 +48,7 @@ class Evaluation:
             if len(sums) > AHEAD:
                 jax.block_until_ready(sums[-1 - AHEAD])
             watchdog.alive()
-            if stop.requested() and stop.signal:
+            if stop.stops() and stop.signal:
                 return None
         loss_and_weight = np.asarray(jax.device_get(sums), np.float64)
         parts = {name: loss_and_weight}

@@ -38,14 +38,23 @@ from tiedjax.host.watchdog import Watchdog
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, OWED, change_of, owed
-from tiedjax.saves import Saves, Sizes
+from tiedjax.saves import Kept, Saves, Sizes
+from tiedjax.saving import refuse_what_cannot_fit, save
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "train.stall_seconds", "tying.untie_at", "tying.tie_at"),
+    *(
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.stall_seconds",
+        "train.checkpoint_minutes",
+        "train.keep_every",
+        "tying.untie_at",
+        "tying.tie_at",
+    ),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
 }
 
@@ -83,7 +92,8 @@ def train(
     into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
     UserError for what the caller can mend, NotFiniteError if the loss stops being finite.
     """
-    stop = process.StopRequest(until)
+    minutes = cfg.train.checkpoint_minutes
+    stop = process.Requests(until, None if minutes is None else 60 * minutes)
     with ExitStack() as held:
         step = _train(cfg, out, label or out.name, profile, stop, held)
     finished = step >= cfg.train.steps and process.main_says(owed(out) is None)
@@ -95,7 +105,7 @@ def _train(
     out: Path,
     label: str,
     profile: profiling.StepRange | None,
-    stop: process.StopRequest,
+    stop: process.Requests,
     held: ExitStack,
 ) -> int:
     """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
@@ -133,9 +143,9 @@ def _train(
     # ---- State: new or restored ----
     held.enter_context(stop)  # left after the last save is complete
     counting = held.enter_context(Counting(cfg, out, label, prepared, stop))
-    held.enter_context(failed_saves(process.end_cluster_soon_if_any))
-    keep = cfg.train.keep_checkpoints
-    checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
+    held.enter_context(failed_saves(partial(_save_failed, stop)))
+    kept = Kept(cfg.train.keep_checkpoints, cfg.train.keep_every)
+    checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=kept)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
     state, body_update, start = begin(cfg, mesh, checkpoints, about, counts_2V, changed)
@@ -169,7 +179,9 @@ def _train(
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
         process.say(f"{label}: {saves}")
-        snapshots.save(0, _snapshot(state), about)
+    refuse_what_cannot_fit(out, saves, start, last)
+    if start == 0:
+        save(snapshots, 0, _snapshot(state), about)
 
     # ---- Steps ----
     begins = changed if changed is not None and start > changed else 0
@@ -217,9 +229,9 @@ def _train(
         if changed is None and tying.unties_now(cfg, step, partial(_number, metrics, "untie_watched")):
             changed = step
             _record_change(out, step)
-        ends = stop.requested() or step == last
+        ends = stop.stops() or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
-        checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
+        checks = ends or stop.save or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
         recorder.record(step, metrics | about_step, deciles=snaps)
         watchdog.alive(step=True)  # the step before this one, whose metrics were read
@@ -233,12 +245,14 @@ def _train(
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
-                snapshots.save(step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
+                save(snapshots, step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
             else:
-                snapshots.save(step, _snapshot(state), about)
+                save(snapshots, step, _snapshot(state), about)
         if checks:
             snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
-            checkpoints.save(step, state._asdict() | ({BODY_UPDATE: body_update} if body_update else {}), about)
+            whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+            save(checkpoints, step, whole, about, wait=ends)
+            stop.saved()
             if not recorded:
                 checkpoints.wait()  # for the first one only: what is recorded must be there
                 _record_state(out, step)
@@ -247,6 +261,12 @@ def _train(
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _save_failed(stop: process.Requests, error: BaseException) -> None:
+    """Alone, the state in memory is saved after the step in progress; a cluster, whose processes wait, ends."""
+    stop.save = True
+    process.end_cluster_soon_if_any(error)
 
 
 def _evaluated_late(evaluate: Callable[[], dict[str, float] | None], recorder: Recorder, out: Path, step: int) -> bool:

@@ -29,7 +29,7 @@ from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
 _called: WeakSet[Any] = WeakSet()  # functions that have compiled
-_TIME = "the time"  # what asks a cluster to stop, where it is no signal
+_TIME, _SAVE = "the time", "a save"  # what is asked of a run where it is no signal
 
 
 class _Closeable(Protocol):
@@ -105,9 +105,9 @@ def _watch_over_cluster(coordinator: str | None, heartbeat: float) -> None:
         )
 
 
-def _hear(reason: str) -> None:
-    if reason != _TIME:
-        signals.heard_elsewhere(reason)
+def _hear(request: str) -> None:
+    if request not in (_TIME, _SAVE):
+        signals.heard_elsewhere(request)
 
 
 def _from_main(message: dict[str, Any]) -> dict[str, Any]:
@@ -304,21 +304,27 @@ def first_call(function: _Function) -> Iterator[_Function]:
     _called.add(function)
 
 
-class StopRequest:
-    """Asks, between steps, whether a signal or the time wants this process to stop: `signal`, `time_is_up`.
+class Requests:
+    """What is asked of a run between its steps: to stop, by a signal or as the time is up, or to `save`.
 
     From `listen` until it is left signals are held: entered before what must be closed in peace, it lets a save in
     progress be finished. In a cluster a signal to any process stops all of them after the same step. The time is up
-    when `time.monotonic()` has passed `until`, in a cluster that of process 0.
+    when the clock has passed `until`; a save is due `save_every` seconds after the last. In a cluster process 0 says so.
     """
 
-    def __init__(self, until: float | None = None) -> None:
+    def __init__(
+        self,
+        until: float | None = None,
+        save_every: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.signal: signal.Signals | None = None
-        self.time_is_up = False
-        self._until = until
+        self.time_is_up = self.save = False
+        self._until, self._save_every, self._clock = until, save_every, clock
+        self._saved_at = clock()
         self._held = contextlib.ExitStack()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Requests:
         return self
 
     def listen(self) -> None:
@@ -329,17 +335,32 @@ class StopRequest:
         self.signal = self.signal or signals.heard()  # while the last save was closed
         self._held.close()
 
-    def requested(self) -> bool:
+    def saved(self) -> None:
+        """A save was begun just now."""
+        self.save, self._saved_at = False, self._clock()
+
+    def stops(self) -> bool:
         """Whether to stop here. All processes of a cluster ask at the same moments."""
-        passed = self._until is not None and time.monotonic() >= self._until
+        now = self._clock()
+        due = [
+            *([_TIME] if self._until is not None and now >= self._until else []),
+            *([_SAVE] if self._save_every is not None and now >= self._saved_at + self._save_every else []),
+        ]
         if jax.process_count() == 1:
-            self.signal, self.time_is_up = signals.heard(), self.time_is_up or passed
+            self._take([*due, *([number.name] if (number := signals.heard()) else [])])
         elif _watch:
-            if passed and is_main():
-                _watch.ask(_TIME)
-            reason = _watch.stops_here()
-            self.time_is_up = reason == _TIME
-            self.signal = signal.Signals[reason] if reason and not self.time_is_up else None
+            for request in due if is_main() else []:
+                _watch.ask(request)
+            self._take(_watch.reached())
         elif number := signals.heard():
             raise signals.Stopped(number)
         return self.signal is not None or self.time_is_up
+
+    def _take(self, requests: list[str]) -> None:
+        for request in requests:
+            if request == _SAVE:
+                self.save = True
+            elif request == _TIME:
+                self.time_is_up = True
+            else:
+                self.signal = self.signal or signal.Signals[request]

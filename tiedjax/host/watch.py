@@ -1,7 +1,7 @@
 """A wire from every process of a cluster to process 0, so that whatever ends one of them ends all, with its cause.
 
 JAX alone leaves the others waiting: a minute in a collective, longer in a barrier, and then they die of an error that
-names no cause. A request to stop takes the same way, and all agree on the moment. This file knows sockets and
+names no cause. Requests to stop or to save take the same way, and all agree on the moment. This file knows sockets and
 processes, nothing of JAX.
 """
 
@@ -55,6 +55,14 @@ class Failure:
         return f"process {self.process} {verb} {self.cause}"
 
 
+@dataclass
+class _Request:
+    """What is asked of all processes, and the moment of it once all have said which they have not passed."""
+
+    what: str
+    moment: int | None = None
+
+
 class Watch:
     """One process's end of the wire. Subclasses carry reports to where the first of them is chosen."""
 
@@ -63,11 +71,10 @@ class Watch:
         self._cause: str | None = None
         self._over = threading.Event()
         self._deadline: threading.Timer | None = None
-        self.on_asked: Callable[[str], None] = lambda reason: None  # called in another thread
+        self.on_asked: Callable[[str], None] = lambda request: None  # called in another thread
         self._moment = threading.Condition()
         self._moments = 0  # that have passed
-        self._reason: str | None = None  # once all are asked to stop
-        self._last: int | None = None  # the moment at which they do, once it is agreed on
+        self._requests: dict[int, _Request] = {}  # what is asked of all and not reached, in the order of asking
 
     def fail(self, cause: str, status: int) -> NoReturn:
         """Ends all processes, this one included. The first cause of all that are reported is what each one says."""
@@ -82,36 +89,35 @@ class Watch:
             self._deadline.daemon = True
             self._deadline.start()
 
-    def ask(self, reason: str) -> None:
-        """Asks all processes to stop at one moment, the next that none of them has passed; the first reason is kept.
+    def ask(self, request: str) -> None:
+        """Asks something of all processes at one moment, the next that none of them has passed.
 
-        Also within a signal's thread: those that wait in a library hear it too.
+        Also within a signal's thread: those that wait in a library hear of it too. What is asked already is asked once.
         """
         raise NotImplementedError
 
-    def stops_here(self) -> str | None:
-        """The reason if all processes stop at this moment.
+    def reached(self) -> list[str]:
+        """What is asked of all processes at this moment, in one order.
 
-        All ask at the same moments, in the same order. Between them they do what needs all.
+        All come to the same moments. Between them they do what needs all.
         """
         with self._moment:
             self._moments += 1
-            if self._reason is None:
-                return None
-            self._moment.wait_for(lambda: self._last is not None)
-            assert self._last is not None
-            return self._reason if self._moments >= self._last else None
+            self._moment.wait_for(lambda: all(asked.moment is not None for asked in self._requests.values()))
+            here = [number for number, asked in self._requests.items() if self._moments >= (asked.moment or 0)]
+            return [self._requests.pop(number).what for number in here]
 
-    def _asked(self, reason: str) -> int:
-        """Hears that all are to stop; the next moment at which this process can."""
+    def _asked(self, number: int, request: str) -> int:
+        """Hears a request; the next moment that this process has not passed."""
         with self._moment:
-            self._reason, here = reason, self._moments + 1
-        self.on_asked(reason)
+            self._requests[number] = _Request(request)
+            here = self._moments + 1
+        self.on_asked(request)
         return here
 
-    def _agree(self, last: int) -> None:
+    def _agree(self, number: int, moment: int) -> None:
         with self._moment:
-            self._last = last
+            self._requests[number].moment = moment
             self._moment.notify_all()
 
     def part(self) -> None:
@@ -139,7 +145,8 @@ class Hub(Watch):
         self._failures: queue.Queue[Failure] = queue.Queue()
         self._wires: dict[int, socket.socket] = {}
         self._asking = threading.Lock()
-        self._moments_of: dict[int, int] = {}  # process: the next moment at which it can stop
+        self._asked_so_far = 0
+        self._moments_of: dict[int, dict[int, int]] = {}  # of each request, the next moment of each process
         self._processes = processes
         self._waiting, self._all_wait = set(range(1, processes)), threading.Event()
         self._readers: list[threading.Thread] = []
@@ -157,19 +164,21 @@ class Hub(Watch):
         known = {"port": port, "token": self._token, "heartbeat": self._heartbeat}
         return {"hosts": [name for name in dict.fromkeys(hosts) if name], **known}
 
-    def ask(self, reason: str) -> None:
+    def ask(self, request: str) -> None:
         with self._asking:
-            if self._reason is not None:
+            if any(asked.what == request for asked in list(self._requests.values())):
                 return
-            self._tell({"stop": reason})
-            self._note(0, self._asked(reason))
+            number = self._asked_so_far = self._asked_so_far + 1
+            self._tell({"asked": request, "number": number})
+            self._note(number, 0, self._asked(number, request))
 
-    def _note(self, process: int, moment: int) -> None:
-        self._moments_of[process] = moment
-        if len(self._moments_of) == self._processes:
-            last = max(self._moments_of.values())
-            self._tell({"last": last})
-            self._agree(last)
+    def _note(self, number: int, process: int, moment: int) -> None:
+        moments = self._moments_of.setdefault(number, {})
+        moments[process] = moment
+        if len(moments) == self._processes:
+            last = max(self._moments_of.pop(number).values())
+            self._tell({"agreed": last, "number": number})
+            self._agree(number, last)
 
     def part(self) -> None:
         self._all_wait.wait()
@@ -217,7 +226,7 @@ class Hub(Watch):
                 self.ask(message["ask"])
             elif "moment" in message:
                 with self._asking:
-                    self._note(process, message["moment"])
+                    self._note(message["number"], process, message["moment"])
             elif "silent" in message and not self._over.is_set():
                 self._report(Failure(process, Status.STALLED, None, self._heartbeat))
                 return
@@ -271,8 +280,8 @@ class Spoke(Watch):
                 wire.close()
         return None
 
-    def ask(self, reason: str) -> None:
-        _send(self._wire, {"ask": reason})
+    def ask(self, request: str) -> None:
+        _send(self._wire, {"ask": request})
 
     def part(self) -> None:
         _send(self._wire, {"waiting": True})
@@ -294,10 +303,11 @@ class Spoke(Watch):
             if "verdict" in message:
                 first = Failure(**message["verdict"])
                 end(first.sentence(self._cause), first.status)
-            elif "stop" in message:
-                _send(self._wire, {"moment": self._asked(message["stop"])})
-            elif "last" in message:
-                self._agree(message["last"])
+            elif "asked" in message:
+                moment = self._asked(message["number"], message["asked"])
+                _send(self._wire, {"moment": moment, "number": message["number"]})
+            elif "agreed" in message:
+                self._agree(message["number"], message["agreed"])
             elif "silent" in message and not self._over.is_set():
                 end(Failure(0, Status.STALLED, None, self._heartbeat).sentence(None), Status.STALLED)
             elif "over" in message:
