@@ -186,6 +186,7 @@ attend() { # looks at the processes of a slice that is there, and does what is t
   local answers words code failed=0 reason
   answers=$(status) || return 0 # a worker that does not answer may be about to be pre-empted
   words=$(sed -n 's/^.*status: //p' <<<"$answers" | sort -u)
+  [[ $words ]] || return 0
   if [[ $words == running ]]; then
     late=
     return 0

@@ -17,6 +17,7 @@ from runs import STEPS, arguments, assert_same_run, rows, write_text
 
 import tiedjax
 
+
 @pytest.fixture(autouse=True)
 def _no_process_outlives_its_test() -> Iterator[None]:
     yield

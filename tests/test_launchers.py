@@ -265,7 +265,8 @@ def test_a_signal_reaches_every_process_once_and_nothing_starts_again(tmp_path: 
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:
-    process = launch("local.sh", "--restarts", 3, 2, "c", path=stand_in(tmp_path, "trap '' TERM; note; sleep 600 & wait"))
+    body = "trap '' TERM; note; while :; do sleep 0.05; done"
+    process = launch("local.sh", "--restarts", 3, 2, "c.yaml", path=stand_in(tmp_path, body))
     until(lambda: len(pids(tmp_path)) == 2, process)
     for number in (signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
@@ -325,7 +326,9 @@ def test_a_run_that_is_done_after_a_restart_is_done(tmp_path: Path) -> None:
 
 def test_a_killed_process_is_the_cause_of_what_fails_with_it(tmp_path: Path) -> None:
     """Process 0 notices at once that process 1 was killed, and fails with an exit status of its own."""
-    first = f"until [[ -s {tmp_path}/pid-1 ]]; do sleep 0.01; done; while kill -0 $(<{tmp_path}/pid-1); do :; done; exit 1"
+    first = (
+        f"until [[ -s {tmp_path}/pid-1 ]]; do sleep 0.01; done; while kill -0 $(<{tmp_path}/pid-1); do :; done; exit 1"
+    )
     body = f"note; if ((last == 0)); then {first}; fi; sleep 0.3; kill -s KILL $$"
     process = launch("local.sh", 2, "c.yaml", path=stand_in(tmp_path, body))
     finish(process, seconds=60, status=128 + signal.SIGKILL)
@@ -333,7 +336,8 @@ def test_a_killed_process_is_the_cause_of_what_fails_with_it(tmp_path: Path) -> 
 
 def test_a_stopped_process_is_killed_only_once_another_has_failed(tmp_path: Path) -> None:
     """As SIGSTOP or a debugger leaves it: it cannot hear that it is to end. The failure is what is passed on."""
-    body = f"note\n((last == 1)) || until [[ -e {tmp_path}/fail ]]; do sleep 0.05; done\n((last == 0)) || kill -s STOP $$\nexit 76"
+    waits = f"until [[ -e {tmp_path}/fail ]]; do sleep 0.05; done"
+    body = f"note; if ((last)); then kill -s STOP $$; else {waits}; fi; exit 76"
     process = launch("local.sh", 2, "c.yaml", path=stand_in(tmp_path, body))
     until(lambda: len(pids(tmp_path)) == 2 and state(pids(tmp_path)[1]) == "T", process)
     time.sleep(6)  # longer than a stopped process is spared
@@ -371,7 +375,7 @@ def slurm(folder: Path, statuses: list[int | str], args: list[str], status: int)
     status, or with the failure of a node, which kills the job's shell and queues the job again if it has --requeue.
     """
     noting(folder, "scontrol", f'[[ $1 == requeue && $2 == 7 ]] && touch "{folder}/queued"')
-    fails = "kill -s KILL $PPID; sleep 5"
+    fails = "kill -s KILL $PPID"
     cases = "\n".join(f"  {i}) {fails if end == 'node' else f'exit {end}'} ;;" for i, end in enumerate(statuses))
     noting(folder, "srun", f"case ${{SLURM_RESTART_COUNT:-0}} in\n{cases}\nesac")
     sbatch = f"""
@@ -432,14 +436,15 @@ def test_slurm_asks_the_processes_to_stop_and_not_the_shell() -> None:
 # ---- A slice of TPUs ----
 
 
-def gcloud(folder: Path, states: list[str], looks: list[str], **failing: str) -> Path:
-    """A `gcloud` whose slice has these states in turn and whose workers these processes, one word or more for each.
+def gcloud(folder: Path, states: list[str], looks: list[str], status: int = 0) -> Path:
+    """A `gcloud` whose slice has these states in turn and whose workers these processes, with `|` between workers.
 
-    The last of each stays. `failing` says after how many calls of a kind the first one succeeds. `sleep` takes no time.
+    The last of each stays; `failure` is a call that fails. All others end with `status`. `sleep` takes no time.
     """
     (folder / "states").write_text("".join(f"{line}\n" for line in states))
     (folder / "looks").write_text("".join(f"{line}\n" for line in looks))
     body = f"""
+set -o pipefail
 next() {{ # the first line of a file, which goes unless it is the last
   local line; line=$(head -n 1 "{folder}/$1")
   (($(wc -l < "{folder}/$1") == 1)) || sed -i 1d "{folder}/$1"
@@ -450,7 +455,7 @@ case $* in
   *"queued-resources list"*) next states ;;
   *"worker.sh status"*) next looks | sed 's/^/status: /' ;;
 esac"""
-    noting(folder, "gcloud", body + f"\nexit {failing.get('otherwise', 0)}")
+    noting(folder, "gcloud", f"{body} || exit 1\nexit {status}")
     program(folder / "bin" / "git", "exit 0")
     return program(folder / "bin" / "sleep", "exit 0")
 
@@ -482,8 +487,8 @@ BEGUN = ["scp", "install", "start"]
 
 def test_keep_creates_starts_and_waits_until_all_workers_are_done(tmp_path: Path) -> None:
     states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
-    looks = ["failure", "none|none", "running|running", "running|running", "ended 0|running", "ended 0|ended 0"]
-    assert kept(tmp_path, states, looks, 0) == (["create", *BEGUN], ["launch/tpu_vm.sh: done"])
+    looks = ["failure", "", "none|none", "running|running", "running|running", "ended 0|running", "ended 0|ended 0"]
+    assert kept(tmp_path, states, looks, 0) == (["create", *BEGUN], ["launch/tpu_vm.sh: exit status 0"])
     create = next(call for call in calls(tmp_path) if short(call) == "create")
     assert create[1:] == [
         *("compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod", "--zone=us-east5-a"),
@@ -499,7 +504,7 @@ def test_keep_creates_a_slice_again_that_was_pre_empted(tmp_path: Path) -> None:
     states = ["ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "ACTIVE"]
     done, said = kept(tmp_path, states, ["none|none", "running|failure", "none|none", "ended 0"], 0)
     assert done == [*BEGUN, "delete", "create", *BEGUN]
-    assert said == ["launch/tpu_vm.sh: pod was pre-empted; it is created again", "launch/tpu_vm.sh: done"]
+    assert said == ["launch/tpu_vm.sh: pod was pre-empted; it is created again", "launch/tpu_vm.sh: exit status 0"]
 
 
 @pytest.mark.parametrize(
@@ -514,7 +519,7 @@ def test_keep_creates_a_slice_again_that_was_pre_empted(tmp_path: Path) -> None:
 def test_keep_starts_a_run_again_that_may_succeed(tmp_path: Path, look: str, reason: str) -> None:
     done, said = kept(tmp_path, ["ACTIVE"], [look, "running|running", "ended 0|ended 0"], 0)
     assert done == ["start"]
-    assert said == [f"launch/tpu_vm.sh: {reason}; restart 1 of 50", "launch/tpu_vm.sh: done"]
+    assert said == [f"launch/tpu_vm.sh: {reason}; restart 1 of 50", "launch/tpu_vm.sh: exit status 0"]
 
 
 @pytest.mark.parametrize("status", NEVER)
@@ -576,7 +581,7 @@ def test_the_other_commands_of_a_slice_ask_gcloud_once(tmp_path: Path) -> None:
 
 
 def test_a_failed_installation_starts_nothing(tmp_path: Path) -> None:
-    path = gcloud(tmp_path, ["ACTIVE"], ["none"], otherwise="9")
+    path = gcloud(tmp_path, ["ACTIVE"], ["none"], status=9)
     finish(launch("tpu_vm.sh", "run", "pod", "us-east5-a", "c.yaml", path=path), status=1)
     assert [short(call) for call in calls(tmp_path)] == ["scp"]
 
@@ -726,7 +731,7 @@ def test_the_template_is_yaml_itself() -> None:
 
 # ---- SkyPilot and containers ----
 
-SKY = f"""
+SKY = """
 import os, shlex, subprocess, sys
 from ruamel.yaml import YAML
 assert sys.argv[1:3] == ["jobs", "launch"] and sys.argv[4] == "--env"
@@ -737,8 +742,9 @@ nodes = task["num_nodes"]
 for restart in range(5):
     codes = []
     for rank in range(nodes):
-        node = dict(SKYPILOT_NODE_IPS="10.0.0.1\\n10.0.0.2", SKYPILOT_NUM_NODES=str(nodes), SKYPILOT_NODE_RANK=str(rank))
-        ran = subprocess.run(["bash", "-c", task["run"]], env={{**os.environ, **node, name: value}})
+        told = dict(SKYPILOT_NUM_NODES=str(nodes), SKYPILOT_NODE_RANK=str(rank))
+        told |= {"SKYPILOT_NODE_IPS": "10.0.0.1\\n10.0.0.2", name: value}
+        ran = subprocess.run(["bash", "-c", task["run"]], env={**os.environ, **told})
         codes.append(ran.returncode)
     if not set(codes) & set(task["resources"]["job_recovery"]["recover_on_exit_codes"]):
         sys.exit(max(codes))

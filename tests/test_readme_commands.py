@@ -73,7 +73,15 @@ RUN_HERE = {
         "--data.holdout 0.1 --model.vocab_size 320"
     ),
     "sbatch launch/slurm.sbatch configs/olmo_1b.yaml": "bash launch/slurm.sbatch --dry-run configs/olmo_1b.yaml",
-    "launch/tpu_vm.sh NAME ZONE configs/olmo_1b.yaml": "launch/tpu_vm.sh --dry-run NAME ZONE configs/olmo_1b.yaml",
+    "launch/tpu_vm.sh run NAME ZONE configs/olmo_1b.yaml": (
+        "launch/tpu_vm.sh run --dry-run pod us-east5-a configs/olmo_1b.yaml"
+    ),
+    "launch/tpu_vm.sh keep --spot NAME ZONE TYPE configs/olmo_1b.yaml": (
+        "launch/tpu_vm.sh keep --dry-run --spot pod us-east5-a v5p-128 configs/olmo_1b.yaml"
+    ),
+    "launch/gke.sh --image IMAGE --claim CLAIM --tpu TYPE:TOPOLOGY NAME configs/olmo_1b.yaml": (
+        "launch/gke.sh --dry-run --image tiedjax --claim disk --tpu tpu-v5p-slice:4x4x4 olmo configs/olmo_1b.yaml"
+    ),
 }
 # The set-up commands, and what needs more than the test command installs.
 ELSEWHERE = {
@@ -82,6 +90,9 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
     "tiedjax decide [CONFIG] [--out DIR]",  # dozens of runs: tests/test_decide.py
+    # SkyPilot and podman: tests/test_launchers.py, with a stand-in for the first
+    "sky jobs launch launch/sky.yaml --env TIEDJAX='train configs/olmo_1b.yaml --out /runs/olmo_1b'",
+    "podman build --file launch/Containerfile --build-arg EXTRA=tpu --tag IMAGE .",
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
 }
 
