@@ -118,7 +118,8 @@ on_workers() { # runs a line on worker $1, or on all of them
 }
 
 queue_state() { # prints the state of the queued resource, nothing if there is none
-  step gcloud compute tpus queued-resources list --zone="$zone" --filter="name ~ (^|/)$name\$" --format="value(state.state)"
+  step gcloud compute tpus queued-resources list --zone="$zone" \
+    --filter="name ~ (^|/)$name\$" --format="value(state.state)"
 }
 
 create() {
