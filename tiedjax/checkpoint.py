@@ -83,6 +83,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True):
         self.directory = directory.absolute()
+        self.begun: int | None = None  # the step of the last save that was begun
         policy = None if keep is None else _Preserved(keep, self.directory)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
         with _damage(self.directory, "cannot be opened"):
@@ -95,6 +96,7 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any, about: dict[str, Any]) -> None:
         """Starts saving `tree` (arrays) and `about` (JSON); raises here or in `close` if an earlier save failed."""
+        self.begun = step
         record = {**about, "fingerprints": fingerprints(tree)}
         record[DIGEST] = _digest(record)
         items = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(record))
@@ -205,10 +207,10 @@ def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
     """
 
     def heard(record: logging.LogRecord) -> bool:
-        failed = record.threadName == "async_save" and record.exc_info and record.exc_info[1]
-        if failed:
-            to(failed)
-        return not failed
+        error = record.exc_info and record.exc_info[1]
+        if error and record.threadName == "async_save":
+            to(error)
+        return not error
 
     logger = logging.getLogger("absl")
     logger.addFilter(heard)

@@ -39,7 +39,7 @@ from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, OWED, change_of, owed
 from tiedjax.saves import Kept, Saves, Sizes
-from tiedjax.saving import refuse_what_cannot_fit, save
+from tiedjax.saving import refuse_what_cannot_fit, save, settle
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
@@ -168,19 +168,18 @@ def _train(
             counting.needed = True
             stop.listen()
         return start
+    later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
+    saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
+    refuse_what_cannot_fit(out, saves, start, last)
     if process.is_main():
         _describe(cfg, out, prepared, counts_2V if at_once else None)
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
-    saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
         process.say(f"{label}: {saves}")
-    refuse_what_cannot_fit(out, saves, start, last)
-    if start == 0:
         save(snapshots, 0, _snapshot(state), about)
 
     # ---- Steps ----
@@ -245,16 +244,16 @@ def _train(
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
-                save(snapshots, step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
+                rounded = {**about, ROUNDED_TO: "bfloat16"}
+                save(snapshots, step, _snapshot(state) | {"tables": tables}, rounded, wait=ends)
             else:
-                save(snapshots, step, _snapshot(state), about)
+                save(snapshots, step, _snapshot(state), about, wait=ends)
         if checks:
-            snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
+            settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
             whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
-            save(checkpoints, step, whole, about, wait=ends)
+            save(checkpoints, step, whole, about, wait=ends or not recorded)
             stop.saved()
-            if not recorded:
-                checkpoints.wait()  # for the first one only: what is recorded must be there
+            if not recorded:  # the first one, which was waited for: what is recorded must be there
                 _record_state(out, step)
                 recorded = True
         if ends:

@@ -32,30 +32,45 @@ def refuse_what_cannot_fit(out: Path, saves: Saves, done: int, last: int) -> Non
 
 
 def save(checkpoints: Checkpoints, step: int, tree: Any, about: dict[str, Any], *, wait: bool = False) -> None:
-    """`Checkpoints.save`; a save that fails, this one or the one before it, is made again of what is in memory now.
+    """`Checkpoints.save`, once the save before it is complete or has failed, which is said.
 
-    With `wait` it is complete when this returns. TrainingError when it has failed for the last time. In a cluster it
-    fails at once: the others are in the middle of the same save.
+    With `wait` it is complete when this returns, and made again where it fails. TrainingError when it has failed for the
+    last time; in a cluster that is the first, as the others are in the middle of the same save.
     """
-    where, pauses = checkpoints.directory, iter(PAUSES if jax.process_count() == 1 else ())
+    settle(checkpoints)
+    pauses = iter(PAUSES if jax.process_count() == 1 else ())
     while True:
         try:
             _refuse_without_room(checkpoints.directory, tree)
             checkpoints.save(step, tree, about)
             if wait:
                 checkpoints.wait()
-        except Exception as error:  # of the file system as Orbax, TensorStore or Python tell it
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            pause = next(pauses, None)
+        except Exception as error:  # of the file system, as Orbax, TensorStore or Python tell it
+            failed, pause = _failed(checkpoints, step, error), next(pauses, None)
             if pause is None:
                 kept = checkpoints.steps()
                 newest = f"the newest there is that of step {kept[-1]}" if kept else "there is none yet"
-                raise TrainingError(f"{where}: step {step} cannot be saved: {reason}; {newest}") from error
-            process.say(f"{where}: step {step} cannot be saved: {reason}; it is tried again in {pause:g} s")
+                raise TrainingError(f"{failed}; {newest}") from error
+            process.say(f"{failed}; it is tried again in {pause:g} s")
             time.sleep(pause)
             wait = True
         else:
             return
+
+
+def settle(checkpoints: Checkpoints) -> None:
+    """Waits for what is being saved; says what went wrong with it, and in a cluster raises it."""
+    try:
+        checkpoints.wait()
+    except Exception as error:  # as above
+        if jax.process_count() > 1:
+            raise
+        process.say(f"{_failed(checkpoints, checkpoints.begun, error)}; the run goes on without it")
+
+
+def _failed(checkpoints: Checkpoints, step: int | None, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{checkpoints.directory}: step {step} cannot be saved: {reason}"
 
 
 def _refuse_without_room(folder: Path, tree: Any) -> None:

@@ -308,8 +308,8 @@ class Requests:
     """What is asked of a run between its steps: to stop, by a signal or as the time is up, or to `save`.
 
     From `listen` until it is left signals are held: entered before what must be closed in peace, it lets a save in
-    progress be finished. In a cluster a signal to any process stops all of them after the same step. The time is up
-    when the clock has passed `until`; a save is due `save_every` seconds after the last. In a cluster process 0 says so.
+    progress be finished. In a cluster a signal to any process stops all of them after one step. The time is up when the
+    clock has passed `until`; a save is due `save_every` seconds after the last: in a cluster process 0 says so.
     """
 
     def __init__(
