@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "optimizer": {"config", "muon", "sharding", "table_rules", "tying"},
     "host": {"host"},
     "flops": {"config", "tying"},
-    "checkpoint": set(),
+    "checkpoint": {"saves"},
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
     "gradients": {"config", "tying", "model", "lookup", "sharding", "lm"},
     "step": {"config", "tying", "optimizer", "table_rules", "sharding", "lm", "gradients"},
@@ -50,9 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "sample": {"config", "tying", "model", "lookup", "lm", "run", "data"},
     "metrics": {"run"},
     "counting": {"config", "data", "host"},
-    "evaluation": {"config", "data", "sharding", "step"},
+    "evaluation": {"config", "data", "host", "sharding", "step"},
     "recording": {"config", "host", "metrics"},
-    "beginning": {"config", "tying", "checkpoint", "data", "lm", "run", "step"},
+    "beginning": {"config", "tying", "checkpoint", "data", "host", "lm", "run", "step"},
+    "saving": {"checkpoint", "host", "saves"},
     "loop": {
         "run",
         "beginning",
@@ -69,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "lm",
         "metrics",
         "saves",
+        "saving",
         "step",
     },
     "analysis": {
@@ -156,7 +158,7 @@ HOMES: dict[str, set[str]] = {
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
 LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}
-LIGHT |= {"host/__init__", "host/platform_flags"}
+LIGHT |= {"host/__init__", "host/platform_flags", "host/signals", "host/watch"}
 NEVER = {"tensorflow", "torch", "absl", "clu"}
 
 

@@ -38,10 +38,10 @@ REQUIRED = {
 }
 
 
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
     """The one line with which a command is refused."""
     capsys.readouterr()
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == status
     err = capsys.readouterr().err
     assert err.startswith("tiedjax: ")
     assert err.count("\n") == 1, err
@@ -378,17 +378,18 @@ save = ocp.PyTreeCheckpointHandler.finalize
 def slow_and_signalled(self, directory):
     if "checkpoints/4" in str(directory) and "SIGNALLED" not in os.environ:
         os.environ["SIGNALLED"] = "yes"
-        while not closing.is_set():
+        while not waiting.is_set():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIG)
         time.sleep(2)
     save(self, directory)
 ocp.PyTreeCheckpointHandler.finalize = slow_and_signalled
-closing, close = threading.Event(), loop.Checkpoints.close
-def observed_close(self):
-    closing.set()
-    close(self)
-loop.Checkpoints.close = observed_close
+waiting, wait = threading.Event(), loop.Checkpoints.wait
+def observed_wait(self):
+    if self.begun == 4 and self.directory.name == "checkpoints":
+        waiting.set()
+    wait(self)
+loop.Checkpoints.wait = observed_wait
 """
 
 
@@ -610,7 +611,7 @@ with sole_writer(pathlib.Path({str(out)!r})):
     try:
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        assert refused(arguments(out, text), capsys) == (
+        assert refused(arguments(out, text), capsys, status=79) == (
             f"tiedjax: {out}: another process is writing this run; wait for it or choose another --out\n"
         )
     finally:
@@ -689,7 +690,7 @@ def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
     out = tmp_path / "run"
     argv = arguments(out, text, {**changes, "optimizer.warmup_steps": 0, "train.checkpoint_every": 1})
     capsys.readouterr()
-    assert cli.main(argv) == 1
+    assert cli.main(argv) == 77
     err = capsys.readouterr().err
     assert err == f"tiedjax: {says}; try a lower optimizer.learning_rate\n"
     for step in (out / "checkpoints").iterdir():

@@ -34,8 +34,8 @@ def refuse_what_cannot_fit(out: Path, saves: Saves, done: int, last: int) -> Non
 def save(checkpoints: Checkpoints, step: int, tree: Any, about: dict[str, Any], *, wait: bool = False) -> None:
     """`Checkpoints.save`, once the save before it is complete or has failed, which is said.
 
-    With `wait` it is complete when this returns, and made again where it fails. TrainingError when it has failed for the
-    last time; in a cluster that is the first, as the others are in the middle of the same save.
+    With `wait` it is complete when this returns, and made again where it fails. TrainingError when it has failed for
+    the last time; in a cluster that is the first, as the others are in the middle of the same save.
     """
     settle(checkpoints)
     pauses = iter(PAUSES if jax.process_count() == 1 else ())
