@@ -50,10 +50,11 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 def fingerprints(tree: Any) -> dict[str, list[int]]:
     """Two uint32 sums over the bit pattern of every leaf, by its path; the same on any mesh."""
     sums = jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
-    return {name: [int(x) for x in pair] for name, pair in zip(_names(tree), sums, strict=True)}
+    return {name: [int(x) for x in pair] for name, pair in zip(leaf_names(tree), sums, strict=True)}
 
 
-def _names(tree: Any) -> list[str]:
+def leaf_names(tree: Any) -> list[str]:
+    """The path of every leaf, as fingerprints are named."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
@@ -122,7 +123,7 @@ class Checkpoints:
         """
         where = self.directory / str(step)
         saved = self.about(step)["fingerprints"]
-        names = _names(abstract)
+        names = leaf_names(abstract)
         if missing := sorted(set(names) - saved.keys()):
             raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
         how = jax.tree.map(_restore_args, abstract)

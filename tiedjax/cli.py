@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import re
 import sys
 import traceback
@@ -18,7 +19,7 @@ from tiedjax.config_errors import meant_key
 from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import Status, UserError
-from tiedjax.files import local_path, place_and_step
+from tiedjax.files import local_path, place_and_step, write_atomically
 from tiedjax.host import platform_flags, signals
 from tiedjax.text import nearest, seconds
 
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.hearing():
             args = _parse(sys.argv[1:] if argv is None else list(argv))
+            if args.run is _check:
+                platform_flags.use_cpu()  # what trains the run may hold the accelerator
             # Before any command imports JAX.
             (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
             status: int = args.run(args)
@@ -143,6 +146,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="logits are divided by it; 1: the model's own probabilities, 0: the likeliest token each time [1]",
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
+
+    check = command("check", "read everything that a run has saved, and say what of it is damaged", _check)
+    check.add_argument("directory", metavar="RUN", help="a run directory; nothing in it is changed")
+    check.add_argument("--json", metavar="FILE", help="save what was found here")
 
     report = command("report", "redraw the report of a study, or the page of a decision, from saved results", _report)
     report.add_argument("directory", metavar="DIR", help="directory of a study or a decision")
@@ -411,6 +418,17 @@ def _sample(args: argparse.Namespace) -> int:
     run, options = load_run(place), {"tokens": args.tokens, "temperature": args.temperature, "seed": args.seed}
     print(sample_text(run, args.prompt, step=step, **options))
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    json_file = _json_file(args)
+    from tiedjax.check import check
+
+    checked = check(args.directory)
+    print("\n".join(checked.lines()))
+    if json_file:
+        write_atomically(json_file, json.dumps(checked.tree(), indent=1) + "\n")
+    return Status.DONE if checked.whole else Status.NO_CHECKPOINT
 
 
 def _report(args: argparse.Namespace) -> int:

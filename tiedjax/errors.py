@@ -14,7 +14,7 @@ class Status(IntEnum):
     AGAIN = 75  # a signal or the time stopped it: the same command continues
     STALLED = 76  # no step ended for long: the same command continues
     NOT_FINITE = 77  # the loss or an update is not finite
-    NO_CHECKPOINT = 78  # no state that was saved can be read
+    NO_CHECKPOINT = 78  # no state that was saved can be read; of `tiedjax check`: something that was saved is damaged
     LOCKED = 79  # another process writes there
 
 

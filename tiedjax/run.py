@@ -162,7 +162,7 @@ class Run:
             return tying.opened(tables, names, form, rows, cfg.regularisers.weights)
 
         abstract = jax.eval_shape(opened, abstract_params(cfg)["tables"], sample)
-        arrays, beside = self._restored(step, account=_without_sharding(abstract))
+        arrays, beside = self._restored(step, account=without_sharding(abstract))
         saved: tying.Account = beside["account"]
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(cfg.model.table_rows) if saved.rows.sample is None else saved.rows.sample
@@ -182,7 +182,7 @@ class Run:
         With model.output_bias also "output_bias", float32 [V], which is added to the logits and was never trained.
         """
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
-        abstract = {"params": _without_sharding(abstract_params(self.config_at(step)))}
+        abstract = {"params": without_sharding(abstract_params(self.config_at(step)))}
         return dict(checkpoints.restore(step, abstract)["params"])
 
     def model(self) -> Transformer:
@@ -209,7 +209,7 @@ class Run:
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
         dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
         arrays = abstract_params(self.config_at(step))["tables"]
-        abstract = {"tables": _without_sharding(arrays, dtype), **beside}
+        abstract = {"tables": without_sharding(arrays, dtype), **beside}
         saved = snapshots.restore(step, abstract)
         return jax.tree.map(_wide, saved.pop("tables")), saved
 
@@ -265,7 +265,7 @@ def _existing(directory: Path) -> Checkpoints | None:
     return Checkpoints(directory, create=False) if directory.is_dir() else None
 
 
-def _without_sharding(tree: Any, dtype: Any = None) -> Any:
+def without_sharding(tree: Any, dtype: Any = None) -> Any:
     """The same shapes, to be restored as NumPy; numbers with the leaves' dtypes or all with `dtype`."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -234,13 +234,11 @@ def save_meta(
     tokenizer_hash = None if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest()
     if tokenizer is not None:
         (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    sampled = any(s.sha256.startswith(SAMPLED) for split in SPLITS for s in segments[split])
-    runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
     meta = {
         "format": FORMAT,
         "source": source,
         "key": key,
-        "fingerprint": (SAMPLED if sampled else "") + sha256_of([FORMAT, runs, end_id, tokenizer_hash]),
+        "fingerprint": fingerprint_of(segments, end_id, tokenizer_hash),
         "vocab_size": vocab_size,
         "end_id": end_id,
         "tokenizer_hash": tokenizer_hash,
@@ -250,9 +248,33 @@ def save_meta(
     (directory / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
+def fingerprint_of(segments: Mapping[Split, Sequence[Segment]], end_id: int | None, tokenizer_hash: str | None) -> str:
+    """The sha256 of a preparation's tokens, their split and their tokenizer."""
+    sampled = any(s.sha256.startswith(SAMPLED) for split in SPLITS for s in segments[split])
+    runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
+    return (SAMPLED if sampled else "") + sha256_of([FORMAT, runs, end_id, tokenizer_hash])
+
+
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
     directory = local_path(directory, "data.source").expanduser().resolve()
+    meta, documents, segments = read_meta(directory)
+    for segment in (*segments["train"], *segments["eval"]):
+        check_size(directory / segment.file, segment.file_bytes)
+    tokenizer = check_tokenizer(directory, meta)
+    return Prepared(
+        directory=directory,
+        tokenizer_path=tokenizer,
+        documents=documents,
+        segments=segments,
+        **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash")},
+    )
+
+
+def read_meta(
+    directory: Path,
+) -> tuple[dict[str, Any], dict[Split, int | None], dict[Split, tuple[Segment, ...]]]:
+    """meta.json, and of it the documents and the segments of each split; UserError where it cannot be used."""
     path = directory / META
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -271,20 +293,17 @@ def load_prepared(directory: str | Path) -> Prepared:
         segments = {split: tuple(map(_segment, meta["segments"][split])) for split in SPLITS}
     except (KeyError, TypeError):
         raise UserError(f"{path}: does not say which tokens belong to which split; {_AGAIN}") from None
-    for segment in (*segments["train"], *segments["eval"]):
-        _check_size(directory / segment.file, segment.file_bytes)
+    return meta, documents, segments
+
+
+def check_tokenizer(directory: Path, meta: dict[str, Any]) -> Path | None:
+    """Where the tokenizer is that meta.json speaks of, None if there is none; UserError where it is another."""
     tokenizer = directory / "tokenizer.json" if meta["tokenizer_hash"] else None
     if tokenizer:
         text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else ""
         if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_hash"]:
             raise UserError(f"{tokenizer}: is not the tokenizer that the tokens beside it were made with")
-    return Prepared(
-        directory=directory,
-        tokenizer_path=tokenizer,
-        documents=documents,
-        segments=segments,
-        **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash")},
-    )
+    return tokenizer
 
 
 def _segment(tree: dict[str, Any]) -> Segment:
@@ -313,7 +332,8 @@ def sha256_of(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _check_size(path: Path, expected: int) -> None:
+def check_size(path: Path, expected: int) -> None:
+    """UserError where a file has not the bytes that it had when it was prepared."""
     try:
         size = path.stat().st_size
     except OSError as error:
