@@ -139,10 +139,10 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
 
 MISUSES = {
     "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
-    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, report; got "
-    "'trian'; did you mean 'train'?",
-    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, report; got "
-    "'frobnicate'",
+    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, check, report; "
+    "got 'trian'; did you mean 'train'?",
+    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, check, report; "
+    "got 'frobnicate'",
     "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
     "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",
@@ -172,6 +172,9 @@ MISUSES = {
     "sample": "the following arguments are required: RUN; usage: tiedjax sample RUN [options] "
     "(see tiedjax sample --help)",
     "sample a --temprature 1": "unknown option '--temprature'; did you mean '--temperature'?",
+    "check": "the following arguments are required: RUN; usage: tiedjax check RUN [options] "
+    "(see tiedjax check --help)",
+    "check a --jsn b": "unknown option '--jsn'; did you mean '--json'?",
     "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
     "(see tiedjax report --help)",
 }
@@ -195,6 +198,7 @@ ADDRESSES: dict[str, list[str]] = {
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
     "run of a sample": ["sample", "gs://bucket/run"],
+    "RUN": ["check", "gs://bucket/run"],
     "table": ["analyze", "norms", "gs://bucket/run@400"],
     "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],

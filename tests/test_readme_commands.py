@@ -26,6 +26,7 @@ MADE = {
     "tiedjax bench CONFIG [--steps N] [--json FILE]": ["bench.json"],
     "tiedjax data prepare SOURCE --out DIR": ["prepared/tokenizer.json"],
     "tiedjax analyze INSTRUMENT ...": ["norms.json"],
+    "tiedjax check RUN [--json FILE]": ["check.json"],
     "tiedjax train CONFIG --profile-steps A:B": ["traced/profile/plugins"],
     "tiedjax train tiny --out runs/mine": ["runs/mine/checkpoints/6"],
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": ["runs/two/checkpoints/6"],
@@ -42,6 +43,7 @@ RUN_HERE = {
     "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/one-3 --json norms.json",
     "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/one-3 --against study/runs/two-3",
     "tiedjax sample RUN [--prompt TEXT]": "tiedjax sample study/runs/one-3@8 --prompt lies --tokens 9",
+    "tiedjax check RUN [--json FILE]": "tiedjax check study/runs/one-3 --json check.json",
     "tiedjax report DIR": "tiedjax report study",
     "tiedjax train --help": "tiedjax train --help",
     "tiedjax train tiny --out runs/mine": (

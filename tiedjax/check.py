@@ -60,7 +60,7 @@ class Kind:
 
     def __str__(self) -> str:
         if not self.of:
-            return f"{self.name}: {'not found' if self.name == 'token shards' else 'there are none'}"
+            return f"{self.name}: {'not found' if self.name == 'files of its data' else 'there are none'}"
         return f"{self.name}: {self.whole} of {self.of} {'is' if self.of == 1 else 'are'} whole"
 
 
