@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from programs import finish
@@ -19,7 +20,7 @@ from test_checkpoint import damages
 from tiedjax import check as checks
 from tiedjax import cli
 from tiedjax.check import Checked, Damage, Kind, check
-from tiedjax.checkpoint import Checkpoints
+from tiedjax.checkpoint import Checkpoints, leaf_names
 from tiedjax.config_files import load_run_config
 from tiedjax.host import platform_flags
 
@@ -143,6 +144,20 @@ def edited_config(old: str, new: str) -> Callable[[Path], None]:
     return damaged
 
 
+def without_a_name(run: Path) -> None:
+    """Orbax's own list of arrays names one of them otherwise."""
+    path = run / "snapshots" / "6" / "tree" / "_METADATA"
+    text = path.read_text()
+    assert "log_kept" in text
+    path.write_text(text.replace("log_kept", "log_kepu"))
+
+
+def without_their_shapes(run: Path) -> None:
+    """What Orbax knows of arrays beside their values, which training reads and analysis does not."""
+    (path,) = (run / "checkpoints" / str(STEPS) / "tree" / "array_metadatas").iterdir()
+    path.write_bytes(b"")
+
+
 # What is done to a run: of which kind it is (its line then), what is said after the path, below RUN.
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "values of another step": (
@@ -154,6 +169,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         other_counts_of_a_record,
         "snapshots: 5 of 6 are whole",
         "snapshots/2: is damaged: 'about' is not what was saved",
+    ),
+    "an array that is not named": (
+        without_a_name,
+        "snapshots: 5 of 6 are whole",
+        "snapshots/6: is damaged: 'account/log_kept/shared' is not there",
+    ),
+    "shapes of arrays": (
+        without_their_shapes,
+        "states: 0 of 1 is whole",
+        f"checkpoints/{STEPS}: cannot be restored: Expecting value: line 1 column 1 (char 0)",
     ),
     "a state under another step": (
         moved(f"checkpoints/{STEPS}", "checkpoints/9"),
@@ -289,7 +314,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 def test_each_kind_of_damage_is_found_and_named(case: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     damage, counted, what = DAMAGED[case]
     damage(run)
-    lost = case in ("missing state", "a state under another step")
+    lost = case in ("missing state", "a state under another step", "shapes of arrays")
     kind = counted.partition(":")[0]
     expected = [counted if line.startswith(kind) else line for line in WHOLE.splitlines()[:-1]]
     if case == "missing state":
@@ -305,7 +330,7 @@ def test_each_kind_of_damage_is_found_and_named(case: str, run: Path, capfd: pyt
 
 
 def test_every_damage_of_a_file_of_a_state_is_found_or_changes_nothing(finished: Path, run: Path) -> None:
-    """Found by `check`, or an independent reader has every bit of it."""
+    """Found by `check`, or training reads every bit of it where it lies on the device."""
     expected = saved_state(finished, STEPS)
     shapes = checks._Shapes(run, load_run_config(run / "config.yaml"))
     found = 0
@@ -319,10 +344,11 @@ def test_every_damage_of_a_file_of_a_state_is_found_or_changes_nothing(finished:
             found += 1
             assert "\n" not in str(saves.damage[STEPS])
             continue
-        bits = saved_state(run, STEPS)
-        assert {name: leaf.tobytes() for name, leaf in bits.items()} == {
-            name: leaf.tobytes() for name, leaf in expected.items()
-        }, damage
+        wanted = shapes.of("checkpoints", STEPS, saves.about[STEPS])
+        tree = Checkpoints(run / "checkpoints", create=False).restore(STEPS, wanted)
+        leaves = dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+        assert leaves.keys() == expected.keys(), damage
+        assert not [name for name in leaves if np.asarray(leaves[name]).tobytes() != expected[name].tobytes()], damage
     assert found > 20
 
 
@@ -507,7 +533,7 @@ def test_a_run_that_is_being_trained_is_whole_all_the_time(
     """Saves come and older ones go while they are read."""
     monkeypatch.setattr(checks, "REMOVED_WITHIN", 0.5)
     run = tmp_path / "run"
-    often = {"train.steps": 150, "train.checkpoint_every": 2, "train.keep_checkpoints": 2}
+    often = {"train.steps": 80, "train.checkpoint_every": 2, "train.keep_checkpoints": 2}
     training, looks = start_commands([arguments(run, text, often)]), 0
     while training.poll() is None:
         if (run / "config.yaml").exists():

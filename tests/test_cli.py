@@ -172,8 +172,7 @@ MISUSES = {
     "sample": "the following arguments are required: RUN; usage: tiedjax sample RUN [options] "
     "(see tiedjax sample --help)",
     "sample a --temprature 1": "unknown option '--temprature'; did you mean '--temperature'?",
-    "check": "the following arguments are required: RUN; usage: tiedjax check RUN [options] "
-    "(see tiedjax check --help)",
+    "check": "the following arguments are required: RUN; usage: tiedjax check RUN [options] (see tiedjax check --help)",
     "check a --jsn b": "unknown option '--jsn'; did you mean '--json'?",
     "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
     "(see tiedjax report --help)",

@@ -123,7 +123,7 @@ def check(path: str | Path) -> Checked:
     about = states.newest() or snapshots.newest()
     if about is None:
         notes.append(f"{run}: no save can be read, with which the other files could be compared")
-    files = _Files(run, about, states, notes)
+    files = _Files(run, about, notes)
     for saves in (states, snapshots):
         saves.verify(files.shapes)
     lines, of_metrics = _metrics(run / METRICS, states, snapshots, files.config, notes)
@@ -163,8 +163,7 @@ class _Saves:
         self.folder = folder
         self.damage: dict[int, Damage] = {}
         self.about: dict[int, dict[str, Any]] = {}
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        self.steps = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        self.steps = _steps_in(folder)
         self._reader: Checkpoints | None = None
         for step in list(self.steps):
             try:
@@ -209,6 +208,12 @@ class _Saves:
             self.damage[step] = Damage(str(folder), reason)
 
 
+def _steps_in(folder: Path) -> list[int]:
+    """The steps of the saves that are complete, ascending."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+
+
 def _removed(folder: Path) -> bool:
     """Whether another process has removed this folder; waits while it does."""
     left = math.inf
@@ -219,10 +224,14 @@ def _removed(folder: Path) -> bool:
 
 
 class _Shapes:
-    """What the saves of a run should hold, on one device: shapes do not depend on the mesh."""
+    """What the saves of a run should hold, on one device: shapes do not depend on the mesh.
+
+    States are read into JAX's arrays, as training reads them, and snapshots into NumPy's, as analysis does: Orbax has
+    files that it reads for the one and not for the other.
+    """
 
     def __init__(self, run: Path, cfg: RunConfig):
-        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices("cpu")[:1])
         self._stages = [make_steps(cfg, mesh, begins).abstract for begins in (0, 1)[: 1 + tying.changes(cfg)]]
         try:
             self._changed, self._known = change_of(run, cfg), True
@@ -241,7 +250,7 @@ class _Shapes:
         if kind == "snapshots":
             tables = without_sharding(abstract.params["tables"], about.get(ROUNDED_TO))
             return {"tables": tables} | ({"account": without_sharding(abstract.account)} if abstract.account else {})
-        wanted: dict[str, Any] = without_sharding(abstract._asdict())
+        wanted: dict[str, Any] = abstract._asdict()
         if any(name.startswith(f"{BODY_UPDATE}/") for name in about["fingerprints"]):
             wanted[BODY_UPDATE] = wanted["params"]["body"]
         return wanted
@@ -359,7 +368,7 @@ class _Files:
     Where config.yaml is damaged the config is that of the newest save that can be read; None without one.
     """
 
-    def __init__(self, run: Path, about: dict[str, Any] | None, states: _Saves, notes: list[str]):
+    def __init__(self, run: Path, about: dict[str, Any] | None, notes: list[str]):
         self._run, self._about, self._notes = run, about, notes
         self.damage: list[Damage] = []
         self.found = ["config.yaml"]
@@ -367,7 +376,8 @@ class _Files:
         self._token_counts()
         self._tokenizer()
         recorded = self._record(SAVED_STATE)
-        if recorded is not None and not any(step >= recorded for step in states.steps):
+        # Those of now: the record may be of a state that was saved after the others were looked for.
+        if recorded is not None and not any(step >= recorded for step in _steps_in(run / "checkpoints")):
             self._wrong(SAVED_STATE, f"a state was saved at step {recorded}, and checkpoints/ has none from there on")
         self._record(OWED)
         self._record(CHANGED)

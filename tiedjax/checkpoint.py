@@ -131,6 +131,8 @@ class Checkpoints:
         with _damage(where, "cannot be restored"):
             tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # what Orbax leaves where its metadata do not name it any more
+                raise DamagedError(f"{where}: is damaged: {name!r} is not there")
             if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
                 raise UserError(
                     f"{where}: {name!r} is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}; "
