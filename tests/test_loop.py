@@ -589,8 +589,41 @@ def test_a_run_goes_on_without_tensorboard(
     assert stderr == (
         f"tiedjax: {out}/tensorboard: TensorBoard's files cannot be written: {reason}; "
         "the run goes on, with every number in metrics.jsonl\n"
+        f"tiedjax: {out}/tensorboard: TensorBoard's files lost {STEPS} of {STEPS} lines\n"
     )
     assert_same_run(out, finished)
+
+
+@pytest.mark.parametrize("obstacle", ["full disk", "folder"])
+def test_a_run_goes_on_without_metrics_and_says_the_hole_when_it_is_continued(
+    finished: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
+) -> None:
+    out = tmp_path / "run"
+    path = out / "metrics.jsonl"
+    if obstacle == "full disk":
+        disk = request.getfixturevalue("full_disk")
+        (disk / "metrics.jsonl").touch()
+        path.symlink_to(disk / "metrics.jsonl")
+        reason = "No space left on device"
+    else:
+        path.mkdir(parents=True)
+        reason = "Is a directory"
+    argv = ["-m", "tiedjax", *arguments(out, text, {"train.stop_at": 5})]
+    _, stderr = finish(start(argv), seconds=120)
+    assert [line for line in stderr.splitlines() if "tensorboard" not in line] == [
+        f"tiedjax: {path}: cannot be written: {reason}; the run goes on, and tries again at every line",
+        f"tiedjax: {path} lost 5 of 5 lines",
+    ]
+    if obstacle == "full disk":
+        (disk / "filler").unlink()
+    else:
+        path.rmdir()
+    _, stderr = finish(start(["-m", "tiedjax", *arguments(out, text)]), seconds=120)
+    assert stderr == f"tiedjax: {path}: lacks 5 lines, the first after step 0; the run goes on without\n"
+    a, b = saved_state(out, STEPS), saved_state(finished, STEPS)
+    assert all(a[name].tobytes() == b[name].tobytes() for name in b)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row.get("lines_lost")) for row in found] == [(6, 5), (7, None), (8, None)]
 
 
 # ---- Refused ----

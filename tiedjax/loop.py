@@ -45,7 +45,7 @@ from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
-    *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
+    *("train.stop_at", "train.log_every", "train.sinks", "train.eval_every", "train.eval_batches"),
     *(
         "train.checkpoint_every",
         "train.keep_checkpoints",
@@ -171,6 +171,7 @@ def _train(
     later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
     saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
     refuse_what_cannot_fit(out, saves, start, last)
+    logged_every = _logged_every(cfg, out)
     if process.is_main():
         _describe(cfg, out, prepared, counts_2V if at_once else None)
     if not at_once:
@@ -197,7 +198,7 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start)
+    recorder = Recorder(cfg, out, label, start, logged_every)
     held.callback(recorder.close)
     watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
@@ -375,6 +376,12 @@ def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
         return cfg
     scan = load_run_config(path).model.scan_layers
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
+
+
+def _logged_every(cfg: RunConfig, out: Path) -> int:
+    """`train.log_every` of the command before; what metrics.jsonl should hold goes by it."""
+    path = out / "config.yaml"
+    return (load_run_config(path) if path.exists() else cfg).train.log_every
 
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:

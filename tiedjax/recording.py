@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -44,10 +45,17 @@ class _Pending:
 
 
 class Recorder:
-    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
+    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait.
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
-        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
+    `logged_every` is `train.log_every` of the command that this one continues.
+    """
+
+    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int, logged_every: int | None = None):
+        self._cfg = cfg
+        self._log: MetricsLog | None = None
+        if process.is_main():
+            config, trackers = dataclasses.asdict(cfg), cfg.train.trackers
+            self._log = MetricsLog(out, start, logged_every=logged_every, trackers=trackers, label=label, config=config)
         self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
         self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
