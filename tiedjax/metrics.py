@@ -102,14 +102,15 @@ class _Lines:
     def append(self, row: dict[str, Any]) -> None:
         """Writes a line and, if lines before it were lost, how many."""
         self._total += 1
-        missing = {"lines_lost": self._unsaid} if self._unsaid else {}
         try:
-            self._write(_line(row | missing))
+            file = self._open()  # which may find lines missing
+            row = row | ({"lines_lost": self._unsaid} if self._unsaid else {})
+            self._write(file, _line(row))
         except (OSError, UserError) as error:
             self._unsaid += 1
             self._lose(error)
         else:
-            self._last, self._unsaid = row | missing, 0
+            self._last, self._unsaid = row, 0
 
     def complete(self, step: int, values: dict[str, Any]) -> None:
         """Adds values to the last line; where that of `step` was lost, they are a line of their own."""
@@ -139,8 +140,7 @@ class _Lines:
             file, self._file = self._file, None
             os.close(file)
 
-    def _write(self, line: bytes) -> None:
-        file = self._open()
+    def _write(self, file: int, line: bytes) -> None:
         if os.fstat(file).st_size != self._length:  # a line that could not be cut then
             os.ftruncate(file, self._length)
         try:
