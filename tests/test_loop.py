@@ -23,9 +23,9 @@ from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, load_run, loop, metrics, recording
+from tiedjax import cli, load_run, loop, metrics, recording, sinks
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.config import ModelConfig, RunConfig, TrainConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import TrainingError, UserError
@@ -624,6 +624,37 @@ def test_a_run_goes_on_without_metrics_and_says_the_hole_when_it_is_continued(
     assert all(a[name].tobytes() == b[name].tobytes() for name in b)
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["step"], row.get("lines_lost")) for row in found] == [(6, 5), (7, None), (8, None)]
+
+
+def test_services_may_be_named_when_a_run_is_continued(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They get what is written from there on, the config, and what was evaluated; and change nothing."""
+    pytest.importorskip("mlflow")
+    out, store = tmp_path / "run", tmp_path / "store"
+    monkeypatch.setattr(sinks, "PATIENCE", 120)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{store}")
+    assert cli.main(arguments(out, text, {"train.stop_at": 5})) == 0
+    assert not (out / "mlflow.json").exists()
+    assert cli.main(arguments(out, text, {"train.sinks": "mlflow"})) == 0
+    assert capfd.readouterr().err == ""
+    assert_same_run(out, finished)
+    (run,) = (path.parent for path in store.glob("*/*/metrics"))
+    assert json.loads((out / "mlflow.json").read_text()) == {"run": run.name}
+    told = [line.split()[1:] for line in (run / "metrics" / "loss").read_text().splitlines()]
+    assert [(int(step), float(loss)) for loss, step in told] == [(r["step"], r["loss"]) for r in rows(out)[5:]]
+    assert float((run / "metrics" / "eval_loss").read_text().split()[1]) == rows(out)[-1]["eval_loss"]
+    assert (run / "params" / "tying.scheme").read_text() == "tied"
+
+
+def test_only_the_main_process_of_a_cluster_has_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording.process, "is_main", lambda: False)
+    recorder = recording.Recorder(RunConfig(train=TrainConfig(sinks="wandb")), tmp_path, "run", 2)
+    recorder.record(3, {"loss": jnp.array(1.0), "output_grad_share": jnp.array(0.5)}, deciles=False)
+    recorder.flush()
+    recorder.close()
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Refused ----
