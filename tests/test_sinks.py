@@ -17,7 +17,6 @@ from tiedjax import sinks
 from tiedjax.config import TrainConfig
 from tiedjax.errors import UserError
 from tiedjax.metrics import MetricsLog
-from tiedjax.run import read_metrics
 from tiedjax.sinks import Sink
 
 
@@ -148,21 +147,31 @@ def init(**options):
 RECORDED = """
 import pathlib, sys, time
 from tiedjax import sinks
-from tiedjax.metrics import MetricsLog
-folder = pathlib.Path(sys.argv[1])
-log = MetricsLog(folder, 0, trackers=["wandb"])
+sink = sinks.Sink("out: W&B", sinks.Tracker("wandb", pathlib.Path(sys.argv[1]), "tied-0", {}))
 slowest = 0.0
 for step in range(1, 4):
     begun = time.monotonic()
-    log.write({"step": step, "loss": 0.5})
+    sink.write(step, {"loss": 0.5})
     slowest = max(slowest, time.monotonic() - begun)
 print(slowest)
 time.sleep(float(sys.argv[2]))
 sinks.PATIENCE = float(sys.argv[3])
-log.close()
+sinks.close([sink])
 """
 HANGS = "time.sleep(1000)"
 NEVER_STOPS = "import threading; threading.Thread(target=time.sleep, args=(1000,)).start()"
+
+
+def with_library(folder: Path, moment: str, does: str) -> dict[str, str]:
+    """The environment of a process that finds a wandb which does this at that moment."""
+    text = LIBRARY.replace(f"AT_{moment}", does)
+    for other in ("START", "2", "END"):
+        text = text.replace(f"AT_{other}", "pass")
+    library = folder / "library"
+    library.mkdir()
+    (library / "wandb.py").write_text(text)
+    paths = [str(library), *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 @pytest.mark.parametrize(
@@ -198,26 +207,35 @@ NEVER_STOPS = "import threading; threading.Thread(target=time.sleep, args=(1000,
 def test_a_library_can_neither_stop_a_run_nor_keep_it_from_ending(
     tmp_path: Path, moment: str, does: str, said: str
 ) -> None:
-    library, folder = tmp_path / "library", tmp_path / "run"
-    library.mkdir()
-    folder.mkdir()
-    text = LIBRARY.replace(f"AT_{moment}", does)
-    for other in ("START", "2", "END"):
-        text = text.replace(f"AT_{other}", "pass")
-    (library / "wandb.py").write_text(text)
-    path = os.pathsep.join([str(library), *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])])
-    begun = time.monotonic()
     hangs, early = "within" in said, moment == "START"
-    waits = [str(6 if hangs and not early else 0), str(5 if hangs else 60)]  # for its process to begin; for its end
-    command = [sys.executable, "-c", RECORDED, str(folder), *waits]
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - begun < 45
+    waits = [str(4 if hangs and not early else 0), str(5 if hangs else 60)]  # for its process to begin; for its end
+    command, begun = [sys.executable, "-c", RECORDED, str(tmp_path), *waits], time.monotonic()
+    result = subprocess.run(
+        command, env=with_library(tmp_path, moment, does), capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - begun < 25
     assert result.returncode == 0
     assert float(result.stdout) < 1, "a line of another program, or a wait"
-    goes_on = "the run goes on, with every number in metrics.jsonl"
-    said = said.replace("GOES_ON", goes_on).replace("FULL", f"No space left on device; {goes_on}")
-    assert result.stderr == "".join(f"tiedjax: {folder}: W&B {line}\n" for line in said.split("|") if line)
-    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2, 3]
+    said = said.replace("GOES_ON", "the run goes on").replace("FULL", "No space left on device; the run goes on")
+    assert result.stderr == "".join(f"tiedjax: out: W&B {line}\n" for line in said.split("|") if line)
+
+
+@pytest.mark.parametrize("does", [HANGS, f"atexit.register(lambda: {HANGS})", NEVER_STOPS])
+def test_a_service_ends_soon_after_its_input(tmp_path: Path, does: str) -> None:
+    """Which ends with the run's process, however that ends."""
+    program = "from tiedjax import trackers; trackers.LAST_SECONDS = 1.0; trackers.main('wandb')"
+    begun = {"folder": str(tmp_path), "label": "tied-0", "config": {}}
+    lines = "".join(json.dumps(line) + "\n" for line in (begun, {"step": 1, "scalars": {}}))
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        input=lines,
+        env=with_library(tmp_path, "END", does),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 1
+    assert result.stdout.splitlines()[:2] == ['{"error": null}'] * 2
 
 
 # ---- The services themselves, without a network ----
