@@ -433,12 +433,22 @@ def _check(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     directory = local_path(args.directory, "DIR")
-    if (directory / "decision.json").is_file():
-        from tiedjax.decide import draw_decision
+    decided = (directory / "decision.json").is_file()
+    name, command = ("decision.json", "decide") if decided else ("results.json", "study")
+    try:
+        if decided:
+            from tiedjax.decide import draw_decision
 
-        print(draw_decision(directory))
-    else:
-        from tiedjax.study import draw_report
+            print(draw_decision(directory))
+        else:
+            from tiedjax.study import draw_report
 
-        print(draw_report(directory))
+            print(draw_report(directory))
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # of values of other kinds
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{directory / name}: does not hold what this version draws ({what}); `tiedjax {command}` writes it anew"
+        ) from error
     return 0

@@ -1,22 +1,30 @@
-"""Writing files so that nothing is half-written and nobody else writes the same folder."""
+"""Reading files that may be anything, and writing them so that nothing is half-written and nobody else writes there."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tiedjax.errors import LockedError, UserError
 
+MOST_TEXT = 2**30  # bytes of a file that is read whole as text
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes, of Linux
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+
 
 def local_path(text: str | Path, option: str) -> Path:
-    """The path that `option` was given. UserError for an address with a scheme, such as gs://BUCKET/DIR.
+    """The path that `option` was given. UserError for what no file can be called, and for gs://BUCKET/DIR and the like.
 
-    Python would take it for a relative path and write to a new folder named `gs:`.
+    Python would take an address for a relative path and write to a new folder named `gs:`.
     """
+    _refuse_impossible(str(text), option)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(text)):  # one slash is what a Path leaves of two
         raise UserError(
             f"{option}: must be a path on a disk, got the {scheme[1]}:// address {str(text)!r}; mount it and name the "
@@ -25,9 +33,91 @@ def local_path(text: str | Path, option: str) -> Path:
     return Path(text)
 
 
+def local_folder(text: str | Path, option: str) -> Path:
+    """`local_path` with ~ and links followed as far as they lead."""
+    return Path(os.path.realpath(os.path.expanduser(local_path(text, option))))
+
+
+def _refuse_impossible(text: str, option: str) -> None:
+    """UserError for a path that the system refuses before it looks for it."""
+    shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError(f"{option}: must be a path, got {shown}, which is not text") from None
+    if b"\0" in encoded:
+        raise UserError(f"{option}: must be a path, got {shown}, which holds a NUL character")
+    if len(encoded) > _LONGEST_PATH or any(len(name) > _LONGEST_NAME for name in encoded.split(b"/")):
+        raise UserError(
+            f"{option}: must be a path of names of at most {_LONGEST_NAME} bytes, {_LONGEST_PATH:,} in all, got {shown}"
+        )
+
+
+def refuse_irregular(path: Path) -> None:
+    """UserError unless the path names a regular file: to open a pipe waits without end, and a device may have no end.
+
+    A file that is not there raises FileNotFoundError or NotADirectoryError, what else keeps it from being looked at an
+    OSError.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: must be a file, it is {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+
+
+def read_text(path: Path, hint: str = "", most: int = MOST_TEXT) -> str:
+    """The text of a UTF-8 file of at most `most` bytes. UserError otherwise; `hint` says what would be right."""
+    then = f"; {hint}" if hint else ""
+    try:
+        refuse_irregular(path)
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+        if len(content) <= most:
+            return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read: not UTF-8 at byte {error.start}{then}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}{then}") from None
+    raise UserError(f"{path}: cannot be read: has more than {most:,} bytes{then}")
+
+
+def parse_json(text: str, where: str, hint: str = "") -> Any:
+    """What JSON text holds. UserError for other text, for numbers too long to be any, and for what is nested too deep.
+
+    NaN and infinities, which JSON does not have, are refused too.
+    """
+    then = f"; {hint}" if hint else ""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: line {error.lineno} is not JSON: {error.msg}{then}") from None
+    except ValueError as error:  # of Python's limit of digits, and _no_number
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{where}: is not JSON that can be read: {reason}{then}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is not JSON that can be read: it is nested too deeply{then}") from None
+
+
+def _no_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def read_json(path: Path, hint: str = "") -> Any:
+    """What a JSON file holds. UserError as of `read_text` and `parse_json`."""
+    return parse_json(read_text(path, hint), str(path), hint)
+
+
+def read_step(path: Path) -> int:
+    """N of a file that holds {"step": N}. UserError for another."""
+    record = read_json(path, hint := 'it must hold {"step": N}')
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or step < 0:  # True is an int too
+        raise UserError(f"{path}: is damaged: {hint}")
+    return step
+
+
 def place_and_step(text: str) -> tuple[str, int | None]:
     """RUN@STEP in two; a path that exists as it stands is not cut, and has no step."""
-    if not Path(text).exists() and (match := re.fullmatch(r"(.+)@(\d+)", text)):
+    if not os.path.exists(text) and (match := re.fullmatch(r"(.+)@(\d{1,18})", text)):
         return match[1], int(match[2])
     return text, None
 

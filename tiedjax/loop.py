@@ -32,7 +32,7 @@ from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
-from tiedjax.files import sole_writer, write_atomically
+from tiedjax.files import read_step, sole_writer, write_atomically
 from tiedjax.host import platform_flags, process, profiling, signals
 from tiedjax.host.watchdog import Watchdog
 from tiedjax.metrics import frequency_deciles
@@ -419,7 +419,7 @@ def _refuse_lost_states(out: Path) -> None:
     """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
     record = out / SAVED_STATE
     if record.exists() and not any(path.name.isdigit() for path in out.glob("checkpoints/*")):
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
+        step = read_step(record)
         raise UserError(
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
             "--out to begin anew"

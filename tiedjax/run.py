@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,10 @@ from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_path, parse_json, read_step, read_text
 from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
+from tiedjax.npy import read_npy
 
 CHANGED = "untied.json"  # of a run that unties when it is time: after which step it did
 OWED = "evaluation_owed.json"  # of a run that a signal stopped while it evaluated: after which step
@@ -90,7 +90,10 @@ class Run:
             values = [row.get(name) for row in rows]
             width = max((len(v) for v in values if isinstance(v, list)), default=0)
             blank = [None] * width if width else None
-            column = np.array([blank if v is None else v for v in values], dtype=np.float64)
+            try:
+                column = np.array([blank if v is None else v for v in values], dtype=np.float64)
+            except (ValueError, TypeError, OverflowError):
+                raise UserError(f"{self.path / 'metrics.jsonl'}: {name!r} is not a number in every line") from None
             columns[name] = column.astype(np.int64) if name == "step" else column
         return columns
 
@@ -109,9 +112,14 @@ class Run:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
         path = self.path / "token_counts.npy"
         try:
-            counts: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
+            counts = read_npy(path)
+        except UserError as error:
+            raise UserError(f"{error}; the command that trained the run writes it") from None
+        if counts.dtype.kind not in "iu" or counts.ndim != 2 or len(counts) != 2 or (counts.size and counts.min() < 0):
+            raise UserError(
+                f"{path}: is damaged: it holds no counts [2, V]; "
+                "remove it, and the command that trained the run writes it again"
+            )
         return counts
 
     @property
@@ -228,10 +236,10 @@ def change_of(path: Path, cfg: RunConfig) -> int | None:
     if cfg.tying.untie_when is None or not record.exists():
         return tying.changes_after(cfg)
     try:
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        step = None
-    if type(step) is not int or not 0 < step <= cfg.train.steps:  # True is an int too
+        step = read_step(record)
+    except UserError:
+        step = 0
+    if not 0 < step <= cfg.train.steps:
         raise UserError(f'{record}: must hold {{"step": N}}, the update after which the run untied')
     return step
 
@@ -246,18 +254,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError for a file that is missing or damaged elsewhere.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = read_text(path).splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        row = parse_json(line, f"{path}: line {number}")
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} must hold an object, got {type(row).__name__}")
+        rows.append(row)
     return rows
 
 
@@ -284,4 +289,4 @@ def _wide(leaf: Any) -> np.ndarray:
 def owed(path: Path) -> int | None:
     """After which step the run here still has to evaluate, if a signal has kept it from that."""
     record = path / OWED
-    return json.loads(record.read_text(encoding="utf-8"))["step"] if record.exists() else None
+    return read_step(record) if record.exists() else None

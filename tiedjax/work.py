@@ -13,7 +13,7 @@ from tiedjax import sweep, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import structure, to_tree
 from tiedjax.errors import NotFiniteError, UserError
-from tiedjax.files import write_atomically
+from tiedjax.files import read_json, write_atomically
 from tiedjax.host import process
 from tiedjax.host.workers import Task
 from tiedjax.loop import Outcome, train
@@ -60,7 +60,12 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
 def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run of this config is on record here as one that diverged."""
     record = folder / DIVERGED
-    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == _to_its_end(config)
+    if not record.exists():
+        return False
+    found = read_json(record, "remove it, and the run is tried again")
+    if not isinstance(found, dict) or "config" not in found:
+        raise UserError(f"{record}: holds no config; remove it, and the run is tried again")
+    return bool(found["config"] == _to_its_end(config))
 
 
 def _to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:

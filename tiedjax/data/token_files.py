@@ -26,6 +26,7 @@ import numpy.typing as npt
 from tiedjax.data.prepared import SAMPLED, Segment, Split
 from tiedjax.data.progress import Progress
 from tiedjax.errors import UserError
+from tiedjax.npy import read_npy
 
 _ENDINGS = {".u16": "<u2", ".uint16": "<u2", ".u32": "<u4", ".uint32": "<u4"}
 _MAGIC = b"\x93NUMPY"
@@ -82,7 +83,7 @@ def _describe(path: Path, vocab_size: int) -> Segment:
             has_header = file.read(len(_MAGIC)) == _MAGIC
         size = path.stat().st_size
         if has_header:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: Any = read_npy(path, mmap=True)  # a memmap, which has an offset
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}; tokens are one row of integers")
             dtype, offset, count = array.dtype, array.offset, len(array)

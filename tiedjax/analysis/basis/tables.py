@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, place_and_step
+from tiedjax.npy import one_line, read_npy, read_npz
 
 ROLES = ("input", "output")
 _RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
@@ -83,7 +84,7 @@ def read_table(text: str) -> Table:
     if path.suffix == ".npy":
         arrays = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
-        arrays = _Arrays.of(_read_npz(path))
+        arrays = _Arrays.of(read_npz(path))
     elif path.suffix == ".safetensors":
         arrays = _read_safetensors(path)
     else:
@@ -148,7 +149,7 @@ def checked(values: np.ndarray, where: str) -> np.ndarray:
 
 def _split(text: str) -> tuple[str, str | None]:
     """The place and what follows the last '#'; a path that exists as it stands is not cut."""
-    if Path(text).exists() or "#" not in text:
+    if os.path.exists(text) or "#" not in text:
         return text, None
     place, _, pick = text.rpartition("#")
     return place, pick
@@ -199,26 +200,7 @@ def _pick(text: str, dimensions: Mapping[str, int], pick: str | None) -> str:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        return table
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file: {_one_line(error)}") from None
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one bare array; name it .npy")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable .npz file: {_one_line(error)}") from None
+    return read_npy(path, mmap=True).view(np.ndarray)
 
 
 def _read_safetensors(path: Path) -> _Arrays:
@@ -230,12 +212,16 @@ def _read_safetensors(path: Path) -> _Arrays:
     try:
         file = safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file: {_one_line(error)}") from None
-    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
+        raise UserError(f"{path}: not a readable .safetensors file: {one_line(error)}") from None
 
+    def load(name: str) -> np.ndarray:
+        try:
+            values: np.ndarray = file.get_tensor(name)
+        except Exception as error:  # for a dtype that NumPy does not know, such as some of 8 bits: of several kinds
+            raise UserError(f"{path}: {name!r} cannot be read: {one_line(error)}") from None
+        return values
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, load)  # noqa: SIM118
 
 
 def check(table_VD: np.ndarray, where: str) -> None:

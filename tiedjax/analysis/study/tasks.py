@@ -14,6 +14,7 @@ from tiedjax.analysis.study.results import collect
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import structure
 from tiedjax.errors import UserError
+from tiedjax.files import parse_json, read_text
 from tiedjax.run import Run, load_run
 
 
@@ -50,12 +51,7 @@ def read_results(out: Path) -> dict[str, Any]:
 
 def read_object(path: Path, command: str) -> dict[str, Any]:
     """The object in a JSON file that a command of tiedjax writes; UserError unless it holds one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax {command}` writes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    found = parse_json(read_text(path, f"`tiedjax {command}` writes it"), str(path))
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold an object, got {type(found).__name__}; `tiedjax {command}` writes it")
     return found
