@@ -61,7 +61,7 @@ def refuse_irregular(path: Path) -> None:
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: must be a file, it is {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+        raise UserError(f"{path}: cannot be read: it is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file")
 
 
 def read_text(path: Path, hint: str = "", most: int = MOST_TEXT) -> str:
@@ -80,16 +80,16 @@ def read_text(path: Path, hint: str = "", most: int = MOST_TEXT) -> str:
     raise UserError(f"{path}: cannot be read: has more than {most:,} bytes{then}")
 
 
-def parse_json(text: str, where: str, hint: str = "") -> Any:
+def parse_json(text: str, where: str, hint: str = "", before: int = 0) -> Any:
     """What JSON text holds. UserError for other text, for numbers too long to be any, and for what is nested too deep.
 
-    NaN and infinities, which JSON does not have, are refused too.
+    NaN and infinities, which JSON does not have, are refused too. `before` lines of the file precede the text.
     """
     then = f"; {hint}" if hint else ""
     try:
         return json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: line {error.lineno} is not JSON: {error.msg}{then}") from None
+        raise UserError(f"{where}: line {before + error.lineno} is not JSON: {error.msg}{then}") from None
     except ValueError as error:  # of Python's limit of digits, and _no_number
         reason = str(error).partition(";")[0]
         raise UserError(f"{where}: is not JSON that can be read: {reason}{then}") from None

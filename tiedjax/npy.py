@@ -35,8 +35,9 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file by name. UserError for any other file."""
     try:
         refuse_irregular(path)
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no archive; a bare array is named .npy")
+        with path.open("rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise ValueError("it holds one bare array; name it .npy")
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 with archive.open(entry) as file:

@@ -259,7 +259,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             break
-        row = parse_json(line, f"{path}: line {number}")
+        row = parse_json(line, str(path), before=number - 1)
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} must hold an object, got {type(row).__name__}")
         rows.append(row)
