@@ -92,7 +92,6 @@ ALLOWED: dict[str, set[str]] = {
         "analysis",
     },
     "saves": {"config"},
-    "saving": {"checkpoint", "host", "saves"},
     "check": {
         "beginning",
         "checkpoint",
