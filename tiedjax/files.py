@@ -46,22 +46,26 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
-    """Creates the folder and holds it: two jobs that write one run would mix their weights.
+def sole_writer(directory: Path, holder: str) -> Iterator[None]:
+    """Creates the folder and holds it as `holder`: two jobs that write one run would mix their weights.
 
-    Raises UserError if it cannot be written or another live process holds it; the hold ends with the process, however
-    it ends.
+    Raises UserError if it cannot be written or another live process holds it, which the error names; the hold ends
+    with the process, however it ends.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
+        handle = (directory / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{directory}: another process is writing this run; wait for it or choose another --out"
-            ) from None
+            handle.seek(0)
+            other = handle.read().strip() or "another process"
+            raise UserError(f"{directory}: {other} is writing this run; wait for it or choose another --out") from None
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            handle.truncate(0)
+            handle.write(holder + "\n")
+            handle.flush()
         yield
