@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-
 BUCKET = "bucket"
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "expect"}
 

@@ -19,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tiedjax.errors import UserError
+from tiedjax.host import storage
 
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
@@ -56,7 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
-        self.directory = directory.absolute()
+        self.directory = storage.absolute(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 

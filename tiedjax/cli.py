@@ -19,7 +19,7 @@ from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, place_and_step
-from tiedjax.host import platform_flags
+from tiedjax.host import platform_flags, storage
 from tiedjax.text import nearest, seconds
 
 AGAIN = 75  # exit status: run me again
@@ -268,7 +268,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from tiedjax.host.profiling import StepRange
 
-    out = local_path(args.out or f"runs/{path.stem}", "--out")
+    out = storage.place(args.out or f"runs/{path.stem}", "--out")
     platform_flags.use_threads(cfg.train.threads)
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
@@ -281,7 +281,7 @@ def _study(args: argparse.Namespace) -> int:
 
     path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
     plan = plans.load_study(path, _overrides(args))
-    out = local_path(args.out or f"studies/{path.stem}", "--out")
+    out = storage.place(args.out or f"studies/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     extent = _extent(args, plan.study)
@@ -414,8 +414,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    directory = local_path(args.directory, "DIR")
-    if (directory / "decision.json").is_file():
+    directory = storage.place(args.directory, "DIR")
+    if storage.exists(directory / "decision.json"):
         from tiedjax.decide import draw_decision
 
         print(draw_decision(directory))

@@ -18,6 +18,7 @@ from tiedjax.config import RunConfig, leaf_fields
 from tiedjax.config_errors import explained
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.host import storage
 from tiedjax.text import nearest
 
 ConfigT = TypeVar("ConfigT")
@@ -52,7 +53,7 @@ def find_config(given: str, kind: Kind) -> Path:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
     try:
-        text = local_path(path, "CONFIG").read_text(encoding="utf-8")
+        text = storage.read_text(storage.place(path, "CONFIG"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

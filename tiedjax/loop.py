@@ -32,8 +32,8 @@ from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.evaluation import Evaluation
-from tiedjax.files import sole_writer, write_atomically
-from tiedjax.host import platform_flags, process, profiling
+from tiedjax.host import platform_flags, process, profiling, storage
+from tiedjax.host.storage import sole_writer, write_atomically
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, change_of
@@ -111,11 +111,12 @@ def _train(
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = decided(_as_begun(cfg, out), mesh)
     make_steps(cfg, mesh)
-    if not any(out.glob("checkpoints/[0-9]*")):
+    if not storage.saved_steps(out / "checkpoints"):
         refuse_another_model(cfg, mesh)
         refuse_another_anchor(cfg)
+    may_write = lambda: None
     if process.is_main():
-        held.enter_context(sole_writer(out))
+        may_write = held.enter_context(sole_writer(out)).check
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
     changed = _change_of(cfg, out)
@@ -178,7 +179,7 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start)
+    recorder = Recorder(cfg, out, label, start, may_write)
     held.callback(recorder.close)
     held.enter_context(trace)
     stop.listen()
@@ -214,6 +215,9 @@ def _train(
             recorder.flush(partial(evaluation, state) if evaluates else None)
         if (checks or snaps) and not _all_finite(state):
             raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+        if checks or snaps:
+            may_write()
+            recorder.sync()  # a state without the metrics of its steps would leave a hole in them
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
@@ -332,7 +336,7 @@ def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
+    if not path.exists() or not storage.saved_steps(out / "snapshots"):  # a run that saved nothing has nothing to lose
         return
     begun = load_run_config(path)
     _refuse_passed_changes(begun, cfg, out)
@@ -346,7 +350,7 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
 
 def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
     """A change of scheme may be put off, or decided on, while it lies ahead of the newest state."""
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     was, now = tying.changes_after(begun), tying.changes_after(cfg)
     if was == now:
         return
@@ -364,8 +368,8 @@ def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
 def _refuse_lost_states(out: Path) -> None:
     """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
     record = out / SAVED_STATE
-    if record.exists() and not any(path.name.isdigit() for path in out.glob("checkpoints/*")):
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
+    if record.exists() and not storage.saved_steps(out / "checkpoints"):
+        step = json.loads(storage.read_text(record))["step"]
         raise UserError(
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
             "--out to begin anew"
@@ -375,11 +379,11 @@ def _refuse_lost_states(out: Path) -> None:
 def _change_of(cfg: RunConfig, out: Path) -> int | None:
     """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
     changed = change_of(out, cfg)
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     if cfg.tying.untie_when is None or changed is None or changed <= done:
         return changed
     if process.is_main():  # found, but lost with the states since: the steps that come find it again, or do not
-        (out / CHANGED).unlink(missing_ok=True)
+        storage.remove(out / CHANGED)
     return None
 
 
@@ -395,7 +399,7 @@ def _record_state(out: Path, step: int) -> None:
 
 def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray | None) -> None:
     if counts_2V is None:
-        (out / TOKEN_COUNTS).unlink(missing_ok=True)  # until these are counted
+        storage.remove(out / TOKEN_COUNTS)  # until these are counted
     else:
         save_array(out / TOKEN_COUNTS, counts_2V)
     if prepared.tokenizer_path:

@@ -8,13 +8,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from tiedjax.files import write_atomically
+from tiedjax.host.storage import Growing
 from tiedjax.run import read_metrics
 from tiedjax.text import duration
 
@@ -34,11 +35,15 @@ def frequency_deciles(counts_V: np.ndarray, bins: int = 10) -> np.ndarray:
 class MetricsLog:
     """metrics.jsonl and, if tensorboardX is installed, tensorboard/ of one run, from the line after `step` on."""
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, may_write: Callable[[], None] = lambda: None):
+        self._growing = Growing(directory, may_write)
+        self._growing.fetch("metrics.jsonl")
+        directory = self._growing.folder
         path = directory / "metrics.jsonl"
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._growing.rewritten("metrics.jsonl")
         self._file = path.open("a", encoding="utf-8")
         self._board = _Board(directory / "tensorboard", step) if importlib.util.find_spec("tensorboardX") else None
 
@@ -50,11 +55,16 @@ class MetricsLog:
             scalars = {name: x for name, x in row.items() if name != "step" and not isinstance(x, list)}
             self._board.write(row["step"], scalars)
 
+    def sync(self) -> None:
+        """Returns when every line so far lies where the run does."""
+        self._growing.sync()
+
     def close(self) -> None:
         """Flushes and closes both."""
         self._file.close()
         if self._board:
             self._board.close()
+        self._growing.close()
 
 
 class _Board:

@@ -46,8 +46,8 @@ class _Pending:
 class Recorder:
     """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
-        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
+    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int, may_write: Callable[[], None] = lambda: None):
+        self._cfg, self._log = cfg, MetricsLog(out, start, may_write) if process.is_main() else None
         self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
         self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
@@ -84,6 +84,11 @@ class Recorder:
             self._read = (step, time.monotonic() if evaluate else now)
             if self._log:
                 self._log.write(row)
+
+    def sync(self) -> None:
+        """Returns when what was read so far lies where the run does."""
+        if self._log:
+            self._log.sync()
 
     def close(self) -> None:
         """Closes the log; what is pending was flushed by the checkpoint that ends every call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.host import storage
 from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
 
@@ -58,10 +59,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = local_path(path, "run")
-        self.name = self.path.absolute().name
+        self.path = storage.place(path, "run")
+        self.name = storage.absolute(self.path).name
         self._started: np.ndarray | None = None  # the rows that an account follows, before the first update
-        if not (self.path / "config.yaml").is_file():
+        if not storage.exists(self.path / "config.yaml"):
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
 
     def __repr__(self) -> str:
@@ -108,16 +109,16 @@ class Run:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
         path = self.path / "token_counts.npy"
         try:
-            counts: np.ndarray = np.load(path, allow_pickle=False)
+            counts: np.ndarray = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
         return counts
 
     @property
     def tokenizer_path(self) -> Path | None:
-        """The run's tokenizer.json; None if it was trained on ready token ids."""
+        """The run's tokenizer.json, or a copy on this machine's disk; None if it was trained on ready token ids."""
         path = self.path / "tokenizer.json"
-        return path if path.is_file() else None
+        return storage.cached(path) if storage.exists(path) else None
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
@@ -227,7 +228,7 @@ def change_of(path: Path, cfg: RunConfig) -> int | None:
     if cfg.tying.untie_when is None or not record.exists():
         return tying.changes_after(cfg)
     try:
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
+        step = json.loads(storage.read_text(record))["step"]
     except (OSError, ValueError, KeyError, TypeError):
         step = None
     if type(step) is not int or not 0 < step <= cfg.train.steps:  # True is an int too
@@ -246,7 +247,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises UserError for a file that is missing or damaged elsewhere.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = storage.read_text(path).splitlines(keepends=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     rows = []
@@ -261,7 +262,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _existing(directory: Path) -> Checkpoints | None:
-    return Checkpoints(directory, create=False) if directory.is_dir() else None
+    return Checkpoints(directory, create=False) if storage.exists(directory) else None
 
 
 def _without_sharding(tree: Any, dtype: Any = None) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.files import write_atomically
+from tiedjax.host.storage import read_text, write_atomically
 from tiedjax.plan import Plan, Point
 
 LOSS = "eval_loss_even"  # of metrics.jsonl, by which a point is chosen
@@ -76,7 +76,7 @@ def read(plan: Plan, out: Path) -> dict[str, Choice]:
     """The choices recorded in a study's folder; UserError unless they are those of this plan."""
     path = out / RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
         choices = {
             arm: Choice([Tried(**point) for point in choice["tried"]], choice["best"], choice["at_edge"])
             for arm, choice in record.items()

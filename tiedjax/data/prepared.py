@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, write_atomically
+from tiedjax.files import local_path
+from tiedjax.host.storage import write_atomically
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")

@@ -194,13 +194,15 @@ def any_saved(folder: Path) -> bool:
 # ---- Copies of objects on this machine ----
 
 
-def cached(place: Path, folder: Path) -> Path:
-    """A local file with the content of an object, kept in `folder` after the first time; a local file as it is.
+def cached(place: Path, folder: Path | None = None) -> Path:
+    """A local file with the content of an object, kept after the first time in `folder`, by default in the cache; a
+    local file as it is.
 
     An object that was replaced since is fetched again. UserError where it cannot be had.
     """
     if not is_remote(place):
         return place
+    folder = folder or Path(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax").expanduser() / "objects"
     try:
         with _as_os_errors(place):
             about = _store(place).info(str(place))
