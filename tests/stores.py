@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 BUCKET = "bucket"
@@ -26,6 +27,7 @@ HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host"
 class Fault:
     """What happens to the next `times` requests whose method and address (unquoted) `hits`.
 
+    `then` is called when one meets it, before it happens.
     kind: "503" is answered in the store's place; "slow" waits `seconds` first; "cut" ends the connection before the
     store sees the request; "lost" after the store has done it; "403" as 503.
     """
@@ -34,6 +36,7 @@ class Fault:
     hits: Callable[[str, str], bool]
     times: int = 1
     seconds: float = 0.0
+    then: Callable[[], object] = lambda: None
     met: int = 0
 
 
@@ -51,9 +54,9 @@ class Store:
         """What a process needs to use it."""
         return {"STORAGE_EMULATOR_HOST": self.url}
 
-    def fail(self, kind: str, part: str, *, method: str = "", times: int = 1, seconds: float = 0.0) -> Fault:
-        """Has the next requests fail whose address holds `part`."""
-        fault = Fault(kind, lambda verb, address: part in address and method in verb, times, seconds)
+    def fail(self, kind: str, part: str, *, method: str = "", **more: Any) -> Fault:
+        """Has the next requests fail whose address holds `part`; `more` are fields of the fault."""
+        fault = Fault(kind, lambda verb, address: part in address and method in verb, **more)
         with self._lock:
             self.faults.append(fault)
         return fault
@@ -71,6 +74,16 @@ class Store:
     def objects(self, prefix: str = "") -> dict[str, int]:
         """The size of every object, by name."""
         return {item["name"]: int(item["size"]) for item in self._listed(prefix)}
+
+    def download(self, prefix: str, folder: Path) -> Path:
+        """Copies all objects below a prefix into a folder."""
+        for name in self.objects(f"{prefix}/"):
+            path = folder / name.removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            address = f"{self.url}/download/storage/v1/b/{BUCKET}/o/{urllib.parse.quote(name, safe='')}?alt=media"
+            with urllib.request.urlopen(address) as answer:
+                path.write_bytes(answer.read())
+        return folder
 
     def _listed(self, prefix: str) -> Iterator[dict[str, Any]]:
         token = ""
@@ -123,6 +136,8 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
                 message = {"error": {"code": int(fault.kind), "message": "made to fail"}}
                 self._answer(int(fault.kind), json.dumps(message).encode(), {"Content-Type": "application/json"})
                 return
+            if fault:
+                fault.then()
             if fault and fault.kind == "slow":
                 time.sleep(fault.seconds)
             if fault and fault.kind == "cut":
