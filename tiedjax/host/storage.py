@@ -157,7 +157,7 @@ def names(folder: Path) -> list[str]:
 
 
 def write_atomically(place: str | Path, content: str | bytes) -> None:
-    """Replaces the file or object by one with this content (text as UTF-8), whole or not at all. UserError otherwise."""
+    """Replaces the file or object by one with this content (text as UTF-8), whole or not at all. UserError if not."""
     if not is_remote(place):
         return files.write_atomically(place, content)
     data = content.encode() if isinstance(content, str) else content
