@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from programs import finish, start
 from runs import arguments, assert_same_run
-from stores import Store, served
+from stores import Fault, Store, served
 
+from tiedjax.config import DataConfig
+from tiedjax.data.prepare import prepare
+from tiedjax.data.prepared import load_prepared
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.host import storage
 from tiedjax.host.storage import Growing, Holder, Lease, place
@@ -33,7 +38,7 @@ def store() -> Iterator[Store]:
 def out(store: Store, request: pytest.FixtureRequest) -> Path:
     """An empty place of this test's own; no fault of another is left."""
     store.faults.clear()
-    return place(f"gs://bucket/{request.node.name.replace('[', '-').rstrip(']')}", "--out")
+    return place(f"gs://bucket/{re.sub('[^a-z0-9]+', '-', request.node.name)}", "--out")
 
 
 class Clock:
@@ -81,7 +86,7 @@ except UserError as error:
     assert out == "gs:// needs a package that is not installed: pip install 'tiedjax[gcs]'\n"
 
 
-def test_a_disk_needs_nothing_of_a_store() -> None:
+def test_a_disk_needs_nothing_of_a_store(tmp_path: Path) -> None:
     program = """
 import sys, pathlib
 from tiedjax import cli
@@ -91,10 +96,7 @@ with storage.sole_writer(pathlib.Path(sys.argv[1])):
     storage.write_atomically(pathlib.Path(sys.argv[1]) / "a", "b")
 print({"fsspec", "etils", "gcsfs", "jax", "numpy"} & sys.modules.keys())
 """
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        out, _ = finish(start(["-c", program, folder]))
+    out, _ = finish(start(["-c", program, tmp_path]))
     assert out == "set()\n"
 
 
@@ -129,6 +131,22 @@ def test_a_save_counts_once_its_last_object_is_there(out: Path, tmp_path: Path) 
     for name in ("2", "10", "12.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir()
     assert storage.saved_steps(tmp_path) == [2, 10]
+
+
+def test_what_is_not_complete_is_cleared(out: Path, tmp_path: Path) -> None:
+    for step in (2, 10):
+        storage.write_atomically(out / str(step) / "tree" / "a", "values")
+    storage.write_atomically(out / "2" / storage.COMMITTED, "done")
+    storage.clear_unfinished(out)
+    assert storage.names(out) == ["2"]
+    storage.uncommit(out / "2")
+    storage.clear_unfinished(out)
+    storage.clear_unfinished(out / "nothing")
+    assert storage.names(out) == []
+    (tmp_path / "2").mkdir()
+    storage.uncommit(tmp_path / "2")
+    storage.clear_unfinished(tmp_path)
+    assert storage.saved_steps(tmp_path) == [2]
 
 
 # ---- A store that fails ----
@@ -413,22 +431,49 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     command = ["-m", "tiedjax", *arguments(out, text, SAVES)]
     run = start(command, **store.environment)
     fault = store.fail(kind, "", then=run.kill)
-    fault.hits = _hit(f"{out.name}/{moment}", kind)
+    fault.hits = lambda verb, address: verb == "POST" and f"{out.name}/{moment}" in address
     run.communicate(timeout=120)
     assert (run.returncode, fault.met) == (-9, 1)
     finish(start(command, **store.environment))
     assert_same_run(store.download(out.name, tmp_path / "run"), uninterrupted)
 
 
-def _hit(name: str, kind: str) -> Callable[[str, str], bool]:
-    """A write of this object: the request that brings its content."""
-    return lambda verb, address: verb in ("POST", "PUT") and name in address
-
-
 def test_a_second_run_of_one_place_is_refused_in_a_line(out: Path, store: Store, text: Path) -> None:
     with storage.sole_writer(out):
         _, said = finish(start(["-m", "tiedjax", *arguments(out, text)], **store.environment), status=2)
     assert said.splitlines()[-1].startswith(f"tiedjax: {out}: process {os.getpid()} on ")
+
+
+def test_a_bucket_that_may_not_be_asked_about_is_refused_in_a_line(out: Path, store: Store, text: Path) -> None:
+    denied = Fault("403", lambda verb, address: address.split("?")[0].endswith("/b/bucket"), times=10**6)
+    store.faults.append(denied)
+    _, said = finish(start(["-m", "tiedjax", *arguments(out, text)], **store.environment), status=2)
+    assert said.splitlines()[-1] == (
+        f"tiedjax: {out}/checkpoints: the bucket bucket cannot be asked what it is; that takes the right "
+        "storage.buckets.get, as in roles/storage.legacyBucketReader (the store answers: Forbidden: "
+        "b/bucket; made to fail)"
+    )
+
+
+def test_prepared_tokens_are_fetched_once(
+    out: Path, store: Store, text: Path, monkeypatch: Any, tmp_path: Path
+) -> None:
+    local = prepare(DataConfig(source=f"text:{text}"), 320, report=lambda line: None)
+    for path in local.directory.iterdir():
+        if path.is_file():
+            storage.write_atomically(out / path.name, path.read_bytes())
+    monkeypatch.setenv("TIEDJAX_CACHE", str(tmp_path))
+    cut = store.fail("cut", "train-00000.npy", method="GET")
+    fetched = load_prepared(str(out))
+    assert cut.met == 1
+    assert fetched.fingerprint == local.fingerprint
+    assert all((a == b).all() for a, b in zip(fetched.arrays("train"), local.arrays("train"), strict=True))
+    before = [address for _, address in store.asked if "alt=media" in address and ".npy" in address]
+    assert load_prepared(str(out)).directory == fetched.directory
+    assert [address for _, address in store.asked if "alt=media" in address and ".npy" in address] == before
+    with pytest.raises(UserError) as error:
+        load_prepared(f"{out}/nothing")
+    assert str(error.value) == f"{out}/nothing: holds no prepared data; make some with: tiedjax data prepare"
 
 
 def test_a_run_in_a_store_is_read_as_one_on_a_disk(out: Path, store: Store, uninterrupted: Path) -> None:

@@ -58,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
         self.directory = storage.absolute(directory)
+        storage.refuse_unknown_bucket(self.directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -114,6 +115,8 @@ class Checkpoints:
     def delete_from(self, step: int) -> None:
         """Removes the saves of this and later steps."""
         for later in [s for s in self.steps() if s >= step]:
+            if jax.process_index() == 0:
+                storage.uncommit(self.directory / str(later))
             self._manager.delete(later)
 
     def close(self) -> None:

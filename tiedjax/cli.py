@@ -300,7 +300,7 @@ def _decide(args: argparse.Namespace) -> int:
     widths = None if args.widths is None else _numbers(args.widths, int, "--widths", "whole numbers", "48,64,96")
     rates = _numbers(args.rates, float, "--rates", "numbers", "0.5,1,2")
     ladder = decide.load_ladder(path, _overrides(args), widths, args.seeds, rates)
-    out = local_path(args.out or f"decisions/{path.stem}", "--out")
+    out = storage.place(args.out or f"decisions/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")

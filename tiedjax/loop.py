@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -114,9 +114,11 @@ def _train(
     if not storage.saved_steps(out / "checkpoints"):
         refuse_another_model(cfg, mesh)
         refuse_another_anchor(cfg)
-    may_write = lambda: None
+    may_write: Callable[[], None] = lambda: None
     if process.is_main():
         may_write = held.enter_context(sole_writer(out)).check
+        for name in ("checkpoints", "snapshots"):
+            storage.clear_unfinished(out / name)
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
     changed = _change_of(cfg, out)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.host import storage
 from tiedjax.host.storage import write_atomically
 
 Split = Literal["train", "eval"]
@@ -253,6 +254,8 @@ def save_meta(
 
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
+    if storage.is_remote(directory):
+        directory = _fetched(storage.place(directory, "data.source"))
     directory = local_path(directory, "data.source").expanduser().resolve()
     path = directory / META
     try:
@@ -286,6 +289,26 @@ def load_prepared(directory: str | Path) -> Prepared:
         segments=segments,
         **{name: meta[name] for name in ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash")},
     )
+
+
+def _fetched(place: Path) -> Path:
+    """A local copy of a prepared folder in a store, made the first time."""
+    if not storage.exists(place / META):
+        raise UserError(f"{place}: holds no prepared data; make some with: tiedjax data prepare")
+
+    def listed(content: bytes) -> dict[str, int]:
+        try:
+            meta = json.loads(content)
+            shards = {str(s["file"]): int(s["file_bytes"]) for split in SPLITS for s in meta["segments"][split]}
+            tokenizer = {"tokenizer.json": len(storage.read_bytes(place / "tokenizer.json"))}
+            elsewhere = next((name for name in shards if os.path.isabs(name) or ".." in name), None)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{place}/{META}: does not say which tokens belong to which split; {_AGAIN}") from None
+        if elsewhere:
+            raise UserError(f"{place}: its tokens were not copied: {elsewhere}; put that file into a store and name it")
+        return shards | (tokenizer if meta.get("tokenizer_hash") else {})
+
+    return storage.cached_folder(place, META, listed)
 
 
 def _segment(tree: dict[str, Any]) -> Segment:

@@ -78,6 +78,23 @@ def made(folder: Path) -> Path:
     return folder
 
 
+def refuse_unknown_bucket(place: Path) -> None:
+    """UserError where the bucket of a place may not be asked what it is, which Orbax does before it lists saves."""
+    if not str(place).startswith("gs://"):
+        return
+    bucket = str(place).split("/")[2]
+    try:
+        with _as_os_errors(place):
+            _store(place).call("GET", "b/{}", bucket)
+    except FileNotFoundError:
+        raise UserError(f"{place}: there is no bucket {bucket}, or it may not be seen") from None
+    except OSError as error:
+        raise UserError(
+            f"{place}: the bucket {bucket} cannot be asked what it is; that takes the right storage.buckets.get, as in "
+            f"roles/storage.legacyBucketReader ({error.strerror})"
+        ) from None
+
+
 def _filesystem(scheme: str) -> Any:
     """fsspec's file system of a scheme, the one that etils.epath uses too."""
     # What is set here counts for Orbax too. gcsfs would ask for the kind of every bucket, which needs a right that who
@@ -186,9 +203,23 @@ def saved_steps(folder: Path) -> list[int]:
     return [step for step in steps if not is_remote(folder) or exists(folder / str(step) / COMMITTED)]
 
 
-def any_saved(folder: Path) -> bool:
-    """Whether a folder holds a complete save."""
-    return bool(saved_steps(folder))
+def clear_unfinished(folder: Path) -> None:
+    """Removes what killed processes have left in a folder of saves in a store; only its one writer may call this.
+
+    A save would go on where they ended, also one of fewer processes, and keep what the others had written. On a disk
+    Orbax gives what is not finished another name. OSError where it cannot be removed.
+    """
+    if is_remote(folder):
+        steps = {name for name in names(folder) if name.isdigit()}
+        for name in sorted(steps - {str(step) for step in saved_steps(folder)}):
+            with contextlib.suppress(FileNotFoundError), _as_os_errors(folder / name):
+                _store(folder).rm(str(folder / name), recursive=True)
+
+
+def uncommit(save: Path) -> None:
+    """Has a save in a store count as unfinished, before it is removed: its objects go in no order."""
+    if is_remote(save):
+        remove(save / COMMITTED)
 
 
 # ---- Copies of objects on this machine ----
@@ -202,7 +233,7 @@ def cached(place: Path, folder: Path | None = None) -> Path:
     """
     if not is_remote(place):
         return place
-    folder = folder or Path(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax").expanduser() / "objects"
+    folder = folder or _cache()
     try:
         with _as_os_errors(place):
             about = _store(place).info(str(place))
@@ -211,18 +242,46 @@ def cached(place: Path, folder: Path | None = None) -> Path:
             path = folder / key / place.name
             if path.is_file() and path.stat().st_size == about["size"]:
                 return path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-            try:
-                _store(place).get_file(str(place), str(temporary))
-                if (size := temporary.stat().st_size) != about["size"]:
-                    raise OSError(f"{size:,} of {about['size']:,} bytes came")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            _download(place, path, about["size"])
     except OSError as error:
         raise UserError(f"{place}: cannot be read: {error.strerror or error}") from None
     return path
+
+
+def cached_folder(place: Path, listing: str, others: Callable[[bytes], dict[str, int]]) -> Path:
+    """A local folder with the file `listing` of a folder of a store, and with the `others`, by name, that it lists.
+
+    Of each the listing says how many bytes it has. What has another listing is fetched into another folder, and the
+    listing comes last, so that a folder that has it is whole. UserError where something cannot be had.
+    """
+    try:
+        content = read_bytes(place / listing)
+        folder = _cache() / hashlib.sha256(content).hexdigest()[:20]
+        if not (folder / listing).is_file():
+            for name, size in others(content).items():
+                if not ((folder / name).is_file() and (folder / name).stat().st_size == size):
+                    with _as_os_errors(place / name):
+                        _download(place / name, folder / name, size)
+            files.write_atomically(folder / listing, content)
+    except OSError as error:
+        raise UserError(f"{error.filename or place}: cannot be read: {error.strerror or error}") from None
+    return folder
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax").expanduser() / "objects"
+
+
+def _download(place: Path, path: Path, size: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        _store(place).get_file(str(place), str(temporary))
+        if (came := temporary.stat().st_size) != size:
+            raise OSError(f"{came:,} of {size:,} bytes came")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- Files that grow ----
