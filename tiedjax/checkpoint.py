@@ -53,10 +53,12 @@ class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
     All processes of a cluster call every method together. `keep` limits how many are kept, newest first; None keeps
-    all. The folder is made if it is to be written.
+    all. The folder is made if it is to be written. With `copies`, for small saves that are read often, those in a store
+    are read from copies on this machine's disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
+    def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True, copies: bool = False):
+        self._copies: dict[int, ocp.CheckpointManager] | None = {} if copies and storage.is_remote(directory) else None
         self.directory = storage.absolute(directory)
         storage.refuse_unknown_bucket(self.directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
@@ -76,7 +78,7 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was said when this step was saved."""
-        items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        items = self._reader(step).restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
         return dict(items["about"])
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -92,7 +94,7 @@ class Checkpoints:
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
         try:
-            tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
+            tree = self._reader(step).restore(step, args=ocp.args.Composite(tree=request))["tree"]
         except (ValueError, OSError) as error:
             raise UserError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
@@ -107,6 +109,15 @@ class Checkpoints:
                     f"{where}: is damaged: {name!r} is not what was saved; remove this folder to use an older one"
                 )
         return tree
+
+    def _reader(self, step: int) -> ocp.CheckpointManager:
+        if self._copies is None:
+            return self._manager
+        if step not in self._copies:
+            folder = storage.cached_save(self.directory / str(step)).parent
+            options = ocp.CheckpointManagerOptions(create=False)
+            self._copies[step] = ocp.CheckpointManager(folder, options=options)
+        return self._copies[step]
 
     def wait(self) -> None:
         """Returns when every save so far is complete; raises the error of one that failed."""

@@ -114,7 +114,7 @@ class Run:
             raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
         return counts
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path | None:
         """The run's tokenizer.json, or a copy on this machine's disk; None if it was trained on ready token ids."""
         path = self.path / "tokenizer.json"
@@ -198,7 +198,7 @@ class Run:
 
     @cached_property
     def _snapshots(self) -> Checkpoints | None:
-        return _existing(self.path / "snapshots")
+        return _existing(self.path / "snapshots", copies=True)
 
     @cached_property
     def _checkpoints(self) -> Checkpoints | None:
@@ -261,8 +261,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _existing(directory: Path) -> Checkpoints | None:
-    return Checkpoints(directory, create=False) if storage.exists(directory) else None
+def _existing(directory: Path, copies: bool = False) -> Checkpoints | None:
+    return Checkpoints(directory, create=False, copies=copies) if storage.exists(directory) else None
 
 
 def _without_sharding(tree: Any, dtype: Any = None) -> Any:

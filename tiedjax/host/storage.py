@@ -237,9 +237,7 @@ def cached(place: Path, folder: Path | None = None) -> Path:
     try:
         with _as_os_errors(place):
             about = _store(place).info(str(place))
-            version = [str(about.get(key)) for key in ("generation", "etag", "ETag", "mtime", "size")]
-            key = hashlib.sha256("\n".join([str(place), *version]).encode()).hexdigest()[:20]
-            path = folder / key / place.name
+            path = folder / _version(place, about) / place.name
             if path.is_file() and path.stat().st_size == about["size"]:
                 return path
             _download(place, path, about["size"])
@@ -266,6 +264,29 @@ def cached_folder(place: Path, listing: str, others: Callable[[bytes], dict[str,
     except OSError as error:
         raise UserError(f"{error.filename or place}: cannot be read: {error.strerror or error}") from None
     return folder
+
+
+def cached_save(save: Path) -> Path:
+    """A local copy of a complete save, kept after the first time: to open one in a store takes some 50 requests."""
+    try:
+        with _as_os_errors(save):
+            folder = _cache() / _version(save / COMMITTED, _store(save).info(str(save / COMMITTED))) / save.name
+            if not (folder / COMMITTED).is_file():
+                found = _store(save).find(str(save), detail=True)
+                begins = len(str(save).split("://", 1)[1]) + 1
+                sizes = {name[begins:]: about["size"] for name, about in found.items()}
+                for name in sorted(sizes, key=lambda name: name == COMMITTED):  # that last: what has it is whole
+                    if not ((folder / name).is_file() and (folder / name).stat().st_size == sizes[name]):
+                        _download(save / name, folder / name, sizes[name])
+    except OSError as error:
+        raise UserError(f"{save}: cannot be read: {error.strerror or error}") from None
+    return folder
+
+
+def _version(place: Path, about: dict[str, Any]) -> str:
+    """A name for what an object holds now, from what a store says about it."""
+    version = [str(about.get(key)) for key in ("generation", "etag", "ETag", "mtime", "size")]
+    return hashlib.sha256("\n".join([str(place), *version]).encode()).hexdigest()[:20]
 
 
 def _cache() -> Path:
