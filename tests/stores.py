@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import struct
 import subprocess
@@ -131,7 +132,10 @@ def _handler(store: Store, port: int) -> type[BaseHTTPRequestHandler]:
 
         def _serve(self) -> None:
             body = self._body()
-            fault = store.next_fault(self.command, urllib.parse.unquote(self.path))
+            address = urllib.parse.unquote(self.path)
+            if "uploadType=multipart" in address and (name := re.search(rb'"name": ?"([^"]*)"', body[:4096])):
+                address += f"&name={name[1].decode()}"  # which stands in the body
+            fault = store.next_fault(self.command, address)
             if fault and fault.kind.isdigit():
                 message = {"error": {"code": int(fault.kind), "message": "made to fail"}}
                 self._answer(int(fault.kind), json.dumps(message).encode(), {"Content-Type": "application/json"})
