@@ -71,6 +71,11 @@ def absolute(place: Path) -> Path:
     return place if is_remote(place) else place.absolute()
 
 
+def resolved(place: Path) -> Path:
+    """The same place by its one name; what lies in a store has no other."""
+    return place if is_remote(place) else place.resolve()
+
+
 def made(folder: Path) -> Path:
     """The folder, which is there now; a store has none, only objects whose names begin alike."""
     if not is_remote(folder):

@@ -177,7 +177,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
         role,
         np.asarray(run.token_counts),
         run.tokenizer_path,
-        run_path=run.path if storage.is_remote(run.path) else run.path.resolve(),
+        run_path=storage.resolved(storage.place(place, "run")),
         initial=(lambda: as_roles(run.tables(0), [role]).get(role)) if 0 in run.snapshot_steps else None,
     )
 
