@@ -187,21 +187,13 @@ def test_a_command_that_is_used_wrongly_says_how_in_one_line(words: str, capfd: 
 
 ADDRESSES: dict[str, list[str]] = {
     "CONFIG": ["train", "gs://bucket/tiny.yaml"],
-    "--out": ["train", "TINY", "--out", "gs://bucket/run"],
-    "--out of a study": ["study", "--out", "s3://bucket/study"],
     "--out of data": ["data", "prepare", "embedded", "--out", "gs://bucket/data"],
     "--json": ["bench", "TINY", "--json", "gs://bucket/bench.json"],
-    "DIR": ["report", "gs://bucket/study"],
     "data.source": ["train", "TINY", "--out", "RUN", "--data.source", "text:gs://bucket/*.txt"],
-    "data.source of prepared data": ["train", "TINY", "--out", "RUN", "--data.source", "prepared:gs://bucket/data"],
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
-    "run of a sample": ["sample", "gs://bucket/run"],
     "RUN": ["check", "gs://bucket/run"],
-    "table": ["analyze", "norms", "gs://bucket/run@400"],
-    "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],
-    "run": ["analyze", "gradients", "gs://bucket/run"],
     "--json of an instrument": ["analyze", "align", "TABLE", "TABLE", "--json", "s3://bucket/align.json"],
 }
 

@@ -28,7 +28,8 @@ from tiedjax.data.prepared import load_prepared, save_meta
 from tiedjax.data.shards import ShardWriter
 from tiedjax.data.tokenizer import id_bound, load_tokenizer, train_bpe
 from tiedjax.errors import Status, UserError
-from tiedjax.files import local_path, read_json, read_step
+from tiedjax.files import local_path
+from tiedjax.host.storage import read_json, read_step
 from tiedjax.plan import load_study
 from tiedjax.run import owed, read_metrics
 

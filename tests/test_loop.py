@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -666,7 +667,7 @@ def test_a_second_writer_of_one_run_directory_is_refused(
     out = shutil.copytree(finished, tmp_path / "run")
     hold = f"""
 import pathlib, sys
-from tiedjax.files import sole_writer
+from tiedjax.host.storage import sole_writer
 with sole_writer(pathlib.Path({str(out)!r})):
     print("held", flush=True)
     sys.stdin.read()
@@ -676,7 +677,8 @@ with sole_writer(pathlib.Path({str(out)!r})):
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
         assert refused(arguments(out, text), capsys, status=79) == (
-            f"tiedjax: {out}: another process is writing this run; wait for it or choose another --out\n"
+            f"tiedjax: {out}: process {holder.pid} on {socket.gethostname()} is writing this run; wait for it or "
+            "choose another --out\n"
         )
     finally:
         holder.kill()  # a hold must not outlive its process

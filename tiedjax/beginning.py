@@ -16,7 +16,7 @@ from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, 
 from tiedjax.data import counts
 from tiedjax.errors import NoCheckpointError, UserError
 from tiedjax.files import place_and_step
-from tiedjax.host import process
+from tiedjax.host import process, storage
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.rng import key_for
 from tiedjax.run import Run, load_run
@@ -120,7 +120,9 @@ def data_begun_with(cfg: RunConfig, out: Path) -> DataConfig:
     if cfg.train.init is None or cfg.data.tokenizer != DataConfig().tokenizer:
         return cfg.data
     kept = out / "tokenizer.json"  # a run that is continued does not need the other one any more
-    path = kept if any(out.glob("checkpoints/[0-9]*")) else source(cfg.train.init)[0].tokenizer_path
+    path = (
+        storage.cached(kept) if storage.saved_steps(out / "checkpoints") else source(cfg.train.init)[0].tokenizer_path
+    )
     return cfg.data if path is None else dataclasses.replace(cfg.data, tokenizer=str(path))
 
 

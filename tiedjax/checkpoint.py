@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import UserError
+from tiedjax.host import storage
 from tiedjax.saves import Kept
 
 DIGEST = "digest"  # of all else that is said of a save
@@ -68,7 +67,8 @@ class _Preserved:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         kept = self.keep.of([each.step for each in checkpoints])
-        return [each.step in kept or (self.directory / f"{each.step}.pinned").exists() for each in checkpoints]
+        there = storage.names(self.directory)
+        return [each.step in kept or f"{each.step}.pinned" in there for each in checkpoints]
 
 
 class DamagedError(UserError):
@@ -79,12 +79,15 @@ class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
     All processes of a cluster call every method together. `keep` says which stay when others are saved; None keeps all.
-    The folder is made if it is to be written.
+    The folder is made if it is to be written. With `copies`, for small saves that are read often, those in a store are
+    read from copies on this machine's disk.
     """
 
-    def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True):
-        self.directory = directory.absolute()
+    def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True, copies: bool = False):
+        self._copies: dict[int, ocp.CheckpointManager] | None = {} if copies and storage.is_remote(directory) else None
+        self.directory = storage.absolute(directory)
         self.begun: int | None = None  # the step of the last save that was begun
+        storage.refuse_unknown_bucket(self.directory)
         policy = None if keep is None else _Preserved(keep, self.directory)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
         with _damage(self.directory, "cannot be opened"):
@@ -106,9 +109,9 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was said when this step was saved; DamagedError if that is not what is read."""
-        where = self.directory / str(step)
+        where, reader = self.directory / str(step), self._reader(step)
         with _damage(where, "cannot be restored"):
-            items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+            items = reader.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
             record = dict(items["about"])
             digest = record.pop(DIGEST)
         if digest != _digest(record):
@@ -129,7 +132,7 @@ class Checkpoints:
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
         with _damage(where, "cannot be restored"):
-            tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
+            tree = self._reader(step).restore(step, args=ocp.args.Composite(tree=request))["tree"]
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if isinstance(leaf, jax.ShapeDtypeStruct):  # what Orbax leaves where its metadata do not name it any more
                 raise DamagedError(f"{where}: is damaged: {name!r} is not there")
@@ -147,9 +150,18 @@ class Checkpoints:
         """Renames the saves of these steps to damaged-STEP, which nothing reads."""
         for step in steps:
             if jax.process_index() == 0:
-                os.replace(self.directory / str(step), _free_name(self.directory / f"damaged-{step}"))
+                storage.set_aside(self.directory / str(step))
         multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
+
+    def _reader(self, step: int) -> ocp.CheckpointManager:
+        if self._copies is None:
+            return self._manager
+        if step not in self._copies:
+            folder = storage.cached_save(self.directory / str(step)).parent
+            options = ocp.CheckpointManagerOptions(create=False)
+            self._copies[step] = ocp.CheckpointManager(folder, options=options)
+        return self._copies[step]
 
     def wait(self) -> None:
         """Returns when every save so far is complete; raises the error of one that failed."""
@@ -158,6 +170,8 @@ class Checkpoints:
     def delete_from(self, step: int) -> None:
         """Removes the saves of this and later steps."""
         for later in [s for s in self.steps() if s >= step]:
+            if jax.process_index() == 0:
+                storage.uncommit(self.directory / str(later))
             self._manager.delete(later)
 
     def close(self) -> None:
@@ -168,11 +182,15 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _damage(where: Path, what: str) -> Iterator[None]:
-    """DamagedError for whatever goes wrong in reading: a flipped bit can make Orbax raise anything."""
+    """DamagedError for whatever goes wrong in reading: a flipped bit can make Orbax raise anything.
+
+    UserError, which sets nothing aside, where a store does not answer.
+    """
     try:
         yield
     except Exception as error:  # of JSON, of msgpack, of zstd, of the file system, of an array's metadata, ...
         _hush()
+        storage.refuse_silent(where)
         lines = str(error).splitlines() or [type(error).__name__]
         raise DamagedError(f"{where}: {what}: {lines[0]}") from error
 
@@ -193,12 +211,6 @@ def _hush() -> None:
 def _digest(record: dict[str, Any]) -> str:
     """Of what JSON makes of it."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or that with the first number behind it that nothing has."""
-    names = (path.with_name(f"{path.name}-{i}" if i else path.name) for i in itertools.count())
-    return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import Status, UserError
 from tiedjax.files import local_path, place_and_step, write_atomically
-from tiedjax.host import platform_flags, signals
+from tiedjax.host import platform_flags, signals, storage
 from tiedjax.text import nearest, seconds
 
 
@@ -277,7 +277,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from tiedjax.host.profiling import StepRange
 
-    out = local_path(args.out or f"runs/{path.stem}", "--out")
+    out = storage.place(args.out or f"runs/{path.stem}", "--out")
     platform_flags.use_threads(cfg.train.threads)
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
@@ -290,7 +290,7 @@ def _study(args: argparse.Namespace) -> int:
 
     path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
     plan = plans.load_study(path, _overrides(args))
-    out = local_path(args.out or f"studies/{path.stem}", "--out")
+    out = storage.place(args.out or f"studies/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     extent = _extent(args, plan.study)
@@ -309,7 +309,7 @@ def _decide(args: argparse.Namespace) -> int:
     widths = None if args.widths is None else _numbers(args.widths, int, "--widths", "whole numbers", "48,64,96")
     rates = _numbers(args.rates, float, "--rates", "numbers", "0.5,1,2")
     ladder = decide.load_ladder(path, _overrides(args), widths, args.seeds, rates)
-    out = local_path(args.out or f"decisions/{path.stem}", "--out")
+    out = storage.place(args.out or f"decisions/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
@@ -432,8 +432,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    directory = local_path(args.directory, "DIR")
-    decided = (directory / "decision.json").is_file()
+    directory = storage.place(args.directory, "DIR")
+    decided = storage.exists(directory / "decision.json")
     name, command = ("decision.json", "decide") if decided else ("results.json", "study")
     try:
         if decided:

@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeVar, cast
 from tiedjax.config import RunConfig, leaf_fields
 from tiedjax.config_errors import explained
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, read_text
+from tiedjax.files import local_path
+from tiedjax.host import storage
 from tiedjax.text import nearest
 
 ConfigT = TypeVar("ConfigT")
@@ -55,10 +56,10 @@ def find_config(given: str, kind: Kind) -> Path:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
-    place = local_path(path, "CONFIG")
-    if not os.path.lexists(place):
+    place = storage.place(path, "CONFIG")
+    if not (storage.is_remote(place) or os.path.lexists(place)):
         raise UserError(f"{path}: no such file")
-    return _mapping(_parse_yaml(read_text(place, most=_MOST_BYTES), str(path)), str(path))
+    return _mapping(_parse_yaml(storage.read_text(place, most=_MOST_BYTES), str(path)), str(path))
 
 
 def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:

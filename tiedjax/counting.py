@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tiedjax.config import RunConfig
 from tiedjax.data.prepared import Prepared
-from tiedjax.host import process
+from tiedjax.host import process, storage
 from tiedjax.host.workers import Aside, ProcessEnded, Task
 
 TOKEN_COUNTS = "token_counts.npy"
@@ -24,7 +24,7 @@ class Counting:
             "directory": str(prepared.directory),
             "seq_len": cfg.model.seq_len,
             "vocab_rows": cfg.model.table_rows,
-            "path": str(out.absolute() / TOKEN_COUNTS),
+            "path": str(storage.absolute(out) / TOKEN_COUNTS),
         }
         self._task = Task(f"{label}: counting tokens", "tiedjax.data.counts:count_beside_training", arguments)
         self._wait = f"{label}: trained; waiting until its {prepared.num_tokens('train'):,} training tokens are counted"

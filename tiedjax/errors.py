@@ -45,6 +45,12 @@ class TrainingError(RuntimeError):
     status = Status.FAILED
 
 
+class TakenOverError(TrainingError):
+    """Another process has begun to write where this one was writing."""
+
+    status = Status.LOCKED
+
+
 class NotFiniteError(TrainingError):
     """The loss, or what an update made of the parameters, is not finite."""
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def local_path(text: str | Path, option: str) -> Path:
 
     Python would take an address for a relative path and write to a new folder named `gs:`.
     """
-    _refuse_impossible(str(text), option)
+    refuse_impossible(str(text), option)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(text)):  # one slash is what a Path leaves of two
         raise UserError(
             f"{option}: must be a path on a disk, got the {scheme[1]}:// address {str(text)!r}; mount it and name the "
@@ -38,7 +38,7 @@ def local_folder(text: str | Path, option: str) -> Path:
     return Path(os.path.realpath(os.path.expanduser(local_path(text, option))))
 
 
-def _refuse_impossible(text: str, option: str) -> None:
+def refuse_impossible(text: str, option: str) -> None:
     """UserError for a path that the system refuses before it looks for it."""
     shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
     try:
@@ -66,11 +66,20 @@ def refuse_irregular(path: Path) -> None:
 
 def read_text(path: Path, hint: str = "", most: int = MOST_TEXT) -> str:
     """The text of a UTF-8 file of at most `most` bytes. UserError otherwise; `hint` says what would be right."""
-    then = f"; {hint}" if hint else ""
-    try:
+
+    def content() -> bytes:
         refuse_irregular(path)
         with path.open("rb") as file:
-            content = file.read(most + 1)
+            return file.read(most + 1)
+
+    return text_of(path, content, hint, most)
+
+
+def text_of(path: Path, read: Callable[[], bytes], hint: str, most: int) -> str:
+    """As UTF-8 what `read` returns of this file, if that has at most `most` bytes. UserError as of `read_text`."""
+    then = f"; {hint}" if hint else ""
+    try:
+        content = read()
         if len(content) <= most:
             return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,20 +110,6 @@ def _no_number(constant: str) -> Any:
     raise ValueError(f"{constant} is not a number of JSON")
 
 
-def read_json(path: Path, hint: str = "") -> Any:
-    """What a JSON file holds. UserError as of `read_text` and `parse_json`."""
-    return parse_json(read_text(path, hint), str(path), hint)
-
-
-def read_step(path: Path) -> int:
-    """N of a file that holds {"step": N}. UserError for another."""
-    record = read_json(path, hint := 'it must hold {"step": N}')
-    step = record.get("step") if isinstance(record, dict) else None
-    if type(step) is not int or step < 0:  # True is an int too
-        raise UserError(f"{path}: is damaged: {hint}")
-    return step
-
-
 def place_and_step(text: str) -> tuple[str, int | None]:
     """RUN@STEP in two; a path that exists as it stands is not cut, and has no step."""
     if not os.path.exists(text) and (match := re.fullmatch(r"(.+)@(\d{1,18})", text)):
@@ -138,22 +133,28 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
-    """Creates the folder and holds it: two jobs that write one run would mix their weights.
+def sole_writer(directory: Path, holder: str) -> Iterator[None]:
+    """Creates the folder and holds it as `holder`: two jobs that write one run would mix their weights.
 
-    Raises UserError if it cannot be written, LockedError if another live process holds it; the hold ends with the
-    process, however it ends.
+    Raises UserError if it cannot be written, LockedError, which names the other, if another live process holds it; the
+    hold ends with the process, however it ends.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".lock").open("w")
+        handle = (directory / ".lock").open("a+")
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror}") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            handle.seek(0)
+            other = handle.read().strip() or "another process"
             raise LockedError(
-                f"{directory}: another process is writing this run; wait for it or choose another --out"
+                f"{directory}: {other} is writing this run; wait for it or choose another --out"
             ) from None
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+            handle.truncate(0)
+            handle.write(holder + "\n")
+            handle.flush()
         yield

@@ -32,8 +32,8 @@ from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
 from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
-from tiedjax.files import read_step, sole_writer, write_atomically
-from tiedjax.host import platform_flags, process, profiling, signals
+from tiedjax.host import platform_flags, process, profiling, signals, storage
+from tiedjax.host.storage import sole_writer, write_atomically
 from tiedjax.host.watchdog import Watchdog
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
@@ -123,11 +123,14 @@ def _train(
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = decided(_as_begun(cfg, out), mesh)
     make_steps(cfg, mesh)
-    if not any(out.glob("checkpoints/[0-9]*")):
+    if not storage.saved_steps(out / "checkpoints"):
         refuse_another_model(cfg, mesh)
         refuse_another_anchor(cfg)
+    may_write: Callable[[], None] = lambda: None
     if process.is_main():
-        held.enter_context(sole_writer(out))
+        may_write = held.enter_context(sole_writer(out)).check
+        for name in ("checkpoints", "snapshots"):
+            storage.clear_unfinished(out / name)
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
     changed = _change_of(cfg, out)
@@ -160,7 +163,7 @@ def _train(
         _forget_change(out)
     owes = start > 0 and process.main_says(owed(out) == start)
     if not owes and process.is_main():
-        (out / OWED).unlink(missing_ok=True)  # after a step whose state was not saved, or is damaged
+        storage.remove(out / OWED)  # after a step whose state was not saved, or is damaged
     if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
@@ -198,7 +201,7 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start, logged_every)
+    recorder = Recorder(cfg, out, label, start, logged_every, may_write)
     held.callback(recorder.close)
     watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
@@ -238,10 +241,13 @@ def _train(
         if evaluates or checks or snaps:
             evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
             ends, checks = ends or not evaluated, checks or not evaluated
-            if not evaluated:
-                _record_owed(out, step)
         if (checks or snaps) and not _all_finite(state):
             raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+        if checks or snaps:
+            may_write()
+            recorder.sync()  # a state without the metrics of its steps would leave a hole in them
+            if not evaluated:
+                _record_owed(out, step)
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
@@ -275,8 +281,8 @@ def _evaluated_late(evaluate: Callable[[], dict[str, float] | None], recorder: R
     if losses is None:
         return False
     recorder.complete(step, losses)
-    if process.is_main():
-        (out / OWED).unlink()
+    if recorder.sync() and process.is_main():
+        storage.remove(out / OWED)
     return True
 
 
@@ -386,7 +392,7 @@ def _logged_every(cfg: RunConfig, out: Path) -> int:
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
+    if not path.exists() or not storage.saved_steps(out / "snapshots"):  # a run that saved nothing has nothing to lose
         return
     begun = load_run_config(path)
     _refuse_passed_changes(begun, cfg, out)
@@ -400,7 +406,7 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
 
 def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
     """A change of scheme may be put off, or decided on, while it lies ahead of the newest state."""
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     was, now = tying.changes_after(begun), tying.changes_after(cfg)
     if was == now:
         return
@@ -418,8 +424,8 @@ def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
 def _refuse_lost_states(out: Path) -> None:
     """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
     record = out / SAVED_STATE
-    if record.exists() and not any(path.name.isdigit() for path in out.glob("checkpoints/*")):
-        step = read_step(record)
+    if record.exists() and not storage.saved_steps(out / "checkpoints"):
+        step = storage.read_step(record)
         raise UserError(
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
             "--out to begin anew"
@@ -429,7 +435,7 @@ def _refuse_lost_states(out: Path) -> None:
 def _change_of(cfg: RunConfig, out: Path) -> int | None:
     """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
     changed = change_of(out, cfg)
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     if cfg.tying.untie_when is None or changed is None or changed <= done:
         return changed
     _forget_change(out)  # found, but lost with the states since
@@ -438,7 +444,7 @@ def _change_of(cfg: RunConfig, out: Path) -> int | None:
 
 def _forget_change(out: Path) -> None:
     if process.is_main():
-        (out / CHANGED).unlink(missing_ok=True)
+        storage.remove(out / CHANGED)
 
 
 def _record_change(out: Path, step: int) -> None:
@@ -458,7 +464,7 @@ def _record_state(out: Path, step: int) -> None:
 
 def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray | None) -> None:
     if counts_2V is None:
-        (out / TOKEN_COUNTS).unlink(missing_ok=True)  # until these are counted
+        storage.remove(out / TOKEN_COUNTS)  # until these are counted
     else:
         save_array(out / TOKEN_COUNTS, counts_2V)
     if prepared.tokenizer_path:

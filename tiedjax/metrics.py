@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,10 +18,12 @@ import numpy as np
 
 from tiedjax.errors import UserError
 from tiedjax.files import write_atomically
+from tiedjax.host.storage import Growing
 from tiedjax.run import read_metrics
 from tiedjax.sinks import TITLES, Sink, Tracker, close, reason_of, say
 from tiedjax.text import duration
 
+METRICS = "metrics.jsonl"
 NO_DECILE = -1
 FLUSH_SECONDS = 30  # what TensorBoard shows may be this late
 
@@ -41,7 +43,8 @@ class MetricsLog:
     The thread that trains writes metrics.jsonl itself, before any sink: when a state is saved, the lines before it are
     there. A line that cannot be written is lost, which the next one that can be says (`lines_lost`); the run goes on.
     `logged_every` is `train.log_every` of the command before: it shows whether lines are missing at the end. `trackers`
-    are names of `sinks.TITLES`; `config` is what they show beside the numbers.
+    are names of `sinks.TITLES`; `config` is what they show beside the numbers. For a run in a store all of them write
+    to a folder of this machine, which is uploaded while `may_write` does not raise.
     """
 
     def __init__(
@@ -53,15 +56,20 @@ class MetricsLog:
         trackers: Sequence[str] = (),
         label: str = "",
         config: dict[str, Any] | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ):
-        self._lines = _Lines(directory / "metrics.jsonl", step, logged_every)
+        self._growing = Growing(directory, may_write)
+        for name in (METRICS, *(f"{kind}.json" for kind in trackers)):
+            self._growing.fetch(name)
+        local = self._growing.folder
+        self._lines = _Lines(local / METRICS, directory / METRICS, step, logged_every)
         advice = lambda: "" if self._lines.lost else ", with every number in metrics.jsonl"
         self._sinks: list[Sink] = []
         if importlib.util.find_spec("tensorboardX"):
-            folder = directory / "tensorboard"
-            self._sinks.append(Sink(f"{folder}: TensorBoard's files", _Board(folder, step), advice))
+            board = _Board(local / "tensorboard", step)
+            self._sinks.append(Sink(f"{directory / 'tensorboard'}: TensorBoard's files", board, advice))
         for kind in trackers:
-            tracker = Tracker(kind, directory, label or directory.name, config or {})
+            tracker = Tracker(kind, local, label or directory.name, config or {})
             self._sinks.append(Sink(f"{directory}: {TITLES[kind]}", tracker, advice))
 
     def write(self, row: dict[str, Any]) -> None:
@@ -77,17 +85,22 @@ class MetricsLog:
         for sink in self._sinks:
             sink.write(step, values)
 
+    def sync(self) -> bool:
+        """Returns when every line so far lies where the run does, and whether it does."""
+        return self._growing.sync()
+
     def close(self) -> None:
         """Closes all of them, and says what was lost; waits for sinks that hang for `sinks.PATIENCE` at most."""
         self._lines.close()
         close(self._sinks)
+        self._growing.close()
 
 
 class _Lines:
-    """The file itself, to which lines are appended whole or not at all."""
+    """The file itself, to which lines are appended whole or not at all; what is said of it calls it `named`."""
 
-    def __init__(self, path: Path, step: int, logged_every: int | None):
-        self._path, self._step, self._logged_every = path, step, logged_every
+    def __init__(self, path: Path, named: Path, step: int, logged_every: int | None):
+        self._path, self._named, self._step, self._logged_every = path, named, step, logged_every
         self._file: int | None = None
         self._length = 0  # of the whole lines
         self._last: dict[str, Any] | None = None
@@ -132,7 +145,7 @@ class _Lines:
         """Says how many lines this command has lost."""
         self.close_file()
         if self.lost:
-            say(f"{self._path} lost {self.lost} of {self._total} lines")
+            say(f"{self._named} lost {self.lost} of {self._total} lines")
 
     def close_file(self) -> None:
         """The next line opens it again."""
@@ -163,7 +176,7 @@ class _Lines:
 
     def _take_up(self, file: int) -> None:
         """Cuts the file after the line of the step that the run goes on from; says whether it has holes."""
-        rows = list(takewhile(lambda row: row["step"] <= self._step, read_metrics(self._path)))
+        rows = list(takewhile(lambda row: row["step"] <= self._step, read_metrics(self._path, self._named)))
         content = self._path.read_bytes().splitlines(keepends=True)[: len(rows)]
         self._length, self._last = sum(map(len, content)), rows[-1] if rows else None
         os.ftruncate(file, self._length)
@@ -175,7 +188,7 @@ class _Lines:
             self._unsaid += behind
         if holes:
             lines = "1 line" if sum(holes.values()) == 1 else f"{sum(holes.values())} lines"
-            say(f"{self._path}: lacks {lines}, the first after step {min(holes)}; the run goes on without")
+            say(f"{self._named}: lacks {lines}, the first after step {min(holes)}; the run goes on without")
 
     def _lose(self, error: Exception) -> None:
         self.lost += 1
@@ -187,7 +200,7 @@ class _Lines:
             self._said = True
             cause = error.__context__ if isinstance(error, UserError) else error  # of the file system
             reason = reason_of(cause if isinstance(cause, Exception) else error)
-            say(f"{self._path}: cannot be written: {reason}; the run goes on, and tries again at every line")
+            say(f"{self._named}: cannot be written: {reason}; the run goes on, and tries again at every line")
 
 
 class _Board:

@@ -47,15 +47,31 @@ class _Pending:
 class Recorder:
     """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait.
 
-    `logged_every` is `train.log_every` of the command that this one continues.
+    `logged_every` is `train.log_every` of the command that this one continues; `may_write` raises where this process
+    may not write any more.
     """
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int, logged_every: int | None = None):
+    def __init__(
+        self,
+        cfg: RunConfig,
+        out: Path,
+        label: str,
+        start: int,
+        logged_every: int | None = None,
+        may_write: Callable[[], None] = lambda: None,
+    ):
         self._cfg = cfg
         self._log: MetricsLog | None = None
         if process.is_main():
-            config, trackers = dataclasses.asdict(cfg), cfg.train.trackers
-            self._log = MetricsLog(out, start, logged_every=logged_every, trackers=trackers, label=label, config=config)
+            self._log = MetricsLog(
+                out,
+                start,
+                logged_every=logged_every,
+                trackers=cfg.train.trackers,
+                label=label,
+                config=dataclasses.asdict(cfg),
+                may_write=may_write,
+            )
         self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
         self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
@@ -102,6 +118,10 @@ class Recorder:
         """Adds what an earlier call had not evaluated to the line of this step, its last."""
         if self._log:
             self._log.complete(step, losses)
+
+    def sync(self) -> bool:
+        """Returns when what was read so far lies where the run does, and whether it does."""
+        return self._log is None or self._log.sync()
 
     def close(self) -> None:
         """Closes the log; what is pending was flushed by the checkpoint that ends every call."""

@@ -16,7 +16,8 @@ from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, parse_json, read_step, read_text
+from tiedjax.files import parse_json
+from tiedjax.host import storage
 from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
 from tiedjax.npy import read_npy
@@ -59,10 +60,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = local_path(path, "run")
-        self.name = self.path.absolute().name
+        self.path = storage.place(path, "run")
+        self.name = storage.absolute(self.path).name
         self._started: np.ndarray | None = None  # the rows that an account follows, before the first update
-        if not (self.path / "config.yaml").is_file():
+        if not storage.exists(self.path / "config.yaml"):
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
 
     def __repr__(self) -> str:
@@ -112,7 +113,7 @@ class Run:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
         path = self.path / "token_counts.npy"
         try:
-            counts = read_npy(path)
+            counts = read_npy(storage.cached(path))
         except UserError as error:
             raise UserError(f"{error}; the command that trained the run writes it") from None
         if counts.dtype.kind not in "iu" or counts.ndim != 2 or len(counts) != 2 or (counts.size and counts.min() < 0):
@@ -122,11 +123,11 @@ class Run:
             )
         return counts
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path | None:
-        """The run's tokenizer.json; None if it was trained on ready token ids."""
+        """The run's tokenizer.json, or a copy on this machine's disk; None if it was trained on ready token ids."""
         path = self.path / "tokenizer.json"
-        return path if path.is_file() else None
+        return storage.cached(path) if storage.exists(path) else None
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
@@ -206,7 +207,7 @@ class Run:
 
     @cached_property
     def _snapshots(self) -> Checkpoints | None:
-        return _existing(self.path / "snapshots")
+        return _existing(self.path / "snapshots", copies=True)
 
     @cached_property
     def _checkpoints(self) -> Checkpoints | None:
@@ -233,10 +234,10 @@ class Run:
 def change_of(path: Path, cfg: RunConfig) -> int | None:
     """After how many updates the scheme of the run in this folder changes; None if that is not known, or never."""
     record = path / CHANGED
-    if cfg.tying.untie_when is None or not record.exists():
+    if cfg.tying.untie_when is None or not storage.exists(record):
         return tying.changes_after(cfg)
     try:
-        step = read_step(record)
+        step = storage.read_step(record)
     except UserError:
         step = 0
     if not 0 < step <= cfg.train.steps:
@@ -249,25 +250,26 @@ def load_run(path: str | Path) -> Run:
     return Run(path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, named: Path | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out.
 
-    Raises UserError for a file that is missing or damaged elsewhere.
+    Raises UserError for a file that is missing or damaged elsewhere, which is called `named` where it is a copy.
     """
-    lines = read_text(path).splitlines(keepends=True)
+    where = str(named or path)
+    lines = storage.read_text(path).splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             break
-        row = parse_json(line, str(path), before=number - 1)
+        row = parse_json(line, where, before=number - 1)
         if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number} must hold an object, got {type(row).__name__}")
+            raise UserError(f"{where}: line {number} must hold an object, got {type(row).__name__}")
         rows.append(row)
     return rows
 
 
-def _existing(directory: Path) -> Checkpoints | None:
-    return Checkpoints(directory, create=False) if directory.is_dir() else None
+def _existing(directory: Path, copies: bool = False) -> Checkpoints | None:
+    return Checkpoints(directory, create=False, copies=copies) if storage.exists(directory) else None
 
 
 def without_sharding(tree: Any, dtype: Any = None) -> Any:
@@ -289,4 +291,4 @@ def _wide(leaf: Any) -> np.ndarray:
 def owed(path: Path) -> int | None:
     """After which step the run here still has to evaluate, if a signal has kept it from that."""
     record = path / OWED
-    return read_step(record) if record.exists() else None
+    return storage.read_step(record) if storage.exists(record) else None

@@ -11,7 +11,7 @@ import jax
 
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import process
+from tiedjax.host import process, storage
 from tiedjax.saves import Saves
 from tiedjax.text import binary
 
@@ -19,8 +19,8 @@ PAUSES = (1.0, 5.0, 25.0)  # seconds before a save that failed is made again
 
 
 def refuse_what_cannot_fit(out: Path, saves: Saves, done: int, last: int) -> None:
-    """UserError if the disk has no room for what the updates after `done` up to `last` will write."""
-    if not process.is_main():
+    """UserError if the disk has no room for what the updates after `done` up to `last` will write; a store has."""
+    if storage.is_remote(out) or not process.is_main():
         return
     there = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*") if path.is_file())  # makes room
     needed, free = saves.most_bytes(done, last), shutil.disk_usage(out).free + there
@@ -38,9 +38,11 @@ def save(checkpoints: Checkpoints, step: int, tree: Any, about: dict[str, Any], 
     the last time; in a cluster that is the first, as the others are in the middle of the same save.
     """
     settle(checkpoints)
-    pauses = iter(PAUSES if jax.process_count() == 1 else ())
+    pauses, failed = iter(PAUSES if jax.process_count() == 1 else ()), ""
     while True:
         try:
+            if failed:
+                storage.clear_unfinished(checkpoints.directory)
             _refuse_without_room(checkpoints.directory, tree)
             checkpoints.save(step, tree, about)
             if wait:
@@ -74,6 +76,8 @@ def _failed(checkpoints: Checkpoints, step: int | None, error: Exception) -> str
 
 
 def _refuse_without_room(folder: Path, tree: Any) -> None:
+    if storage.is_remote(folder):
+        return
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.files import read_text, write_atomically
+from tiedjax.host.storage import exists, read_text, write_atomically
 from tiedjax.plan import Plan, Point
 
 LOSS = "eval_loss_even"  # of metrics.jsonl, by which a point is chosen
@@ -75,7 +75,7 @@ def plain(choices: Mapping[str, Choice]) -> dict[str, Any]:
 def read(plan: Plan, out: Path) -> dict[str, Choice]:
     """The choices recorded in a study's folder; UserError unless they are those of this plan."""
     path = out / RECORD
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: no such file; train the sweep first, without --analyse-only")
     try:
         record = json.loads(read_text(path))

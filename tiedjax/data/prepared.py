@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_folder, parse_json, read_text, write_atomically
+from tiedjax.files import local_folder, parse_json, read_text
+from tiedjax.host import storage
+from tiedjax.host.storage import write_atomically
 from tiedjax.npy import read_npy
 
 Split = Literal["train", "eval"]
@@ -295,6 +297,8 @@ def fingerprint_of(segments: Mapping[Split, Sequence[Segment]], end_id: int | No
 
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
+    if storage.is_remote(directory):
+        directory = _fetched(storage.place(directory, "data.source"))
     directory = local_folder(directory, "data.source")
     meta, documents, segments = read_meta(directory)
     for segment in (*segments["train"], *segments["eval"]):
@@ -343,6 +347,28 @@ def check_tokenizer(directory: Path, meta: dict[str, Any]) -> Path | None:
         if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_hash"]:
             raise UserError(f"{tokenizer}: is not the tokenizer that the tokens beside it were made with")
     return tokenizer
+
+
+def _fetched(place: Path) -> Path:
+    """A local copy of a prepared folder in a store, made the first time."""
+    if not storage.exists(place / META):
+        raise UserError(f"{place}: holds no prepared data; make some with: tiedjax data prepare")
+
+    def listed(content: bytes) -> dict[str, int]:
+        try:
+            meta = parse_json(content.decode(), f"{place}/{META}")
+            shards = {str(s["file"]): int(s["file_bytes"]) for split in SPLITS for s in meta["segments"][split]}
+            hashed = meta.get("tokenizer_hash")
+            elsewhere = next((name for name in shards if os.path.isabs(name) or ".." in name), None)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{place}/{META}: does not say which tokens belong to which split; {_AGAIN}") from None
+        if elsewhere:
+            raise UserError(f"{place}: its tokens were not copied: {elsewhere}; put that file into a store and name it")
+        if hashed:
+            shards["tokenizer.json"] = len(storage.read_bytes(place / "tokenizer.json"))
+        return shards
+
+    return storage.cached_folder(place, META, listed)
 
 
 def _segment(tree: dict[str, Any]) -> Segment:

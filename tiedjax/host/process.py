@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import platform_flags, signals
+from tiedjax.host import platform_flags, signals, storage
 from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
@@ -154,7 +154,7 @@ def main_says(answer: bool) -> bool:
 
 def refuse_unshared(folder: Path) -> None:
     """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or storage.is_remote(folder):  # a bucket is shared
         return
     missing, message = [path for path in (folder, *folder.parents) if not path.exists()], {}
     if is_main():

@@ -14,7 +14,8 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, place_and_step
+from tiedjax.files import place_and_step
+from tiedjax.host import storage
 from tiedjax.npy import one_line, read_npy, read_npz
 
 ROLES = ("input", "output")
@@ -80,7 +81,9 @@ def seen_rows(counts: np.ndarray) -> np.ndarray:
 def read_table(text: str) -> Table:
     """The table that `text` names. UserError when there is none, more than one, or not a table of finite numbers."""
     place, pick = _split(text)
-    path = local_path(place, "table")
+    path = storage.place(place, "table")
+    if path.suffix in (".npy", ".npz", ".safetensors"):
+        path = storage.cached(path)
     if path.suffix == ".npy":
         arrays = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
@@ -107,10 +110,10 @@ class _Arrays:
 
 def open_run(place: str) -> Any:
     """The run in a directory. UserError when it is not one."""
-    path = local_path(place, "run")
-    if not path.exists():
+    path = storage.place(place, "run")
+    if not storage.exists(path):
         raise UserError(f"{place}: no such file or directory; tables are named by {_FORMS}")
-    if not (path / "config.yaml").is_file():
+    if not storage.exists(path / "config.yaml"):
         raise UserError(f"{place}: not a run (it holds no config.yaml); tables are named by {_FORMS}")
     from tiedjax.run import load_run  # here: it brings JAX and Orbax
 
@@ -119,7 +122,7 @@ def open_run(place: str) -> Any:
 
 def read_counts(place: str) -> np.ndarray:
     """Token counts from a .npy file, [V] or [2, V]. UserError for anything else."""
-    counts = _read_npy(local_path(place, "--counts"))
+    counts = _read_npy(storage.cached(storage.place(place, "--counts")))
     if counts.dtype.kind not in "iu" or counts.ndim not in (1, 2) or (counts.ndim == 2 and len(counts) != 2):
         raise UserError(
             f"{place}: counts must be integers of shape [V] or [2, V], got {counts.dtype} {list(counts.shape)}"
@@ -175,7 +178,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
         role,
         np.asarray(run.token_counts),
         run.tokenizer_path,
-        run_path=Path(place).resolve(),
+        run_path=storage.resolved(storage.place(place, "run")),
         initial=(lambda: as_roles(run.tables(0), [role]).get(role)) if 0 in run.snapshot_steps else None,
     )
 
