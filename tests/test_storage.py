@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from programs import finish, start
-from runs import arguments, assert_same_run
+from runs import STEPS, arguments, assert_same_run
 from stores import Fault, Store, served
 
 from tiedjax.config import DataConfig
@@ -483,6 +483,21 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     run.communicate(timeout=120)
     assert (run.returncode, fault.met) == (-9, 1)
     finish(start(command, **store.environment))
+    assert_same_run(store.download(out.name, tmp_path / "run"), uninterrupted)
+
+
+def test_a_damaged_state_is_set_aside_and_an_older_one_is_used(
+    out: Path, store: Store, text: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "tiedjax", *arguments(out, text, SAVES)]
+    finish(start(command, **store.environment))
+    damaged = out / "checkpoints" / str(STEPS)
+    for name in storage.names(damaged / "about"):
+        storage.write_atomically(damaged / "about" / name, "{}")
+    said, _ = finish(start(command, **store.environment))
+    assert f"{damaged}: cannot be restored: 'digest'; the state before it is tried\n" in said
+    assert f"damaged-{STEPS}" in storage.names(out / "checkpoints")
+    assert STEPS in storage.saved_steps(out / "checkpoints")
     assert_same_run(store.download(out.name, tmp_path / "run"), uninterrupted)
 
 
