@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from programs import finish, start
-from runs import STEPS
+from programs import tiedjax as tiedjax_command
+from runs import STEPS, arguments, assert_same_run
 
 import tiedjax
-from tiedjax.checkpoint import Checkpoints, failed_saves, fingerprints
+from tiedjax import cli
+from tiedjax.checkpoint import Checkpoints, DamagedError, failed_saves, fingerprints
 from tiedjax.errors import UserError
+from tiedjax.saves import Kept
 
 
 def some_tree(seed: int = 0) -> dict[str, Any]:
@@ -182,6 +186,82 @@ def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) ->
     assert not [each for each in complaints if "\n" in each]
 
 
+def damages(folder: Path, seed: int = 0) -> Iterator[str]:
+    """Every file of a save in turn: without some of its bytes, all of them or itself, or with a bit that is another."""
+    rng = np.random.default_rng(seed)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for length in sorted({0, len(whole) // 2, len(whole) - 1} - {-1, len(whole)}):
+            path.write_bytes(whole[:length])
+            yield f"{path.relative_to(folder)} cut to {length} bytes"
+        for place in rng.integers(0, max(1, len(whole)), 24 if whole else 0):
+            bit = int(rng.integers(8))
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            yield f"{path.relative_to(folder)} with bit {bit} of byte {place} flipped"
+        path.unlink()
+        yield f"{path.relative_to(folder)} removed"
+        path.write_bytes(whole)
+
+
+def test_no_damage_gives_other_values_or_a_traceback(saved: Path, tmp_path: Path) -> None:
+    """Of the save itself, and of what says which saves there are."""
+    folder = Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+    expected, about = some_tree(5), Checkpoints(saved, create=False).about(5)
+    refused, read = [], 0
+    for damage in damages(folder / "5"):
+        try:
+            checkpoints = Checkpoints(folder, create=False)
+            assert 3 in checkpoints.steps(), damage
+            found = checkpoints.about(5)
+            tree = checkpoints.restore(5, shapes(some_tree()))
+        except DamagedError as error:
+            refused.append(str(error))
+        else:
+            assert found == about, damage
+            jax.tree.map(np.testing.assert_array_equal, tree, jax.tree.map(np.asarray, expected))
+            read += 1
+    assert len(refused) + read >= 300
+    assert len(refused) > 100
+    assert not [line for line in refused if "\n" in line]
+
+
+def damage(folder: Path) -> None:
+    """Cuts every file of values in half."""
+    for path in folder.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_state_is_set_aside_and_an_older_one_is_used(
+    finished: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.checkpoint_every": 3, "train.keep_checkpoints": 3})) == 0
+    for step in (6, STEPS):
+        damage(out / "checkpoints" / str(step) / "tree")
+    capfd.readouterr()
+    assert cli.main(arguments(out, text)) == 0
+    said = capfd.readouterr().out.splitlines()
+    for line, step in zip(said, (STEPS, 6), strict=False):
+        assert line.startswith(f"{out / 'checkpoints' / str(step)}: cannot be restored: "), said
+        assert line.endswith("; the state before it is tried")
+    assert_same_run(out, finished)
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert left == {"3", str(STEPS), "damaged-6", f"damaged-{STEPS}"}
+
+
+def test_a_run_of_which_no_state_can_be_used_is_left_as_it_is(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.checkpoint_every": 4})) == 0
+    for step in (4, STEPS):
+        damage(out / "checkpoints" / str(step) / "tree")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    _, stderr = tiedjax_command(*arguments(out, text), status=78)  # by itself, to see what libraries say at its end
+    assert stderr.startswith(f"tiedjax: {out / 'checkpoints' / str(STEPS)}: cannot be restored: ")
+    assert stderr.endswith("; no other state of this run can be used\n")
+    assert stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 KILLED_WHILE_SAVING = """
 import os, pathlib, signal, sys
 import jax.numpy as jnp
@@ -214,7 +294,7 @@ def test_an_unfinished_save_is_invisible_and_can_be_done_again(tmp_path: Path) -
 
 
 def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=Kept(2))
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {})
     assert checkpoints.steps() == [2, 3]
@@ -224,6 +304,21 @@ def test_older_saves_make_room_and_later_ones_can_be_removed(tmp_path: Path) -> 
     checkpoints.close()
     restored = Checkpoints(tmp_path, create=False).restore(3, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
     np.testing.assert_array_equal(restored["x"], [30, 30, 30])
+
+
+def test_multiples_and_pinned_saves_stay_as_long_as_they_are_pinned(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=Kept(2, 4))
+    for step in range(1, 8):
+        if step == 4:
+            (tmp_path / "3.pinned").touch()
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+        checkpoints.wait()
+    assert checkpoints.steps() == [3, 4, 6, 7]
+    (tmp_path / "3.pinned").unlink()
+    for step in (8, 9, 10):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path, create=False).steps() == [4, 8, 9, 10]
 
 
 def test_a_step_is_not_saved_twice_in_silence(tmp_path: Path) -> None:

@@ -139,10 +139,10 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
 
 MISUSES = {
     "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
-    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, report; got "
-    "'trian'; did you mean 'train'?",
-    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, report; got "
-    "'frobnicate'",
+    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, check, report; "
+    "got 'trian'; did you mean 'train'?",
+    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, check, report; "
+    "got 'frobnicate'",
     "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
     "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",
@@ -172,6 +172,8 @@ MISUSES = {
     "sample": "the following arguments are required: RUN; usage: tiedjax sample RUN [options] "
     "(see tiedjax sample --help)",
     "sample a --temprature 1": "unknown option '--temprature'; did you mean '--temperature'?",
+    "check": "the following arguments are required: RUN; usage: tiedjax check RUN [options] (see tiedjax check --help)",
+    "check a --jsn b": "unknown option '--jsn'; did you mean '--json'?",
     "report": "the following arguments are required: DIR; usage: tiedjax report DIR [options] "
     "(see tiedjax report --help)",
 }
@@ -185,20 +187,13 @@ def test_a_command_that_is_used_wrongly_says_how_in_one_line(words: str, capfd: 
 
 ADDRESSES: dict[str, list[str]] = {
     "CONFIG": ["train", "gs://bucket/tiny.yaml"],
-    "--out": ["train", "TINY", "--out", "gs://bucket/run"],
-    "--out of a study": ["study", "--out", "s3://bucket/study"],
     "--out of data": ["data", "prepare", "embedded", "--out", "gs://bucket/data"],
     "--json": ["bench", "TINY", "--json", "gs://bucket/bench.json"],
-    "DIR": ["report", "gs://bucket/study"],
     "data.source": ["train", "TINY", "--out", "RUN", "--data.source", "text:gs://bucket/*.txt"],
-    "data.source of prepared data": ["train", "TINY", "--out", "RUN", "--data.source", "prepared:gs://bucket/data"],
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
-    "run of a sample": ["sample", "gs://bucket/run"],
-    "table": ["analyze", "norms", "gs://bucket/run@400"],
-    "table B": ["analyze", "align", "TABLE", "gs://bucket/table.npy"],
+    "RUN": ["check", "gs://bucket/run"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],
-    "run": ["analyze", "gradients", "gs://bucket/run"],
     "--json of an instrument": ["analyze", "align", "TABLE", "TABLE", "--json", "s3://bucket/align.json"],
 }
 
@@ -284,15 +279,6 @@ def test_the_module_and_the_script_are_the_same_program() -> None:
     assert finish(start([script, "--help"])) == (out, err)
     for name in COMMANDS:
         assert f"\n    {name} " in out
-
-
-def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(argv: list[str]) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_parse", interrupted)
-    assert cli.main([]) == 130
-    assert capsys.readouterr().err == "tiedjax: interrupted\n"
 
 
 def test_runs_can_start_from_another_folder(text: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_finished_run_waits_for_its_counts_until_it_is_asked_to_stop(
         assert os.getpriority(os.PRIO_PROCESS, worker) == 19
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = finish(process, status=128 + signal.SIGTERM)
+        stdout, stderr = finish(process, status=75)
         assert stdout.endswith(WAITS.format(tokens))
         assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")
         assert not alive(worker)
@@ -181,7 +181,7 @@ def test_a_finished_run_waits_for_its_counts_until_it_is_asked_to_stop(
         until(lambda: bool(workers_of(process.pid)), process)
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = finish(process, status=128 + signal.SIGTERM)
+        stdout, stderr = finish(process, status=75)
         assert stdout.endswith(WAITS.format(tokens))
         assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")
         stopped = arguments(tmp_path / "stopped", text, {"train.stop_at": 2})
@@ -328,7 +328,7 @@ def test_a_signal_to_either_of_two_processes_ends_their_wait_for_the_counts(
             (worker,) = workers_of(both[0].pid)
             time.sleep(1)
             both[receiver].send_signal(signal.SIGTERM)
-            outputs = [finish(process, seconds=30, status=128 + signal.SIGTERM) for process in both]
+            outputs = [finish(process, seconds=30, status=75) for process in both]
             assert outputs[0][0].endswith(WAITS.format(tokens))
             for _, stderr in outputs:
                 assert stderr.endswith("tiedjax: stopped by SIGTERM; the same command continues from there\n")

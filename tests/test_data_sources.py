@@ -204,7 +204,7 @@ BAD_TOKENS = {
     ),
     "broken.npy": (
         b"\x93NUMPY\x01",
-        "cannot be read as tokens: EOF: reading magic string, expected 8 bytes got 7",
+        "not a readable .npy file: EOF: reading magic string, expected 8 bytes got 7",
     ),
 }
 

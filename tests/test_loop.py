@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, evaluation, load_run, loop, metrics, recording
+from tiedjax import cli, load_run, loop, metrics, recording, sinks
 from tiedjax.checkpoint import Checkpoints
-from tiedjax.config import ModelConfig, RunConfig
+from tiedjax.config import ModelConfig, RunConfig, TrainConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.errors import TrainingError, UserError
@@ -38,10 +39,10 @@ REQUIRED = {
 }
 
 
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str], status: int = 2) -> str:
     """The one line with which a command is refused."""
     capsys.readouterr()
-    assert cli.main(argv) == 2
+    assert cli.main(argv) == status
     err = capsys.readouterr().err
     assert err.startswith("tiedjax: ")
     assert err.count("\n") == 1, err
@@ -280,7 +281,7 @@ def test_sigterm_checkpoints_and_the_same_command_continues(
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLog, "write", write_and_ask)
-        assert cli.main(arguments(out, text)) == 128 + signal.SIGTERM
+        assert cli.main(arguments(out, text)) == 75
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
     (stopped,) = (int(p.name) for p in (out / "checkpoints").iterdir())
@@ -370,17 +371,6 @@ metrics.MetricsLog.write = write_and_die
     assert_same_run(out, finished)
 
 
-def test_a_signal_during_the_last_evaluation_is_not_lost(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run ends as it should have, and a study that trains it must still hear of the signal."""
-    evaluate = evaluation.eval_batches
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args)
-    monkeypatch.setattr(evaluation, "eval_batches", stop)
-    assert cli.main(arguments(tmp_path / "run", text)) == 128 + signal.SIGTERM
-    assert load_run(tmp_path / "run").checkpoint_steps == [STEPS]
-
-
 SIGNALLED_IN_A_SAVE = """
 import os, pathlib, signal, threading, time
 import orbax.checkpoint as ocp
@@ -389,17 +379,18 @@ save = ocp.PyTreeCheckpointHandler.finalize
 def slow_and_signalled(self, directory):
     if "checkpoints/4" in str(directory) and "SIGNALLED" not in os.environ:
         os.environ["SIGNALLED"] = "yes"
-        while not closing.is_set():
+        while not waiting.is_set():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIG)
         time.sleep(2)
     save(self, directory)
 ocp.PyTreeCheckpointHandler.finalize = slow_and_signalled
-closing, close = threading.Event(), loop.Checkpoints.close
-def observed_close(self):
-    closing.set()
-    close(self)
-loop.Checkpoints.close = observed_close
+waiting, wait = threading.Event(), loop.Checkpoints.wait
+def observed_wait(self):
+    if self.begun == 4 and self.directory.name == "checkpoints":
+        waiting.set()
+    wait(self)
+loop.Checkpoints.wait = observed_wait
 """
 
 
@@ -412,7 +403,7 @@ def test_a_save_that_is_under_way_when_a_signal_comes_is_finished(
     before = SIGNALLED_IN_A_SAVE.replace("signal.SIG)", f"signal.{number.name})")
     changes = {"train.stop_at": 4, "train.checkpoint_every": 2}  # the loop itself waits for the first one
     process = start_commands([arguments(out, text, changes)], before=before)
-    _, stderr = finish(process, seconds=120, status=128 + number)
+    _, stderr = finish(process, seconds=120, status=75)
     assert stderr == f"tiedjax: stopped by {number.name}; the same command continues from there\n"
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4"]
     assert cli.main(arguments(out, text)) == 0
@@ -599,8 +590,72 @@ def test_a_run_goes_on_without_tensorboard(
     assert stderr == (
         f"tiedjax: {out}/tensorboard: TensorBoard's files cannot be written: {reason}; "
         "the run goes on, with every number in metrics.jsonl\n"
+        f"tiedjax: {out}/tensorboard: TensorBoard's files lost {STEPS} of {STEPS} lines\n"
     )
     assert_same_run(out, finished)
+
+
+@pytest.mark.parametrize("obstacle", ["full disk", "folder"])
+def test_a_run_goes_on_without_metrics_and_says_the_hole_when_it_is_continued(
+    finished: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
+) -> None:
+    out = tmp_path / "run"
+    path = out / "metrics.jsonl"
+    if obstacle == "full disk":
+        disk = request.getfixturevalue("full_disk")
+        (disk / "metrics.jsonl").touch()
+        path.symlink_to(disk / "metrics.jsonl")
+        reason = "No space left on device"
+    else:
+        path.mkdir(parents=True)
+        reason = "Is a directory"
+    argv = ["-m", "tiedjax", *arguments(out, text, {"train.stop_at": 5})]
+    _, stderr = finish(start(argv), seconds=120)
+    assert [line for line in stderr.splitlines() if "tensorboard" not in line] == [
+        f"tiedjax: {path}: cannot be written: {reason}; the run goes on, and tries again at every line",
+        f"tiedjax: {path} lost 5 of 5 lines",
+    ]
+    if obstacle == "full disk":
+        (disk / "filler").unlink()
+    else:
+        path.rmdir()
+    _, stderr = finish(start(["-m", "tiedjax", *arguments(out, text)]), seconds=120)
+    assert stderr == f"tiedjax: {path}: lacks 5 lines, the first after step 0; the run goes on without\n"
+    a, b = saved_state(out, STEPS), saved_state(finished, STEPS)
+    assert all(a[name].tobytes() == b[name].tobytes() for name in b)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["step"], row.get("lines_lost")) for row in found] == [(6, 5), (7, None), (8, None)]
+
+
+def test_services_may_be_named_when_a_run_is_continued(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They get what is written from there on, the config, and what was evaluated; and change nothing."""
+    pytest.importorskip("mlflow")
+    out, store = tmp_path / "run", tmp_path / "store"
+    monkeypatch.setattr(sinks, "PATIENCE", 120)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{store}")
+    assert cli.main(arguments(out, text, {"train.stop_at": 5})) == 0
+    assert not (out / "mlflow.json").exists()
+    assert cli.main(arguments(out, text, {"train.sinks": "mlflow"})) == 0
+    assert capfd.readouterr().err == ""
+    assert_same_run(out, finished)
+    (run,) = (path.parent for path in store.glob("*/*/metrics"))
+    assert json.loads((out / "mlflow.json").read_text()) == {"run": run.name}
+    told = [line.split()[1:] for line in (run / "metrics" / "loss").read_text().splitlines()]
+    assert [(int(step), float(loss)) for loss, step in told] == [(r["step"], r["loss"]) for r in rows(out)[5:]]
+    assert float((run / "metrics" / "eval_loss").read_text().split()[1]) == rows(out)[-1]["eval_loss"]
+    assert (run / "params" / "tying.scheme").read_text() == "tied"
+
+
+def test_only_the_main_process_of_a_cluster_has_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording.process, "is_main", lambda: False)
+    recorder = recording.Recorder(RunConfig(train=TrainConfig(sinks="wandb")), tmp_path, "run", 2)
+    recorder.record(3, {"loss": jnp.array(1.0), "output_grad_share": jnp.array(0.5)}, deciles=False)
+    recorder.flush()
+    recorder.close()
+    assert not list(tmp_path.iterdir())
 
 
 # ---- Refused ----
@@ -612,7 +667,7 @@ def test_a_second_writer_of_one_run_directory_is_refused(
     out = shutil.copytree(finished, tmp_path / "run")
     hold = f"""
 import pathlib, sys
-from tiedjax.files import sole_writer
+from tiedjax.host.storage import sole_writer
 with sole_writer(pathlib.Path({str(out)!r})):
     print("held", flush=True)
     sys.stdin.read()
@@ -621,8 +676,9 @@ with sole_writer(pathlib.Path({str(out)!r})):
     try:
         assert holder.stdout
         assert holder.stdout.readline() == "held\n"
-        assert refused(arguments(out, text), capsys) == (
-            f"tiedjax: {out}: another process is writing this run; wait for it or choose another --out\n"
+        assert refused(arguments(out, text), capsys, status=79) == (
+            f"tiedjax: {out}: process {holder.pid} on {socket.gethostname()} is writing this run; wait for it or "
+            "choose another --out\n"
         )
     finally:
         holder.kill()  # a hold must not outlive its process
@@ -700,7 +756,7 @@ def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
     out = tmp_path / "run"
     argv = arguments(out, text, {**changes, "optimizer.warmup_steps": 0, "train.checkpoint_every": 1})
     capsys.readouterr()
-    assert cli.main(argv) == 1
+    assert cli.main(argv) == 77
     err = capsys.readouterr().err
     assert err == f"tiedjax: {says}; try a lower optimizer.learning_rate\n"
     for step in (out / "checkpoints").iterdir():

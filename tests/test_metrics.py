@@ -7,7 +7,10 @@ import io
 import json
 import os
 import struct
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +123,160 @@ def test_a_run_without_tensorboard_is_no_less_a_run(tmp_path: Path, monkeypatch:
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+FILLS = """
+import os, pathlib, resource, sys
+from tiedjax.metrics import MetricsLog
+folder, obstacle = pathlib.Path(sys.argv[1]), sys.argv[2]
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def fill(full):
+    if obstacle == "limit":
+        limit(140 if full else resource.RLIM_INFINITY)
+    elif full:
+        try:
+            with (folder / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+        except OSError:
+            pass
+    else:
+        (folder / "filler").unlink()
+log = MetricsLog(folder, 0)
+for step in range(1, 12):
+    if step in (2, 9):
+        fill(step == 2)
+    log.write({"step": step, "loss": 0.5, "text": "x" * (2000 if obstacle == "disk" else 20)})
+    assert (folder / "metrics.jsonl").read_text().endswith("}\\n")
+log.close()
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of its own with room for 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("obstacle", ["limit", "disk"])
+def test_on_a_full_disk_lines_are_whole_or_not_there_and_go_on_when_there_is_room(
+    tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
+) -> None:
+    """No room from step 2 to step 8, but for what is left in the block or below the limit: half a line."""
+    folder = request.getfixturevalue("small_disk") if obstacle == "disk" else tmp_path
+    program = f"import importlib.util; importlib.util.find_spec = lambda name: None{FILLS}"
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(folder), obstacle], capture_output=True, text=True, timeout=120
+    )
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path)
+    assert path.read_text().endswith("\n")
+    steps = [row["step"] for row in rows]
+    lost = 11 - len(rows)
+    assert lost >= 5
+    assert steps == [*range(1, 9 - lost), 9, 10, 11]
+    assert [row.get("lines_lost") for row in rows] == [*[None] * (8 - lost), lost, None, None]
+    reason = os.strerror(errno.ENOSPC if obstacle == "disk" else errno.EFBIG)
+    assert result.stderr == (
+        f"tiedjax: {path}: cannot be written: {reason}; the run goes on, and tries again at every line\n"
+        f"tiedjax: {path} lost {lost} of 11 lines\n"
+    )
+
+
+def test_a_half_written_line_is_cut_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it could not be cut at once."""
+    log, write = MetricsLog(tmp_path, 0), os.write
+    log.write({"step": 1})
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def half(file: int, line: bytes) -> int:
+        write(file, line[:5])
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.os, "write", half)
+        patch.setattr(metrics.os, "ftruncate", fails)
+        log.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"ste'
+    log.write({"step": 3})
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 3, "lines_lost": 1}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "every", "said"),
+    [
+        ({1: 0, 2: 0, 3: 0}, 3, 1, None),
+        ({1: 0, 2: 0, 6: 3}, 6, 1, "lacks 3 lines, the first after step 2"),
+        ({3: 2, 4: 0, 6: 1}, 6, 1, "lacks 3 lines, the first after step 0"),
+        ({1: 0, 2: 0, 3: 0}, 4, 1, "lacks 1 line, the first after step 3"),
+        ({}, 4, 1, "lacks 4 lines, the first after step 0"),
+        ({1: 0, 4: 2, 5: 0}, 8, 1, "lacks 5 lines, the first after step 1"),
+        ({1: 0, 2: 0, 10: 0, 12: 0}, 19, 10, None),
+        ({1: 0, 2: 0, 10: 0, 12: 0}, 20, 10, "lacks 1 line, the first after step 12"),
+        ({1: 0, 2: 0, 5: 2, 6: 0}, 2, 1, None),
+    ],
+)
+def test_a_hole_is_said_when_the_run_is_taken_up_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: dict[int, int], start: int, every: int, said: str | None
+) -> None:
+    rows = [{"step": step} | ({"lines_lost": lost} if lost else {}) for step, lost in steps.items()]
+    path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # it is said again, and means the same, once a line follows on it
+        log = MetricsLog(tmp_path, start, logged_every=every)
+        assert capsys.readouterr().err == (f"tiedjax: {path}: {said}; the run goes on without\n" if said else "")
+        log.write({"step": start + 1})
+        log.close()
+
+
+def test_a_file_that_cannot_be_opened_is_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    log = MetricsLog(tmp_path, 2, logged_every=1)
+    log.write({"step": 3})
+    path.rmdir()
+    log.write({"step": 4})
+    log.close()
+    assert read_metrics(path) == [{"step": 4, "lines_lost": 3}]
+    assert capsys.readouterr().err == (
+        f"tiedjax: {path}: cannot be written: Is a directory; the run goes on, and tries again at every line\n"
+        f"tiedjax: {path}: lacks 2 lines, the first after step 0; the run goes on without\n"
+        f"tiedjax: {path} lost 1 of 2 lines\n"
+    )
+
+
+def test_what_was_evaluated_late_joins_its_line_or_stands_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, '{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3}\n')
+    log = MetricsLog(tmp_path, 2)
+    log.complete(2, {"eval_loss": 4.0})
+    log.write({"step": 3})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2, "loss": 0.5, "eval_loss": 4.0}, {"step": 3}]
+    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        log.complete(3, {"eval_loss": 5.0})
+        patch.setattr(metrics.os, "write", full)
+        log.write({"step": 4})
+    log.complete(4, {"eval_loss": 6.0})
+    log.close()
+    assert read_metrics(path)[2:] == [{"step": 3}, {"step": 4, "eval_loss": 6.0, "lines_lost": 1}]
+    assert capsys.readouterr().err == (
+        f"tiedjax: {path}: cannot be written: No space left on device; the run goes on, and tries again at every line\n"
+        f"tiedjax: {path} lost 2 of 5 lines\n"
+    )
+
+
 # ---- TensorBoard ----
 
 
@@ -157,9 +314,15 @@ def test_scalars_are_on_disk_half_a_minute_later(tmp_path: Path, clock: list[flo
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2):
         log.write({"step": step, "loss": 2.5})
+    while log._sinks[0]._arrived < 2:
+        time.sleep(0.01)
     assert events(tmp_path / "tensorboard") == []
     clock[0] += metrics.FLUSH_SECONDS
     log.write({"step": 3, "loss": 2.5})
+    for _ in range(500):  # its thread writes it soon
+        if events(tmp_path / "tensorboard"):
+            break
+        time.sleep(0.01)
     assert [each.step for each in events(tmp_path / "tensorboard")[2:]] == [1, 2, 3]
     log.close()
 
@@ -187,6 +350,7 @@ def test_a_full_disk_ends_tensorboard_with_one_line_and_nothing_else(
     assert capsys.readouterr().err == (
         f"tiedjax: {tmp_path}/tensorboard: TensorBoard's files cannot be written: No space left on device; "
         "the run goes on, with every number in metrics.jsonl\n"
+        f"tiedjax: {tmp_path}/tensorboard: TensorBoard's files lost 100 of 100 lines\n"  # what waited for a flush too
     )
 
 

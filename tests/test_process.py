@@ -17,7 +17,7 @@ from programs import finish, start
 from tiedjax import study
 from tiedjax.config_files import packaged_configs
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import process
+from tiedjax.host import process, signals
 from tiedjax.plan import load_study
 
 Joined = list[tuple[Any, ...]]
@@ -203,20 +203,20 @@ def test_a_study_asks_for_one_folder_before_it_writes(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_what_was_before_comes_back(number: signal.Signals) -> None:
+def test_from_listening_on_a_signal_is_a_request_and_what_was_before_comes_back(number: signal.Signals) -> None:
     def before(*_: Any) -> None:
         heard.append(1)
 
     heard: list[int] = []
     outside = signal.signal(number, before)
     try:
-        with process.StopRequest() as stop:
+        with process.Requests() as stop:
             os.kill(os.getpid(), number)
             assert heard == [1]
             stop.listen()
-            assert not stop.requested_at(1)
+            assert not stop.stops()
             os.kill(os.getpid(), number)
-            assert stop.requested_at(2)
+            assert stop.stops()
             assert stop.signal == number
         assert heard == [1]
         assert signal.getsignal(number) is before
@@ -224,58 +224,22 @@ def test_the_first_signal_asks_and_what_was_before_comes_back(number: signal.Sig
         signal.signal(number, outside)
 
 
-@pytest.mark.usefixtures("cluster_of_two")
-def test_in_a_cluster_sigint_interrupts_between_steps_or_after_the_last_save() -> None:
-    moments: list[str] = []
-
-    def interrupted(steps: int) -> None:
-        with process.StopRequest() as stop:
-            stop.listen()
-            os.kill(os.getpid(), signal.SIGINT)
-            for step in range(steps):
-                stop.requested_at(step)
-            moments.append("saved")
-
-    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            interrupted(steps=1)
-        assert moments == []
-        with pytest.raises(KeyboardInterrupt):
-            interrupted(steps=0)
-        assert moments == ["saved"]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, outside)
+def test_a_signal_that_comes_after_the_last_step_is_not_lost() -> None:
+    with process.Requests() as stop:
+        stop.listen()
+        assert not stop.stops()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.signal == signal.SIGUSR1
 
 
 @pytest.mark.usefixtures("cluster_of_two")
-def test_a_cluster_whose_launcher_keeps_ctrl_c_to_itself_goes_on_ignoring_it() -> None:
-    outside = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with process.StopRequest() as stop:
-            stop.listen()
-            os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal is None
-    finally:
-        signal.signal(signal.SIGINT, outside)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_the_process_whatever_it_waits_for(number: signal.Signals) -> None:
-    program = f"""
-import os, signal, threading
-from tiedjax.host.process import StopRequest
-with StopRequest() as stop:
-    stop.listen()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.signal == signal.SIGINT
-    threading.Thread(target=lambda: threading.Event().wait()).start()
-    os.kill(os.getpid(), {int(number)})
-"""
-    child = start(["-c", program])
-    finish(child, seconds=60, status=-number)
-    assert child.returncode == -number
+def test_processes_that_cannot_agree_on_a_moment_do_not_save() -> None:
+    with process.Requests() as stop:
+        stop.listen()
+        assert not stop.stops()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(signals.Stopped):
+            stop.stops()
 
 
 def faults_of_a_freed_block(mebibytes: int, threads: int) -> int:

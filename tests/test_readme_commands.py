@@ -26,6 +26,7 @@ MADE = {
     "tiedjax bench CONFIG [--steps N] [--json FILE]": ["bench.json"],
     "tiedjax data prepare SOURCE --out DIR": ["prepared/tokenizer.json"],
     "tiedjax analyze INSTRUMENT ...": ["norms.json"],
+    "tiedjax check RUN [--json FILE]": ["check.json"],
     "tiedjax train CONFIG --profile-steps A:B": ["traced/profile/plugins"],
     "tiedjax train tiny --out runs/mine": ["runs/mine/checkpoints/6"],
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": ["runs/two/checkpoints/6"],
@@ -42,6 +43,7 @@ RUN_HERE = {
     "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/one-3 --json norms.json",
     "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/one-3 --against study/runs/two-3",
     "tiedjax sample RUN [--prompt TEXT]": "tiedjax sample study/runs/one-3@8 --prompt lies --tokens 9",
+    "tiedjax check RUN [--json FILE]": "tiedjax check study/runs/one-3 --json check.json",
     "tiedjax report DIR": "tiedjax report study",
     "tiedjax train --help": "tiedjax train --help",
     "tiedjax train tiny --out runs/mine": (
@@ -73,7 +75,15 @@ RUN_HERE = {
         "--data.holdout 0.1 --model.vocab_size 320"
     ),
     "sbatch launch/slurm.sbatch configs/olmo_1b.yaml": "bash launch/slurm.sbatch --dry-run configs/olmo_1b.yaml",
-    "launch/tpu_vm.sh NAME ZONE configs/olmo_1b.yaml": "launch/tpu_vm.sh --dry-run NAME ZONE configs/olmo_1b.yaml",
+    "launch/tpu_vm.sh run NAME ZONE configs/olmo_1b.yaml": (
+        "launch/tpu_vm.sh run --dry-run pod us-east5-a configs/olmo_1b.yaml"
+    ),
+    "launch/tpu_vm.sh keep --spot NAME ZONE TYPE configs/olmo_1b.yaml": (
+        "launch/tpu_vm.sh keep --dry-run --spot pod us-east5-a v5p-128 configs/olmo_1b.yaml"
+    ),
+    "launch/gke.sh --image IMAGE --claim CLAIM --tpu TYPE:TOPOLOGY NAME configs/olmo_1b.yaml": (
+        "launch/gke.sh --dry-run --image tiedjax --claim disk --tpu tpu-v5p-slice:4x4x4 olmo configs/olmo_1b.yaml"
+    ),
 }
 # The set-up commands, and what needs more than the test command installs.
 ELSEWHERE = {
@@ -82,6 +92,9 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
     "tiedjax decide [CONFIG] [--out DIR]",  # dozens of runs: tests/test_decide.py
+    # SkyPilot and podman: tests/test_launchers.py, with a stand-in for the first
+    "sky jobs launch launch/sky.yaml --env TIEDJAX='train configs/olmo_1b.yaml --out /runs/olmo_1b'",
+    "podman build --file launch/Containerfile --build-arg EXTRA=tpu --tag IMAGE .",
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
 }
 

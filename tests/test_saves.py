@@ -53,6 +53,18 @@ def test_what_a_run_will_write_is_counted(options: dict[str, Any], says: str) ->
     assert str(saves(**options)) == says
 
 
+def test_states_that_are_kept_for_good_are_counted() -> None:
+    assert str(saves(keep_every=100)).endswith("keep 4 of 4 states (4.00 GiB)")
+    assert str(saves(keep_every=200, keep_checkpoints=1)).endswith("keep 2 of 4 states (2.00 GiB)")
+    assert str(saves(keep_every=150)).endswith("keep 2 of 4 states (2.00 GiB)"), (
+        "300 is a multiple, and one of the newest"
+    )
+
+
+def test_at_most_one_state_more_lies_on_the_disk_while_a_run_goes_on() -> None:
+    assert saves().most_bytes(0, 400) == saves().bytes(0, 400) + 1024 * MIB
+
+
 def test_all_bytes_are_those_of_snapshots_and_of_kept_states() -> None:
     assert saves().bytes(0, 400) == (13 * 256 + 2 * 1024) * MIB
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from programs import REPOSITORY, environment, finish, start
-from runs import arguments
+from runs import arguments, rows
 
 from tiedjax.host import watch
 
@@ -96,12 +97,12 @@ def test_a_death_is_the_cause_of_what_was_reported_just_before() -> None:
     says = f"{PATIENT}; end.fail('the collective failed', 1)"
     dies = "time.sleep(0.2); os.kill(os.getpid(), signal.SIGKILL)"
     line = "tiedjax: process 2 ended without a word: it was killed, or its machine is lost\n"
-    assert ended(wire(says, WAIT, dies)) == [(1, line), (1, line), (-signal.SIGKILL, "")]
+    assert ended(wire(says, WAIT, dies)) == [(75, line), (75, line), (-signal.SIGKILL, "")]
 
 
 def test_the_death_of_process_0_ends_the_others() -> None:
     line = "tiedjax: process 0 ended without a word: it was killed, or its machine is lost\n"
-    assert ended(wire("os.kill(os.getpid(), signal.SIGKILL)", WAIT)) == [(-signal.SIGKILL, ""), (1, line)]
+    assert ended(wire("os.kill(os.getpid(), signal.SIGKILL)", WAIT)) == [(-signal.SIGKILL, ""), (75, line)]
 
 
 def test_processes_that_are_done_wait_for_each_other_and_then_go_unnoticed() -> None:
@@ -141,22 +142,37 @@ def test_a_failure_that_is_announced_comes_after_its_grace(busy: int) -> None:
     assert time.monotonic() - began > 1
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_sigint_ends_all_even_if_the_process_it_reaches_never_acts_on_it(signals: int) -> None:
-    """After the grace; at once when it comes again."""
-    deaf = f"""
-signal.signal(signal.SIGINT, lambda *_: None)
-end.hear_interrupts()
-watch.GRACE = {2.0 if signals == 1 else 600.0}
-for _ in range({signals}):
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.5)
-{WAIT}
+def test_all_stop_at_the_same_moment_the_next_that_none_has_passed() -> None:
+    """Three that pass moments at their own speed; the slowest asks when it has passed 5, the fastest waits for it."""
+    body = """
+asks = {asks}
+for moment in range(1, 1000):
+    time.sleep({pause})
+    if moment == asks:
+        end.ask("SIGHUP")
+    requests = end.reached()
+    if requests:
+        break
+print(moment, *requests, flush=True)
+end.part()
 """
-    assert ended(wire(WAIT, deaf)) == [
-        (130, "tiedjax: process 1 failed: interrupted\n"),
-        (130, "tiedjax: interrupted\n"),
-    ]
+    processes = wire(*[body.format(asks=5 if i == 2 else None, pause=0.01 * 4**i) for i in range(3)])
+    said = {process.communicate(timeout=60)[0].splitlines()[-1] for process in processes}
+    assert len(said) == 1
+    moment, reason = said.pop().split()
+    assert reason == "SIGHUP"
+    assert 5 < int(moment) < 200
+
+
+def test_several_requests_reach_all_in_one_order_and_each_once() -> None:
+    asks = "time.sleep(1); end.ask('SIGHUP'); time.sleep(1)"
+    body = (
+        f"{{first}}; {asks}; print(end.reached(), end.reached(), flush=True); {asks}; print(end.reached(), flush=True)"
+    )
+    body += "; end.part()"
+    processes = wire(*[body.format(first=first) for first in ("end.ask('SIGTERM')", "pass")])
+    for process in processes:
+        assert process.communicate(timeout=60)[0].splitlines()[-2:] == ["['SIGTERM', 'SIGHUP'] []", "['SIGHUP']"]
 
 
 def test_strangers_are_not_listened_to() -> None:
@@ -203,38 +219,45 @@ def fails(error):
         now()
         raise error
     return failing
-requested_at = loop.process.StopRequest.requested_at
+stops = loop.process.Requests.stops
 def at_step_3(act):
-    def observed(self, step):
-        if step == 3:
+    asked = []
+    def observed(self):
+        asked.append(None)
+        if len(asked) == 3:
             act()
-        return requested_at(self, step)
-    loop.process.StopRequest.requested_at = observed
+        return stops(self)
+    loop.process.Requests.stops = observed
 def dies(number):
     now()
     os.kill(os.getpid(), number)
-def interrupted_soon():
-    time.sleep(2)
-    dies(signal.SIGINT)
 prepare = loop.prepare
-def prepared_and_interrupted(*args, **kwargs):
-    prepared = prepare(*args, **kwargs)
-    threading.Thread(target=interrupted_soon, daemon=True).start()
-    return prepared
+def prepared_and_signalled(number):
+    def preparing(*args, **kwargs):
+        prepared = prepare(*args, **kwargs)
+        threading.Timer(2, dies, [number]).start()
+        return prepared
+    return preparing
 """
 
 
 def cluster(
-    tmp_path: Path, text: Path, hooks: Mapping[int, str], outs: Mapping[int, Path] | None = None
+    tmp_path: Path,
+    text: Path,
+    hooks: Mapping[int, str],
+    outs: Mapping[int, Path] | None = None,
+    more: Mapping[str, object] | None = None,
+    heartbeat: float = 60,
 ) -> list[subprocess.Popen[str]]:
     """Two processes of one run, each after its hook."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    changes = {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1}
+    changes = {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1, **(more or {})}
     for number in range(2):
         flags = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(number)]
+        flags += ["--heartbeat", str(heartbeat)]
         argv = [*arguments((outs or {}).get(number, tmp_path / "run"), text, changes), *flags]
         program = (
             f"{PRELUDE.format(mark=str(tmp_path / 'mark'))}\n{hooks.get(number, '')}\nsys.exit(main(sys.argv[1:]))"
@@ -249,8 +272,6 @@ FAILURES = {
     "state": (0, "loop.begin = fails(UserError('no luck'))", 2, "no luck"),
     "step": (1, "at_step_3(fails(TrainingError('no luck')))", 1, "no luck"),
     "save": (0, f"ocp.PyTreeCheckpointHandler.finalize = fails({NO_SPACE})", 1, "[Errno 28] No space left on device"),
-    "SIGINT": (1, "at_step_3(lambda: dies(signal.SIGINT))", 130, "interrupted"),
-    "SIGINT in a collective": (1, "loop.prepare = prepared_and_interrupted", 130, "interrupted"),
 }
 
 
@@ -258,8 +279,6 @@ FAILURES = {
 def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Path, tmp_path: Path) -> None:
     failing, hook, status, cause = FAILURES[moment]
     hooks = {failing: hook}
-    if moment == "SIGINT in a collective":
-        hooks[0] = "loop.prepare = lambda *args, **kwargs: time.sleep(600)"
     processes = cluster(tmp_path, text, hooks)
     results = ended(processes, seconds=240)
     assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
@@ -268,8 +287,41 @@ def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Pat
         last = error.splitlines()[-1]
         assert last.startswith("tiedjax: " if number == failing else f"tiedjax: process {failing} failed: "), error
         assert last.endswith(cause), error
-    if moment in ("step", "SIGINT"):
+    if moment == "step":
         assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "the save under way is finished"
+
+
+INTERRUPTIONS = {
+    "a step": "at_step_3(lambda: dies(signal.{}))",
+    "a collective": "loop.prepare = prepared_and_signalled(signal.{})",
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "receiver", "number"),
+    [
+        *(("a step", i % 2, signal.Signals[name]) for i, name in enumerate(("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"))),
+        *(("a collective", receiver, signal.SIGINT) for receiver in range(2)),
+    ],
+)
+def test_a_signal_to_one_process_stops_all_after_one_step(
+    moment: str, receiver: int, number: signal.Signals, text: Path, tmp_path: Path
+) -> None:
+    hooks = {receiver: INTERRUPTIONS[moment].format(number.name)}
+    if moment == "a collective":  # in which the receiver waits for the other, where Python runs no handler
+        hooks[1 - receiver] = "loop.prepare = lambda *args, **kwargs: time.sleep(600)"
+    results = ended(cluster(tmp_path, text, hooks), seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 20
+    sentence = f"stopped by {number.name}; the same command continues from there"
+    for status, error in results:
+        assert status == 75
+        assert error.splitlines()[-1].endswith(sentence)
+    run = tmp_path / "run"
+    if moment == "a step":
+        assert [error for _, error in results] == [f"tiedjax: {sentence}\n"] * 2
+        (step,) = set(map(int, (path.name for path in (run / "checkpoints").iterdir()))) - {2}
+        assert step in (3, 4, 5)
+        assert [row["step"] for row in rows(run)] == list(range(1, step + 1))
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -278,9 +330,43 @@ def test_a_killed_process_ends_the_other(killed: int, text: Path, tmp_path: Path
     assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
     assert results[killed][0] == -signal.SIGKILL
     status, error = results[1 - killed]
-    assert status == 1
+    assert status == 75
     line = f"tiedjax: process {killed} ended without a word: it was killed, or its machine is lost"
     assert error.splitlines()[-1] == line
+
+
+GONE = "process {} ended without a word: it was killed, or its machine is lost"
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_is_stopped_ends_the_other(stopped: int, text: Path, tmp_path: Path) -> None:
+    hooks = {stopped: "at_step_3(lambda: dies(signal.SIGSTOP))"}
+    processes = cluster(tmp_path, text, hooks, heartbeat=10)
+    (result,) = ended([processes[1 - stopped]], seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    status, error = result
+    assert status == 76
+    line = f"tiedjax: process {stopped} has been silent for 10 s: it is stopped, or its machine hangs"
+    assert error.splitlines()[-1] == line
+    processes[stopped].send_signal(signal.SIGCONT)
+    status, error = ended([processes[stopped]])[0]  # and when it goes on, it ends too
+    if stopped == 0:
+        assert (status, error.splitlines()[-1]) == (75, "tiedjax: " + GONE.format(1))
+    else:
+        assert (status, error.splitlines()[-1]) == (76, line)
+
+
+def test_a_step_that_does_not_end_ends_all_with_what_each_is_at(text: Path, tmp_path: Path) -> None:
+    """Process 1 sleeps, process 0 waits for it in a collective; the state of step 2 is there to go on from."""
+    hooks = {1: "def asleep():\n    now()\n    time.sleep(600)\nat_step_3(asleep)"}
+    results = ended(cluster(tmp_path, text, hooks, more={"train.stall_seconds": 5}), seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    for status, error in results:
+        assert status == 76
+        assert re.search(r"no step has ended for \d+ s; the same command continues from there\n$", error), error
+        assert "Current thread" in error
+    assert "in asleep" in results[1][1]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_folders_that_are_not_one_are_refused_at_once_and_nothing_is_left(text: Path, tmp_path: Path) -> None:
@@ -309,7 +395,7 @@ def test_processes_that_cannot_be_watched_say_so_and_go_on(text: Path, tmp_path:
         (
             0,
             "tiedjax: process 1 cannot reach process 0 beside JAX's own port; "
-            "when a process fails, the others notice only after a minute or two\n",
+            "when a process fails, the others notice only after a minute or two, and a signal saves nothing\n",
         ),
         (0, ""),
     ]

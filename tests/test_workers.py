@@ -214,7 +214,7 @@ def test_no_worker_outlives_its_parent(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_study_says_so_and_keeps_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole command: what it is at, exit status 143, and the sentence that says what continues it."""
+    """The whole command: what it is at, exit status 75, and the sentence that says what continues it."""
     monkeypatch.setenv("TIEDJAX_CACHE", str(tmp_path / "cache"))
     text = write_text(tmp_path / "text.jsonl")
     write_config(tmp_path / "config.yaml", text, ENDLESS)
@@ -225,7 +225,7 @@ def test_a_stopped_study_says_so_and_keeps_every_state(tmp_path: Path, monkeypat
     runs = [out / "runs" / name for name in ("untied-0", "tied-0")]
     until(lambda: min(map(lines, runs)) >= 3, process)
     process.send_signal(signal.SIGTERM)
-    stdout, stderr = finish(process, seconds=60, status=128 + signal.SIGTERM)
+    stdout, stderr = finish(process, seconds=60, status=75)
     assert stdout.startswith(f"preparing text:{text} ...\nscan: ")
     assert stdout.count("preparing ") == 1
     assert "run 1 of 2: untied-0\nrun 2 of 2: tied-0\n" in stdout

@@ -11,11 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import tying
-from tiedjax.checkpoint import Checkpoints
+from tiedjax.checkpoint import Checkpoints, DamagedError
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from tiedjax.data import counts
-from tiedjax.errors import UserError
+from tiedjax.errors import NoCheckpointError, UserError
 from tiedjax.files import place_and_step
+from tiedjax.host import process, storage
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.rng import key_for
 from tiedjax.run import Run, load_run
@@ -34,23 +35,42 @@ def begin(
     counts_2V: np.ndarray,
     begins: int | None = None,
 ) -> tuple[TrainState, Any, int]:
-    """The newest checkpoint's state, or a new one; the body's last update, if the next step is to measure what it did;
-    and how many steps it has behind it. `begins` is the step after which the scheme changes, where that is known."""
-    saved = checkpoints.steps()
-    if not saved:
-        return _new(cfg, mesh, about, counts_2V), None, 0
-    steps = make_steps(cfg, mesh, begins if begins and saved[-1] > begins else 0)
-    record = checkpoints.about(saved[-1])
+    """The newest state that can be used, or a new one; the body's last update, if the next step is to measure what it
+    did; and how many steps it has behind it. `begins` is the step after which the scheme changes, where that is known.
+
+    Newer ones that are damaged are set aside. NoCheckpointError if all are; then nothing is touched.
+    """
+    saved, damaged = checkpoints.steps(), []
+    for step in reversed(saved):
+        try:
+            found = _restored(cfg, mesh, checkpoints, about, step, begins)
+        except DamagedError as error:
+            damaged.append(error)
+            process.say(f"{error}; the state before it is tried")
+        else:
+            checkpoints.set_aside(saved[len(saved) - len(damaged) :])
+            return *found, step
+    if damaged:
+        raise NoCheckpointError(f"{damaged[0]}; no other state of this run can be used")
+    return _new(cfg, mesh, about, counts_2V), None, 0
+
+
+def _restored(
+    cfg: RunConfig, mesh: Mesh, checkpoints: Checkpoints, about: dict[str, Any], step: int, begins: int | None
+) -> tuple[TrainState, Any]:
+    """The state of this step, and the body's last update if it is with it."""
+    steps = make_steps(cfg, mesh, begins if begins and step > begins else 0)
+    record = checkpoints.about(step)
     for part, trained in {"data": "on other data", "tokenizer": "with another tokenizer"}.items():
         if record[part] != about[part]:
-            place = checkpoints.directory / str(saved[-1])
+            place = checkpoints.directory / str(step)
             raise UserError(f"{place}: was trained {trained}; bring that back or choose another --out")
     wanted = steps.abstract._asdict()
     if any(name.startswith(f"{BODY_UPDATE}/") for name in record["fingerprints"]):
         wanted[BODY_UPDATE] = steps.abstract.params["body"]
-    restored = checkpoints.restore(saved[-1], wanted)
+    restored = checkpoints.restore(step, wanted)
     body_update = restored.pop(BODY_UPDATE, None)
-    return TrainState(**restored), body_update, saved[-1]
+    return TrainState(**restored), body_update
 
 
 def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarray) -> TrainState:
@@ -100,7 +120,9 @@ def data_begun_with(cfg: RunConfig, out: Path) -> DataConfig:
     if cfg.train.init is None or cfg.data.tokenizer != DataConfig().tokenizer:
         return cfg.data
     kept = out / "tokenizer.json"  # a run that is continued does not need the other one any more
-    path = kept if any(out.glob("checkpoints/[0-9]*")) else source(cfg.train.init)[0].tokenizer_path
+    path = (
+        storage.cached(kept) if storage.saved_steps(out / "checkpoints") else source(cfg.train.init)[0].tokenizer_path
+    )
     return cfg.data if path is None else dataclasses.replace(cfg.data, tokenizer=str(path))
 
 

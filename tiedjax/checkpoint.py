@@ -1,14 +1,19 @@
 """The only file that imports Orbax: full states to resume from, and snapshots of the tables to look at later.
 
 Orbax keeps no checksum of values and restores flipped bits silently, so every save carries a fingerprint of each leaf
-and every restore compares it.
+and of what is said about it, and every restore compares them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from tiedjax.errors import UserError
+from tiedjax.host import storage
+from tiedjax.saves import Kept
 
+DIGEST = "digest"  # of all else that is said of a save
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
 
@@ -40,25 +49,49 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 def fingerprints(tree: Any) -> dict[str, list[int]]:
     """Two uint32 sums over the bit pattern of every leaf, by its path; the same on any mesh."""
     sums = jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
-    return {name: [int(x) for x in pair] for name, pair in zip(_names(tree), sums, strict=True)}
+    return {name: [int(x) for x in pair] for name, pair in zip(leaf_names(tree), sums, strict=True)}
 
 
-def _names(tree: Any) -> list[str]:
+def leaf_names(tree: Any) -> list[str]:
+    """The path of every leaf, as fingerprints are named."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+
+@dataclass(frozen=True)
+class _Preserved:
+    """That as Orbax asks for it."""
+
+    keep: Kept
+    directory: Path
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self.keep.of([each.step for each in checkpoints])
+        there = storage.names(self.directory)
+        return [each.step in kept or f"{each.step}.pinned" in there for each in checkpoints]
+
+
+class DamagedError(UserError):
+    """What was saved cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
     """The saves of one kind in one folder: DIR/STEP/, written asynchronously, each visible only when complete.
 
-    All processes of a cluster call every method together. `keep` limits how many are kept, newest first; None keeps
-    all. The folder is made if it is to be written.
+    All processes of a cluster call every method together. `keep` says which stay when others are saved; None keeps all.
+    The folder is made if it is to be written. With `copies`, for small saves that are read often, those in a store are
+    read from copies on this machine's disk.
     """
 
-    def __init__(self, directory: Path, *, keep: int | None = None, create: bool = True):
-        self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+    def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True, copies: bool = False):
+        self._copies: dict[int, ocp.CheckpointManager] | None = {} if copies and storage.is_remote(directory) else None
+        self.directory = storage.absolute(directory)
+        self.begun: int | None = None  # the step of the last save that was begun
+        storage.refuse_unknown_bucket(self.directory)
+        policy = None if keep is None else _Preserved(keep, self.directory)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
+        with _damage(self.directory, "cannot be opened"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Steps whose save is complete, ascending."""
@@ -67,33 +100,42 @@ class Checkpoints:
 
     def save(self, step: int, tree: Any, about: dict[str, Any]) -> None:
         """Starts saving `tree` (arrays) and `about` (JSON); raises here or in `close` if an earlier save failed."""
+        self.begun = step
         record = {**about, "fingerprints": fingerprints(tree)}
+        record[DIGEST] = _digest(record)
         items = ocp.args.Composite(tree=ocp.args.PyTreeSave(tree), about=ocp.args.JsonSave(record))
         if not self._manager.save(step, args=items, force=True):
             raise RuntimeError(f"{self.directory / str(step)}: Orbax declined to save")
 
     def about(self, step: int) -> dict[str, Any]:
-        """What was said when this step was saved."""
-        items = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        return dict(items["about"])
+        """What was said when this step was saved; DamagedError if that is not what is read."""
+        where, reader = self.directory / str(step), self._reader(step)
+        with _damage(where, "cannot be restored"):
+            items = reader.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+            record = dict(items["about"])
+            digest = record.pop(DIGEST)
+        if digest != _digest(record):
+            raise DamagedError(f"{where}: is damaged: 'about' is not what was saved")
+        return record
 
     def restore(self, step: int, abstract: Any) -> Any:
         """The saved leaves of `abstract` (ShapeDtypeStructs with shardings; without, as NumPy), which may be a part.
 
-        Raises UserError if the shapes or dtypes differ from what was saved, or the values from their fingerprints.
+        Raises UserError if the shapes or dtypes differ from what was saved, DamagedError if the values differ from
+        their fingerprints.
         """
         where = self.directory / str(step)
         saved = self.about(step)["fingerprints"]
-        names = _names(abstract)
+        names = leaf_names(abstract)
         if missing := sorted(set(names) - saved.keys()):
             raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-        try:
-            tree = self._manager.restore(step, args=ocp.args.Composite(tree=request))["tree"]
-        except (ValueError, OSError) as error:
-            raise UserError(f"{where}: cannot be restored: {str(error).splitlines()[0]}") from error
+        with _damage(where, "cannot be restored"):
+            tree = self._reader(step).restore(step, args=ocp.args.Composite(tree=request))["tree"]
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
+            if isinstance(leaf, jax.ShapeDtypeStruct):  # what Orbax leaves where its metadata do not name it any more
+                raise DamagedError(f"{where}: is damaged: {name!r} is not there")
             if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
                 raise UserError(
                     f"{where}: {name!r} is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}; "
@@ -101,10 +143,25 @@ class Checkpoints:
                 )
         for name, pair in fingerprints(tree).items():
             if pair != saved[name]:
-                raise UserError(
-                    f"{where}: is damaged: {name!r} is not what was saved; remove this folder to use an older one"
-                )
+                raise DamagedError(f"{where}: is damaged: {name!r} is not what was saved")
         return tree
+
+    def set_aside(self, steps: Iterable[int]) -> None:
+        """Renames the saves of these steps to damaged-STEP, which nothing reads."""
+        for step in steps:
+            if jax.process_index() == 0:
+                storage.set_aside(self.directory / str(step))
+        multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
+
+    def _reader(self, step: int) -> ocp.CheckpointManager:
+        if self._copies is None:
+            return self._manager
+        if step not in self._copies:
+            folder = storage.cached_save(self.directory / str(step)).parent
+            options = ocp.CheckpointManagerOptions(create=False)
+            self._copies[step] = ocp.CheckpointManager(folder, options=options)
+        return self._copies[step]
 
     def wait(self) -> None:
         """Returns when every save so far is complete; raises the error of one that failed."""
@@ -113,6 +170,8 @@ class Checkpoints:
     def delete_from(self, step: int) -> None:
         """Removes the saves of this and later steps."""
         for later in [s for s in self.steps() if s >= step]:
+            if jax.process_index() == 0:
+                storage.uncommit(self.directory / str(later))
             self._manager.delete(later)
 
     def close(self) -> None:
@@ -121,28 +180,59 @@ class Checkpoints:
         self._manager.close()
 
 
-class _Listener(logging.Handler):
-    def __init__(self, to: Callable[[BaseException], None]):
-        super().__init__(logging.ERROR)
-        self._to = to
+@contextlib.contextmanager
+def _damage(where: Path, what: str) -> Iterator[None]:
+    """DamagedError for whatever goes wrong in reading: a flipped bit can make Orbax raise anything.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and record.exc_info[1] and record.threadName == "async_save":
-            self._to(record.exc_info[1])
+    UserError, which sets nothing aside, where a store does not answer.
+    """
+    try:
+        yield
+    except Exception as error:  # of JSON, of msgpack, of zstd, of the file system, of an array's metadata, ...
+        _hush()
+        storage.refuse_silent(where)
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise DamagedError(f"{where}: {what}: {lines[0]}") from error
+
+
+@functools.cache
+def _hush() -> None:
+    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike."""
+    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+    hook = sys.unraisablehook
+
+    def told(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = told
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Of what JSON makes of it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
     """Calls `to`, in another thread, with the error of a save at the moment it fails.
 
-    Orbax raises it only behind a barrier at which the other processes of a cluster do not arrive, but it logs it first.
+    Orbax raises it only behind a barrier at which the other processes of a cluster do not arrive, but it logs it first:
+    to this alone, as it is told from here.
     """
-    logger, listener = logging.getLogger("absl"), _Listener(to)
-    logger.addHandler(listener)
+
+    def heard(record: logging.LogRecord) -> bool:
+        error = record.exc_info and record.exc_info[1]
+        if error and record.threadName == "async_save":
+            to(error)
+        return not error
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(heard)
     try:
         yield
     finally:
-        logger.removeHandler(listener)
+        logger.removeFilter(heard)
 
 
 def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

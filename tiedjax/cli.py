@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import re
 import sys
 import traceback
@@ -17,12 +18,10 @@ from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.config_errors import meant_key
 from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
-from tiedjax.errors import UserError
-from tiedjax.files import local_path, place_and_step
-from tiedjax.host import platform_flags
+from tiedjax.errors import Status, UserError
+from tiedjax.files import local_path, place_and_step, write_atomically
+from tiedjax.host import platform_flags, signals, storage
 from tiedjax.text import nearest, seconds
-
-AGAIN = 75  # exit status: run me again
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,18 +72,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0 done, 1 failed, 2 bad input, 75 run me again, 128 + N signal N."""
+    """Runs one command; returns its exit `Status`. Signals are heard from before JAX is imported."""
     try:
-        args = _parse(sys.argv[1:] if argv is None else list(argv))
-        # Before any command imports JAX.
-        (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
-        status: int = args.run(args)
-        return status
-    except UserError as error:
-        return _fail(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        print("tiedjax: interrupted", file=sys.stderr)
-        return 130
+        with signals.hearing():
+            args = _parse(sys.argv[1:] if argv is None else list(argv))
+            if args.run is _check:
+                platform_flags.use_cpu()  # what trains the run may hold the accelerator
+            # Before any command imports JAX.
+            (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
+            status: int = args.run(args)
+            return status
+    except (UserError, signals.Stopped) as error:
+        return _fail(" ".join(str(error).split()), error.status)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -147,6 +146,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="logits are divided by it; 1: the model's own probabilities, 0: the likeliest token each time [1]",
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
+
+    check = command("check", "read everything that a run has saved, and say what of it is damaged", _check)
+    check.add_argument("directory", metavar="RUN", help="a run directory; nothing in it is changed")
+    check.add_argument("--json", metavar="FILE", help="save what was found here")
 
     report = command("report", "redraw the report of a study, or the page of a decision, from saved results", _report)
     report.add_argument("directory", metavar="DIR", help="directory of a study or a decision")
@@ -242,6 +245,12 @@ def _add_cluster(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--heartbeat",
+        type=float,
+        metavar="SECONDS",
+        help="end all when one of them has been silent for so long, at least 1 [60]",
+    )
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -268,7 +277,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from tiedjax.host.profiling import StepRange
 
-    out = local_path(args.out or f"runs/{path.stem}", "--out")
+    out = storage.place(args.out or f"runs/{path.stem}", "--out")
     platform_flags.use_threads(cfg.train.threads)
     profile = None if args.profile_steps is None else StepRange.parse(args.profile_steps)
     return _with_cluster(args, lambda loop: loop.train(cfg, out, profile=profile))
@@ -281,7 +290,7 @@ def _study(args: argparse.Namespace) -> int:
 
     path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
     plan = plans.load_study(path, _overrides(args))
-    out = local_path(args.out or f"studies/{path.stem}", "--out")
+    out = storage.place(args.out or f"studies/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     extent = _extent(args, plan.study)
@@ -289,7 +298,7 @@ def _study(args: argparse.Namespace) -> int:
     workers = study.workers_for(plan, args.workers) if alone else 1
     if workers == 1:
         platform_flags.use_threads(plan.threads)
-    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=AGAIN)
+    return _with_cluster(args, lambda _: study.run_study(plan, out, workers, extent), unfinished=Status.AGAIN)
 
 
 def _decide(args: argparse.Namespace) -> int:
@@ -300,7 +309,7 @@ def _decide(args: argparse.Namespace) -> int:
     widths = None if args.widths is None else _numbers(args.widths, int, "--widths", "whole numbers", "48,64,96")
     rates = _numbers(args.rates, float, "--rates", "numbers", "0.5,1,2")
     ladder = decide.load_ladder(path, _overrides(args), widths, args.seeds, rates)
-    out = local_path(args.out or f"decisions/{path.stem}", "--out")
+    out = storage.place(args.out or f"decisions/{path.stem}", "--out")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
@@ -316,7 +325,7 @@ def _decide(args: argparse.Namespace) -> int:
 
         return decide.decide(ladder, out, workers, limit, step_ratio)
 
-    return _with_cluster(args, work, unfinished=AGAIN)
+    return _with_cluster(args, work, unfinished=Status.AGAIN)
 
 
 def _numbers(text: str, kind: Callable[[str], Any], where: str, what: str, example: str) -> list[Any]:
@@ -376,25 +385,23 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
     from tiedjax import loop
     from tiedjax.host import process
 
-    named = [vars(args).get(name) for name in ("coordinator", "processes", "process_id")]
+    named = [vars(args).get(name) for name in ("coordinator", "processes", "process_id", "heartbeat")]
     process.join_cluster(*named)
     try:
         outcome = work(loop)
         if outcome and outcome.signal:
-            print(f"tiedjax: stopped by {outcome.signal.name}; the same command continues from there", file=sys.stderr)
+            print(f"tiedjax: {signals.sentence(outcome.signal.name)}", file=sys.stderr)
         process.part_from_cluster_if_any()
-    except BaseException as error:  # whatever ends this process, Ctrl-C too, the others wait for it until they are told
+    except BaseException as error:  # whatever ends this process, a signal too, the others wait until they are told
         why = process.cause(error)
         if not why.enough and jax.process_count() > 1:
             traceback.print_exc()
         process.end_cluster_if_any(why)
-        if not why.enough or isinstance(error, KeyboardInterrupt):
+        if not why.enough:
             raise
         return _fail(why.line, why.status)
-    if outcome and outcome.signal:
-        return 128 + int(outcome.signal)
-    if outcome and outcome.time_is_up:
-        return AGAIN
+    if outcome and outcome.stopped:
+        return Status.AGAIN
     return unfinished if outcome and not outcome.finished else 0
 
 
@@ -413,14 +420,35 @@ def _sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    json_file = _json_file(args)
+    from tiedjax.check import check
+
+    checked = check(args.directory)
+    print("\n".join(checked.lines()))
+    if json_file:
+        write_atomically(json_file, json.dumps(checked.tree(), indent=1) + "\n")
+    return Status.DONE if checked.whole else Status.NO_CHECKPOINT
+
+
 def _report(args: argparse.Namespace) -> int:
-    directory = local_path(args.directory, "DIR")
-    if (directory / "decision.json").is_file():
-        from tiedjax.decide import draw_decision
+    directory = storage.place(args.directory, "DIR")
+    decided = storage.exists(directory / "decision.json")
+    name, command = ("decision.json", "decide") if decided else ("results.json", "study")
+    try:
+        if decided:
+            from tiedjax.decide import draw_decision
 
-        print(draw_decision(directory))
-    else:
-        from tiedjax.study import draw_report
+            print(draw_decision(directory))
+        else:
+            from tiedjax.study import draw_report
 
-        print(draw_report(directory))
+            print(draw_report(directory))
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # of values of other kinds
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{directory / name}: does not hold what this version draws ({what}); `tiedjax {command}` writes it anew"
+        ) from error
     return 0

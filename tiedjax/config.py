@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 from tiedjax.errors import UserError
 
 ROLES = ("input", "output")  # of a table
+TRACKERS = ("wandb", "trackio", "mlflow")  # services that a run can tell its numbers
 REGULARISERS = ("cosine", "orthogonality", "mean", "anchor")
 
 _STRICT = {"extra": "forbid", "strict": True}
@@ -464,10 +465,27 @@ class TrainConfig(_Checked):
     )
     z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
     log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)
+    sinks: str = _option(
+        "",
+        f"services that get every line of metrics.jsonl too, of {', '.join(TRACKERS)}, separated by commas; each has "
+        "an extra of its name to be installed",
+    )
     eval_every: int | None = _option(None, "steps between evaluations; null: only at the end", at_least=1)
     eval_batches: int | None = _option(None, "batches per evaluation; null: all held-out windows", at_least=1)
     checkpoint_every: int | None = _option(1000, "steps between full checkpoints; null: only at the end", at_least=1)
+    checkpoint_minutes: float | None = _option(
+        None, "minutes after which a full checkpoint is saved too; null: by steps alone", above=0
+    )
     keep_checkpoints: int = _option(2, "full checkpoints kept, newest first", at_least=1)
+    keep_every: int | None = _option(
+        None, "of the others those whose step is a multiple of this are kept too; null: none", at_least=1
+    )
+    stall_seconds: float | None = _option(
+        600.0,
+        "end the process, with status 76, when no step has ended for so long, or for ten times the median step if that "
+        "is longer; null: never",
+        above=0,
+    )
     anatomy: bool | None = _option(
         None,
         "at snapshots, measure what the output role's gradient is made of and what the body's update did to the loss; "
@@ -485,6 +503,17 @@ class TrainConfig(_Checked):
         "dtype in which the snapshots of steps 1, 2, 4, 8, ... below snapshot_every are saved; bfloat16 halves them, "
         "and hides movements of less than 2^-9 of a value",
     )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `sinks`."""
+        return tuple(name.strip() for name in self.sinks.split(",")) if self.sinks.strip() else ()
+
+    def _check(self) -> None:
+        names = self.trackers
+        if not set(names) <= set(TRACKERS) or len(set(names)) < len(names):
+            allowed = ", ".join(TRACKERS)
+            raise UserError(f"sinks: must name some of {allowed}, each once, separated by commas, got {self.sinks!r}")
 
     @property
     def last(self) -> int:

@@ -10,18 +10,23 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, cast
 
 from tiedjax.config import RunConfig, leaf_fields
 from tiedjax.config_errors import explained
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.host import storage
 from tiedjax.text import nearest
 
 ConfigT = TypeVar("ConfigT")
 Kind = Literal["run", "study"]
+_MOST_BYTES = 2**18  # of a config file
+_MOST_VALUES, _DEEPEST = 2**16, 32  # of a config, with what aliases repeat
 
 
 def packaged_configs(kind: Kind) -> dict[str, Path]:
@@ -51,13 +56,10 @@ def find_config(given: str, kind: Kind) -> Path:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML 1.2 file (1e-3 is a number, `no` a string, a repeated key an error)."""
-    try:
-        text = local_path(path, "CONFIG").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return _mapping(_parse_yaml(text, str(path)), str(path))
+    place = storage.place(path, "CONFIG")
+    if not (storage.is_remote(place) or os.path.lexists(place)):
+        raise UserError(f"{path}: no such file")
+    return _mapping(_parse_yaml(storage.read_text(place, most=_MOST_BYTES), str(path)), str(path))
 
 
 def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
@@ -148,12 +150,37 @@ def _parse_yaml(text: str, where: str) -> Any:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return _yaml().load(text)
+        tree = _yaml().load(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{where}:{place} is not YAML: {' '.join(str(problem).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: is nested too deeply, more than {_DEEPEST} levels") from None
+    except Exception as error:  # what makes numbers, dates and keys of text lets through whatever that raises
+        problem = " ".join(str(error).split()).partition(";")[0] or type(error).__name__
+        raise UserError(f"{where}: is not YAML that can be read: {problem}") from None
+    _size(tree, where, _DEEPEST, {})
+    return tree
+
+
+def _size(tree: Any, where: str, levels: int, known: dict[int, int]) -> int:
+    """How many values a tree has if what aliases name is written out. UserError for too many, and for odd keys."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if levels == 0:
+        raise UserError(f"{where}: is nested too deeply, more than {_DEEPEST} levels")
+    if id(tree) not in known:
+        total = 1
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if not isinstance(key, str | int | float | NoneType):
+                raise UserError(f"{where}: a key must be text, got {key!r}")
+            total += _size(value, where, levels - 1, known)
+            if total > _MOST_VALUES:
+                raise UserError(f"{where}: holds more than {_MOST_VALUES:,} values, with those that aliases repeat")
+        known[id(tree)] = total
+    return known[id(tree)]
 
 
 def _mapping(tree: Any, where: str) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 from tiedjax.config import RunConfig
 from tiedjax.data.prepared import Prepared
-from tiedjax.host import process
+from tiedjax.host import process, storage
 from tiedjax.host.workers import Aside, ProcessEnded, Task
 
 TOKEN_COUNTS = "token_counts.npy"
@@ -20,16 +19,16 @@ class Counting:
     they are `needed` now, unless `stop` comes, and ends the process.
     """
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.StopRequest):
+    def __init__(self, cfg: RunConfig, out: Path, label: str, prepared: Prepared, stop: process.Requests):
         arguments = {
             "directory": str(prepared.directory),
             "seq_len": cfg.model.seq_len,
             "vocab_rows": cfg.model.table_rows,
-            "path": str(out.absolute() / TOKEN_COUNTS),
+            "path": str(storage.absolute(out) / TOKEN_COUNTS),
         }
         self._task = Task(f"{label}: counting tokens", "tiedjax.data.counts:count_beside_training", arguments)
         self._wait = f"{label}: trained; waiting until its {prepared.num_tokens('train'):,} training tokens are counted"
-        self._steps, self._stop = cfg.train.steps, stop
+        self._stop = stop
         self._begun = False
         self._aside: Aside | None = None  # the main process's, while one counts
         self._killed = False
@@ -58,10 +57,8 @@ class Counting:
                 self._aside.end()
 
     def _wait_for_counts(self) -> None:
-        """All processes of a cluster wait, at steps that nobody trains, so that a signal to any of them ends all."""
-        for step in itertools.count(self._steps + 1):
-            if self._stop.requested_at(step):
-                return
+        """All processes of a cluster wait, so that a signal to any of them ends all."""
+        while not self._stop.stops():
             if self._killed and not self._aside:
                 self._aside = Aside(self._task)
             if process.main_says(self._counted(seconds=0.2)):

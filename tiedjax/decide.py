@@ -22,8 +22,8 @@ from tiedjax.config import ModelConfig, RunConfig, StudyConfig
 from tiedjax.config_files import flatten, merge, parse_overrides, read_yaml, structure, to_tree
 from tiedjax.errors import UserError
 from tiedjax.estimate import foreseen
-from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import process
+from tiedjax.host.storage import exists, read_json, sole_writer, write_atomically
 from tiedjax.loop import Outcome
 from tiedjax.plan import Plan, plan_of
 from tiedjax.step import make_steps
@@ -230,7 +230,7 @@ def _folders(out: Path, width: int, plan: Plan) -> Iterator[tuple[Path, RunConfi
 def _steps_in_time(ladder: Ladder, out: Path, ratio: StepRatio) -> int:
     """How many steps of untied take as long as all of tied; measured once, and then on record."""
     path, config = out / RECORD, to_tree(ladder.config)
-    if path.exists():
+    if exists(path):
         record = _record(out)
         recorded = (record["config"], record["widths"], record["seeds"], record["factors"])
         if recorded != (config, list(ladder.widths), ladder.seeds, list(ladder.factors)):
@@ -266,7 +266,9 @@ def _without_account(cfg: RunConfig) -> RunConfig:
 
 def _record(out: Path) -> dict[str, Any]:
     """What decision.json holds."""
-    record: dict[str, Any] = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    record: Any = read_json(out / RECORD)
+    if not isinstance(record, dict) or not isinstance(record.get("rungs"), list):
+        raise UserError(f"{out / RECORD}: does not hold a decision; `tiedjax decide` writes it in a new --out")
     return record
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,27 +30,37 @@ from tiedjax.data.batches import Batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, save_array
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
-from tiedjax.files import sole_writer, write_atomically
-from tiedjax.host import platform_flags, process, profiling
+from tiedjax.host import platform_flags, process, profiling, signals, storage
+from tiedjax.host.storage import sole_writer, write_atomically
+from tiedjax.host.watchdog import Watchdog
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
-from tiedjax.run import CHANGED, change_of
-from tiedjax.saves import Saves, Sizes
+from tiedjax.run import CHANGED, OWED, change_of, owed
+from tiedjax.saves import Kept, Saves, Sizes
+from tiedjax.saving import refuse_what_cannot_fit, save, settle
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
-    *("train.stop_at", "train.log_every", "train.eval_every", "train.eval_batches"),
-    *("train.checkpoint_every", "train.keep_checkpoints", "tying.untie_at", "tying.tie_at"),
+    *("train.stop_at", "train.log_every", "train.sinks", "train.eval_every", "train.eval_batches"),
+    *(
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.stall_seconds",
+        "train.checkpoint_minutes",
+        "train.keep_every",
+        "tying.untie_at",
+        "tying.tie_at",
+    ),
     *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
 }
 
 
 SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
-_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps that this process has called
+_compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps of which it was said that they are compiled
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,14 @@ def train(
 
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
     into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
-    UserError for what the caller can mend, TrainingError if the loss stops being finite.
+    UserError for what the caller can mend, NotFiniteError if the loss stops being finite.
     """
-    stop = process.StopRequest(until)
+    minutes = cfg.train.checkpoint_minutes
+    stop = process.Requests(until, None if minutes is None else 60 * minutes)
     with ExitStack() as held:
         step = _train(cfg, out, label or out.name, profile, stop, held)
-    return Outcome(step, step >= cfg.train.steps, stop.signal, stop.time_is_up)
+    finished = step >= cfg.train.steps and process.main_says(owed(out) is None)
+    return Outcome(step, finished, stop.signal, stop.time_is_up)
 
 
 def _train(
@@ -93,7 +105,7 @@ def _train(
     out: Path,
     label: str,
     profile: profiling.StepRange | None,
-    stop: process.StopRequest,
+    stop: process.Requests,
     held: ExitStack,
 ) -> int:
     """The steps that are done; what `held` closes afterwards saves them, and may wait until `stop`."""
@@ -111,11 +123,14 @@ def _train(
     mesh = sharding.make_mesh(cfg.mesh)
     cfg = decided(_as_begun(cfg, out), mesh)
     make_steps(cfg, mesh)
-    if not any(out.glob("checkpoints/[0-9]*")):
+    if not storage.saved_steps(out / "checkpoints"):
         refuse_another_model(cfg, mesh)
         refuse_another_anchor(cfg)
+    may_write: Callable[[], None] = lambda: None
     if process.is_main():
-        held.enter_context(sole_writer(out))
+        may_write = held.enter_context(sole_writer(out)).check
+        for name in ("checkpoints", "snapshots"):
+            storage.clear_unfinished(out / name)
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
     changed = _change_of(cfg, out)
@@ -131,9 +146,9 @@ def _train(
     # ---- State: new or restored ----
     held.enter_context(stop)  # left after the last save is complete
     counting = held.enter_context(Counting(cfg, out, label, prepared, stop))
-    held.enter_context(failed_saves(process.end_cluster_soon_if_any))
-    keep = cfg.train.keep_checkpoints
-    checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=keep)))
+    held.enter_context(failed_saves(partial(_save_failed, stop)))
+    kept = Kept(cfg.train.keep_checkpoints, cfg.train.keep_every)
+    checkpoints = held.enter_context(process.closing(Checkpoints(out / "checkpoints", keep=kept)))
     snapshots = held.enter_context(process.closing(Checkpoints(out / "snapshots")))
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
     state, body_update, start = begin(cfg, mesh, checkpoints, about, counts_2V, changed)
@@ -143,25 +158,33 @@ def _train(
         _record_state(out, start)  # the process may have been killed between the state's commit and its record
     elif (out / "config.yaml").exists():
         process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
-    if start >= last:
+    if changed is not None and cfg.tying.untie_when is not None and start < changed:
+        changed = None  # found after this state: the steps that come find it again, or do not
+        _forget_change(out)
+    owes = start > 0 and process.main_says(owed(out) == start)
+    if not owes and process.is_main():
+        storage.remove(out / OWED)  # after a step whose state was not saved, or is damaged
+    if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
             counting.begin()  # the process was ended while it waited for them
             counting.needed = True
             stop.listen()
         return start
+    later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
+    saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
+    refuse_what_cannot_fit(out, saves, start, last)
+    logged_every = _logged_every(cfg, out)
     if process.is_main():
         _describe(cfg, out, prepared, counts_2V if at_once else None)
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
-    saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
         process.say(f"{label}: {saves}")
-        snapshots.save(0, _snapshot(state), about)
+        save(snapshots, 0, _snapshot(state), about)
 
     # ---- Steps ----
     begins = changed if changed is not None and start > changed else 0
@@ -178,17 +201,21 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start)
+    recorder = Recorder(cfg, out, label, start, logged_every, may_write)
     held.callback(recorder.close)
+    watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
     stop.listen()
+    if owes and not _evaluated_late(partial(evaluation, state, stop, watchdog), recorder, out, start):
+        return start
     place = lambda tokens_BS: sharding.global_batch(tokens_BS, mesh, cfg.data.batch_size)
     on_devices = _one_ahead(map(place, batches.iterate(start)))
-    observed = saves.snapshots if tying.anatomy_wanted(cfg) else {}
+    observed, step = saves.snapshots if tying.anatomy_wanted(cfg) else {}, start
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
         if changed is not None and step == changed + 1:
             steps, stage = make_steps(cfg, mesh, changed), tying.stage(cfg, changed=True)
-            state = _changed(cfg, mesh, changed, state, tokens_BS, label)
+            with signals.brief():
+                state = _changed(cfg, mesh, changed, state, tokens_BS, label)
             role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
             role_scale = everywhere(role_scales(step))
             evaluation = Evaluation(cfg, mesh, steps, prepared, second)
@@ -197,40 +224,66 @@ def _train(
         if stage.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
-        with trace.step(step, state), jax.transfer_guard("disallow"):
-            state, metrics = steps.train(state, tokens_BS, role_scale, deciles, *gates)
+        with process.first_call(steps.train) as train_step, trace.step(step, state), jax.transfer_guard("disallow"):
+            state, metrics = train_step(state, tokens_BS, role_scale, deciles, *gates)
         if before is not None:
             body_update = _difference(state.params["body"], before)
         counting.check()
         if changed is None and tying.unties_now(cfg, step, partial(_number, metrics, "untie_watched")):
             changed = step
             _record_change(out, step)
-        ends = stop.requested_at(step) or step == last
+        ends = stop.stops() or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
-        checks = ends or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
+        checks = ends or stop.save or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
         recorder.record(step, metrics | about_step, deciles=snaps)
+        watchdog.alive(step=True)  # the step before this one, whose metrics were read
         if evaluates or checks or snaps:
-            recorder.flush(partial(evaluation, state) if evaluates else None)
+            evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
+            ends, checks = ends or not evaluated, checks or not evaluated
         if (checks or snaps) and not _all_finite(state):
-            raise TrainingError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+            raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
+        if checks or snaps:
+            may_write()
+            recorder.sync()  # a state without the metrics of its steps would leave a hole in them
+            if not evaluated:
+                _record_owed(out, step)
         if snaps:
             if saves.snapshots[step]:
                 tables = _rounded(state.params["tables"])
-                snapshots.save(step, _snapshot(state) | {"tables": tables}, {**about, ROUNDED_TO: "bfloat16"})
+                rounded = {**about, ROUNDED_TO: "bfloat16"}
+                save(snapshots, step, _snapshot(state) | {"tables": tables}, rounded, wait=ends)
             else:
-                snapshots.save(step, _snapshot(state), about)
+                save(snapshots, step, _snapshot(state), about, wait=ends)
         if checks:
-            snapshots.wait()  # or a crash could leave a checkpoint from which an older snapshot is never made again
-            checkpoints.save(step, state._asdict() | ({BODY_UPDATE: body_update} if body_update else {}), about)
-            if not recorded:
-                checkpoints.wait()  # for the first one only: what is recorded must be there
+            settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
+            whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+            save(checkpoints, step, whole, about, wait=ends or not recorded)
+            stop.saved()
+            if not recorded:  # the first one, which was waited for: what is recorded must be there
                 _record_state(out, step)
                 recorded = True
         if ends:
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _save_failed(stop: process.Requests, error: BaseException) -> None:
+    """Alone, the state in memory is saved after the step in progress; a cluster, whose processes wait, ends."""
+    stop.save = True
+    process.end_cluster_soon_if_any(error)
+
+
+def _evaluated_late(evaluate: Callable[[], dict[str, float] | None], recorder: Recorder, out: Path, step: int) -> bool:
+    """Whether what a signal kept from being evaluated after this step now is."""
+    losses = evaluate()
+    if losses is None:
+        return False
+    recorder.complete(step, losses)
+    if recorder.sync() and process.is_main():
+        storage.remove(out / OWED)
+    return True
 
 
 def _second(cfg: RunConfig, prepared: Prepared) -> Prepared | None:
@@ -290,7 +343,8 @@ def _observed(steps: Steps, state: TrainState, tokens_BS: jax.Array, body_update
     """What is measured of a step before it is taken; the first has no update behind it."""
     if body_update is None:
         body_update = _difference(state.params["body"], _copied(state.params["body"]))
-    metrics = steps.observe(state.params, tokens_BS, body_update)
+    with process.first_call(steps.observe) as observe:
+        metrics = observe(state.params, tokens_BS, body_update)
     return {name: value for name, value in metrics.items() if step > 1 or name != "body_loss_change"}
 
 
@@ -330,9 +384,15 @@ def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
 
 
+def _logged_every(cfg: RunConfig, out: Path) -> int:
+    """`train.log_every` of the command before; what metrics.jsonl should hold goes by it."""
+    path = out / "config.yaml"
+    return (load_run_config(path) if path.exists() else cfg).train.log_every
+
+
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.exists() or not any(out.glob("snapshots/[0-9]*")):  # a run that saved nothing has nothing to lose
+    if not path.exists() or not storage.saved_steps(out / "snapshots"):  # a run that saved nothing has nothing to lose
         return
     begun = load_run_config(path)
     _refuse_passed_changes(begun, cfg, out)
@@ -346,7 +406,7 @@ def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
 
 def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
     """A change of scheme may be put off, or decided on, while it lies ahead of the newest state."""
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     was, now = tying.changes_after(begun), tying.changes_after(cfg)
     if was == now:
         return
@@ -364,8 +424,8 @@ def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
 def _refuse_lost_states(out: Path) -> None:
     """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
     record = out / SAVED_STATE
-    if record.exists() and not any(path.name.isdigit() for path in out.glob("checkpoints/*")):
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
+    if record.exists() and not storage.saved_steps(out / "checkpoints"):
+        step = storage.read_step(record)
         raise UserError(
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
             "--out to begin anew"
@@ -375,17 +435,26 @@ def _refuse_lost_states(out: Path) -> None:
 def _change_of(cfg: RunConfig, out: Path) -> int | None:
     """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
     changed = change_of(out, cfg)
-    done = max((int(path.name) for path in out.glob("checkpoints/*") if path.name.isdigit()), default=0)
+    done = max(storage.saved_steps(out / "checkpoints"), default=0)
     if cfg.tying.untie_when is None or changed is None or changed <= done:
         return changed
-    if process.is_main():  # found, but lost with the states since: the steps that come find it again, or do not
-        (out / CHANGED).unlink(missing_ok=True)
+    _forget_change(out)  # found, but lost with the states since
     return None
+
+
+def _forget_change(out: Path) -> None:
+    if process.is_main():
+        storage.remove(out / CHANGED)
 
 
 def _record_change(out: Path, step: int) -> None:
     if process.is_main():  # before the state of this step is saved
         write_atomically(out / CHANGED, json.dumps({"step": step}) + "\n")
+
+
+def _record_owed(out: Path, step: int) -> None:
+    if process.is_main():  # before the state of this step is saved
+        write_atomically(out / OWED, json.dumps({"step": step}) + "\n")
 
 
 def _record_state(out: Path, step: int) -> None:
@@ -395,7 +464,7 @@ def _record_state(out: Path, step: int) -> None:
 
 def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray | None) -> None:
     if counts_2V is None:
-        (out / TOKEN_COUNTS).unlink(missing_ok=True)  # until these are counted
+        storage.remove(out / TOKEN_COUNTS)  # until these are counted
     else:
         save_array(out / TOKEN_COUNTS, counts_2V)
     if prepared.tokenizer_path:

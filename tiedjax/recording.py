@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiedjax.config import RunConfig
-from tiedjax.errors import TrainingError
+from tiedjax.errors import NotFiniteError
 from tiedjax.host import process
 from tiedjax.metrics import MetricsLog, Progress
 
@@ -44,39 +45,66 @@ class _Pending:
 
 
 class Recorder:
-    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait."""
+    """Reads a step's metrics once the next step is under way, so that reading never makes the devices wait.
 
-    def __init__(self, cfg: RunConfig, out: Path, label: str, start: int):
-        self._cfg, self._log = cfg, MetricsLog(out, start) if process.is_main() else None
+    `logged_every` is `train.log_every` of the command that this one continues; `may_write` raises where this process
+    may not write any more.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        out: Path,
+        label: str,
+        start: int,
+        logged_every: int | None = None,
+        may_write: Callable[[], None] = lambda: None,
+    ):
+        self._cfg = cfg
+        self._log: MetricsLog | None = None
+        if process.is_main():
+            self._log = MetricsLog(
+                out,
+                start,
+                logged_every=logged_every,
+                trackers=cfg.train.trackers,
+                label=label,
+                config=dataclasses.asdict(cfg),
+                may_write=may_write,
+            )
         self._progress = Progress(label, cfg.train.steps) if process.is_main() else None
         self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
 
     def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
         """Takes the metrics of a step that was dispatched, and reads those of the step before."""
-        self.flush(None)
+        self.flush()
         shapes = {name: value.shape for name, value in metrics.items()}
         numbers = packed(list(metrics.values()))
         numbers.copy_to_host_async()
         self._pending = _Pending(step, shapes, numbers, deciles)
 
-    def flush(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
-        """Reads what is pending, evaluates if asked; raises TrainingError if the loss is not finite."""
+    def flush(self, evaluate: Callable[[], dict[str, float] | None] | None = None) -> bool:
+        """Reads what is pending, evaluates if asked; NotFiniteError if the loss is not finite.
+
+        False if the evaluation was given up; the step's line is written without it, until `complete` adds it.
+        """
         if self._pending is None:
-            return
+            return True
         pending, self._pending = self._pending, None
         step, deciles, values = pending.step, pending.deciles, pending.values()
         (before, then), now = self._read, time.monotonic()
         if not math.isfinite(values["loss"]):
-            raise TrainingError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
+            raise NotFiniteError(f"step {step}: the loss is {values['loss']}; try a lower optimizer.learning_rate")
         per_step = self._cfg.data.batch_size * self._cfg.model.seq_len
         row: dict[str, Any] = {"step": step, "loss": values.pop("loss"), "tokens": step * per_step, **values}
         if not deciles:
             row = {name: value for name, value in row.items() if not name.endswith("_deciles")}
         row["tokens_per_second"] = (step - before) * per_step / (now - then)
         shown = f"loss {row['loss']:.3f}  output share {row['output_grad_share']:.2f}"
-        if evaluate:
-            row |= evaluate()
+        losses = evaluate() if evaluate else {}
+        if losses:
+            row |= losses
             shown += f"  held-out {row['eval_loss']:.3f}"
         if self._log and self._progress:
             self._progress.update(step, shown)
@@ -84,6 +112,16 @@ class Recorder:
             self._read = (step, time.monotonic() if evaluate else now)
             if self._log:
                 self._log.write(row)
+        return losses is not None
+
+    def complete(self, step: int, losses: dict[str, float]) -> None:
+        """Adds what an earlier call had not evaluated to the line of this step, its last."""
+        if self._log:
+            self._log.complete(step, losses)
+
+    def sync(self) -> bool:
+        """Returns when what was read so far lies where the run does, and whether it does."""
+        return self._log is None or self._log.sync()
 
     def close(self) -> None:
         """Closes the log; what is pending was flushed by the checkpoint that ends every call."""

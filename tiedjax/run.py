@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,14 @@ from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import parse_json
+from tiedjax.host import storage
 from tiedjax.lm import abstract_params
 from tiedjax.model import Transformer
+from tiedjax.npy import read_npy
 
 CHANGED = "untied.json"  # of a run that unties when it is time: after which step it did
+OWED = "evaluation_owed.json"  # of a run that a signal stopped while it evaluated: after which step
 
 
 class RunTables(NamedTuple):
@@ -58,10 +60,10 @@ class Run:
     """
 
     def __init__(self, path: str | Path):
-        self.path = local_path(path, "run")
-        self.name = self.path.absolute().name
+        self.path = storage.place(path, "run")
+        self.name = storage.absolute(self.path).name
         self._started: np.ndarray | None = None  # the rows that an account follows, before the first update
-        if not (self.path / "config.yaml").is_file():
+        if not storage.exists(self.path / "config.yaml"):
             raise UserError(f"{self.path}: is no run directory: it holds no config.yaml")
 
     def __repr__(self) -> str:
@@ -89,7 +91,10 @@ class Run:
             values = [row.get(name) for row in rows]
             width = max((len(v) for v in values if isinstance(v, list)), default=0)
             blank = [None] * width if width else None
-            column = np.array([blank if v is None else v for v in values], dtype=np.float64)
+            try:
+                column = np.array([blank if v is None else v for v in values], dtype=np.float64)
+            except (ValueError, TypeError, OverflowError):
+                raise UserError(f"{self.path / 'metrics.jsonl'}: {name!r} is not a number in every line") from None
             columns[name] = column.astype(np.int64) if name == "step" else column
         return columns
 
@@ -108,16 +113,21 @@ class Run:
         """int64 [2, V]: how often each token is an input and a target in one pass over the training windows."""
         path = self.path / "token_counts.npy"
         try:
-            counts: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; the command that trained the run writes it") from None
+            counts = read_npy(storage.cached(path))
+        except UserError as error:
+            raise UserError(f"{error}; the command that trained the run writes it") from None
+        if counts.dtype.kind not in "iu" or counts.ndim != 2 or len(counts) != 2 or (counts.size and counts.min() < 0):
+            raise UserError(
+                f"{path}: is damaged: it holds no counts [2, V]; "
+                "remove it, and the command that trained the run writes it again"
+            )
         return counts
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path | None:
-        """The run's tokenizer.json; None if it was trained on ready token ids."""
+        """The run's tokenizer.json, or a copy on this machine's disk; None if it was trained on ready token ids."""
         path = self.path / "tokenizer.json"
-        return path if path.is_file() else None
+        return storage.cached(path) if storage.exists(path) else None
 
     def tables(self, step: int | None = None) -> RunTables:
         """The tables after `step` updates, float32 however they were saved; by default the last snapshot."""
@@ -161,7 +171,7 @@ class Run:
             return tying.opened(tables, names, form, rows, cfg.regularisers.weights)
 
         abstract = jax.eval_shape(opened, abstract_params(cfg)["tables"], sample)
-        arrays, beside = self._restored(step, account=_without_sharding(abstract))
+        arrays, beside = self._restored(step, account=without_sharding(abstract))
         saved: tying.Account = beside["account"]
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(cfg.model.table_rows) if saved.rows.sample is None else saved.rows.sample
@@ -181,7 +191,7 @@ class Run:
         With model.output_bias also "output_bias", float32 [V], which is added to the logits and was never trained.
         """
         step, checkpoints = self._choose(step, self._checkpoints, "checkpoint")
-        abstract = {"params": _without_sharding(abstract_params(self.config_at(step)))}
+        abstract = {"params": without_sharding(abstract_params(self.config_at(step)))}
         return dict(checkpoints.restore(step, abstract)["params"])
 
     def model(self) -> Transformer:
@@ -197,7 +207,7 @@ class Run:
 
     @cached_property
     def _snapshots(self) -> Checkpoints | None:
-        return _existing(self.path / "snapshots")
+        return _existing(self.path / "snapshots", copies=True)
 
     @cached_property
     def _checkpoints(self) -> Checkpoints | None:
@@ -208,7 +218,7 @@ class Run:
         step, snapshots = self._choose(step, self._snapshots, "snapshot")
         dtype = jnp.dtype(snapshots.about(step).get(ROUNDED_TO, "float32"))
         arrays = abstract_params(self.config_at(step))["tables"]
-        abstract = {"tables": _without_sharding(arrays, dtype), **beside}
+        abstract = {"tables": without_sharding(arrays, dtype), **beside}
         saved = snapshots.restore(step, abstract)
         return jax.tree.map(_wide, saved.pop("tables")), saved
 
@@ -224,13 +234,13 @@ class Run:
 def change_of(path: Path, cfg: RunConfig) -> int | None:
     """After how many updates the scheme of the run in this folder changes; None if that is not known, or never."""
     record = path / CHANGED
-    if cfg.tying.untie_when is None or not record.exists():
+    if cfg.tying.untie_when is None or not storage.exists(record):
         return tying.changes_after(cfg)
     try:
-        step = json.loads(record.read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        step = None
-    if type(step) is not int or not 0 < step <= cfg.train.steps:  # True is an int too
+        step = storage.read_step(record)
+    except UserError:
+        step = 0
+    if not 0 < step <= cfg.train.steps:
         raise UserError(f'{record}: must hold {{"step": N}}, the update after which the run untied')
     return step
 
@@ -240,31 +250,29 @@ def load_run(path: str | Path) -> Run:
     return Run(path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, named: Path | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out.
 
-    Raises UserError for a file that is missing or damaged elsewhere.
+    Raises UserError for a file that is missing or damaged elsewhere, which is called `named` where it is a copy.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    where = str(named or path)
+    lines = storage.read_text(path).splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             break
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        row = parse_json(line, where, before=number - 1)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: line {number} must hold an object, got {type(row).__name__}")
+        rows.append(row)
     return rows
 
 
-def _existing(directory: Path) -> Checkpoints | None:
-    return Checkpoints(directory, create=False) if directory.is_dir() else None
+def _existing(directory: Path, copies: bool = False) -> Checkpoints | None:
+    return Checkpoints(directory, create=False, copies=copies) if storage.exists(directory) else None
 
 
-def _without_sharding(tree: Any, dtype: Any = None) -> Any:
+def without_sharding(tree: Any, dtype: Any = None) -> Any:
     """The same shapes, to be restored as NumPy; numbers with the leaves' dtypes or all with `dtype`."""
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -278,3 +286,9 @@ def _wide(leaf: Any) -> np.ndarray:
     """Numbers as float32, integers as they are."""
     array = np.asarray(leaf)
     return array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def owed(path: Path) -> int | None:
+    """After which step the run here still has to evaluate, if a signal has kept it from that."""
+    record = path / OWED
+    return storage.read_step(record) if storage.exists(record) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,19 +28,30 @@ class Sizes(NamedTuple):
     state: int
 
 
+class Kept(NamedTuple):
+    """Which saves stay when others are made: the `newest`, multiples of `every`, and those with a file STEP.pinned."""
+
+    newest: int
+    every: int | None = None
+
+    def of(self, steps: Sequence[int]) -> set[int]:
+        """Those of these steps, ascending, that stay; of the pinned ones it knows nothing."""
+        return {*steps[-self.newest :], *(step for step in steps if self.every and step % self.every == 0)}
+
+
 @dataclass(frozen=True)
 class Saves:
     """The snapshots of a run, by step (True: rounded to bfloat16), and its states.
 
-    A state is saved every `state_every` steps and after the last of `steps`, and the newest `most_kept` are kept. What
-    is saved has the sizes `first`, and after the step `changed`, where its scheme changes, `later`. str() is what is
-    said before step 1.
+    A state is saved every `state_every` steps and after the last of `steps`; `kept` says which stay. What is saved has
+    the sizes `first`, and after the step `changed`, where its scheme changes, `later`. str() is what is said before
+    step 1.
     """
 
     snapshots: dict[int, bool]
     steps: int
     state_every: int
-    most_kept: int
+    kept: Kept
     first: Sizes
     changed: int
     later: Sizes
@@ -59,7 +71,7 @@ class Saves:
         for times in range(min(fewest, most), most + 1):
             early = snapshot_steps(times * train.snapshot_every, train.steps)
             snapshots = {step: early[step] and train.early_snapshots_dtype == "bfloat16" for step in early}
-            every, kept = train.checkpoint_every or train.steps, train.keep_checkpoints
+            every, kept = train.checkpoint_every or train.steps, Kept(train.keep_checkpoints, train.keep_every)
             planned = cls(snapshots, train.steps, every, kept, first, changed or train.steps, later)
             if limit is None or planned.snapshot_bytes(0, train.steps) <= limit:
                 return planned
@@ -82,21 +94,22 @@ class Saves:
     def _sizes(self, step: int) -> Sizes:
         return self.first if step <= self.changed else self.later
 
-    def _states(self, done: int, last: int) -> int:
-        """How many are saved after more than `done` and at most `last` updates, the last of which saves one too."""
-        return -(-last // self.state_every) - done // self.state_every
+    def most_bytes(self, done: int, last: int) -> int:
+        """All that lies on the disk at once while those updates are made: a state is whole before an older one goes."""
+        return self.bytes(done, last) + max(self.first.state, self.later.state)
+
+    def _states(self, done: int, last: int) -> list[int]:
+        """The steps after which states are saved, of those after `done`; the last of them saves one too."""
+        first = done // self.state_every + 1
+        return [*range(first * self.state_every, last, self.state_every), last] if last > done else []
 
     def _kept_bytes(self, done: int, last: int) -> int:
-        """Of the states that are left of those: that of the last update, and those before it."""
-        kept = min(self.most_kept, self._states(done, last))
-        before = -(-last // self.state_every) - 1  # how many have been saved before the last
-        steps = [last, *((before - i) * self.state_every for i in range(kept - 1))]
-        return sum(self._sizes(step).state for step in steps[:kept])
+        """Of the states that are left of those."""
+        return sum(self._sizes(step).state for step in self.kept.of(self._states(done, last)))
 
     def __str__(self) -> str:
         states = self._states(0, self.steps)
-        kept = min(self.most_kept, states)
         return (
             f"will write {len(self.snapshots)} snapshots ({binary(self.snapshot_bytes(0, self.steps))}) and keep "
-            f"{kept} of {states} states ({binary(self._kept_bytes(0, self.steps))})"
+            f"{len(self.kept.of(states))} of {len(states)} states ({binary(self._kept_bytes(0, self.steps))})"
         )

@@ -24,8 +24,8 @@ from tiedjax.config import RunConfig
 from tiedjax.config_files import to_tree, to_yaml
 from tiedjax.data.prepare import prepare
 from tiedjax.estimate import Progress, foreseen
-from tiedjax.files import sole_writer, write_atomically
 from tiedjax.host import platform_flags, process
+from tiedjax.host.storage import sole_writer, write_atomically
 from tiedjax.host.workers import Crew, Task, call
 from tiedjax.loop import Outcome
 from tiedjax.plan import Plan

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.files import write_atomically
+from tiedjax.host.storage import exists, read_text, write_atomically
 from tiedjax.plan import Plan, Point
 
 LOSS = "eval_loss_even"  # of metrics.jsonl, by which a point is chosen
@@ -75,15 +75,15 @@ def plain(choices: Mapping[str, Choice]) -> dict[str, Any]:
 def read(plan: Plan, out: Path) -> dict[str, Choice]:
     """The choices recorded in a study's folder; UserError unless they are those of this plan."""
     path = out / RECORD
+    if not exists(path):
+        raise UserError(f"{path}: no such file; train the sweep first, without --analyse-only")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
         choices = {
             arm: Choice([Tried(**point) for point in choice["tried"]], choice["best"], choice["at_edge"])
             for arm, choice in record.items()
         }
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; train the sweep first, without --analyse-only") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: does not hold the choices of a sweep; `tiedjax study` writes it anew") from None
     swept = {arm: [dict(point) for point in each.points] for arm, each in plan.arms.items() if each.points}
     if {arm: [point.values for point in choice.tried] for arm, choice in choices.items()} != swept:

@@ -12,12 +12,11 @@ from typing import Any
 from tiedjax import sweep, tying
 from tiedjax.config import RunConfig
 from tiedjax.config_files import structure, to_tree
-from tiedjax.errors import TrainingError, UserError
-from tiedjax.files import write_atomically
-from tiedjax.host import process
-from tiedjax.host.workers import ProcessEnded, Task
+from tiedjax.errors import NotFiniteError, UserError
+from tiedjax.host import process, storage
+from tiedjax.host.workers import Task
 from tiedjax.loop import Outcome, train
-from tiedjax.run import load_run
+from tiedjax.run import load_run, owed
 
 DIVERGED = "diverged.json"  # in the folder of a sweep's run: its loss or its update was not finite
 
@@ -31,7 +30,7 @@ def task(function: str, folder: Path, cfg: RunConfig, until: float | None) -> Ta
 
 def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`loop.train` of a resolved config, as a task: the outcome's fields."""
-    cfg, folder = structure(RunConfig, config, out), Path(out)
+    cfg, folder = structure(RunConfig, config, out), storage.place(out, "--out")
     too_late = until is not None and time.monotonic() >= until and not is_trained(folder, cfg)
     if until is not None and process.main_says(too_late):
         return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
@@ -41,19 +40,18 @@ def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[
 def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
     out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
-    if process.main_says(diverged(Path(out), config)):
+    if process.main_says(diverged(storage.place(out, "--out"), config)):
         return out_of_it
     try:
         outcome = train_run(config, out, until)
-    except ProcessEnded:
-        raise
-    except TrainingError as error:
-        process.say(f"{Path(out).name}: {error}; this point is out")
+    except NotFiniteError as error:
+        folder = storage.place(out, "--out")
+        process.say(f"{folder.name}: {error}; this point is out")
         if process.is_main():
             record = {"error": str(error), "config": _to_its_end(config)}
-            write_atomically(Path(out) / DIVERGED, json.dumps(record) + "\n")
+            storage.write_atomically(folder / DIVERGED, json.dumps(record) + "\n")
         return out_of_it
-    losses = load_run(Path(out)).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
+    losses = load_run(out).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
     if losses is None:
         raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
     return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
@@ -62,7 +60,12 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
 def diverged(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether a run of this config is on record here as one that diverged."""
     record = folder / DIVERGED
-    return record.exists() and json.loads(record.read_text(encoding="utf-8"))["config"] == _to_its_end(config)
+    if not storage.exists(record):
+        return False
+    found = storage.read_json(record, "remove it, and the run is tried again")
+    if not isinstance(found, dict) or "config" not in found:
+        raise UserError(f"{record}: holds no config; remove it, and the run is tried again")
+    return bool(found["config"] == _to_its_end(config))
 
 
 def _to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,13 +74,12 @@ def _to_its_end(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_trained(folder: Path, cfg: RunConfig) -> bool:
-    """Whether a run's folder holds the state after its last step."""
-    return (folder / "checkpoints" / str(cfg.train.steps)).is_dir()
+    """Whether a run's folder holds the state after its last step, and all that was to be evaluated."""
+    return cfg.train.steps in storage.saved_steps(folder / "checkpoints") and owed(folder) is None
 
 
 def steps_left(folder: Path, cfg: RunConfig) -> int:
     """How many steps a call still trains in a run's folder: none of one that diverged."""
     if diverged(folder, to_tree(cfg)):
         return 0
-    states = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
-    return max(0, cfg.train.last - max(states, default=0))
+    return max(0, cfg.train.last - max(storage.saved_steps(folder / "checkpoints"), default=0))

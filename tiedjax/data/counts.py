@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from tiedjax.data.folders import locked
 from tiedjax.data.prepared import Prepared, load_prepared, save_array
+from tiedjax.host import storage
 
 COUNTED_AT_ONCE = 2**26  # training tokens: a third of a second
 _SAMPLE = 2**24  # tokens
@@ -62,4 +62,4 @@ def count_beside_training(directory: str, seq_len: int, vocab_rows: int, path: s
     writable = os.access(directory, os.W_OK)
     with locked(prepared.counts_path(seq_len), waits) if writable else contextlib.nullcontext():
         counts_2V = prepared.token_counts(seq_len, vocab_rows)
-    save_array(Path(path), counts_2V)
+    save_array(storage.place(path, "path"), counts_2V)

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_folder
 
 
 def cache_folder(configured: str | None) -> Path:
     """The folder of prepared data: the configured one, else $TIEDJAX_CACHE, else ~/.cache/tiedjax."""
     if configured:
-        return local_path(configured, "data.cache").expanduser().resolve()
-    return local_path(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax", "TIEDJAX_CACHE").expanduser().resolve()
+        return local_folder(configured, "data.cache")
+    return local_folder(os.environ.get("TIEDJAX_CACHE") or "~/.cache/tiedjax", "TIEDJAX_CACHE")
 
 
 @contextlib.contextmanager

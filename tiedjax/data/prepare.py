@@ -30,7 +30,7 @@ from tiedjax.data.shards import ShardWriter
 from tiedjax.data.sources import Source, file_identity, open_source
 from tiedjax.data.text_files import matching_files
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_folder
 
 Report = Callable[[str], None]
 
@@ -49,13 +49,14 @@ def prepare(data: DataConfig, vocab_size: int, *, report: Report, out: str | Pat
         prepared = load_prepared(name)
         _check_same_tokenizer(data, prepared)
         prepared.check_vocabulary(vocab_size)
+        prepared.verify()
         return prepared
     cache = cache_folder(data.cache)
     given = None if data.tokenizer == "bpe" else tokenizers.read_tokenizer_json(data.tokenizer)
     write, identity = _recipe(data, vocab_size, given, cache, report)
     recipe = given and tokenizers.tokenizer_hash(given)
     key = sha256_of({"format": FORMAT, "source": identity, "tokenizer": recipe, "holdout": data.holdout})
-    folder = local_path(out, "--out").expanduser().resolve() if out else cache / "prepared" / key[:20]
+    folder = local_folder(out, "--out") if out else cache / "prepared" / key[:20]
     if not _is_there(folder, key):
         with locked(folder, report):
             if not _is_there(folder, key):  # another process may have made it while this one waited
@@ -65,6 +66,7 @@ def prepare(data: DataConfig, vocab_size: int, *, report: Report, out: str | Pat
                 report(_summary(load_prepared(folder)))
     prepared = load_prepared(folder)
     prepared.check_vocabulary(vocab_size)
+    prepared.verify()
     return prepared
 
 

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,16 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, write_atomically
+from tiedjax.files import local_folder, parse_json, read_text
+from tiedjax.host import storage
+from tiedjax.host.storage import write_atomically
+from tiedjax.npy import read_npy
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 META = "meta.json"
 FORMAT = 1
 _KEYS = ("source", "key", "fingerprint", "vocab_size", "end_id", "tokenizer_hash", "documents", "segments")
+_TYPES: dict[str, tuple[type, ...]] = {"source": (str,), "key": (str,), "fingerprint": (str,), "vocab_size": (int,)}
+_TYPES |= {"end_id": (int, type(None)), "tokenizer_hash": (str, type(None))}
 _AGAIN = "remove the folder and prepare the data again"
 SAMPLED = "samples:"  # begins a hash that is not of all tokens, and so the fingerprint of what holds such files
 _CHUNK = 2**22  # tokens counted at a time
+VERIFIED_WHOLE = 2**26  # tokens of all files together that are hashed at every start: a third of a second
+_BLOCKS, _BLOCK = 64, 2**12  # of each file otherwise: how many are looked at, of how many tokens
 
 
 @dataclass(frozen=True)
@@ -163,12 +170,32 @@ class Prepared:
         return windows
 
     def _all_windows(self, split: Split, seq_len: int) -> Windows:
-        """The windows of a split, maybe none; what preparation has not checked of its files is when it is read."""
-        if not self.fingerprint.startswith(SAMPLED):
-            return Windows(self.arrays(split), seq_len)
-        segments = self.segments[split]
+        """The windows of a split, maybe none; ids are checked whenever they are read: files change and disks fail."""
+        segments = [self._placed(segment) for segment in self.segments[split]]
         check = lambda number, tokens: segments[number].check(tokens, self.vocab_size)
         return Windows(self.arrays(split), seq_len, check)
+
+    def _placed(self, segment: Segment) -> Segment:
+        """The segment with the whole path of its file, as an error is to name it."""
+        return dataclasses.replace(segment, file=str(self.directory / segment.file))
+
+    def verify(self) -> None:
+        """UserError naming the first file whose tokens are not those that were prepared.
+
+        Up to `VERIFIED_WHOLE` tokens all are hashed. Of more, evenly spaced blocks of each file must be ids below
+        `vocab_size`, and every other one must be when it is read. Nothing is written.
+        """
+        segments = [self._placed(segment) for split in SPLITS for segment in self.segments[split]]
+        total = sum(segment.stop - segment.start for segment in segments)
+        whole = total <= VERIFIED_WHOLE
+        for segment in segments:
+            tokens = segment.tokens(self.directory)
+            for start in range(0, len(tokens), _CHUNK) if whole else _spread(len(tokens)):
+                segment.check(tokens[start : start + (_CHUNK if whole else _BLOCK)], self.vocab_size)
+        if whole:
+            for segment in {segment.file: segment for segment in segments}.values():
+                if not segment.sha256.startswith(SAMPLED) and _hash_of(segment) != segment.sha256:
+                    raise UserError(f"{segment.file}: its tokens are not those that were prepared; prepare them again")
 
     def token_counts(self, seq_len: int, vocab_rows: int) -> npt.NDArray[np.int64]:
         """How often each id is an input (row 0) and a target (row 1) over all training windows: int64 [2, vocab_rows].
@@ -206,6 +233,19 @@ class Prepared:
             )
 
 
+def _spread(tokens: int) -> list[int]:
+    """Where the blocks of a large file start that are looked at."""
+    return [max(tokens - _BLOCK, 0) * number // (_BLOCKS - 1) for number in range(_BLOCKS)]
+
+
+def _hash_of(segment: Segment) -> str:
+    """sha256 of a file's tokens up to the end of its last segment, which this is."""
+    digest, tokens = hashlib.sha256(), dataclasses.replace(segment, start=0).tokens(Path())
+    for start in range(0, len(tokens), _CHUNK):
+        digest.update(tokens[start : start + _CHUNK].data)
+    return digest.hexdigest()
+
+
 def _record_documents(directory: Path, documents: dict[Split, int]) -> None:
     """Writes into meta.json how many documents there are, once every token was read."""
     meta = json.loads((directory / META).read_text(encoding="utf-8"))
@@ -234,13 +274,11 @@ def save_meta(
     tokenizer_hash = None if tokenizer is None else hashlib.sha256(tokenizer.encode()).hexdigest()
     if tokenizer is not None:
         (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-    sampled = any(s.sha256.startswith(SAMPLED) for split in SPLITS for s in segments[split])
-    runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
     meta = {
         "format": FORMAT,
         "source": source,
         "key": key,
-        "fingerprint": (SAMPLED if sampled else "") + sha256_of([FORMAT, runs, end_id, tokenizer_hash]),
+        "fingerprint": fingerprint_of(segments, end_id, tokenizer_hash),
         "vocab_size": vocab_size,
         "end_id": end_id,
         "tokenizer_hash": tokenizer_hash,
@@ -250,34 +288,22 @@ def save_meta(
     (directory / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
+def fingerprint_of(segments: Mapping[Split, Sequence[Segment]], end_id: int | None, tokenizer_hash: str | None) -> str:
+    """The sha256 of a preparation's tokens, their split and their tokenizer."""
+    sampled = any(s.sha256.startswith(SAMPLED) for split in SPLITS for s in segments[split])
+    runs = {split: [[s.sha256, s.dtype, s.start, s.stop] for s in segments[split]] for split in SPLITS}
+    return (SAMPLED if sampled else "") + sha256_of([FORMAT, runs, end_id, tokenizer_hash])
+
+
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
-    directory = local_path(directory, "data.source").expanduser().resolve()
-    path = directory / META
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{directory}: holds no prepared data; make some with: tiedjax data prepare") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path}: is not JSON; {_AGAIN}") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{directory}: was prepared by another version of tiedjax; prepare it again")
-    if missing := [key for key in _KEYS if key not in meta]:
-        raise UserError(f"{path}: lacks {', '.join(missing)}; {_AGAIN}")
-    try:
-        documents = {split: meta["documents"][split] for split in SPLITS}
-        segments = {split: tuple(map(_segment, meta["segments"][split])) for split in SPLITS}
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: does not say which tokens belong to which split; {_AGAIN}") from None
+    if storage.is_remote(directory):
+        directory = _fetched(storage.place(directory, "data.source"))
+    directory = local_folder(directory, "data.source")
+    meta, documents, segments = read_meta(directory)
     for segment in (*segments["train"], *segments["eval"]):
-        _check_size(directory / segment.file, segment.file_bytes)
-    tokenizer = directory / "tokenizer.json" if meta["tokenizer_hash"] else None
-    if tokenizer:
-        text = tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else ""
-        if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_hash"]:
-            raise UserError(f"{tokenizer}: is not the tokenizer that the tokens beside it were made with")
+        check_size(directory / segment.file, segment.file_bytes)
+    tokenizer = check_tokenizer(directory, meta)
     return Prepared(
         directory=directory,
         tokenizer_path=tokenizer,
@@ -287,21 +313,86 @@ def load_prepared(directory: str | Path) -> Prepared:
     )
 
 
+def read_meta(
+    directory: Path,
+) -> tuple[dict[str, Any], dict[Split, int | None], dict[Split, tuple[Segment, ...]]]:
+    """meta.json, and of it the documents and the segments of each split; UserError where it cannot be used."""
+    path = directory / META
+    if not os.path.exists(path):
+        raise UserError(f"{directory}: holds no prepared data; make some with: tiedjax data prepare")
+    text = read_text(path, _AGAIN)
+    try:
+        meta = parse_json(text, str(path))
+    except UserError:
+        raise UserError(f"{path}: is not JSON; {_AGAIN}") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{directory}: was prepared by another version of tiedjax; prepare it again")
+    if missing := [key for key in _KEYS if key not in meta]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {_AGAIN}")
+    try:
+        documents = {split: meta["documents"][split] for split in SPLITS}
+        segments = {split: tuple(map(_segment, meta["segments"][split])) for split in SPLITS}
+    except (KeyError, TypeError, ValueError, SyntaxError):  # the last two of a dtype that is none
+        raise UserError(f"{path}: does not say which tokens belong to which split; {_AGAIN}") from None
+    if wrong := [name for name, kinds in _TYPES.items() if type(meta[name]) not in kinds]:
+        raise UserError(f"{path}: {wrong[0]} is {meta[wrong[0]]!r}; {_AGAIN}")
+    return meta, documents, segments
+
+
+def check_tokenizer(directory: Path, meta: dict[str, Any]) -> Path | None:
+    """Where the tokenizer is that meta.json speaks of, None if there is none; UserError where it is another."""
+    tokenizer = directory / "tokenizer.json" if meta["tokenizer_hash"] else None
+    if tokenizer:
+        text = read_text(tokenizer) if tokenizer.exists() else ""
+        if hashlib.sha256(text.encode()).hexdigest() != meta["tokenizer_hash"]:
+            raise UserError(f"{tokenizer}: is not the tokenizer that the tokens beside it were made with")
+    return tokenizer
+
+
+def _fetched(place: Path) -> Path:
+    """A local copy of a prepared folder in a store, made the first time."""
+    if not storage.exists(place / META):
+        raise UserError(f"{place}: holds no prepared data; make some with: tiedjax data prepare")
+
+    def listed(content: bytes) -> dict[str, int]:
+        try:
+            meta = parse_json(content.decode(), f"{place}/{META}")
+            shards = {str(s["file"]): int(s["file_bytes"]) for split in SPLITS for s in meta["segments"][split]}
+            hashed = meta.get("tokenizer_hash")
+            elsewhere = next((name for name in shards if os.path.isabs(name) or ".." in name), None)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{place}/{META}: does not say which tokens belong to which split; {_AGAIN}") from None
+        if elsewhere:
+            raise UserError(f"{place}: its tokens were not copied: {elsewhere}; put that file into a store and name it")
+        if hashed:
+            shards["tokenizer.json"] = len(storage.read_bytes(place / "tokenizer.json"))
+        return shards
+
+    return storage.cached_folder(place, META, listed)
+
+
 def _segment(tree: dict[str, Any]) -> Segment:
     """A segment of meta.json; TypeError where a field is missing or of another type."""
     segment = Segment(**tree)
     for field in dataclasses.fields(Segment):
         if type(getattr(segment, field.name)).__name__ != field.type:
             raise TypeError(field.name)
+    dtype = np.dtype(segment.dtype)  # TypeError for what is none
+    end = segment.offset + segment.stop * dtype.itemsize
+    if (
+        dtype.kind not in "iu"
+        or segment.offset < 0
+        or not 0 <= segment.start < segment.stop
+        or end > segment.file_bytes
+    ):
+        raise TypeError("tokens")
     return segment
 
 
 def _read_counts(path: Path, vocab_size: int) -> npt.NDArray[np.int64]:
     try:
-        counts: np.ndarray = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, EOFError):
+        counts = read_npy(path)
+    except UserError:
         counts = np.empty(0)
     if counts.dtype != np.int64 or counts.shape != (2, vocab_size):
         raise UserError(f"{path}: is damaged: it holds no int64 [2, {vocab_size}]; remove it and it is made again")
@@ -313,7 +404,8 @@ def sha256_of(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _check_size(path: Path, expected: int) -> None:
+def check_size(path: Path, expected: int) -> None:
+    """UserError where a file has not the bytes that it had when it was prepared."""
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -54,6 +54,9 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {number}: not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
+            reason = str(error).partition(";")[0].partition(" while")[0]
+            raise UserError(f"{path}: line {number}: not JSON that can be read: {reason}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
             has = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
             raise UserError(f"{path}: line {number}: no text in field {text_field!r}; {has} (see data.text_field)")

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from tiedjax.data.prepared import SAMPLED, Segment, Split
 from tiedjax.data.progress import Progress
 from tiedjax.errors import UserError
+from tiedjax.npy import read_npy
 
 _ENDINGS = {".u16": "<u2", ".uint16": "<u2", ".u32": "<u4", ".uint32": "<u4"}
 _MAGIC = b"\x93NUMPY"
@@ -82,7 +83,7 @@ def _describe(path: Path, vocab_size: int) -> Segment:
             has_header = file.read(len(_MAGIC)) == _MAGIC
         size = path.stat().st_size
         if has_header:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: Any = read_npy(path, mmap=True)  # a memmap, which has an offset
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}; tokens are one row of integers")
             dtype, offset, count = array.dtype, array.offset, len(array)
@@ -102,6 +103,11 @@ def _describe(path: Path, vocab_size: int) -> Segment:
     if not has_header and dtype.itemsize == 2 and count >= 16 and not start[1::2].any():
         raise UserError(f"{path}: every second uint16 is 0, so these are uint32 tokens; name the file .u32 or .uint32")
     return whole
+
+
+def hash_now(whole: Segment, vocab_size: int) -> str:
+    """The sha256 of a whole file, of the kind that `whole` has, as its tokens are now; UserError for an id above."""
+    return (_sampled if whole.sha256.startswith(SAMPLED) else _checked)(whole, vocab_size).sha256
 
 
 def _checked(whole: Segment, vocab_size: int) -> Segment:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tiedjax.data.pieces import pieces
 from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.files import local_path, parse_json, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 END_MARKER = "<|endoftext|>"
 _END_MARKERS = (END_MARKER, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 _SMALLEST = 257  # 256 bytes and the end marker
+_MOST_IDS = 2**24
 _CHUNK_CHARACTERS = 2**18  # text that a worker tokenizes at a time
 _REMEMBERED_CHARACTERS = 2**21  # of distinct pieces of text; bounds memory
 
@@ -57,15 +58,19 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not a tokenizer.json: {error}") from None
+        tree = parse_json(text, where)
+    except UserError as error:
+        raise UserError(f"{where}: not a tokenizer.json: {str(error).removeprefix(f'{where}: ')}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer.json: it has no 'model' (save it with tokenizers or transformers)")
     try:
         tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{where}: not a tokenizer.json: {' '.join(str(error).split())}") from None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary or max(vocabulary.values()) >= _MOST_IDS:
+        has = f"an id of {max(vocabulary.values()):,}" if vocabulary else "no tokens"
+        raise UserError(f"{where}: not a tokenizer.json that can be used: it has {has}; ids are 0 .. {_MOST_IDS - 1:,}")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # text that spells the end marker must not end its document
@@ -74,13 +79,11 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
 
 def read_tokenizer_json(path: str | Path) -> str:
     """The text of a tokenizer.json; UserError where there is none."""
+    place = Path(os.path.expanduser(local_path(path, "data.tokenizer")))
     try:
-        return local_path(path, "data.tokenizer").expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"data.tokenizer: {path}: cannot be read: {reason}; give 'bpe' or the path of a tokenizer.json"
-        ) from None
+        return read_text(place, "give 'bpe' or the path of a tokenizer.json")
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

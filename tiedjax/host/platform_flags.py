@@ -94,6 +94,11 @@ def apply_for_absent(environment: MutableMapping[str, str] = os.environ) -> None
     environment["JAX_PLATFORMS"] = "cpu"
 
 
+def use_cpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Before JAX is imported: it leaves every other device of this machine alone."""
+    environment["JAX_PLATFORMS"] = "cpu"
+
+
 def use_threads(count: int, environment: MutableMapping[str, str] = os.environ) -> None:
     """Lets XLA compute with this many threads where the CPU is what computes; before JAX starts a backend."""
     if not has_accelerator(environment):

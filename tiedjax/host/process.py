@@ -14,20 +14,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import platform_flags
-from tiedjax.host.watch import Hub, Spoke, Watch, end
+from tiedjax.host import platform_flags, signals, storage
+from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
+_called: WeakSet[Any] = WeakSet()  # functions that have compiled
+_TIME, _SAVE = "the time", "a save"  # what is asked of a run where it is no signal
 
 
 class _Closeable(Protocol):
@@ -35,14 +37,21 @@ class _Closeable(Protocol):
 
 
 _Saves = TypeVar("_Saves", bound=_Closeable)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def join_cluster(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+def join_cluster(
+    coordinator: str | None, processes: int | None, process_id: int | None, heartbeat: float | None = None
+) -> None:
     """Joins the other processes of the job, if there are any; must come before JAX is used.
+
+    `heartbeat` is after how many seconds of silence of one of them all end.
 
     Explicit flags win; otherwise an srun of several tasks or a TPU slice is recognised by its environment, a TPU VM
     by its devices, and JAX finds the rest itself. Raises UserError if the flags are incomplete or nobody answers.
     """
+    if heartbeat is not None and not heartbeat >= 1:
+        raise UserError(f"--heartbeat: must be at least 1 second, got {heartbeat:g}")
     flags = (coordinator, processes, process_id)
     if any(flag is not None for flag in flags):
         if coordinator is None or processes is None or process_id is None:
@@ -59,28 +68,30 @@ def join_cluster(coordinator: str | None, processes: int | None, process_id: int
             raise UserError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
     elif not launched_as_one_of_many():
         return
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
     if jax.process_count() > 1:
-        _watch_over_cluster(coordinator)
+        _watch_over_cluster(coordinator, HEARTBEAT if heartbeat is None else heartbeat)
 
 
-def _watch_over_cluster(coordinator: str | None) -> None:
+def _watch_over_cluster(coordinator: str | None, heartbeat: float) -> None:
     """From here on whatever ends one process ends all; says so in one line if process 0 cannot be reached for that."""
     global _watch
     watch: Watch | None = None
     if is_main():
         with contextlib.suppress(OSError):
-            watch = Hub(jax.process_count())
+            watch = Hub(jax.process_count(), heartbeat)
     host = coordinator.rsplit(":", 1)[0].strip("[]") if coordinator else None
     invitation = _from_main(watch.invitation(host) if isinstance(watch, Hub) else {})
     if invitation and not is_main():
         watch = Spoke.reach(jax.process_index(), invitation)
     unreached = [i for i, laid in enumerate(_gathered(watch is not None)) if not laid]
     if watch and not unreached:
-        watch.hear_interrupts()
+        watch.on_asked = _hear
+        signals.pass_on(watch.ask, watch.fail)
         _watch = watch
         return
     if watch:
@@ -88,10 +99,15 @@ def _watch_over_cluster(coordinator: str | None) -> None:
     if is_main():
         print(
             f"tiedjax: process {unreached[0]} cannot reach process 0 beside JAX's own port; "
-            "when a process fails, the others notice only after a minute or two",
+            "when a process fails, the others notice only after a minute or two, and a signal saves nothing",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _hear(request: str) -> None:
+    if request not in (_TIME, _SAVE):
+        signals.heard_elsewhere(request)
 
 
 def _from_main(message: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +154,7 @@ def main_says(answer: bool) -> bool:
 
 def refuse_unshared(folder: Path) -> None:
     """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind."""
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or storage.is_remote(folder):  # a bucket is shared
         return
     missing, message = [path for path in (folder, *folder.parents) if not path.exists()], {}
     if is_main():
@@ -185,13 +201,18 @@ class Cause(NamedTuple):
 def cause(error: BaseException) -> Cause:
     """Why a process ends that raised this."""
     if isinstance(error, KeyboardInterrupt):
-        return Cause("interrupted", 128 + signal.SIGINT, True)
-    if isinstance(error, UserError | TrainingError):
-        return Cause(" ".join(str(error).split()), 2 if isinstance(error, UserError) else 1, True)
+        return Cause("interrupted", signals.INTERRUPTED, True)
+    if isinstance(error, UserError | TrainingError | signals.Stopped):
+        return Cause(" ".join(str(error).split()), error.status, True)
     lines = str(error).splitlines()
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)
     return Cause(": ".join([type(error).__name__, *lines[:1]]), 1, False)
+
+
+def end_all(line: str, status: int) -> None:
+    """Ends this process at once, and in a cluster all others, each with this line as its last one."""
+    (_watch.fail if _watch else end)(line, status)
 
 
 def end_cluster_if_any(why: Cause) -> None:
@@ -275,61 +296,71 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop after the step in progress; a second one kills the process.
+@contextlib.contextmanager
+def first_call(function: _Function) -> Iterator[_Function]:
+    """The function, whose first call in this process compiles: no signal waits for the end of that."""
+    with contextlib.nullcontext() if function in _called else signals.brief():
+        yield function
+    _called.add(function)
 
-    From `listen` until it is left: entered before what must be closed in peace, it lets a save in progress be finished.
-    In a cluster, where all processes must stop after the same step, the request is JAX's preemption notice (SIGTERM to
-    any of them); there SIGINT is a KeyboardInterrupt after the step in progress, or after the last save.
 
-    When `time.monotonic()` has passed `until` (in a cluster that of process 0), that is a request too: `time_is_up`.
+class Requests:
+    """What is asked of a run between its steps: to stop, by a signal or as the time is up, or to `save`.
+
+    From `listen` until it is left signals are held: entered before what must be closed in peace, it lets a save in
+    progress be finished. In a cluster a signal to any process stops all of them after one step. The time is up when the
+    clock has passed `until`; a save is due `save_every` seconds after the last: in a cluster process 0 says so.
     """
 
-    def __init__(self, until: float | None = None) -> None:
+    def __init__(
+        self,
+        until: float | None = None,
+        save_every: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.signal: signal.Signals | None = None
-        self.time_is_up = False
-        self._until = until
-        self._notified = False  # JAX in a cluster, of the time
-        self._previous: dict[int, Any] = {}
+        self.time_is_up = self.save = False
+        self._until, self._save_every, self._clock = until, save_every, clock
+        self._saved_at = clock()
+        self._held = contextlib.ExitStack()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Requests:
         return self
 
     def listen(self) -> None:
-        """From here on a signal is a request; until here it does what it always did."""
+        """From here on a signal is a request; until here it ends what this process does."""
+        self._held.enter_context(signals.held())
+
+    def __exit__(self, *_: object) -> None:
+        self.signal = self.signal or signals.heard()  # while the last save was closed
+        self._held.close()
+
+    def saved(self) -> None:
+        """A save was begun just now."""
+        self.save, self._saved_at = False, self._clock()
+
+    def stops(self) -> bool:
+        """Whether to stop here. All processes of a cluster ask at the same moments."""
+        now = self._clock()
+        due = [
+            *([_TIME] if self._until is not None and now >= self._until else []),
+            *([_SAVE] if self._save_every is not None and now >= self._saved_at + self._save_every else []),
+        ]
         if jax.process_count() == 1:
-            numbers = [signal.SIGINT, signal.SIGTERM]
-        else:  # a launcher that has its processes ignore Ctrl-C sends them SIGTERM instead
-            numbers = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
-        for number in numbers:
-            self._previous[number] = signal.signal(number, self._receive)
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if kind is None:
-            self._interrupt_cluster()
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        for handled in self._previous:
-            signal.signal(handled, signal.SIG_DFL)  # which ends a process even while it waits in a library
-
-    def requested_at(self, step: int) -> bool:
-        """Whether to stop after this step, or what stands for one while nothing is trained. All ask at each."""
-        self._interrupt_cluster()
-        passed = self._until is not None and time.monotonic() >= self._until
-        if jax.process_count() == 1:
-            self.time_is_up = self.time_is_up or passed
-        else:
-            if passed and is_main() and not self._notified:
-                self._notified = True
-                os.kill(os.getpid(), signal.SIGTERM)
-            if multihost_utils.reached_preemption_sync_point(step):
-                self.time_is_up = self._until is not None and main_says(self._notified)
-                self.signal = None if self.time_is_up else signal.SIGTERM
+            self._take([*due, *([number.name] if (number := signals.heard()) else [])])
+        elif _watch:
+            for request in due if is_main() else []:
+                _watch.ask(request)
+            self._take(_watch.reached())
+        elif number := signals.heard():
+            raise signals.Stopped(number)
         return self.signal is not None or self.time_is_up
 
-    def _interrupt_cluster(self) -> None:
-        if self.signal == signal.SIGINT and jax.process_count() > 1:
-            raise KeyboardInterrupt
+    def _take(self, requests: list[str]) -> None:
+        for request in requests:
+            if request == _SAVE:
+                self.save = True
+            elif request == _TIME:
+                self.time_is_up = True
+            else:
+                self.signal = self.signal or signal.Signals[request]

@@ -13,6 +13,7 @@ import jax
 
 from tiedjax.errors import UserError
 from tiedjax.host import process
+from tiedjax.host.storage import Growing
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Trace:
         """Around the dispatch of step `number`; `before` is what the step before it returned."""
         if self._wanted and number == self._wanted.first and process.is_main():
             jax.block_until_ready(before)
-            jax.profiler.start_trace(self._folder)
+            self._growing = Growing(self._folder)  # the profiler writes to a disk
+            jax.profiler.start_trace(self._growing.folder)
             self._running = True
         elif self._wanted and number > self._wanted.last and self._running:
             jax.block_until_ready(before)
@@ -66,8 +68,10 @@ class Trace:
     def _stop(self) -> None:
         self._running = False
         jax.profiler.stop_trace()
-        newest = max(self._folder.glob("plugins/profile/*"))  # named by time
-        self._say(f"trace: {newest}")
+        local = self._growing.folder
+        newest = max(local.glob("plugins/profile/*"))  # named by time
+        self._say(f"trace: {self._folder / newest.relative_to(local)}")
+        self._growing.close()
 
     def __enter__(self) -> Trace:
         return self

@@ -20,13 +20,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import platform_flags
+from tiedjax.errors import LockedError, NoCheckpointError, NotFiniteError, Status, TrainingError, UserError
+from tiedjax.host import platform_flags, signals
 
-FAILURES: dict[str, type[Exception]] = {"UserError": UserError, "TrainingError": TrainingError}
+FAILURES: dict[str, type[Exception]] = {
+    error.__name__: error for error in (UserError, LockedError, NoCheckpointError, TrainingError, NotFiniteError)
+}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 
@@ -116,21 +117,18 @@ class _Worker:
 class Crew:
     """`workers` processes with `threads` threads each; `say` takes the lines that their calls print.
 
-    While it is entered SIGINT and SIGTERM ask every worker that has a task to stop, and are remembered as `signal`; a
-    second one ends the workers at once.
+    While it runs tasks a signal asks every worker that has one to stop, and is remembered as `signal`; a second Ctrl-C
+    ends the workers at once, and this process.
     """
 
     def __init__(self, workers: int, threads: int, say: Callable[[str], None]):
         self.size, self._threads, self._say = workers, threads, say
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
-        self._previous: dict[int, Any] = {}
         self._failure: Exception | None = None
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> Crew:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
         shares = _shares(self.size, self._threads)
         for place in range(self.size):
             worker = _Worker(self._threads, shares[place] if shares else None)
@@ -142,8 +140,6 @@ class Crew:
         for worker in self._workers:
             worker.dismiss()
         self._selector.close()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def run(
         self,
@@ -160,11 +156,12 @@ class Crew:
         self._waiting = dict(enumerate(tasks))
         self._begins, self._enough = begins, enough
         results: dict[int, Any] = {}
-        self._share_out(results)
-        while any(worker.task for worker in self._workers):
-            for key, _ in self._selector.select():
-                for message in key.data.messages():
-                    self._take(key.data, message, results)
+        with signals.held(self._receive):
+            self._share_out(results)
+            while any(worker.task for worker in self._workers):
+                for key, _ in self._selector.select():
+                    for message in key.data.messages():
+                        self._take(key.data, message, results)
         if self._failure:
             raise self._failure
         return results
@@ -189,6 +186,8 @@ class Crew:
                 self._fail(ProcessEnded(task.name, worker.process.wait()))
         elif "say" in message:
             self._say(message["say"])
+        elif "stopped" in message:
+            worker.task = None
         elif "failed" in message:
             worker.task = None
             self._fail(FAILURES[message["failed"]](message["message"]))
@@ -203,9 +202,10 @@ class Crew:
         self._failure = self._failure or error
         self._ask_all(signal.SIGTERM)
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self._ask_all(signal.SIGKILL if self.signal else signal.SIGTERM)
-        self.signal = signal.Signals(number)
+    def _receive(self, number: int) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            self._ask_all(signal.SIGTERM)
 
     def _ask_all(self, number: signal.Signals) -> None:
         for worker in self._workers:
@@ -297,6 +297,8 @@ def serve() -> None:
             result = _call(request["function"], request["arguments"])
         except (UserError, TrainingError) as error:
             send({"failed": type(error).__name__, "message": str(error)})
+        except signals.Stopped:
+            send({"stopped": request["function"]})
         else:
             send({"result": result})
 
@@ -310,4 +312,8 @@ def _receive_calls(calls: queue.SimpleQueue[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
-    serve()
+    with signals.hearing():
+        try:
+            serve()
+        except signals.Stopped:  # between two calls
+            sys.exit(Status.AGAIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import zipfile
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,9 @@ import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
 from tiedjax.errors import UserError
-from tiedjax.files import local_path, place_and_step
+from tiedjax.files import place_and_step
+from tiedjax.host import storage
+from tiedjax.npy import one_line, read_npy, read_npz
 
 ROLES = ("input", "output")
 _RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
@@ -79,11 +81,13 @@ def seen_rows(counts: np.ndarray) -> np.ndarray:
 def read_table(text: str) -> Table:
     """The table that `text` names. UserError when there is none, more than one, or not a table of finite numbers."""
     place, pick = _split(text)
-    path = local_path(place, "table")
+    path = storage.place(place, "table")
+    if path.suffix in (".npy", ".npz", ".safetensors"):
+        path = storage.cached(path)
     if path.suffix == ".npy":
         arrays = _Arrays.of({"": _read_npy(path)})
     elif path.suffix == ".npz":
-        arrays = _Arrays.of(_read_npz(path))
+        arrays = _Arrays.of(read_npz(path))
     elif path.suffix == ".safetensors":
         arrays = _read_safetensors(path)
     else:
@@ -106,10 +110,10 @@ class _Arrays:
 
 def open_run(place: str) -> Any:
     """The run in a directory. UserError when it is not one."""
-    path = local_path(place, "run")
-    if not path.exists():
+    path = storage.place(place, "run")
+    if not storage.exists(path):
         raise UserError(f"{place}: no such file or directory; tables are named by {_FORMS}")
-    if not (path / "config.yaml").is_file():
+    if not storage.exists(path / "config.yaml"):
         raise UserError(f"{place}: not a run (it holds no config.yaml); tables are named by {_FORMS}")
     from tiedjax.run import load_run  # here: it brings JAX and Orbax
 
@@ -118,7 +122,7 @@ def open_run(place: str) -> Any:
 
 def read_counts(place: str) -> np.ndarray:
     """Token counts from a .npy file, [V] or [2, V]. UserError for anything else."""
-    counts = _read_npy(local_path(place, "--counts"))
+    counts = _read_npy(storage.cached(storage.place(place, "--counts")))
     if counts.dtype.kind not in "iu" or counts.ndim not in (1, 2) or (counts.ndim == 2 and len(counts) != 2):
         raise UserError(
             f"{place}: counts must be integers of shape [V] or [2, V], got {counts.dtype} {list(counts.shape)}"
@@ -148,7 +152,7 @@ def checked(values: np.ndarray, where: str) -> np.ndarray:
 
 def _split(text: str) -> tuple[str, str | None]:
     """The place and what follows the last '#'; a path that exists as it stands is not cut."""
-    if Path(text).exists() or "#" not in text:
+    if os.path.exists(text) or "#" not in text:
         return text, None
     place, _, pick = text.rpartition("#")
     return place, pick
@@ -174,7 +178,7 @@ def _read_run(text: str, place: str, pick: str | None) -> Table:
         role,
         np.asarray(run.token_counts),
         run.tokenizer_path,
-        run_path=Path(place).resolve(),
+        run_path=storage.resolved(storage.place(place, "run")),
         initial=(lambda: as_roles(run.tables(0), [role]).get(role)) if 0 in run.snapshot_steps else None,
     )
 
@@ -199,26 +203,7 @@ def _pick(text: str, dimensions: Mapping[str, int], pick: str | None) -> str:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        return table
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy file: {_one_line(error)}") from None
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise ValueError("it holds one bare array; name it .npy")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable .npz file: {_one_line(error)}") from None
+    return read_npy(path, mmap=True).view(np.ndarray)
 
 
 def _read_safetensors(path: Path) -> _Arrays:
@@ -230,12 +215,16 @@ def _read_safetensors(path: Path) -> _Arrays:
     try:
         file = safe_open(path, framework="numpy")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file: {_one_line(error)}") from None
-    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor)  # noqa: SIM118
+        raise UserError(f"{path}: not a readable .safetensors file: {one_line(error)}") from None
 
+    def load(name: str) -> np.ndarray:
+        try:
+            values: np.ndarray = file.get_tensor(name)
+        except Exception as error:  # for a dtype that NumPy does not know, such as some of 8 bits: of several kinds
+            raise UserError(f"{path}: {name!r} cannot be read: {one_line(error)}") from None
+        return values
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, load)  # noqa: SIM118
 
 
 def check(table_VD: np.ndarray, where: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.errors import UserError
+from tiedjax.files import read_text
 
 
 def most_frequent(counts: np.ndarray, k: int) -> list[int]:
@@ -24,10 +25,17 @@ def token_texts(tokenizer_path: Path | None, ids: list[int]) -> list[str]:
     """What each token stands for; its id in brackets where there is no tokenizer."""
     if tokenizer_path is None:
         return [f"[{i}]" for i in ids]
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = _tokenizer(tokenizer_path)
     return [tokenizer.decode([i], skip_special_tokens=False) or tokenizer.id_to_token(i) or f"[{i}]" for i in ids]
+
+
+def _tokenizer(path: Path) -> Any:
+    """The tokenizer in a tokenizer.json, which takes the spelling of a special token for it. UserError otherwise."""
+    from tiedjax.data.tokenizer import parse_tokenizer
+
+    tokenizer = parse_tokenizer(read_text(path), str(path))
+    tokenizer.encode_special_tokens = False
+    return tokenizer
 
 
 def token_strings(tokenizer_path: Path) -> list[str | None]:
@@ -39,11 +47,7 @@ def token_strings(tokenizer_path: Path) -> list[str | None]:
     """
     from tiedjax.data.tokenizer import id_bound, parse_tokenizer
 
-    try:
-        text = tokenizer_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{tokenizer_path}: cannot be read: {reason}") from None
+    text = read_text(tokenizer_path)
     tokenizer, tree = parse_tokenizer(text, str(tokenizer_path)), json.loads(text)
     added_tokens = {token["content"] for token in tree.get("added_tokens") or []}
     to_text = _byte_level_text if _is_byte_level(tree) else lambda spelling: spelling.replace(_SPACE, " ")
@@ -111,9 +115,7 @@ def token_ids(tokenizer_path: Path | None, texts: list[str]) -> list[int]:
 
 
 def _token_id(tokenizer_path: Path, text: str) -> int:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = _tokenizer(tokenizer_path)
     encodings = [tokenizer.encode(form, add_special_tokens=False) for form in (text, f" {text}")]
     for encoding in encodings:
         if len(encoding.ids) == 1:

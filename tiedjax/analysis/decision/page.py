@@ -11,7 +11,7 @@ from tiedjax.analysis.study.page import refuse_other_results
 from tiedjax.analysis.study.sections import sections_of
 from tiedjax.analysis.study.tasks import read_object, read_results
 from tiedjax.errors import UserError
-from tiedjax.files import write_atomically
+from tiedjax.host.storage import write_atomically
 
 RECORD, PAGE = "decision.json", "decision.html"
 SCHEMA = 1
@@ -22,13 +22,13 @@ def read(out: Path) -> dict[str, Any]:
 
     UserError where it holds no decision, and where the own width is not trained yet.
     """
-    path = Path(out) / RECORD
+    path = out / RECORD
     decision = read_object(path, "decide")
     if decision.get("kind") != "decision" or decision.get("schema") != SCHEMA:
         raise UserError(f"{path}: holds no decision as this version writes it; `tiedjax decide` writes it")
     if decision["own"] not in decision["rungs"]:
         raise UserError(f"{out}: width {decision['own']} is not trained yet; `tiedjax decide` continues it")
-    results = {str(width): read_results(Path(out) / f"width-{width}") for width in decision["rungs"]}
+    results = {str(width): read_results(out / f"width-{width}") for width in decision["rungs"]}
     for each in results.values():
         refuse_other_results(each)
     return decision | {"results": results}
@@ -53,4 +53,4 @@ def write(decision: verdicts.Decision, out: Path) -> None:
         sections=sections_of(own),
         headings=html.headings,
     )
-    write_atomically(Path(out) / PAGE, page)
+    write_atomically(out / PAGE, page)

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tiedjax.analysis.basis import drawing
 from tiedjax.errors import UserError
-from tiedjax.files import write_atomically
+from tiedjax.host.storage import made, write_atomically
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -50,11 +50,10 @@ def draw(plots: Iterable[drawing.Plot], results: drawing.Results, out: Path) -> 
 
     UserError when the folder cannot be written.
     """
-    folder = Path(out) / "figures"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made(out / "figures")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{out / 'figures'}: cannot be written: {error.strerror}") from None
     drawings = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever style the caller draws in, the report looks the same

@@ -9,7 +9,7 @@ from tiedjax.analysis.basis import drawing, published
 from tiedjax.analysis.study import beside_paper, figures, html, losses, sentences
 from tiedjax.analysis.study.sections import AGAIN, SCHEMA, SECTIONS, left_out, sections_of, without_others
 from tiedjax.errors import UserError
-from tiedjax.files import write_atomically
+from tiedjax.host.storage import write_atomically
 
 # What every results.json holds; all else belongs to a section, which is left out where it is missing.
 CORE = (
@@ -38,7 +38,7 @@ def write_report(results: drawing.Results, out: Path, drawings: html.Drawings | 
     refuse_other_results(results)
     if drawings is None:
         drawings = {name: panels for section in SECTIONS for name, panels in draw(results, section, out).items()}
-    write_atomically(Path(out) / "report.html", page_of(results, drawings))
+    write_atomically(out / "report.html", page_of(results, drawings))
 
 
 def refuse_other_results(results: drawing.Results) -> None:

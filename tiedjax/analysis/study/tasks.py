@@ -14,6 +14,8 @@ from tiedjax.analysis.study.results import collect
 from tiedjax.config import StudyConfig
 from tiedjax.config_files import structure
 from tiedjax.errors import UserError
+from tiedjax.files import parse_json
+from tiedjax.host import storage
 from tiedjax.run import Run, load_run
 
 
@@ -28,7 +30,7 @@ def analyse_part(study: Mapping[str, Any], folder: str, name: str, runs: Sequenc
 @functools.lru_cache(maxsize=2)  # of all runs, and of one seed's
 def _held(study: str, folder: str, runs: tuple[tuple[str, int], ...]) -> StudyRuns:
     """Runs of a study, whose tables a process reads once for all its parts."""
-    return StudyRuns(structure(StudyConfig, json.loads(study), folder), loaded(Path(folder), runs))
+    return StudyRuns(structure(StudyConfig, json.loads(study), folder), loaded(storage.place(folder, "DIR"), runs))
 
 
 def loaded(folder: Path, runs: Iterable[tuple[str, int]]) -> dict[tuple[str, int], Run]:
@@ -40,7 +42,8 @@ def draw_section(out: str, name: str) -> dict[str, list[str]]:
     """`page.draw` of one section."""
     from tiedjax.analysis.study.page import draw
 
-    return draw(read_results(Path(out)), name, Path(out))
+    place = storage.place(out, "DIR")
+    return draw(read_results(place), name, place)
 
 
 def read_results(out: Path) -> dict[str, Any]:
@@ -50,12 +53,7 @@ def read_results(out: Path) -> dict[str, Any]:
 
 def read_object(path: Path, command: str) -> dict[str, Any]:
     """The object in a JSON file that a command of tiedjax writes; UserError unless it holds one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; `tiedjax {command}` writes it") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno} is not JSON: {error.msg}") from None
+    found = parse_json(storage.read_text(path, f"`tiedjax {command}` writes it"), str(path))
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold an object, got {type(found).__name__}; `tiedjax {command}` writes it")
     return found
