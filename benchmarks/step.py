@@ -48,6 +48,7 @@ from tiedjax.lm import OUTPUT_BIAS, summed_loss, trained
 from tiedjax.model import compute_dtype
 from tiedjax.optimizer import learning_rate, make_optimizer
 from tiedjax.step import Steps, TrainState, _make_steps, decided, make_steps
+from tiedjax.step_metrics import StepMetrics
 from tiedjax.tying import Tables
 
 HERE = Path(__file__).parent
@@ -134,9 +135,10 @@ def without_update_metrics(cfg: RunConfig, mesh: Mesh) -> bench.Stepper:
     with mock.patch.object(tying, "compromise", return_value={}):
         steps = make_steps(cfg, mesh)
 
-        def train(state: TrainState, *given: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        def train(state: TrainState, *given: Any) -> tuple[TrainState, StepMetrics]:
             state, metrics = steps.train(state, *given)
-            return state, {name: x for name, x in metrics.items() if not any(part in name for part in apart)}
+            kept = {name: x for name, x in metrics.items() if not any(part in name for part in apart)}
+            return state, StepMetrics.of(kept)
 
         placed = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
         train = jax.jit(train, donate_argnums=0, out_shardings=(placed, steps.replicated))
@@ -159,7 +161,7 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
         total, weight = summed(tables, params["body"], tokens_BS, jnp.ones(tokens_BS.shape[0]), None, bias_V)
         return total / weight
 
-    def train(state: TrainState, tokens_BS: jax.Array, *_: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train(state: TrainState, tokens_BS: jax.Array, *_: Any) -> tuple[TrainState, StepMetrics]:
         with jax.default_matmul_precision("highest" if compute_dtype(cfg.model, layout) == jnp.float32 else None):
             parameters = trained(state.params)
             loss, grads = jax.value_and_grad(mean_loss)(parameters, tokens_BS, state.params.get(OUTPUT_BIAS))
@@ -168,7 +170,7 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
         updates, opt_state, _ = optimizer.update(grads, untold, state.opt_state, parameters, grad_norm=grad_norm)
         params = {**state.params, **optax.apply_updates(parameters, updates)}
         metrics = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": grad_norm}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state), StepMetrics.of(metrics)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
     compiled = jax.jit(

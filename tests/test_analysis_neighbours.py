@@ -167,9 +167,9 @@ def test_only_what_changes_the_answer_is_decided_in_float64(monkeypatch):
     for ordered in (True, False):
         exact_rows.clear()
         neighbours(table, 64, ordered=ordered)
-        asked_rows = sum(len(index) for index in exact_rows if not isinstance(index, slice) and index.ndim == 1)
+        asked_rows = sum(len(index) for index in exact_rows if not isinstance(index, slice))
         counts.append(asked_rows - len(table))  # the float32 copy asks for each of them once
-    assert 0 < counts[1] < counts[0] / 5
+    assert 0 < counts[1] < counts[0] / 50
 
 
 def test_progress_is_reported(monkeypatch):

@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"saves"},
     "lm": {"config", "tying", "model", "loss", "lookup", "sharding"},
     "gradients": {"config", "tying", "model", "lookup", "sharding", "lm"},
-    "step": {"config", "tying", "optimizer", "table_rules", "sharding", "lm", "gradients"},
+    "step_metrics": set(),
+    "step": {"config", "tying", "optimizer", "table_rules", "sharding", "lm", "gradients", "step_metrics"},
     "run": {"config", "config_files", "tying", "model", "checkpoint", "lm"},
     "data": {"config", "data"},
     "sample": {"config", "tying", "model", "lookup", "lm", "run", "data"},
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"run", "sinks"},
     "counting": {"config", "data", "host"},
     "evaluation": {"config", "data", "host", "sharding", "step"},
-    "recording": {"config", "host", "metrics"},
+    "recording": {"config", "host", "metrics", "step_metrics"},
     "beginning": {"config", "tying", "checkpoint", "data", "host", "lm", "run", "step"},
     "saving": {"checkpoint", "host", "saves"},
     "loop": {
@@ -76,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "saves",
         "saving",
         "step",
+        "step_metrics",
     },
     "analysis": {
         "config",
@@ -137,6 +139,7 @@ ALLOWED: dict[str, set[str]] = {
         "metrics",
         "flops",
         "step",
+        "step_metrics",
         "cost",
     },
     "cli": {

@@ -188,11 +188,10 @@ def make_stepper(cfg: RunConfig) -> bench.Stepper:
 def test_nothing_waits_for_the_devices_within_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     stepper = make_stepper(small_config())
     events: list[str] = []
-    array = type(jnp.zeros(()))
-    compiled, wait, as_float = stepper.compiled, jax.block_until_ready, array.__float__
+    compiled, wait, read = stepper.compiled, jax.block_until_ready, jax.device_get
     monkeypatch.setattr(stepper, "compiled", lambda *args: (events.append("step"), compiled(*args))[1])
     monkeypatch.setattr(jax, "block_until_ready", lambda x: (events.append("wait"), wait(x))[1])
-    monkeypatch.setattr(array, "__float__", lambda x: (events.append("read"), as_float(x))[1])
+    monkeypatch.setattr(jax, "device_get", lambda x: (events.append("read"), read(x))[1])
     stepper.run(3)
     assert events == ["wait", "step", "step", "step", "wait"]
     assert len(stepper.losses) == 3

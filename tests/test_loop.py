@@ -32,6 +32,7 @@ from tiedjax.data.prepare import prepare
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.sharding import make_mesh
 from tiedjax.step import decided
+from tiedjax.step_metrics import StepMetrics
 
 REQUIRED = {
     *("step", "loss", "tokens", "learning_rate", "grad_norm", "input_grad_norm", "output_grad_norm"),
@@ -432,19 +433,14 @@ def test_a_checkpoint_is_begun_only_when_earlier_snapshots_are_complete(
 
 def test_tokens_per_second_are_those_of_the_clock(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of two steps, a clock that moves 0.5 s at every reading of metrics: 2 * 8 * 16 tokens in 2 * 0.5 s."""
-    clock, read, pack, packed = [100.0], loop.jax.device_get, recording.packed, list[Any]()
+    clock, fetched = [100.0], StepMetrics.fetched
 
-    def packing(arrays: Any) -> Any:
-        packed.append(pack(arrays))
-        return packed[-1]
-
-    def reading(values: Any) -> Any:
-        clock[0] += 0.5 if packed and values is packed[-1] else 0.0
-        return read(values)
+    def reading(metrics: StepMetrics) -> dict[str, Any]:
+        clock[0] += 0.5
+        return fetched(metrics)
 
     monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(loop.jax, "device_get", reading)
-    monkeypatch.setattr(recording, "packed", packing)
+    monkeypatch.setattr(StepMetrics, "fetched", reading)
     changes = {"train.log_every": 2, "train.snapshot_every": 100, "train.stop_at": 7, "train.eval_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, {"train.steps": 100, **changes})) == 0
     speeds = {row["step"]: row["tokens_per_second"] for row in all_columns(tmp_path / "run")}
@@ -460,40 +456,30 @@ def test_the_devices_never_wait_for_the_host(text: Path, tmp_path: Path, monkeyp
     """In order: batch i + 1 is sent, step i is dispatched, and only then is anything read, of step i - 1 at most."""
     events: list[tuple[str, int]] = []
     make_steps, place, read = loop.make_steps, loop.sharding.global_batch, loop.jax.device_get
-    pack = recording.packed
-    numbers = dict[int, int]()  # steps, by the id of their metrics, packed and kept alive in `kept`
     dispatched: list[Any] = []
-    kept: list[Any] = []
 
     def observed_steps(*args: Any) -> Any:
         steps = make_steps(*args)
 
         def train(*args: Any) -> Any:
             state, metrics = steps.train(*args)
-            dispatched.append(list(metrics.values()))
+            dispatched.append(metrics.numbers)
             events.append(("dispatch", len(dispatched)))
             return state, metrics
 
         return dataclasses.replace(steps, train=train)
-
-    def observed_pack(arrays: Any) -> Any:
-        kept.append(pack(arrays))
-        numbers[id(kept[-1])] = next(i for i, known in enumerate(dispatched, 1) if known[0] is arrays[0])
-        return kept[-1]
 
     def observed_place(local: Any, *args: Any) -> Any:
         events.append(("send", sum(kind == "send" for kind, _ in events) + 1))
         return place(local, *args)
 
     def observed_read(tree: Any) -> Any:
-        if id(tree) in numbers:
-            events.append(("read", numbers[id(tree)]))
+        events.extend(("read", step) for step, numbers in enumerate(dispatched, 1) if numbers is tree)
         return read(tree)
 
     monkeypatch.setattr(loop, "make_steps", observed_steps)
     monkeypatch.setattr(loop.sharding, "global_batch", observed_place)
     monkeypatch.setattr(loop.jax, "device_get", observed_read)
-    monkeypatch.setattr(recording, "packed", observed_pack)
     changes = {"train.stop_at": 7, "train.snapshot_every": 1000, "train.checkpoint_every": "null"}
     assert cli.main(arguments(tmp_path / "run", text, changes)) == 0
     expected = [("send", 1)]
@@ -652,7 +638,8 @@ def test_services_may_be_named_when_a_run_is_continued(
 def test_only_the_main_process_of_a_cluster_has_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.process, "is_main", lambda: False)
     recorder = recording.Recorder(RunConfig(train=TrainConfig(sinks="wandb")), tmp_path, "run", 2)
-    recorder.record(3, {"loss": jnp.array(1.0), "output_grad_share": jnp.array(0.5)}, deciles=False)
+    metrics = StepMetrics.of({"loss": jnp.array(1.0), "output_grad_share": jnp.array(0.5)})
+    recorder.record(3, metrics, {}, deciles=False)
     recorder.flush()
     recorder.close()
     assert not list(tmp_path.iterdir())
@@ -768,7 +755,7 @@ def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     recorder = recording.Recorder(RunConfig(), tmp_path, "run", 2)
-    recorder.record(3, {"loss": jnp.array(jnp.nan)}, deciles=False)
+    recorder.record(3, StepMetrics.of({"loss": jnp.array(jnp.nan)}), {}, deciles=False)
     with pytest.raises(TrainingError) as caught:
         recorder.flush(None)
     assert str(caught.value) == "step 3: the loss is nan; try a lower optimizer.learning_rate"

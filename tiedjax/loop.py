@@ -41,6 +41,7 @@ from tiedjax.run import CHANGED, OWED, change_of, owed
 from tiedjax.saves import Kept, Saves, Sizes
 from tiedjax.saving import refuse_what_cannot_fit, save, settle
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
+from tiedjax.step_metrics import StepMetrics
 
 # What may differ between the command that began a run and the one that continues it: none of it changes the training.
 MAY_CHANGE = {
@@ -236,7 +237,7 @@ def _train(
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or stop.save or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
         snaps = step in saves.snapshots
-        recorder.record(step, metrics | about_step, deciles=snaps)
+        recorder.record(step, metrics, about_step, deciles=snaps)
         watchdog.alive(step=True)  # the step before this one, whose metrics were read
         if evaluates or checks or snaps:
             evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
@@ -331,8 +332,9 @@ def _all_finite(state: TrainState) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
-def _number(metrics: dict[str, jax.Array], name: str) -> float:
-    return float(metrics[name])
+def _number(metrics: StepMetrics, name: str) -> float:
+    number: float = metrics.fetched()[name]
+    return number
 
 
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))

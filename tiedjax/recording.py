@@ -11,19 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from tiedjax.config import RunConfig
 from tiedjax.errors import NotFiniteError
 from tiedjax.host import process
 from tiedjax.metrics import MetricsLog, Progress
-
-
-@jax.jit
-def packed(arrays: list[jax.Array]) -> jax.Array:
-    """All their numbers one after the other, to be fetched at once: each array that is fetched costs much the same."""
-    return jnp.concatenate([array.ravel() for array in arrays])
+from tiedjax.step_metrics import StepMetrics
 
 
 @dataclass(frozen=True)
@@ -31,17 +24,14 @@ class _Pending:
     """The metrics of a step that was dispatched."""
 
     step: int
-    shapes: dict[str, tuple[int, ...]]
-    numbers: jax.Array
+    metrics: StepMetrics
+    observed: dict[str, jax.Array]
     deciles: bool
 
     def values(self) -> dict[str, Any]:
         """The metrics by name, scalars and lists; waits for the step."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
-        parts = np.split(jax.device_get(self.numbers), ends[:-1])
-        return {
-            name: part.reshape(shape).tolist() for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        observed = {name: array.tolist() for name, array in jax.device_get(self.observed).items()}
+        return self.metrics.fetched() | observed
 
 
 class Recorder:
@@ -76,13 +66,11 @@ class Recorder:
         self._pending: _Pending | None = None
         self._read = (start, time.monotonic())
 
-    def record(self, step: int, metrics: dict[str, jax.Array], *, deciles: bool) -> None:
-        """Takes the metrics of a step that was dispatched, and reads those of the step before."""
+    def record(self, step: int, metrics: StepMetrics, observed: dict[str, jax.Array], *, deciles: bool) -> None:
+        """Takes the metrics of a step that was dispatched, and what was observed before it; reads the step before."""
         self.flush()
-        shapes = {name: value.shape for name, value in metrics.items()}
-        numbers = packed(list(metrics.values()))
-        numbers.copy_to_host_async()
-        self._pending = _Pending(step, shapes, numbers, deciles)
+        metrics.numbers.copy_to_host_async()
+        self._pending = _Pending(step, metrics, observed, deciles)
 
     def flush(self, evaluate: Callable[[], dict[str, float] | None] | None = None) -> bool:
         """Reads what is pending, evaluates if asked; NotFiniteError if the loss is not finite.

@@ -22,6 +22,7 @@ from tiedjax.gradients import anatomy, loss_and_gradients, precision, role_metri
 from tiedjax.lm import OUTPUT_BIAS, init_params, summed_loss, trained, with_trained
 from tiedjax.optimizer import Optimizer, OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import Layout
+from tiedjax.step_metrics import StepMetrics
 from tiedjax.table_rules import TableState
 from tiedjax.tying import RareGate, Tables
 
@@ -54,8 +55,8 @@ class Steps:
     Attributes:
       init: (key, sample_S, unshared_S) -> TrainState, made in place on the mesh; `sample_S` are the rows of an account
         of a sample of rows, int32 [`sampled`], None for every other; `unshared_S` is that of `init_params`.
-      train: (state, tokens_BS, role_scale, decile_V) -> (state, metrics); donates the state. With `tying.rare_gate` a
-        fifth argument is `tying.RareGate`, None where no token is rare.
+      train: (state, tokens_BS, role_scale, decile_V) -> (state, `StepMetrics`); donates the state. With
+        `tying.rare_gate` a fifth argument is `tying.RareGate`, None where no token is rare.
       evaluate: (params, tokens_BS, weights_B) -> (summed loss, summed weight), without z-loss.
       observe: (params, tokens_BS, body_update) -> metrics, as `anatomy` says.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
@@ -283,7 +284,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         role_scale: Tables,
         decile_V: jax.Array,
         gate: RareGate | None = None,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, StepMetrics]:
         if state.held is not None:
             role_scale = role_scale._replace(input=jnp.exp(state.held) * role_scale.input)
         value, (grads, role_grads, squares, *gated) = gradients(state.params, tokens_BS, role_scale, gate)
@@ -347,7 +348,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             "activation_grad_norm": jnp.sqrt(squares.lookup),
             **about_updates,
         }
-        return new, metrics
+        return new, StepMetrics.of(metrics)
 
     def evaluate(params: Any, tokens_BS: jax.Array, weights_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         with precision(cfg, layout):

@@ -26,6 +26,7 @@ from tiedjax.host import platform_flags, process
 from tiedjax.metrics import frequency_deciles
 from tiedjax.rng import key_for
 from tiedjax.step import Steps, TrainState, decided, make_steps
+from tiedjax.step_metrics import StepMetrics
 
 BATCHES = 4
 WARM_UP = 3
@@ -93,7 +94,7 @@ class Stepper:
         if cfg.tying.rare_gate is not None:
             self._constants.append(everywhere(tying.rare_gate(cfg, zipf_shares(cfg))))
         self._state = start(cfg, steps)
-        self._losses: list[jax.Array] = []
+        self._metrics: list[StepMetrics] = []
         began = time.perf_counter()
         self.compiled = steps.train.lower(self._state, self._batches[0], *self._constants).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -103,16 +104,16 @@ class Stepper:
         jax.block_until_ready(self._state)
         began = time.perf_counter()
         for _ in range(steps):
-            tokens_BS = self._batches[len(self._losses) % BATCHES]
+            tokens_BS = self._batches[len(self._metrics) % BATCHES]
             self._state, metrics = self.compiled(self._state, tokens_BS, *self._constants)
-            self._losses.append(metrics["loss"])
+            self._metrics.append(metrics)
         jax.block_until_ready(self._state)
         return time.perf_counter() - began
 
     @property
     def losses(self) -> list[float]:
         """The loss of every step so far, each before its update, in nats."""
-        return [float(loss) for loss in self._losses]
+        return [metrics.fetched()["loss"] for metrics in self._metrics]
 
     def peak_memory(self) -> tuple[int, str]:
         """Most bytes on one device, and who says so: its allocator or, where it keeps no count, the executable."""

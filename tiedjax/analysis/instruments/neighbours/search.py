@@ -9,7 +9,7 @@ threshold, a rank in a random sample of the columns: a few times as many as are 
 chance explains is done in float64. Threads share the blocks. On another device `jax.lax.top_k` reads each block.
 
 Axes: V rows, D width, R rows of a block, N candidates of a row, C columns of a block or those above a row's threshold,
-U rows of a block whose order is not sure, P a part of them, K nearest, B rows of a block.
+or candidates in doubt, U rows of a block whose order is not sure, P a part of any, K nearest, B rows of a block.
 """
 
 from __future__ import annotations
@@ -257,16 +257,35 @@ class _Search:
         if not self.ordered:
             gap_RK = gap_RK[:, self.k - 1 :]  # between the k and the others, if there are any
         unsure_U = np.flatnonzero((gap_RK < self.unsure).any(axis=1))
-        crowded_rows = []
-        for first, last in _blocks(len(unsure_U), _BYTES // (32 * self.near * self.table.shape[1])):
-            part_P = unsure_U[first:last]
-            exact_PN = np.einsum("rd,rnd->rn", self.unit(row_R[part_P]), self.unit(indices_RN[part_P]))
-            exact_PN, indices_PN = _sorted(exact_PN.round(_DIGITS), indices_RN[part_P])
-            self.indices[row_R[part_P]], self.cosines[row_R[part_P]] = indices_PN[:, : self.k], exact_PN[:, : self.k]
-            if self.near < self.V - 1:  # else there is none that float32 did not find
-                crowded_rows.append(part_P[exact_PN[:, self.k - 1] - cosines_RN[part_P, -1] < self.unsure])
-        if crowded_rows:
-            self._whole_rows(row_R[np.concatenate(crowded_rows)])
+        if not len(unsure_U):
+            return
+        row_U, cosines_UN = row_R[unsure_U], cosines_RN[unsure_U]
+        exact_UN, indices_UN = self._exact_where_doubtful(row_U, cosines_UN, indices_RN[unsure_U])
+        self.indices[row_U], self.cosines[row_U] = indices_UN[:, : self.k], exact_UN[:, : self.k]
+        if self.near < self.V - 1:  # else there is none that float32 did not find
+            self._whole_rows(row_U[exact_UN[:, self.k - 1] - cosines_UN[:, -1] < self.unsure])
+
+    def _exact_where_doubtful(
+        self, row_U: np.ndarray, cosines_UN: np.ndarray, indices_UN: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates of these rows in order again, once float64 has decided where float32 cannot.
+
+        Ordered, all may be in doubt. Else those are that are neither surely above the one after the k nearest nor
+        surely below the last of them.
+        """
+        doubtful_UN = np.ones(cosines_UN.shape, bool)
+        if not self.ordered:
+            last_U1, next_U1 = cosines_UN[:, self.k - 1, None], cosines_UN[:, self.k, None]
+            doubtful_UN = (cosines_UN > last_U1 - self.unsure) & (cosines_UN < next_U1 + self.unsure)
+        exact_UN = cosines_UN.astype(np.float64)
+        which_C, place_C = _where(doubtful_UN)
+        for start, stop in _blocks(len(which_C), _BYTES // (32 * self.table.shape[1])):
+            which_P, place_P = which_C[start:stop], place_C[start:stop]
+            first = which_P[0]
+            row_PD = self.unit(row_U[first : which_P[-1] + 1])[which_P - first]
+            other_PD = self.unit(indices_UN[which_P, place_P])
+            exact_UN[which_P, place_P] = np.einsum("pd,pd->p", row_PD, other_PD).round(_DIGITS)
+        return _sorted(exact_UN, indices_UN)
 
     def _whole_rows(self, row_U: np.ndarray) -> None:
         """Writes the answer for rows with more near equals than float32 found: every cosine in float64."""
