@@ -48,6 +48,20 @@ def test_two_processes_are_the_run_of_one(finished: Path, text: Path, tmp_path: 
     np.testing.assert_array_equal(two.token_counts, one.token_counts)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes(finished: Path, text: Path, tmp_path: Path) -> None:
+    """1, 2, 4 and again 1, over which parameters are cut: the run of one process up to rounding, no line twice."""
+    out = tmp_path / "run"
+    for processes, step in ((1, 2), (2, 4), (4, 6), (1, STEPS)):
+        changes = {"mesh.fsdp": processes, "train.stop_at": step}
+        finish(launch("local.sh", processes, *arguments(out, text, changes)[1:]))
+    assert [row["step"] for row in rows(out)] == list(range(1, STEPS + 1))
+    many, one = tiedjax.load_run(out), tiedjax.load_run(finished)
+    assert many.snapshot_steps == one.snapshot_steps
+    np.testing.assert_allclose(many.metrics["loss"], one.metrics["loss"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), many.params(), one.params())
+
+
 def test_sigterm_stops_both_processes_at_one_step_and_the_run_continues(text: Path, tmp_path: Path) -> None:
     changes = {"train.steps": 100_000, "train.snapshot_every": 100_000, "train.eval_batches": 1}
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
