@@ -32,6 +32,7 @@ MADE = {
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": ["runs/two/checkpoints/6"],
 }
 
+IN_A_STORE = "configs/olmo_1b.yaml --out gs://BUCKET/olmo_1b"
 # README's command: the same with its placeholders filled in, and with what keeps it short.
 RUN_HERE = {
     "tiedjax study [STUDY] [--out DIR]": STUDY,
@@ -74,15 +75,15 @@ RUN_HERE = {
         f"launch/local.sh 2 configs/tiny.yaml --out runs/two {SHORT} --data.source 'text:*.jsonl' "
         "--data.holdout 0.1 --model.vocab_size 320"
     ),
-    "sbatch launch/slurm.sbatch configs/olmo_1b.yaml": "bash launch/slurm.sbatch --dry-run configs/olmo_1b.yaml",
-    "launch/tpu_vm.sh run NAME ZONE configs/olmo_1b.yaml": (
-        "launch/tpu_vm.sh run --dry-run pod us-east5-a configs/olmo_1b.yaml"
+    "sbatch launch/slurm.sbatch configs/olmo_1b.yaml --out /shared/olmo_1b": (
+        "bash launch/slurm.sbatch --dry-run configs/olmo_1b.yaml --out /shared/olmo_1b"
     ),
-    "launch/tpu_vm.sh keep --spot NAME ZONE TYPE configs/olmo_1b.yaml": (
-        "launch/tpu_vm.sh keep --dry-run --spot pod us-east5-a v5p-128 configs/olmo_1b.yaml"
+    f"launch/tpu_vm.sh run NAME ZONE {IN_A_STORE}": f"launch/tpu_vm.sh run --dry-run pod us-east5-a {IN_A_STORE}",
+    f"launch/tpu_vm.sh keep --spot NAME ZONE TYPE {IN_A_STORE}": (
+        f"launch/tpu_vm.sh keep --dry-run --spot pod us-east5-a v5p-128 {IN_A_STORE}"
     ),
-    "launch/gke.sh --image IMAGE --claim CLAIM --tpu TYPE:TOPOLOGY NAME configs/olmo_1b.yaml": (
-        "launch/gke.sh --dry-run --image tiedjax --claim disk --tpu tpu-v5p-slice:4x4x4 olmo configs/olmo_1b.yaml"
+    f"launch/gke.sh --image IMAGE --tpu TYPE:TOPOLOGY NAME {IN_A_STORE}": (
+        f"launch/gke.sh --dry-run --image tiedjax --tpu tpu-v5p-slice:4x4x4 olmo {IN_A_STORE}"
     ),
 }
 # The set-up commands, and what needs more than the test command installs.
@@ -94,7 +95,7 @@ ELSEWHERE = {
     "tiedjax decide [CONFIG] [--out DIR]",  # dozens of runs: tests/test_decide.py
     # SkyPilot and podman: tests/test_launchers.py, with a stand-in for the first
     "sky jobs launch launch/sky.yaml --env TIEDJAX='train configs/olmo_1b.yaml --out /runs/olmo_1b'",
-    "podman build --file launch/Containerfile --build-arg EXTRA=tpu --tag IMAGE .",
+    "podman build --file launch/Containerfile --build-arg EXTRA=tpu,gcs --tag IMAGE .",
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
 }
 

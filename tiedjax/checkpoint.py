@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from tiedjax.host import storage
 from tiedjax.saves import Kept
 
 DIGEST = "digest"  # of all else that is said of a save
+_NO_DAMAGE = re.compile("Permission denied|PERMISSION_DENIED|Too many open files|Cannot allocate memory")
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
 
@@ -84,7 +86,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: Kept | None = None, create: bool = True, copies: bool = False):
-        self._copies: dict[int, ocp.CheckpointManager] | None = {} if copies and storage.is_remote(directory) else None
+        self._copied = copies and storage.is_remote(directory)
+        self._readers: dict[Path, ocp.CheckpointManager] = {}
         self.directory = storage.absolute(directory)
         self.begun: int | None = None  # the step of the last save that was begun
         storage.refuse_unknown_bucket(self.directory)
@@ -109,9 +112,9 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """What was said when this step was saved; DamagedError if that is not what is read."""
-        where, reader = self.directory / str(step), self._reader(step)
-        with _damage(where, "cannot be restored"):
-            items = reader.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        where = self.directory / str(step)
+        with _agreed(where), _damage(where, "cannot be restored"):
+            items = self._reader(step).restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
             record = dict(items["about"])
             digest = record.pop(DIGEST)
         if digest != _digest(record):
@@ -131,7 +134,7 @@ class Checkpoints:
             raise UserError(f"{where}: holds no {missing[0]!r}; it was saved from another model or optimizer")
         how = jax.tree.map(_restore_args, abstract)
         request = ocp.args.PyTreeRestore(item=abstract, restore_args=how, partial_restore=True)
-        with _damage(where, "cannot be restored"):
+        with _agreed(where), _damage(where, "cannot be restored"):
             tree = self._reader(step).restore(step, args=ocp.args.Composite(tree=request))["tree"]
         for name, leaf, wanted in zip(names, jax.tree.leaves(tree), jax.tree.leaves(abstract), strict=True):
             if isinstance(leaf, jax.ShapeDtypeStruct):  # what Orbax leaves where its metadata do not name it any more
@@ -155,13 +158,16 @@ class Checkpoints:
         self._manager.reload()
 
     def _reader(self, step: int) -> ocp.CheckpointManager:
-        if self._copies is None:
-            return self._manager
-        if step not in self._copies:
-            folder = storage.cached_save(self.directory / str(step)).parent
-            options = ocp.CheckpointManagerOptions(create=False)
-            self._copies[step] = ocp.CheckpointManager(folder, options=options)
-        return self._copies[step]
+        """Reads for this process alone: none waits for another, which may find damage that this one does not."""
+        folder = storage.cached_save(self.directory / str(step)).parent if self._copied else self.directory
+        if folder not in self._readers:
+            this = jax.process_index()
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"reads_{this}"
+            )
+            options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+            self._readers[folder] = ocp.CheckpointManager(folder, options=options)
+        return self._readers[folder]
 
     def wait(self) -> None:
         """Returns when every save so far is complete; raises the error of one that failed."""
@@ -177,22 +183,45 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being saved and raises its errors."""
         self._manager.wait_until_finished()
-        self._manager.close()
+        for manager in (self._manager, *self._readers.values()):
+            manager.close()
 
 
 @contextlib.contextmanager
 def _damage(where: Path, what: str) -> Iterator[None]:
     """DamagedError for whatever goes wrong in reading: a flipped bit can make Orbax raise anything.
 
-    UserError, which sets nothing aside, where a store does not answer.
+    UserError, which sets nothing aside, where a store does not answer or this process may not read. What memory it
+    lacks is raised as it is.
     """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # of JSON, of msgpack, of zstd, of the file system, of an array's metadata, ...
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise
         _hush()
         storage.refuse_silent(where)
         lines = str(error).splitlines() or [type(error).__name__]
-        raise DamagedError(f"{where}: {what}: {lines[0]}") from error
+        kind = UserError if _NO_DAMAGE.search(str(error)) else DamagedError
+        raise kind(f"{where}: {what}: {lines[0]}") from error
+
+
+@contextlib.contextmanager
+def _agreed(where: Path) -> Iterator[None]:
+    """What one process of a cluster cannot read is damaged to all: they go on together."""
+    failed: DamagedError | None = None
+    try:
+        yield
+    except DamagedError as error:
+        failed = error
+    if jax.process_count() > 1:
+        blind = np.flatnonzero(multihost_utils.process_allgather(np.array(failed is not None)))
+        if len(blind) and failed is None:
+            failed = DamagedError(f"{where}: cannot be restored by process {blind[0]}")
+    if failed is not None:
+        raise failed
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import re
 import sys
 import traceback
@@ -18,7 +19,7 @@ from tiedjax.config import RunConfig, StudyConfig, leaf_fields
 from tiedjax.config_errors import meant_key
 from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
-from tiedjax.errors import Status, UserError
+from tiedjax.errors import Status, TrainingError, UserError
 from tiedjax.files import local_path, place_and_step, write_atomically
 from tiedjax.host import platform_flags, signals, storage
 from tiedjax.text import nearest, seconds
@@ -82,8 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
             status: int = args.run(args)
             return status
-    except (UserError, signals.Stopped) as error:
+    except (UserError, TrainingError, signals.Stopped) as error:
         return _fail(" ".join(str(error).split()), error.status)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", Status.FAILED)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

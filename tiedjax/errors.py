@@ -45,6 +45,12 @@ class TrainingError(RuntimeError):
     status = Status.FAILED
 
 
+class NotJoinedError(TrainingError):
+    """The other processes of the cluster do not answer."""
+
+    status = Status.STALLED
+
+
 class TakenOverError(TrainingError):
     """Another process has begun to write where this one was writing."""
 

@@ -153,6 +153,8 @@ def sole_writer(directory: Path, holder: str) -> Iterator[None]:
             raise LockedError(
                 f"{directory}: {other} is writing this run; wait for it or choose another --out"
             ) from None
+        except OSError as error:  # of a network disk that has no locks
+            raise UserError(f"{directory}: cannot be locked: {error.strerror}; choose another --out") from None
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             handle.truncate(0)
             handle.write(holder + "\n")

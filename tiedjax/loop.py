@@ -259,8 +259,8 @@ def _train(
         if checks:
             settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
             whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
-            save(checkpoints, step, whole, about, wait=ends or not recorded)
             stop.saved()
+            save(checkpoints, step, whole, about, wait=ends or not recorded)
             if not recorded:  # the first one, which was waited for: what is recorded must be there
                 _record_state(out, step)
                 recorded = True
@@ -272,7 +272,7 @@ def _train(
 
 def _save_failed(stop: process.Requests, error: BaseException) -> None:
     """Alone, the state in memory is saved after the step in progress; a cluster, whose processes wait, ends."""
-    stop.save = True
+    stop.save = jax.process_count() == 1
     process.end_cluster_soon_if_any(error)
 
 

@@ -304,13 +304,16 @@ class Progress:
         if self._unshown:
             self._show()
         if self._live and self._first:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
 
     def _show(self) -> None:
-        self._stream.write(f"\r\x1b[2K{self._unshown}" if self._live else f"{self._unshown}\n")
-        self._stream.flush()
+        self._write(f"\r\x1b[2K{self._unshown}" if self._live else f"{self._unshown}\n")
         self._unshown = None
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone: no reason not to save
+            self._stream.write(text)
+            self._stream.flush()
 
     def _left(self, done: int, now: float) -> str:
         first, at = self._first or (done, now)

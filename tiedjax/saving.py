@@ -67,6 +67,7 @@ def settle(checkpoints: Checkpoints) -> None:
     except Exception as error:  # as above
         if jax.process_count() > 1:
             raise
+        storage.clear_unfinished(checkpoints.directory)
         process.say(f"{_failed(checkpoints, checkpoints.begun, error)}; the run goes on without it")
 
 

@@ -51,10 +51,16 @@ def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[st
             record = {"error": str(error), "config": _to_its_end(config)}
             storage.write_atomically(folder / DIVERGED, json.dumps(record) + "\n")
         return out_of_it
-    losses = load_run(out).metrics.get(sweep.LOSS) if outcome["finished"] else [None]
+    if not outcome["finished"]:
+        return outcome | {"loss": None}
+    return outcome | process.from_main(lambda: {"loss": _judged_by(out)})
+
+
+def _judged_by(out: str) -> float:
+    losses = load_run(out).metrics.get(sweep.LOSS)
     if losses is None:
         raise UserError(f"{out}: a sweep needs two held-out windows at least; raise data.holdout or train.eval_batches")
-    return outcome | {"loss": losses[-1] if losses[-1] is None else float(losses[-1])}
+    return float(losses[-1])
 
 
 def diverged(folder: Path, config: Mapping[str, Any]) -> bool:

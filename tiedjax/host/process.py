@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import NotJoinedError, TrainingError, UserError
 from tiedjax.host import platform_flags, signals, storage
 from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
@@ -48,7 +48,8 @@ def join_cluster(
     `heartbeat` is after how many seconds of silence of one of them all end.
 
     Explicit flags win; otherwise an srun of several tasks or a TPU slice is recognised by its environment, a TPU VM
-    by its devices, and JAX finds the rest itself. Raises UserError if the flags are incomplete or nobody answers.
+    by its devices, and JAX finds the rest itself. UserError if the flags are incomplete, NotJoinedError if nobody
+    answers.
     """
     if heartbeat is not None and not heartbeat >= 1:
         raise UserError(f"--heartbeat: must be at least 1 second, got {heartbeat:g}")
@@ -71,8 +72,10 @@ def join_cluster(
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
+    except RuntimeError as error:  # nobody answers yet, or any more
+        raise NotJoinedError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
     if jax.process_count() > 1:
         _watch_over_cluster(coordinator, HEARTBEAT if heartbeat is None else heartbeat)
 
@@ -150,6 +153,14 @@ def main_says(answer: bool) -> bool:
     if jax.process_count() == 1:
         return answer
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+def from_main(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What process 0 finds, JSON of at most 32 KiB, on every process; all of them ask together.
+
+    What is read of a disk may differ between machines for a while.
+    """
+    return _from_main(found() if is_main() else {}) if jax.process_count() > 1 else found()
 
 
 def refuse_unshared(folder: Path) -> None:
@@ -243,14 +254,19 @@ def part_from_cluster_if_any() -> None:
 def closing(saves: _Saves) -> Iterator[_Saves]:
     """As contextlib.closing. In a cluster all processes are ended if closing takes long after an error.
 
-    It may be waiting for processes that never come.
+    It may be waiting for processes that never come. What ended the work is raised, not what closing then finds wrong:
+    that is said.
     """
     try:
         yield saves
     except BaseException as error:  # an interrupt too: the others wait for this process, whatever ends it
         end_cluster_soon_if_any(error)
+        try:
+            saves.close()
+        except Exception as later:  # of the file system or a store, as Orbax, TensorStore or Python tell it
+            say(f"a save failed too: {cause(later).line}")
         raise
-    finally:
+    else:
         saves.close()
 
 
@@ -291,9 +307,10 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
-    """Prints a line, on the main process of a cluster only."""
+    """Prints a line, on the main process of a cluster only. Nothing depends on it: the terminal may be gone."""
     if is_main():
-        print(line, flush=True)
+        with contextlib.suppress(OSError, ValueError):
+            print(line, flush=True)
 
 
 @contextlib.contextmanager

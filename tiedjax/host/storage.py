@@ -237,12 +237,15 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Removes what killed processes have left in a folder of saves in a store; only its one writer may call this.
+    """Removes what killed processes and failed saves have left in a folder of saves; only its one writer may call this.
 
-    A save would go on where they ended, also one of fewer processes, and keep what the others had written. On a disk
-    Orbax gives what is not finished another name. OSError where it cannot be removed.
+    In a store a save would go on where they ended, also one of fewer processes, and keep what the others had written.
+    On a disk, where Orbax gives what is not finished another name, it takes room. OSError where it cannot be removed.
     """
-    if is_remote(folder):
+    if not is_remote(folder):
+        for left in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left)
+    else:
         steps = {name for name in names(folder) if name.isdigit()}
         for name in sorted(steps - {str(step) for step in saved_steps(folder)}):
             with contextlib.suppress(FileNotFoundError), _as_os_errors(folder / name):

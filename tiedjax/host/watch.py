@@ -321,13 +321,20 @@ def end(line: str, status: int) -> NoReturn:
 
     If it has stalled, what every thread is at comes first.
     """
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
-    flush.start()
-    flush.join(1)  # whoever holds the stream may be what hangs
-    if status == Status.STALLED:
-        faulthandler.dump_traceback()
-    os.write(2, f"tiedjax: {line}\n".encode())
-    os._exit(status)
+    try:
+        flush = threading.Thread(target=_flush, daemon=True)
+        flush.start()
+        flush.join(1)  # whoever holds the stream may be what hangs
+        if status == Status.STALLED:
+            faulthandler.dump_traceback(file=2)
+        os.write(2, f"tiedjax: {line}\n".encode())
+    finally:  # whatever has become of the terminal
+        os._exit(status)
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
 
 
 def _send(wire: socket.socket, message: dict[str, Any]) -> None:

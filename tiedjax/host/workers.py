@@ -22,12 +22,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiedjax.errors import LockedError, NoCheckpointError, NotFiniteError, Status, TrainingError, UserError
+from tiedjax.errors import (
+    LockedError,
+    NoCheckpointError,
+    NotFiniteError,
+    Status,
+    TakenOverError,
+    TrainingError,
+    UserError,
+)
 from tiedjax.host import platform_flags, signals
 
-FAILURES: dict[str, type[Exception]] = {
-    error.__name__: error for error in (UserError, LockedError, NoCheckpointError, TrainingError, NotFiniteError)
-}
+_KNOWN = (UserError, LockedError, NoCheckpointError, TrainingError, NotFiniteError, TakenOverError)
+FAILURES: dict[str, type[Exception]] = {error.__name__: error for error in _KNOWN}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 
@@ -176,6 +183,8 @@ class Crew:
             task = self._waiting.pop(place)
             self._begins(place, task)
             worker.give(place, task)
+            if self.signal:  # it came meanwhile, when this worker had nothing to stop
+                worker.process.send_signal(signal.SIGTERM)
 
     def _take(self, worker: _Worker, message: Mapping[str, Any] | None, results: dict[int, Any]) -> None:
         task = worker.task
@@ -296,7 +305,8 @@ def serve() -> None:
         try:
             result = _call(request["function"], request["arguments"])
         except (UserError, TrainingError) as error:
-            send({"failed": type(error).__name__, "message": str(error)})
+            known = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in FAILURES)
+            send({"failed": known, "message": str(error)})
         except signals.Stopped:
             send({"stopped": request["function"]})
         else:
