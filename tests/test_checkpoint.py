@@ -186,6 +186,19 @@ def test_a_damaged_run_is_refused_in_one_line(finished: Path, tmp_path: Path) ->
     assert not [each for each in complaints if "\n" in each]
 
 
+@pytest.mark.parametrize("reason", ["PERMISSION_DENIED: not yours", "[Errno 24] Too many open files: 'd/1'"])
+def test_what_may_not_be_read_is_no_damage(saved: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise ValueError(reason)
+
+    checkpoints = Checkpoints(saved, create=False)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", refuses)
+    with pytest.raises(UserError) as caught:
+        checkpoints.about(5)
+    assert str(caught.value) == f"{saved / '5'}: cannot be restored: {reason}"
+    assert not isinstance(caught.value, DamagedError)
+
+
 def damages(folder: Path, seed: int = 0) -> Iterator[str]:
     """Every file of a save in turn: without some of its bytes, all of them or itself, or with a bit that is another."""
     rng = np.random.default_rng(seed)

@@ -289,3 +289,14 @@ def test_runs_can_start_from_another_folder(text: Path, tmp_path: Path) -> None:
     out, _ = tiedjax("train", "mine.yaml", *argv[2:at], *argv[at + 2 :], cwd=tmp_path)
     assert "mine  1/8" in out
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "1").is_dir()
+
+
+def test_an_error_of_the_file_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/root/c.yaml")
+
+    monkeypatch.setattr(cli, "find_config", refuses)
+    assert cli.main(["train", "/root/c.yaml"]) == 1
+    assert capsys.readouterr().err == "tiedjax: /root/c.yaml: Permission denied\n"

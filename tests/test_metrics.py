@@ -418,3 +418,16 @@ def test_time_left_comes_from_the_steps_after_the_first(clock: list[float]) -> N
 )
 def test_durations_read_well(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_a_terminal_that_is_gone_stops_nothing() -> None:
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    progress = metrics.Progress("run", 3, stream=Gone())
+    progress.update(1, "loss 5.0")
+    progress.end()

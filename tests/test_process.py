@@ -16,7 +16,7 @@ from programs import finish, start
 
 from tiedjax import study
 from tiedjax.config_files import packaged_configs
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import NotFiniteError, NotJoinedError, TrainingError, UserError
 from tiedjax.host import process, signals
 from tiedjax.plan import load_study
 
@@ -103,9 +103,10 @@ def test_a_coordinator_that_does_not_answer_is_one_line(monkeypatch: pytest.Monk
         raise RuntimeError("DEADLINE_EXCEEDED: nobody there\nand a long explanation")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(NotJoinedError) as caught:
         process.join_cluster("host:1", 2, 1)
     assert str(caught.value) == "cannot join the cluster: DEADLINE_EXCEEDED: nobody there"
+    assert caught.value.status == 76, "launchers start it again"
 
 
 def test_what_was_compiled_is_kept_where_jax_was_not_told_to_already(tmp_path: Path) -> None:
@@ -141,6 +142,18 @@ def test_what_was_compiled_is_kept_where_jax_was_not_told_to_already(tmp_path: P
 )
 def test_why_a_process_ends_is_one_line_and_a_status(error: BaseException, expected: tuple[str, int, bool]) -> None:
     assert process.cause(error) == expected
+
+
+def test_what_ended_the_work_is_raised_and_what_closing_finds_wrong_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class Saves:
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(NotFiniteError, match="step 3"), process.closing(Saves()):
+        raise NotFiniteError("step 3: the loss is nan")
+    assert capsys.readouterr().out == "a save failed too: OSError: [Errno 28] No space left on device\n"
+    with pytest.raises(OSError, match="No space"), process.closing(Saves()):
+        pass
 
 
 @pytest.fixture

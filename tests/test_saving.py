@@ -165,3 +165,14 @@ def test_states_are_saved_by_the_clock_too(
     assert cli.main(arguments(out, text, changes)) == 0
     assert saved == [3, 5, 8]
     assert load_run(out).config.train.checkpoint_minutes == 0.5
+
+
+def test_what_killed_and_failed_saves_have_left_is_removed(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.stop_at": 2})) == 0
+    for folder in ("checkpoints", "snapshots"):
+        left = out / folder / "3.orbax-checkpoint-tmp" / "tree"
+        left.mkdir(parents=True)
+        (left / "half").write_bytes(b"...")
+    assert cli.main(arguments(out, text, {"train.stop_at": 4})) == 0
+    assert not list(out.rglob("*.orbax-checkpoint-tmp*"))

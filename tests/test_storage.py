@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from programs import finish, start
 from runs import STEPS, arguments, assert_same_run
 from stores import Fault, Store, served
 
+from tiedjax import files
 from tiedjax.config import DataConfig
 from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import load_prepared
@@ -236,6 +238,16 @@ def test_a_second_writer_on_a_disk_is_refused_by_name(tmp_path: Path) -> None:
             pass
         who = f"process {os.getpid()} on {Holder.this().host}"
         assert str(error.value) == f"{tmp_path}: {who} is writing this run; wait for it or choose another --out"
+
+
+def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuses)
+    with pytest.raises(UserError) as caught, storage.sole_writer(tmp_path):
+        pass
+    assert str(caught.value) == f"{tmp_path}: cannot be locked: No locks available; choose another --out"
 
 
 def test_what_a_dead_process_of_this_machine_held_is_taken_at_once(out: Path) -> None:

@@ -203,6 +203,17 @@ def test_process_0_is_looked_for_under_each_of_its_names() -> None:
     spoke.close()
 
 
+@pytest.mark.parametrize("status", [1, 76])
+def test_a_process_ends_though_nobody_hears_why(status: int) -> None:
+    """Its output is a pipe that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = f"from tiedjax.host.watch import end; end('no luck', {status})"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=writing, stderr=writing, env=environment())
+    os.close(writing)
+    assert process.wait(60) == status
+
+
 # ---- Training processes, each started by hand as on a cluster ----
 
 PRELUDE = """
@@ -289,6 +300,28 @@ def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Pat
         assert last.endswith(cause), error
     if moment == "step":
         assert (tmp_path / "run" / "checkpoints" / "2").is_dir(), "the save under way is finished"
+
+
+BLIND = """
+restore = ocp.CheckpointManager.restore
+def blind(self, step, *args, **kwargs):
+    if step == 4 and "tree" in kwargs["args"].keys():
+        raise ValueError("a broken chunk")
+    return restore(self, step, *args, **kwargs)
+ocp.CheckpointManager.restore = blind
+"""
+
+
+def test_what_one_process_cannot_read_is_damaged_for_all(text: Path, tmp_path: Path) -> None:
+    """Both go on from the state before it, together."""
+    out, saves = tmp_path / "run", {"train.checkpoint_every": 2, "train.steps": 1000, "train.eval_batches": 1}
+    more = {"train.keep_checkpoints": 9}
+    finish(start(["-m", "tiedjax", *arguments(out, text, {**saves, **more, "train.stop_at": 4})]))
+    for status, error in ended(cluster(tmp_path, text, {1: BLIND}, more={**more, "train.stop_at": 6}), seconds=240):
+        assert status == 0, error
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert left == {"2", "4", "6", "damaged-4"}
+    assert [row["step"] for row in rows(out)] == list(range(1, 7))
 
 
 INTERRUPTIONS = {

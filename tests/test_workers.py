@@ -253,3 +253,15 @@ def test_arms_with_other_threads_are_refused(tmp_path: Path) -> None:
     path.write_text(f"base: {quick}\n{arms}\n")
     with pytest.raises(UserError, match=r"train\.threads: must be one number for all arms, got \[1, 2\]"):
         load_study(path)
+
+
+def test_an_error_whose_kind_a_crew_does_not_know_keeps_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        "from tiedjax.checkpoint import DamagedError\ndef read():\n    raise DamagedError('step 5: is damaged')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with Crew(1, 1, print) as crew, pytest.raises(UserError) as caught:
+        crew.run([Task("reading", "broken:read", {})])
+    assert str(caught.value) == "step 5: is damaged"
