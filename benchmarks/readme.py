@@ -19,11 +19,12 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.plain_json import to_plain
-from tiedjax.analysis.basis.statistics import paired
+from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.decision import page as decision_page
 from tiedjax.analysis.decision import rows as decision_rows
 from tiedjax.analysis.decision import verdicts as decision_verdicts
@@ -256,6 +257,13 @@ def span(quantiles: dict[str, float], digits: int = 2) -> str:
     return f"{median} ({low} to {high})"
 
 
+def times(side: dict[str, Any], other: dict[str, Any]) -> str:
+    """How many times as long as another's a side's step takes, with its interval over starts."""
+    starts = zip(side["windows"], other["windows"], strict=True)
+    over = interval(median(a / b for a, b in zip(*start, strict=True)) for start in starts)
+    return f"{over.mean:.2f} ({over.low:.2f} to {over.high:.2f})"
+
+
 def part_of_step(side: dict[str, Any]) -> str:
     """How much of our step a side does without, with its interval over starts."""
     mean, low, high = (f"{100 * (1 - side['interval'][name]):.1f}" for name in ("mean", "high", "low"))
@@ -406,13 +414,17 @@ def costs() -> str:
     for name, measured in steps.items():
         sides = measured["sides"]
         milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
+        ours, alone = sides["tiedjax"], sides["without_account"]
         others = ", ".join(
-            f"{span(sides[side]['over_tiedjax'])} times that {words}"
+            f"{times(sides[side], ours)} times that {words}, which is {times(sides[side], alone)} times ours without an "
+            "account of updates, as PyTorch keeps none"
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
-            if side in sides
         )
-        roles = f"; without role split, account and their metrics {span(sides['without_roles']['over_tiedjax'])}"
-        lines.append(f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}{roles}.")
+        roles = f"without role split, account and their metrics {times(sides['without_roles'], ours)}"
+        lines.append(
+            f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}; {roles}: means over "
+            f"{len(measured['window_steps'])} starts, with 95 % intervals."
+        )
     for name, measured in read("account_cpu").items():
         sides = measured["sides"]
         lines.append(
