@@ -416,8 +416,8 @@ def costs() -> str:
         milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
         ours, alone = sides["tiedjax"], sides["without_account"]
         others = ", ".join(
-            f"{times(sides[side], ours)} times that {words}, which is {times(sides[side], alone)} times ours without an "
-            "account of updates, as PyTorch keeps none"
+            f"{times(sides[side], ours)} times that {words}, which is {times(sides[side], alone)} times ours without "
+            "an account of updates: PyTorch has none"
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
         )
         roles = f"without role split, account and their metrics {times(sides['without_roles'], ours)}"
