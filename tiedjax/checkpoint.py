@@ -194,6 +194,7 @@ def _damage(where: Path, what: str) -> Iterator[None]:
     UserError, which sets nothing aside, where a store does not answer or this process may not read. What memory it
     lacks is raised as it is.
     """
+    _hush()
     try:
         yield
     except MemoryError:
@@ -201,7 +202,6 @@ def _damage(where: Path, what: str) -> Iterator[None]:
     except Exception as error:  # of JSON, of msgpack, of zstd, of the file system, of an array's metadata, ...
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
             raise
-        _hush()
         storage.refuse_silent(where)
         lines = str(error).splitlines() or [type(error).__name__]
         kind = UserError if _NO_DAMAGE.search(str(error)) else DamagedError
@@ -226,15 +226,22 @@ def _agreed(where: Path) -> Iterator[None]:
 
 @functools.cache
 def _hush() -> None:
-    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike."""
+    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike.
+
+    TensorStore's threads tell Python's hooks of them.
+    """
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
-    hook = sys.unraisablehook
+    unraisable_hook, hook = sys.unraisablehook, sys.excepthook
 
-    def told(unraisable: Any) -> None:
+    def unraisable_told(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
+            unraisable_hook(unraisable)
 
-    sys.unraisablehook = told
+    def told(kind: type[BaseException], error: BaseException, where: Any) -> None:
+        if str(error) != "Event loop is closed":
+            hook(kind, error, where)
+
+    sys.unraisablehook, sys.excepthook = unraisable_told, told
 
 
 def _digest(record: dict[str, Any]) -> str:
