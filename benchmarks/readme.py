@@ -414,10 +414,9 @@ def costs() -> str:
     for name, measured in steps.items():
         sides = measured["sides"]
         milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
-        ours, alone = sides["tiedjax"], sides["without_account"]
+        ours = sides["tiedjax"]
         others = ", ".join(
-            f"{times(sides[side], ours)} times that {words}, which is {times(sides[side], alone)} times ours without "
-            "an account of updates: PyTorch has none"
+            f"{times(sides[side], ours)} times that {words}"
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
         )
         roles = f"without role split, account and their metrics {times(sides['without_roles'], ours)}"
@@ -425,12 +424,14 @@ def costs() -> str:
             f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}; {roles}: means over "
             f"{len(measured['window_steps'])} starts, with 95 % intervals."
         )
+    again = read("update_metrics_cpu")
     for name, measured in read("account_cpu").items():
-        sides = measured["sides"]
+        alone, starts = again.get(name, measured), len(measured["window_steps"])
         lines.append(
-            f"* Of a step of `{name}.yaml` the account of updates takes {part_of_step(sides['without_account'])} with "
-            f"what metrics.jsonl has of updates, and that alone {part_of_step(sides['without_update_metrics'])}: means "
-            f"over {len(measured['window_steps'])} starts, with 95 % intervals."
+            f"* Of a step of `{name}.yaml` the account of updates takes "
+            f"{part_of_step(measured['sides']['without_account'])} with what metrics.jsonl has of updates, and that alone "
+            f"{part_of_step(alone['sides']['without_update_metrics'])}: means over {starts} starts of "
+            f"{measured['rounds']} and {alone['rounds']} rounds, with 95 % intervals."
         )
     memory = loss["memory"]
     lines.append(
