@@ -429,7 +429,7 @@ def costs() -> str:
         alone, starts = again.get(name, measured), len(measured["window_steps"])
         lines.append(
             f"* Of a step of `{name}.yaml` the account of updates takes "
-            f"{part_of_step(measured['sides']['without_account'])} with what metrics.jsonl has of updates, and that alone "
+            f"{part_of_step(measured['sides']['without_account'])} with what metrics.jsonl has of updates, that alone "
             f"{part_of_step(alone['sides']['without_update_metrics'])}: means over {starts} starts of "
             f"{measured['rounds']} and {alone['rounds']} rounds, with 95 % intervals."
         )
