@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Trains one run, or a study, on Google Kubernetes Engine, as a JobSet of one worker for each TPU host or GPU node.
 #
-#   launch/gke.sh --image IMAGE --claim CLAIM --tpu TYPE:TOPOLOGY [--chips N] [--slices N] [--restarts K] [--spot]
+#   launch/gke.sh --image IMAGE [--claim CLAIM] --tpu TYPE:TOPOLOGY [--chips N] [--slices N] [--restarts K] [--spot]
 #     NAME [study] CONFIG [ARGS...]
-#   launch/gke.sh --image IMAGE --claim CLAIM --gpu TYPE:COUNT [--workers N] [--restarts K] [--spot]
+#   launch/gke.sh --image IMAGE [--claim CLAIM] --gpu TYPE:COUNT [--workers N] [--restarts K] [--spot]
 #     NAME [study] CONFIG [ARGS...]
 #
 # ARGS are as for `tiedjax train` or `tiedjax study`. IMAGE is made by launch/Containerfile. CLAIM is a
 # PersistentVolumeClaim that all workers can mount and write (ReadWriteMany); it is mounted at /runs, where --out should
-# be. TYPE is the node pool's accelerator, such as tpu-v5p-slice:4x4x4 or nvidia-h100-80gb:8. A TPU host has N chips
-# (4 unless told otherwise), a GPU node COUNT GPUs. The cluster needs JobSet.
+# be unless that is in an object store. TYPE is the node pool's accelerator, such as tpu-v5p-slice:4x4x4 or
+# nvidia-h100-80gb:8. A TPU host has N chips (4 unless told otherwise), a GPU node COUNT GPUs. The cluster needs JobSet.
 #
 # All workers start again, at most K times (50 unless told otherwise), after exit statuses 75 and 76 and when a node is
 # lost; the JobSet fails after 1, 2, 77, 78 and 79. With --dry-run the manifest is printed and not applied. A JobSet
@@ -17,7 +17,7 @@
 set -euo pipefail
 
 usage_error() {
-  echo "launch/gke.sh: $1; usage: launch/gke.sh [--dry-run] --image IMAGE --claim CLAIM" \
+  echo "launch/gke.sh: $1; usage: launch/gke.sh [--dry-run] --image IMAGE [--claim CLAIM]" \
     "(--tpu TYPE:TOPOLOGY [--chips N] [--slices N] | --gpu TYPE:COUNT [--workers N]) [--restarts K] [--spot]" \
     "NAME [study] CONFIG [ARGS...]" >&2
   exit 2
@@ -26,8 +26,6 @@ usage_error() {
 dry_run=
 arguments=()
 for argument in "$@"; do
-  [[ ! $argument =~ (^|[=:])([A-Za-z][A-Za-z0-9+.-]+):// ]] ||
-    usage_error "paths must be on a disk, got the ${BASH_REMATCH[2]}:// address '$argument'"
   [[ $argument != *[[:cntrl:]]* ]] || usage_error "an argument has a line break or another control character"
   if [[ $argument == --dry-run ]]; then dry_run=1; else arguments+=("$argument"); fi
 done
@@ -59,7 +57,10 @@ for number in "--chips:$chips" "--slices:$slices" "--workers:$workers"; do
 done
 [[ $restarts =~ ^(0|[1-9][0-9]{0,3})$ ]] || usage_error "K must be a number of restarts, got '$restarts'"
 [[ $image =~ ^[A-Za-z0-9][A-Za-z0-9._/:@-]*$ ]] || usage_error "--image must name an image, got '$image'"
-[[ $claim =~ ^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$ ]] || usage_error "--claim must name a claim, got '$claim'"
+if [[ $claim ]]; then
+  only+='claim mounts '
+  [[ $claim =~ ^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$ ]] || usage_error "--claim must name a claim, got '$claim'"
+fi
 
 # What follows from the accelerator: `workers` of each slice, with `chips` each.
 if [[ $tpu && $gpu || ! $tpu && ! $gpu ]]; then usage_error "one of --tpu and --gpu is needed"; fi
@@ -74,7 +75,7 @@ if [[ $tpu ]]; then
   [[ ! $workers ]] || usage_error "--workers goes with --gpu"
   workers=$((all / chips))
 else
-  only+='gpu '
+  only+='gpu mounts '
   [[ $gpu =~ ^([a-z0-9-]+):([1-9][0-9]{0,2})$ ]] || usage_error "--gpu must be TYPE:COUNT, got '$gpu'"
   type=${gpu%%:*} topology=''
   [[ ! $chips && ! $slices ]] || usage_error "--chips and --slices go with --tpu"

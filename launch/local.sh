@@ -24,8 +24,6 @@ usage_error() {
 dry_run=
 arguments=()
 for argument in "$@"; do
-  [[ ! $argument =~ (^|[=:])([A-Za-z][A-Za-z0-9+.-]+):// ]] ||
-    usage_error "paths must be on a disk, got the ${BASH_REMATCH[2]}:// address '$argument'"
   if [[ $argument == --dry-run ]]; then dry_run=1; else arguments+=("$argument"); fi
 done
 restarts=0

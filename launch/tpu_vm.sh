@@ -12,8 +12,8 @@
 #
 # With --dry-run each prints the commands that it would run. ARGS are as for `tiedjax train` or `tiedjax study`. CONFIG
 # is relative to the root of the checkout; what is committed (HEAD) is what runs. --out must be on a disk that all
-# workers mount. The workers need Python 3.11 or newer; PYTHON names it there (default: python3). The same command
-# continues the run.
+# workers mount, or in an object store. The workers need Python 3.11 or newer; PYTHON names it there (default:
+# python3). The same command continues the run.
 #
 # `keep` creates the slice if there is none, and again when it was pre-empted. It starts the run again after exit
 # statuses 75 and 76, after a signal killed a process, and after a worker lost its process: at most K times (50 unless
@@ -48,8 +48,6 @@ usage_error() {
 dry_run=
 arguments=()
 for argument in "${@:2}"; do
-  [[ ! $argument =~ (^|[=:])([A-Za-z][A-Za-z0-9+.-]+):// ]] ||
-    usage_error "paths must be on a disk, got the ${BASH_REMATCH[2]}:// address '$argument'"
   if [[ $argument == --dry-run ]]; then dry_run=1; else arguments+=("$argument"); fi
 done
 spot=() runtime='' restarts=50 poll=60
@@ -150,7 +148,7 @@ install() {
   ) && cd $ROOT_ON_WORKER && $(
     quote "${PYTHON:-python3}" -m venv .venv
   ) && $(
-    quote .venv/bin/pip install --quiet '.[tpu]'
+    quote .venv/bin/pip install --quiet '.[tpu,gcs]'
   )"
 }
 
