@@ -84,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except (UserError, signals.Stopped) as error:
         return _fail(" ".join(str(error).split()), error.status)
+    except Exception as error:
+        if line := storage.failure(error):
+            return _fail(line, Status.FAILED)
+        raise
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
