@@ -16,22 +16,19 @@
 
 # %% tags=["parameters"]
 import os
-from pathlib import Path
 
-STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+STUDY = os.environ.get("TIEDJAX_STUDY", "../studies/quick")  # a folder, or gs://BUCKET/STUDY
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import account, interval, smooth
+from tiedjax.analysis import account, interval, read_results, smooth
 
-study = json.loads((STUDY / "results.json").read_text())["study"]
+study = read_results(STUDY)["study"]
 baseline, seeds = study["baseline"], study["seeds"]
-runs = {seed: tiedjax.load_run(STUDY / "runs" / f"{baseline}-{seed}") for seed in seeds}
+runs = {seed: tiedjax.load_run(f"{STUDY}/runs/{baseline}-{seed}") for seed in seeds}
 accounts = {seed: account(run) for seed, run in runs.items()}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 

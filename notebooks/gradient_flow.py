@@ -16,22 +16,19 @@
 
 # %% tags=["parameters"]
 import os
-from pathlib import Path
 
-STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+STUDY = os.environ.get("TIEDJAX_STUDY", "../studies/quick")  # a folder, or gs://BUCKET/STUDY
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import gradients, interval, output_share, published, smooth
+from tiedjax.analysis import gradients, interval, output_share, published, read_results, smooth
 
-study = json.loads((STUDY / "results.json").read_text())["study"]
+study = read_results(STUDY)["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
-runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in arms for seed in seeds}
+runs = {(arm, seed): tiedjax.load_run(f"{STUDY}/runs/{arm}-{seed}") for arm in arms for seed in seeds}
 flow = {key: gradients(run.metrics) for key, run in runs.items()}
 colour = {arm: f"C{i}" for i, arm in enumerate(dict.fromkeys([baseline, reference, *arms]))}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})

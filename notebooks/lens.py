@@ -18,23 +18,20 @@
 
 # %% tags=["parameters"]
 import os
-from pathlib import Path
 
-STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+STUDY = os.environ.get("TIEDJAX_STUDY", "../studies/quick")  # a folder, or gs://BUCKET/STUDY
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import FrozenModel, data_of, held_out_windows, lens, paired, token_texts
+from tiedjax.analysis import FrozenModel, data_of, held_out_windows, lens, paired, read_results, token_texts
 
-study = json.loads((STUDY / "results.json").read_text())["study"]
+study = read_results(STUDY)["study"]
 reference, baseline, seeds = study["reference"], study["baseline"], study["seeds"]
 colour = {baseline: "C0", reference: "C1"}
-runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in colour for seed in seeds}
+runs = {(arm, seed): tiedjax.load_run(f"{STUDY}/runs/{arm}-{seed}") for arm in colour for seed in seeds}
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
 # %% [markdown]

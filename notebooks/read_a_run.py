@@ -17,26 +17,23 @@
 
 # %% tags=["parameters"]
 import os
-from pathlib import Path
 
-STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+STUDY = os.environ.get("TIEDJAX_STUDY", "../studies/quick")  # a folder, or gs://BUCKET/STUDY
 
 # %% [markdown]
 # `load_run` reads nothing before it is asked for. Any run directory will do; here it is the first run of the study's
 # baseline arm.
 
 # %%
-import json
-
 import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import data_of, distinct, held_out_windows, most_frequent, token_texts
+from tiedjax.analysis import data_of, distinct, held_out_windows, most_frequent, read_results, token_texts
 
-study = json.loads((STUDY / "results.json").read_text())["study"]
+study = read_results(STUDY)["study"]
 arm, seed = study["baseline"], study["seeds"][0]
-run = tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}")
+run = tiedjax.load_run(f"{STUDY}/runs/{arm}-{seed}")
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.grid": True, "grid.alpha": 0.3})
 
 # %% [markdown]

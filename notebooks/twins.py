@@ -16,23 +16,32 @@
 
 # %% tags=["parameters"]
 import os
-from pathlib import Path
 
-STUDY = Path(os.environ.get("TIEDJAX_STUDY", "../studies/quick"))
+STUDY = os.environ.get("TIEDJAX_STUDY", "../studies/quick")  # a folder, or gs://BUCKET/STUDY
 
 # %%
 import itertools
-import json
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 import tiedjax
-from tiedjax.analysis import align, distinct, fits_of, interval, knn, neighbours, seen_rows, shared, token_texts
+from tiedjax.analysis import (
+    align,
+    distinct,
+    fits_of,
+    interval,
+    knn,
+    neighbours,
+    read_results,
+    seen_rows,
+    shared,
+    token_texts,
+)
 
-study = json.loads((STUDY / "results.json").read_text())["study"]
+study = read_results(STUDY)["study"]
 reference, baseline, arms, seeds = study["reference"], study["baseline"], list(study["arms"]), study["seeds"]
-runs = {(arm, seed): tiedjax.load_run(STUDY / "runs" / f"{arm}-{seed}") for arm in arms for seed in seeds}
+runs = {(arm, seed): tiedjax.load_run(f"{STUDY}/runs/{arm}-{seed}") for arm in arms for seed in seeds}
 tables = {key: run.tables() for key, run in runs.items()}
 token_counts = runs[baseline, seeds[0]].token_counts
 seen = seen_rows(token_counts)

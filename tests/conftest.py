@@ -11,6 +11,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # on arrays this small, more
 import atexit
 import dataclasses
 import fcntl
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from programs import TESTS, environment, shell
 from runs import arguments, write_config, write_text
+from stores import Store, served
 
 from tiedjax import cli, model
 from tiedjax.config import (
@@ -33,6 +35,7 @@ from tiedjax.config import (
     TrainConfig,
     TyingConfig,
 )
+from tiedjax.host import storage
 
 os.environ.setdefault("XLA_FLAGS", environment()["XLA_FLAGS"])  # a program with devices of its own has set it
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -181,3 +184,19 @@ def study_folder(text: Path, once: Once) -> Path:
         shell("tiedjax study STUDY.yaml --out study", folder)
 
     return once("study", make)
+
+
+@pytest.fixture(scope="session")
+def store() -> Iterator[Store]:
+    """A store; one for the session, as clients read its address from the environment once, when they are made."""
+    with served() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
+
+
+@pytest.fixture
+def out(store: Store, request: pytest.FixtureRequest) -> Path:
+    """An empty place in the store of this test's own; no fault of another is left."""
+    store.faults.clear()
+    return storage.place(f"gs://bucket/{re.sub('[^a-z0-9]+', '-', request.node.name)}", "--out")

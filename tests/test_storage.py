@@ -9,14 +9,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from programs import finish, start
 from runs import STEPS, arguments, assert_same_run
-from stores import Fault, Store, served
+from stores import Fault, Store
 
 from tiedjax import files
 from tiedjax.config import DataConfig
@@ -27,22 +27,6 @@ from tiedjax.host import storage
 from tiedjax.host.storage import Growing, Holder, Lease, place
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[Store]:
-    """A store for this module; clients read its address from the environment when they are made."""
-    with served() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
-        yield store
-
-
-@pytest.fixture
-def out(store: Store, request: pytest.FixtureRequest) -> Path:
-    """An empty place of this test's own; no fault of another is left."""
-    store.faults.clear()
-    return place(f"gs://bucket/{re.sub('[^a-z0-9]+', '-', request.node.name)}", "--out")
-
-
 class Clock:
     """A clock that stands until it is moved."""
 
@@ -51,6 +35,10 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+    def pause(self, seconds: float) -> None:
+        """What time.sleep is for the clock of the machine."""
+        self.now += seconds
 
 
 # ---- Places ----
@@ -225,9 +213,8 @@ def test_a_second_writer_is_refused_by_name(out: Path) -> None:
     with storage.sole_writer(out):
         with pytest.raises(LockedError) as error, storage.sole_writer(out):
             pass
-        said = str(error.value)
-        assert said.startswith(f"{out}: process {os.getpid()} on {Holder.this().host} is writing this run; end it, or ")
-        assert said.endswith(" s if it is gone already, or choose another --out")
+        who = f"process {os.getpid()} on {Holder.this().host}"
+        assert str(error.value) == f"{out}: {who} is writing this run; wait for it or choose another --out"
     with storage.sole_writer(out):  # it was given back
         assert storage.names(out / storage.LEASE) == ["000002"]
 
@@ -276,19 +263,20 @@ def _elsewhere(lease: Lease) -> None:
     storage.write_atomically(lease._record(lease._number), other.dumps().decode())
 
 
-def test_a_silent_holder_of_another_machine_keeps_its_lease_until_it_expires(out: Path) -> None:
+def test_a_silent_holder_of_another_machine_is_waited_for_until_its_lease_expires(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = Clock()
     with Lease(out, 120, clock) as gone:
         _elsewhere(gone)
-        clock.now += 129
-        with pytest.raises(UserError) as error, Lease(out, 120, clock):
-            pass
-        assert str(error.value) == (
-            f"{out}: process 7 on other is writing this run; end it, or wait 1 s if it is gone already, or choose "
-            "another --out"
-        )
-        clock.now += 1
-        with Lease(out, 120, clock) as taken:
+        clock.now += 30
+        began = clock.now
+        with Lease(out, 120, clock, clock.pause) as taken:
+            assert clock.now - began == 100
+            assert capsys.readouterr().err == (
+                f"tiedjax: {out}: process 7 on other holds this run and may be gone; this process takes it over in "
+                "100 s unless that one renews its lease\n"
+            )
             taken.check()
             who = f"process {os.getpid()} on {Holder.this().host}"
             with pytest.raises(TakenOverError) as lost:
@@ -297,6 +285,87 @@ def test_a_silent_holder_of_another_machine_keeps_its_lease_until_it_expires(out
             assert str(lost.value) == f"{out}: {who} has taken over this run; this one ends"
             taken.renew()
             taken.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "writer"), [("renewed", "process 7 on other"), ("taken by a third", "process 8 on third")]
+)
+def test_a_holder_of_another_machine_that_shows_up_while_it_is_waited_for_keeps_its_run(
+    change: str, writer: str, out: Path
+) -> None:
+    clock = Clock()
+    with Lease(out, 120, clock) as held:
+        _elsewhere(held)
+        began = clock.now
+
+        def pause(seconds: float) -> None:
+            clock.pause(seconds)
+            if clock.now - began == 30 and change == "renewed":
+                held.renew()
+                _elsewhere(held)
+            elif clock.now - began == 30:
+                third = dataclasses.replace(held._holder, host="third", pid=8, machine="a third")
+                storage.write_atomically(held._record(held._number + 1), third.dumps())
+
+        with pytest.raises(LockedError) as error, Lease(out, 120, clock, pause):
+            pass
+        assert str(error.value) == f"{out}: {writer} is writing this run; wait for it or choose another --out"
+        assert clock.now - began == 30
+
+
+def test_a_lease_that_is_given_back_while_it_is_waited_for_is_taken_at_once(out: Path) -> None:
+    clock = Clock()
+    with Lease(out, 120, clock) as held:
+        _elsewhere(held)
+        began = clock.now
+
+        def pause(seconds: float) -> None:
+            clock.pause(seconds)
+            ended = dataclasses.replace(held._holder, host="other", pid=7, machine="elsewhere", expires=0.0)
+            storage.write_atomically(held._record(held._number), ended.dumps())
+
+        with Lease(out, 120, clock, pause) as taken:
+            taken.check()
+        assert clock.now - began == 120 / storage.LOOKS
+
+
+def test_a_clock_that_is_far_ahead_makes_nobody_wait_longer_than_a_lease_lasts(out: Path) -> None:
+    clock, ahead = Clock(), Clock()
+    ahead.now += 86_400
+    with Lease(out, 120, ahead) as gone:
+        _elsewhere(gone)
+        began = clock.now
+        with Lease(out, 120, clock, clock.pause):
+            assert clock.now - began == 130
+
+
+def _left_by_another_machine(out: Path, seconds: float) -> Holder:
+    """Writes the lease of a process of another machine, which is over in so long."""
+    holder = Holder("other", 7, "1", "elsewhere", "token", time.time() + seconds - storage.MARGIN)
+    storage.write_atomically(out / storage.LEASE / "000001", holder.dumps())
+    return holder
+
+
+def test_a_run_waits_for_a_machine_that_is_lost_and_goes_on(out: Path, store: Store, text: Path) -> None:
+    _left_by_another_machine(out, 20)
+    told, said = finish(start(["-m", "tiedjax", *arguments(out, text)], **store.environment))
+    assert re.fullmatch(
+        re.escape(f"tiedjax: {out}: process 7 on other holds this run and may be gone; this process takes it over in ")
+        + r"\d+ s unless that one renews its lease",
+        said.splitlines()[0],
+    )
+    assert f"{STEPS}/{STEPS}" in told
+
+
+def test_a_run_that_waits_for_a_machine_which_is_not_lost_is_refused(out: Path, store: Store, text: Path) -> None:
+    holder = _left_by_another_machine(out, 100)
+    run = start(["-m", "tiedjax", *arguments(out, text)], **store.environment)
+    assert run.stderr
+    assert run.stderr.readline().startswith(f"tiedjax: {out}: process 7 on other holds this run and may be gone; ")
+    renewed = dataclasses.replace(holder, expires=holder.expires + 30)
+    storage.write_atomically(out / storage.LEASE / "000001", renewed.dumps())
+    _, said = finish(run, status=79)
+    assert said == f"tiedjax: {out}: process 7 on other is writing this run; wait for it or choose another --out\n"
 
 
 def test_an_expired_lease_that_nobody_took_goes_on(out: Path) -> None:
@@ -524,7 +593,7 @@ def test_a_bucket_that_may_not_be_asked_about_is_refused_in_a_line(out: Path, st
     store.faults.append(denied)
     _, said = finish(start(["-m", "tiedjax", *arguments(out, text)], **store.environment), status=2)
     assert said.splitlines()[-1] == (
-        f"tiedjax: {out}/checkpoints: the bucket bucket cannot be asked what it is; that takes the right "
+        f"tiedjax: {out}: the bucket bucket cannot be asked what it is; that takes the right "
         "storage.buckets.get, as in roles/storage.legacyBucketReader (the store answers: Forbidden: "
         "b/bucket; made to fail)"
     )

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -20,7 +21,7 @@ from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands
 from tiedjax import load_run, study
 from tiedjax.cli import main
 from tiedjax.config_files import load_run_config, to_tree
-from tiedjax.errors import UserError
+from tiedjax.errors import StoreError, TakenOverError, UserError
 from tiedjax.host.workers import Aside, Crew, ProcessEnded, Task
 from tiedjax.plan import load_study
 
@@ -108,6 +109,27 @@ def test_the_threads_of_a_run_are_recorded_and_had(text: Path, tmp_path: Path, m
     assert_same_run(tmp_path / "one", tmp_path / "own")
     finish(start_commands([arguments(tmp_path / "two", text, {**big, "train.threads": 2})]))
     assert rows(tmp_path / "one") != rows(tmp_path / "two"), "else this test would show nothing"
+
+
+@pytest.mark.parametrize(
+    ("raised", "known", "line"),
+    [
+        ("TakenOverError('lost')", TakenOverError, "lost"),
+        ("StoreError('gone')", StoreError, "gone"),
+        ("DamagedError('bits')", UserError, "bits"),
+        ("OSError(5, 'the store answers: no', 'gs://b/a')", StoreError, "gs://b/a: the store answers: no"),
+    ],
+)
+def test_a_call_fails_as_what_its_caller_knows(
+    raised: str, known: type[Exception], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kind of error of a module that the caller has not loaded is what it is a kind of."""
+    program = "from tiedjax.errors import StoreError, TakenOverError, UserError\nclass DamagedError(UserError): pass\n"
+    (tmp_path / "failing.py").write_text(f"{program}def call():\n    raise {raised}\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with pytest.raises(known) as caught, Crew(1, 1, print) as crew:
+        crew.run([Task("fails", "failing:call", {})])
+    assert (type(caught.value), str(caught.value)) == (known, line)
 
 
 def test_a_call_aside_returns_or_fails_as_the_call_does(tmp_path: Path) -> None:

@@ -85,10 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     except (UserError, TrainingError, signals.Stopped) as error:
         return _fail(" ".join(str(error).split()), error.status)
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
-            raise
-        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", Status.FAILED)
+    except Exception as error:
+        if line := storage.failure(error):
+            return _fail(line, Status.FAILED)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+            return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", Status.FAILED)
+        raise
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -39,6 +39,12 @@ class NoCheckpointError(UserError):
     status = Status.NO_CHECKPOINT
 
 
+class StoreError(UserError):
+    """An object store does not do what it was asked, at a place that may well be right."""
+
+    status = Status.FAILED
+
+
 class TrainingError(RuntimeError):
     """The run cannot go on, and its config is at fault: one line that says where and what to try."""
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.regret.regret import measure as regret
     from tiedjax.analysis.instruments.shape.space_similarity import measure as similarity
     from tiedjax.analysis.instruments.shape.table_shape import measure as spectrum
+    from tiedjax.analysis.study.tasks import read_results
     from tiedjax.tying import distinct
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "paired",
     "picture",
     "published",
+    "read_results",
     "regret",
     "seen_rows",
     "shared",
@@ -116,6 +118,7 @@ _HOMES = {
     "paired": "tiedjax.analysis.basis.statistics:paired",
     "picture": f"{_INSTRUMENTS}.picture.projection:measure",
     "published": "tiedjax.analysis.basis.published",
+    "read_results": "tiedjax.analysis.study.tasks:read_results",
     "regret": f"{_INSTRUMENTS}.regret.regret:measure",
     "seen_rows": "tiedjax.analysis.basis.tables:seen_rows",
     "shared": f"{_INSTRUMENTS}.neighbours.overlap:shared",

@@ -31,6 +31,7 @@ from tiedjax.data.sources import Source, file_identity, open_source
 from tiedjax.data.text_files import matching_files
 from tiedjax.errors import UserError
 from tiedjax.files import local_folder
+from tiedjax.host import storage
 
 Report = Callable[[str], None]
 
@@ -82,7 +83,7 @@ def _recipe(
         files = matching_files(name, "data.source")
         identity = {"kind": "tokens", "files": [file_identity(path) for path in files], "vocab_size": vocab_size}
         return lambda folder, key: _write_references(
-            folder, key, data, files, vocab_size, given, workers, report
+            folder, key, data, [storage.cached(path) for path in files], vocab_size, given, workers, report
         ), identity
     source = open_source(data, cache, report)
     identity = dict(source.identity)

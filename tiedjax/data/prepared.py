@@ -298,7 +298,7 @@ def fingerprint_of(segments: Mapping[Split, Sequence[Segment]], end_id: int | No
 def load_prepared(directory: str | Path) -> Prepared:
     """The finished preparation in a folder; UserError where there is none, or where its files are damaged."""
     if storage.is_remote(directory):
-        directory = _fetched(storage.place(directory, "data.source"))
+        directory = fetched(storage.place(directory, "data.source"))
     directory = local_folder(directory, "data.source")
     meta, documents, segments = read_meta(directory)
     for segment in (*segments["train"], *segments["eval"]):
@@ -349,7 +349,7 @@ def check_tokenizer(directory: Path, meta: dict[str, Any]) -> Path | None:
     return tokenizer
 
 
-def _fetched(place: Path) -> Path:
+def fetched(place: Path) -> Path:
     """A local copy of a prepared folder in a store, made the first time."""
     if not storage.exists(place / META):
         raise UserError(f"{place}: holds no prepared data; make some with: tiedjax data prepare")

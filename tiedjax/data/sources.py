@@ -15,6 +15,7 @@ from tiedjax.data import text_files
 from tiedjax.data.embedded_corpus import standard_library
 from tiedjax.data.folders import locked
 from tiedjax.errors import UserError
+from tiedjax.host import storage
 from tiedjax.text import nearest
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def unknown_source(source: str) -> UserError:
 
 
 def file_identity(path: Path) -> list[Any]:
-    """[path, bytes, time of change]: what stands for a file's contents in the key of a cache."""
+    """[path, bytes, time of change or version]: what stands for a file's contents in the key of a cache."""
+    if storage.is_remote(path):
+        return storage.identity(path)
     state = path.stat()
     return [str(path), state.st_size, state.st_mtime_ns]
 

@@ -15,16 +15,21 @@ from typing import BinaryIO
 from tiedjax.data.tokenizer import END_MARKER
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
+from tiedjax.host import storage
 
 _JSON_LINES = {".jsonl", ".json", ".ndjson"}
 LONGEST = 2**18  # characters of a plain-text document; a longer one is cut, so that a single book can be split
 
 
 def matching_files(pattern: str, key: str) -> list[Path]:
-    """The files that a glob (`**` allowed) matches, sorted; UserError where there are none."""
-    local_path(pattern, key)
-    paths = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
-    files = sorted({path.absolute() for path in paths if path.is_file()})
+    """The files, or objects of a store, that a glob (`**` allowed) matches, sorted; UserError where there are none."""
+    paths: list[Path] = []
+    if storage.is_remote(pattern):
+        files = storage.matching(storage.place(pattern, key))
+    else:
+        local_path(pattern, key)
+        paths = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        files = sorted({path.absolute() for path in paths if path.is_file()})
     if not files:
         folder = next((path for path in paths if path.is_dir()), None)
         hint = f"it is a folder; name its files, such as '{folder}/*'" if folder else "give a path or a glob of files"
@@ -36,6 +41,7 @@ def file_documents(path: Path, text_field: str) -> Iterator[str]:
     """The documents of one file, by its ending: JSON lines hold one in `text_field` each, all else is plain text.
 
     `.gz` and `.zst` may follow either ending. Plain text is cut at END_MARKER and after LONGEST characters.
+    Of an object of a store a copy on this machine is read.
     UserError names file and line where the file cannot be read, is not UTF-8, or a line is no such JSON.
     """
     endings = [ending.lower() for ending in path.suffixes]
@@ -106,6 +112,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _open(path: Path) -> BinaryIO:
+    path = storage.cached(path)
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.suffix.lower() == ".zst":

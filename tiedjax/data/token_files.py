@@ -1,4 +1,4 @@
-"""Token files that others have published: read where they are, never copied.
+"""Token files that others have published: read where they are, never copied; of those in a store a copy is kept here.
 
 `.npy` files with NumPy's header say what they hold. Everything else, also what OLMo publishes under the name .npy, is
 taken as raw little-endian ids: uint16 or uint32 where the ending is .u16/.uint16 or .u32/.uint32, else uint16 when

@@ -8,20 +8,36 @@ from pathlib import Path
 
 from tiedjax.config import DataConfig
 from tiedjax.data.folders import cache_folder
-from tiedjax.data.prepared import META, SPLITS, Segment, check_size, check_tokenizer, fingerprint_of, read_meta
+from tiedjax.data.prepared import (
+    META,
+    SPLITS,
+    Segment,
+    check_size,
+    check_tokenizer,
+    fetched,
+    fingerprint_of,
+    read_meta,
+)
 from tiedjax.data.token_files import hash_now
 from tiedjax.errors import UserError
+from tiedjax.host import storage
 
 
 def searched(data: DataConfig) -> Path:
     """The folder that holds the preparation of these options, or where preparations are cached."""
     kind, _, name = data.source.partition(":")
-    return Path(name).expanduser().absolute() if kind == "prepared" else cache_folder(data.cache) / "prepared"
+    if kind != "prepared":
+        return cache_folder(data.cache) / "prepared"
+    return storage.place(name, "data.source") if storage.is_remote(name) else Path(name).expanduser().absolute()
 
 
 def find_prepared(data: DataConfig, fingerprint: str) -> Path | None:
-    """The folder there whose meta.json has this fingerprint; None without one."""
+    """The folder there whose meta.json has this fingerprint, of one in a store a copy here; None without one."""
     folder = searched(data)
+    if storage.is_remote(folder):
+        if not storage.exists(folder / META):
+            return None
+        folder = fetched(folder)
     for directory in (folder, *sorted(folder.glob("[0-9a-f]*"))):
         try:
             meta = json.loads((directory / META).read_text(encoding="utf-8"))

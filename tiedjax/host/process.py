@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tiedjax.errors import NotJoinedError, TrainingError, UserError
+from tiedjax.errors import NotJoinedError, Status, TrainingError, UserError
 from tiedjax.host import platform_flags, signals, storage
 from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
@@ -164,7 +164,11 @@ def from_main(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def refuse_unshared(folder: Path) -> None:
-    """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind."""
+    """UserError on every process unless all of them see in `folder` what process 0 writes; nothing is left behind.
+
+    Also where it lies in a bucket that there is not, or that does not answer.
+    """
+    storage.refuse_unknown_bucket(folder)
     if jax.process_count() == 1 or storage.is_remote(folder):  # a bucket is shared
         return
     missing, message = [path for path in (folder, *folder.parents) if not path.exists()], {}
@@ -215,6 +219,8 @@ def cause(error: BaseException) -> Cause:
         return Cause("interrupted", signals.INTERRUPTED, True)
     if isinstance(error, UserError | TrainingError | signals.Stopped):
         return Cause(" ".join(str(error).split()), error.status, True)
+    if line := storage.failure(error):
+        return Cause(line, Status.FAILED, True)
     lines = str(error).splitlines()
     if isinstance(error, jax.errors.JaxRuntimeError) and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return Cause(f"{lines[0]} Try a larger mesh or more data.microbatches.", 1, True)

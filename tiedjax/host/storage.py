@@ -28,14 +28,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from tiedjax import files
-from tiedjax.errors import LockedError, TakenOverError, TrainingError, UserError
+from tiedjax.errors import LockedError, StoreError, TakenOverError, TrainingError, UserError
 
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # those that etils.epath knows, and what fsspec needs for each
 EXTRAS = {"gs": "pip install 'tiedjax[gcs]'"}
+_NETWORK = ("aiohttp.", "requests.")  # modules whose errors say that no answer came
+_CLIENTS = (*_NETWORK, "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "botocore.", "azure.")
 COMMITTED = "commit_success.txt"  # Orbax writes it last into a save in a store, where no folder can be renamed
 LEASE = ".lease"
 LEASE_SECONDS = 120.0  # how long a writer that has gone silent keeps others out
 MARGIN = 10.0  # seconds by which the clocks of two machines may differ
+LOOKS = 24  # how often a writer looks for a sign of one that holds the lease, until that expires
 UPLOAD_SECONDS = 30.0  # what a store holds of files that grow may be this late between two checkpoints
 UPLOAD_SHARE = 0.05  # of the time spent uploading what grows, at most
 
@@ -87,7 +90,10 @@ def made(folder: Path) -> Path:
 
 
 def refuse_unknown_bucket(place: Path) -> None:
-    """UserError where the bucket of a place may not be asked what it is, which Orbax does before it lists saves."""
+    """UserError where there is no such bucket, or it may not be asked what it is, as Orbax does before it lists saves.
+
+    StoreError where the store does not answer.
+    """
     if not str(place).startswith("gs://"):
         return
     bucket = str(place).split("/")[2]
@@ -96,11 +102,13 @@ def refuse_unknown_bucket(place: Path) -> None:
             _store(place).call("GET", "b/{}", bucket)
     except FileNotFoundError:
         raise UserError(f"{place}: there is no bucket {bucket}, or it may not be seen") from None
-    except OSError as error:
+    except PermissionError as error:
         raise UserError(
             f"{place}: the bucket {bucket} cannot be asked what it is; that takes the right storage.buckets.get, as in "
             f"roles/storage.legacyBucketReader ({error.strerror})"
         ) from None
+    except OSError as error:
+        raise _unable(place, "cannot be reached", error) from None
 
 
 def _filesystem(scheme: str) -> Any:
@@ -136,9 +144,42 @@ def _as_os_errors(place: str | Path) -> Iterator[None]:
     except FileExistsError:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place)) from None
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        said = "; ".join(line.strip() for line in lines[:2] if line.strip())
-        raise OSError(errno.EIO, f"the store answers: {said}", str(place)) from error
+        number = errno.EACCES if _denied(error) else errno.EIO
+        raise OSError(number, _reason(error), str(place)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a client of a store has raised, in a line."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    said = "; ".join(line.strip() for line in lines[:2] if line.strip())
+    silent = isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith(_NETWORK)
+    return f"the store {'does not answer' if silent else 'answers'}: {said}"
+
+
+def _denied(error: Exception) -> bool:
+    """Whether a store has said that this may not be done."""
+    code = str(getattr(error, "code", ""))
+    return code in ("401", "403") or isinstance(error, PermissionError) or _denied_by_gcsfs(error)
+
+
+def _denied_by_gcsfs(error: Exception) -> bool:
+    """Whether it is the bare OSError that gcsfs makes of a 403."""
+    return type(error) is OSError and str(error).startswith("Forbidden: ")
+
+
+def _unable(place: str | Path, what: str, error: OSError) -> UserError:
+    """The error for what cannot be done there: a StoreError where a store fails, though the place may be right."""
+    kind = StoreError if is_remote(place) and not isinstance(error, FileNotFoundError) else UserError
+    return kind(f"{place}: {what}: {error.strerror or error}")
+
+
+def failure(error: BaseException) -> str | None:
+    """A line for what a store was asked in vain where nobody made more of it; None for any other error."""
+    if isinstance(error, OSError) and error.filename is not None and is_remote(str(error.filename)):
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, Exception) and (type(error).__module__.startswith(_CLIENTS) or _denied_by_gcsfs(error)):
+        return _reason(error)
+    return None
 
 
 def _store(place: Path) -> Any:
@@ -157,10 +198,22 @@ def read_bytes(place: Path) -> bytes:
 
 
 def read_text(place: Path, hint: str = "", most: int = files.MOST_TEXT) -> str:
-    """The text of a UTF-8 file or object of at most `most` bytes. UserError otherwise; `hint` says what is right."""
+    """The text of a UTF-8 file or object of at most `most` bytes. UserError otherwise; `hint` says what is right.
+
+    StoreError where a store fails.
+    """
     if not is_remote(place):
         return files.read_text(place, hint, most)
-    return files.text_of(place, lambda: read_bytes(place), hint, most)
+
+    def content() -> bytes:
+        try:
+            return read_bytes(place)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _unable(place, "cannot be read", error) from None
+
+    return files.text_of(place, content, hint, most)
 
 
 def read_json(place: Path, hint: str = "") -> Any:
@@ -185,13 +238,18 @@ def exists(place: Path) -> bool:
         return bool(_store(place).exists(str(place)))
 
 
-def refuse_silent(place: Path) -> None:
-    """UserError where a store does not answer: what cannot be read there then is not damaged for that."""
-    if is_remote(place):
-        try:
-            exists(place)
-        except OSError as error:
-            raise UserError(f"{place}: cannot be read: {error.strerror}") from None
+def refuse_silent(folder: Path) -> None:
+    """StoreError where a store does not hand out all that lies in a folder: what cannot be read then is not damaged."""
+    if not is_remote(folder):
+        return
+    try:
+        with _as_os_errors(folder):
+            filled = [str(folder / name) for name, size in _objects(folder).items() if size]
+            for found in _store(folder).cat_ranges(filled, 0, 1):
+                if isinstance(found, Exception) and not isinstance(found, FileNotFoundError):
+                    raise found
+    except OSError as error:
+        raise _unable(folder, "cannot be read", error) from None
 
 
 def names(folder: Path) -> list[str]:
@@ -206,6 +264,28 @@ def names(folder: Path) -> list[str]:
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in listed} - {""})
 
 
+def matching(pattern: Path) -> list[Path]:
+    """The objects of a store that a glob (`**` allowed) matches, sorted. StoreError where a store does not say."""
+    scheme = str(pattern).split("://", 1)[0]
+    try:
+        with _as_os_errors(pattern):
+            found = _store(pattern).glob(str(pattern), detail=True)
+    except OSError as error:
+        raise _unable(pattern, "cannot be read", error) from None
+    objects = sorted(name for name, about in found.items() if about["type"] == "file")
+    return [place(f"{scheme}://{name}", str(pattern)) for name in objects]
+
+
+def identity(place: Path) -> list[Any]:
+    """[place, bytes, version]: what stands for the content of an object. UserError where there is none."""
+    try:
+        with _as_os_errors(place):
+            about = _store(place).info(str(place))
+    except OSError as error:
+        raise _unable(place, "cannot be read", error) from None
+    return [str(place), about["size"], _version(place, about)]
+
+
 def write_atomically(place: str | Path, content: str | bytes) -> None:
     """Replaces the file or object by one with this content (text as UTF-8), whole or not at all. UserError if not."""
     if not is_remote(place):
@@ -215,7 +295,7 @@ def write_atomically(place: str | Path, content: str | bytes) -> None:
         with _as_os_errors(place):
             _store(cast(Path, place)).pipe_file(str(place), data)
     except OSError as error:
-        raise UserError(f"{place}: cannot be written: {error.strerror}") from None
+        raise _unable(place, "cannot be written", error) from None
 
 
 def remove(place: Path) -> None:
@@ -278,7 +358,7 @@ def set_aside(save: Path) -> None:
         with _as_os_errors(save):
             _store(save).rm(str(save), recursive=True)
     except OSError as error:
-        raise UserError(f"{save}: is damaged, and cannot be set aside: {error.strerror}") from None
+        raise _unable(save, "is damaged, and cannot be set aside", error) from None
 
 
 def _objects(folder: Path) -> dict[str, int]:
@@ -308,7 +388,7 @@ def cached(place: Path, folder: Path | None = None) -> Path:
                 return path
             _download(place, path, about["size"])
     except OSError as error:
-        raise UserError(f"{place}: cannot be read: {error.strerror or error}") from None
+        raise _unable(place, "cannot be read", error) from None
     return path
 
 
@@ -328,7 +408,7 @@ def cached_folder(place: Path, listing: str, others: Callable[[bytes], dict[str,
                         _download(place / name, folder / name, size)
             files.write_atomically(folder / listing, content)
     except OSError as error:
-        raise UserError(f"{error.filename or place}: cannot be read: {error.strerror or error}") from None
+        raise _unable(error.filename or place, "cannot be read", error) from None
     return folder
 
 
@@ -343,7 +423,7 @@ def cached_save(save: Path) -> Path:
                     if not ((folder / name).is_file() and (folder / name).stat().st_size == sizes[name]):
                         _download(save / name, folder / name, sizes[name])
     except OSError as error:
-        raise UserError(f"{save}: cannot be read: {error.strerror or error}") from None
+        raise _unable(save, "cannot be read", error) from None
     return folder
 
 
@@ -369,6 +449,10 @@ def _download(place: Path, path: Path, size: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _say(line: str) -> None:
+    print(f"tiedjax: {line}", file=sys.stderr, flush=True)
+
+
 # ---- Files that grow ----
 
 
@@ -382,7 +466,7 @@ class Growing:
 
     def __init__(self, out: Path, check: Callable[[], None] = lambda: None, say: Callable[[str], None] | None = None):
         self.out, self._remote, self._check = out, is_remote(out), check
-        self._say = say or (lambda line: print(f"tiedjax: {line}", file=sys.stderr, flush=True))
+        self._say = say or _say
         self.folder = Path(tempfile.mkdtemp(prefix="tiedjax-")) if self._remote else out
         self._uploaded: dict[str, bytes] = {}  # digests of what lies there, by name
         self._failed = False
@@ -402,7 +486,7 @@ class Growing:
                     (self.folder / name).write_bytes(content)
                     self._uploaded[name] = hashlib.sha256(content).digest()
         except OSError as error:
-            raise UserError(f"{self.out / name}: cannot be read: {error.strerror}") from None
+            raise _unable(self.out / name, "cannot be read", error) from None
 
     def sync(self) -> bool:
         """Uploads what has changed; returns when it is there, and whether all of it is."""
@@ -496,20 +580,38 @@ class Holder:
     @property
     def is_dead(self) -> bool:
         """Whether it ran on this machine and has ended. False where that is not known."""
-        return bool(self.machine) and self.machine == _machine() and _start_of(self.pid) != self.began
+        return self._ran_here and _start_of(self.pid) != self.began
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs on this machine. False where that is not known."""
+        return self._ran_here and not self.is_dead
+
+    @property
+    def _ran_here(self) -> bool:
+        return bool(self.machine) and self.machine == _machine()
 
 
 class Lease:
-    """The right to write a folder of a store, renewed by a thread until it is left; `clock` is for tests.
+    """The right to write a folder of a store, renewed by a thread until it is left; `clock` and `pause` are for tests.
 
     Its record is an object in the folder's .lease/ that is named by a number. To take the lease is to create the next
     number, which a store lets one process alone do; the newest is never removed, so that nobody who is late creates
     it again. Renewing rewrites a record in place: nobody else writes it. One who finds its own expired creates a new
     one, as any other would.
+
+    A holder that is known to live keeps others out: one that renews its lease while it is watched, or runs on this
+    machine. One that is silent is waited for until its lease has expired.
     """
 
-    def __init__(self, folder: Path, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time):
-        self._folder, self._seconds, self._clock = folder / LEASE, seconds, clock
+    def __init__(
+        self,
+        folder: Path,
+        seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.time,
+        pause: Callable[[float], object] = time.sleep,
+    ):
+        self._folder, self._seconds, self._clock, self._pause = folder / LEASE, seconds, clock, pause
         self._out, self._number, self._holder = folder, 0, Holder.this()
         self._lost: str | None = None
         self._busy, self._ends = threading.Lock(), threading.Event()
@@ -519,7 +621,7 @@ class Lease:
         try:
             self._take()
         except OSError as error:
-            raise UserError(f"{self._out}: cannot be written: {error.strerror}") from None
+            raise _unable(self._out, "cannot be written", error) from None
         self._thread.start()
         return self
 
@@ -568,18 +670,33 @@ class Lease:
 
     def _take(self) -> None:
         for _ in range(10):  # each time around another has come first
-            newest, holder = self._newest()
-            if holder and self._clock() < holder.expires + MARGIN and not holder.is_dead:
-                left = max(1, round(holder.expires + MARGIN - self._clock()))
-                raise LockedError(
-                    f"{self._out}: {holder} is writing this run; end it, or wait {left} s if it is gone already, or "
-                    "choose another --out"
-                )
+            newest = self._free()
             if self._created(newest + 1) and self._newest()[0] == newest + 1:
                 self._number = newest + 1
                 self._remove_older()
                 return
         raise LockedError(f"{self._out}: other processes keep taking this run; end them or choose another --out")
+
+    def _free(self) -> int:
+        """The number of the newest record once its holder is gone; LockedError once it is known to live."""
+        first = number, holder = self._newest()
+        until = self._clock() + self._seconds + MARGIN
+        said = False
+        while holder and not holder.is_dead:
+            left = min(until, holder.expires + MARGIN) - self._clock()
+            if left <= 0:
+                break
+            if holder.is_alive or (number, holder) != first:
+                raise LockedError(f"{self._out}: {holder} is writing this run; wait for it or choose another --out")
+            if not said:
+                _say(
+                    f"{self._out}: {holder} holds this run and may be gone; this process takes it over in "
+                    f"{round(left)} s unless that one renews its lease"
+                )
+                said = True
+            self._pause(min(left, self._seconds / LOOKS))
+            number, holder = self._newest()
+        return number
 
     def _remove_older(self) -> None:
         for number in self._numbers():

@@ -27,14 +27,18 @@ from tiedjax.errors import (
     NoCheckpointError,
     NotFiniteError,
     Status,
+    StoreError,
     TakenOverError,
     TrainingError,
     UserError,
 )
-from tiedjax.host import platform_flags, signals
+from tiedjax.host import platform_flags, signals, storage
 
-_KNOWN = (UserError, LockedError, NoCheckpointError, TrainingError, NotFiniteError, TakenOverError)
-FAILURES: dict[str, type[Exception]] = {error.__name__: error for error in _KNOWN}
+_ERRORS = (
+    *(UserError, LockedError, NoCheckpointError, StoreError),
+    *(TrainingError, NotFiniteError, TakenOverError),
+)
+FAILURES: dict[str, type[Exception]] = {error.__name__: error for error in _ERRORS}
 PATIENCE = 20.0  # seconds between asking an idle worker to end and killing it
 
 
@@ -305,12 +309,20 @@ def serve() -> None:
         try:
             result = _call(request["function"], request["arguments"])
         except (UserError, TrainingError) as error:
-            known = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in FAILURES)
-            send({"failed": known, "message": str(error)})
+            send({"failed": _known(type(error)), "message": str(error)})
         except signals.Stopped:
             send({"stopped": request["function"]})
+        except Exception as error:
+            if not (line := storage.failure(error)):
+                raise
+            send({"failed": StoreError.__name__, "message": line})
         else:
             send({"result": result})
+
+
+def _known(kind: type[Exception]) -> str:
+    """The name of an error, or of what it is a kind of, under which the parent knows it."""
+    return next(base.__name__ for base in kind.__mro__ if base.__name__ in FAILURES)
 
 
 def _receive_calls(calls: queue.SimpleQueue[str]) -> None:

@@ -46,9 +46,9 @@ def draw_section(out: str, name: str) -> dict[str, list[str]]:
     return draw(read_results(place), name, place)
 
 
-def read_results(out: Path) -> dict[str, Any]:
-    """results.json of a study's folder; UserError unless it holds an object."""
-    return read_object(out / "results.json", "study")
+def read_results(study: str | Path) -> dict[str, Any]:
+    """results.json of a study's folder, on a disk or in a store; UserError unless it holds an object."""
+    return read_object(storage.place(study, "study") / "results.json", "study")
 
 
 def read_object(path: Path, command: str) -> dict[str, Any]:
