@@ -197,7 +197,7 @@ def _damage(where: Path, what: str) -> Iterator[None]:
 
 @functools.cache
 def _hush() -> None:
-    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike."""
+    """From here on nothing is printed of reads and writes that went on when the first had failed: they fail alike."""
     logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
     hook = sys.unraisablehook
 
@@ -227,6 +227,7 @@ def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
             to(error)
         return not error
 
+    _hush()
     logger = logging.getLogger("absl")
     logger.addFilter(heard)
     try:
