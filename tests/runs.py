@@ -42,7 +42,7 @@ def write_text(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def arguments(out: Path, text: Path, changes: Mapping[str, Any] | None = None) -> list[str]:
+def arguments(out: Path | str, text: Path, changes: Mapping[str, Any] | None = None) -> list[str]:
     """The command line, after `tiedjax`, of a shrunk configs/tiny.yaml in the run directory `out`."""
     overrides = {"data.source": f"text:{text}", **SHRUNK, **(changes or {})}
     options = [part for key, value in overrides.items() for part in (f"--{key}", str(value))]

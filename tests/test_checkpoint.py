@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from runs import STEPS, arguments, assert_same_run
 
 import tiedjax
 from tiedjax import cli
+from tiedjax.beginning import begin
 from tiedjax.checkpoint import Checkpoints, DamagedError, failed_saves, fingerprints
 from tiedjax.errors import UserError
 from tiedjax.saves import Kept
+from tiedjax.sharding import make_mesh
 
 
 def some_tree(seed: int = 0) -> dict[str, Any]:
@@ -242,6 +246,42 @@ def damage(folder: Path) -> None:
     """Cuts every file of values in half."""
     for path in folder.rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("every", "at_least"), [pytest.param(1, 300, id="all", marks=pytest.mark.slow), pytest.param(40, 7, id="some")]
+)
+def test_whatever_is_damaged_a_run_goes_on_from_a_state_that_was_saved(
+    every: int, at_least: int, text: Path, tmp_path: Path
+) -> None:
+    """Each file of the newest state in turn: that state, bit by bit, or the one before it, and never an error."""
+    out = tmp_path / "run"
+    assert cli.main(arguments(out, text, {"train.checkpoint_every": 6})) == 0
+    run, counts_2V = tiedjax.load_run(out), np.load(out / "token_counts.npy")
+    whole, place = out / "checkpoints", tmp_path / "damaged"
+    about = Checkpoints(whole, create=False).about(STEPS)
+
+    def begun() -> tuple[int, list[bytes]]:
+        with closing(Checkpoints(place)) as checkpoints:
+            state, _, step = begin(run.config, make_mesh(run.config.mesh), checkpoints, about, counts_2V)
+        return step, [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+    states = {}
+    for step in (STEPS, 6):
+        shutil.copytree(whole, place, ignore=shutil.ignore_patterns(str(STEPS)) if step == 6 else None)
+        assert begun()[0] == step
+        states[step] = begun()[1]
+        shutil.rmtree(place)
+    used = []
+    for damage in itertools.islice(damages(whole / str(STEPS)), 0, None, every):
+        shutil.copytree(whole, place)
+        step, leaves = begun()
+        assert leaves == states[step], damage
+        assert {path.name for path in place.iterdir()} == {"6", "8" if step == STEPS else "damaged-8"}, damage
+        used.append(step)
+        shutil.rmtree(place)
+    assert len(used) >= at_least
+    assert used.count(6) >= at_least // 3
 
 
 def test_a_damaged_state_is_set_aside_and_an_older_one_is_used(

@@ -27,6 +27,7 @@ from tiedjax.data.prepare import prepare
 from tiedjax.data.prepared import Prepared, Segment, load_prepared
 
 V, T, TOKENS = 320, 16, 900_000
+HELD_OUT = 0.4  # so that each part of the long file is longer than all blocks that are looked at
 WAITS = "run: trained; waiting until its {:,} training tokens are counted\n"
 LARGE = "from tiedjax.data import counts; counts.COUNTED_AT_ONCE = 0"
 
@@ -40,10 +41,11 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Token files that count as large, one of them longer than all of its blocks."""
     monkeypatch.setattr(token_files, "READ_WHOLE", 2**19)
     monkeypatch.setattr(counts, "COUNTED_AT_ONCE", 2**19)
+    monkeypatch.setattr("tiedjax.data.prepared.VERIFIED_WHOLE", 2**19)
     rng = np.random.default_rng(0)
     for name, count in [("a", TOKENS), ("b", 500)]:
         np.minimum(rng.zipf(1.3, count) - 1, V - 1).astype(np.uint16).tofile(tmp_path / f"{name}.u16")
-    return DataConfig(source=f"tokens:{tmp_path}/*.u16", holdout=0.1, cache=str(tmp_path / "cache"))
+    return DataConfig(source=f"tokens:{tmp_path}/*.u16", holdout=HELD_OUT, cache=str(tmp_path / "cache"))
 
 
 def change(path: Path, place: int, token: int) -> None:
@@ -72,8 +74,8 @@ def test_a_large_source_is_sampled_when_it_is_opened(
 
     monkeypatch.setattr(Segment, "check", observed)
     prepared = prepare(large, V, report=lines.append)
-    assert read.count(2**12) == 64, "of the long file"
-    assert sum(read) == 64 * 2**12 + 64 * 500
+    assert read.count(2**12) == 3 * 64, "of the long file, and of each of its parts when they are verified"
+    assert sum(read) == 3 * 64 * 2**12 + 2 * 64 * 500
     assert prepared.fingerprint.startswith("samples:")
     assert prepared.documents == {"train": None, "eval": None}
     assert lines[-2] == "900,500 tokens in all; those that were not read yet are checked when tokens are counted"
@@ -96,7 +98,7 @@ def test_an_id_between_the_samples_is_found_when_it_is_counted_or_read(
     assert str(caught.value) == says
     assert not list(prepared.directory.glob("counts*"))
     windows = prepared.windows("train" if place == 5000 else "eval", T)
-    number = place // T if place == 5000 else (place - round(TOKENS * 0.9)) // T
+    number = place // T if place == 5000 else (place - round(TOKENS * (1 - HELD_OUT))) // T
     with pytest.raises(token_files.UserError) as caught:
         windows.read([number])
     assert str(caught.value) == says
@@ -107,7 +109,8 @@ def test_counting_finds_what_is_counted_by_hand_and_the_documents(large: DataCon
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"] = [{"id": 1, "content": "<|endoftext|>", "special": True, **flags}]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    data = DataConfig(source=large.source, holdout=0.1, cache=large.cache, tokenizer=str(tmp_path / "tokenizer.json"))
+    tokenizer_path = str(tmp_path / "tokenizer.json")
+    data = DataConfig(source=large.source, holdout=HELD_OUT, cache=large.cache, tokenizer=tokenizer_path)
     prepared = prepare(data, V, report=quiet)
     out = tmp_path / "token_counts.npy"
     counts.count_beside_training(str(prepared.directory), 7, V + 4, str(out))
@@ -248,7 +251,7 @@ def test_an_id_out_of_range_ends_the_run_in_the_line_that_opening_would_have_sai
 ) -> None:
     change(tmp_path / "a.u16", TOKENS - 5000, V)  # where no batch is read from
     changes: dict[str, Any] = {"data.source": large.source, "data.cache": large.cache, "train.eval_batches": 1}
-    changes |= {"train.steps": 20_000, "train.snapshot_every": 20_000}
+    changes |= {"data.holdout": HELD_OUT, "train.steps": 20_000, "train.snapshot_every": 20_000}
     assert cli.main(arguments(tmp_path / "run", tmp_path, changes)) == 2
     assert capsys.readouterr().err == (
         f"tiedjax: {tmp_path}/a.u16: token id 320 does not fit model.vocab_size 320 "
@@ -270,6 +273,7 @@ def test_a_batch_with_an_id_out_of_range_is_refused_as_it_is_read(
     tokens.tofile(tmp_path / "a.u16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(counts, "COUNTED_AT_ONCE", 2**19)
+        patch.setattr(Prepared, "verify", lambda prepared: None)  # which looks at other places
         patch.setattr(counting.Counting, "begin", lambda counting: None)  # which would say the same
         patch.setattr(counts, "sampled_counts", lambda prepared, seq_len, rows: np.ones((2, rows), np.int64))
         changes = {"data.source": large.source, "data.cache": large.cache}

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import fill, small_disk
 from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
@@ -549,17 +550,9 @@ def test_accelerators_keep_what_was_compiled_beside_the_prepared_data(
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a disk of its own on which no byte is left."""
-    folder = tmp_path / "run" / "tensorboard"
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        with pytest.raises(OSError, match="No space left"):
-            (folder / "filler").write_bytes(bytes(2**17))
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "run" / "tensorboard", 64) as disk:
+        fill(disk)
+        yield disk
 
 
 @pytest.mark.parametrize("obstacle", ["full disk", "file"])

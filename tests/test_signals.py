@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -76,6 +77,24 @@ def slow(*arguments):
             time.sleep(30)
 evaluation.eval_batches = slow
 """,
+    "the last save": """
+import orbax.checkpoint as ocp
+finalize = ocp.PyTreeCheckpointHandler.finalize
+def slow(self, directory):
+    if "checkpoints/8" in str(directory):
+        now()
+        time.sleep(2)
+    finalize(self, directory)
+ocp.PyTreeCheckpointHandler.finalize = slow
+""",
+}
+
+# Of all that is the product of these, what is tried at every change.
+QUICK = {
+    *((phase, signal.SIGTERM) for phase in PHASES if phase != "the last save"),  # see test_loop.py
+    *(("training", number) for number in SIGNALS),
+    ("evaluation", signal.SIGINT),
+    ("the last save", signal.SIGUSR1),
 }
 
 
@@ -93,7 +112,10 @@ def ended(process: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [*((phase, signal.SIGTERM) for phase in PHASES), *(("training", number) for number in SIGNALS[1:])],
+    [
+        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+        for pair in itertools.product(PHASES, SIGNALS)
+    ],
 )
 def test_a_signal_ends_a_run_in_every_phase_and_it_continues(
     phase: str, number: signal.Signals, finished: Path, text: Path, tmp_path: Path
@@ -101,7 +123,7 @@ def test_a_signal_ends_a_run_in_every_phase_and_it_continues(
     out = tmp_path / "run"
     ended(program(tmp_path, number, PHASES[phase], arguments(out, text)), tmp_path, number)
     assert not list(tmp_path.rglob("*.tmp"))
-    if phase in ("training", "evaluation"):
+    if phase in ("training", "evaluation", "the last save"):
         assert load_run(out).checkpoint_steps == [3 if phase == "training" else STEPS]
     assert cli.main(arguments(out, text)) == 0
     assert_same_run(out, finished)

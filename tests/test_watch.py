@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -10,14 +11,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from programs import REPOSITORY, environment, finish, start
-from runs import arguments, rows
+from runs import STEPS, arguments, assert_same_run, rows
 
-from tiedjax.host import watch
+from tiedjax.host import storage, watch
 
 # ---- The wire alone, between processes without JAX ----
 
@@ -217,7 +219,7 @@ def test_a_process_ends_though_nobody_hears_why(status: int) -> None:
 # ---- Training processes, each started by hand as on a cluster ----
 
 PRELUDE = """
-import errno, os, pathlib, signal, sys, threading, time
+import contextlib, errno, hashlib, os, pathlib, signal, sys, threading, time
 import orbax.checkpoint as ocp
 from tiedjax import loop
 from tiedjax.cli import main
@@ -457,3 +459,115 @@ def test_the_launcher_ends_with_the_cause(text: Path, tmp_path: Path) -> None:
     lines = {"tiedjax: process 1 failed: no luck", "[1] tiedjax: no luck"}
     assert lines <= set(error.splitlines())
     assert error.splitlines()[-1] in lines
+
+
+# ---- What ends a cluster leaves a run that the same command completes ----
+
+SHORT: dict[str, object] = {"train.steps": STEPS}
+CAUSES = {
+    "an exception": "at_step_3(fails(TrainingError('no luck')))",
+    "a kill": "at_step_3(lambda: dies(signal.SIGKILL))",
+    "a stop": "at_step_3(lambda: dies(signal.SIGSTOP))",
+    "an interrupt": "at_step_3(lambda: dies(signal.SIGINT))",
+}
+PHASES = {  # of one process; in all but the first two it trains
+    "preparation": """
+def preparing(*args, **kwargs):
+    threading.Timer(1, dies, [NUMBER]).start()
+    time.sleep(600)
+loop.prepare = preparing
+""",
+    "compilation": """
+first_call = loop.process.first_call
+@contextlib.contextmanager
+def deaf(function):
+    "Like a compiler: runs no Python, and no signal interrupts it."
+    with first_call(function) as called:
+        if function not in loop.process._called:
+            threading.Timer(1, dies, [NUMBER]).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        yield called
+loop.process.first_call = deaf
+""",
+    "a step": "at_step_3(lambda: dies(NUMBER))",
+    "an evaluation": """
+evaluate = loop.Evaluation.__call__
+def evaluating(self, *args):
+    dies(NUMBER)
+    return evaluate(self, *args)
+loop.Evaluation.__call__ = evaluating
+""",
+    "the last save": f"""
+wait = loop.Checkpoints.wait
+def waiting(self):
+    if self.begun == {STEPS} and self.directory.name == "checkpoints":
+        dies(NUMBER)
+    wait(self)
+loop.Checkpoints.wait = waiting
+""",
+}
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert [status for status, _ in ended(cluster(folder, text, {}, more=SHORT), seconds=240)] == [0, 0]
+    return folder / "run"
+
+
+def assert_completed(tmp_path: Path, text: Path, undisturbed: Path) -> None:
+    """The same command ends well, with the bits of the run that nobody disturbed."""
+    assert [status for status, _ in ended(cluster(tmp_path, text, {}, more=SHORT), seconds=240)] == [0, 0]
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def some(table: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """These parameters of a test, all but `quick` ones slow."""
+    return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in table]
+
+
+@pytest.mark.parametrize(
+    ("cause", "rank"), some(itertools.product(CAUSES, range(2)), [("an exception", 0), ("a kill", 1)])
+)
+def test_whatever_ends_a_process_ends_both_with_its_cause_and_the_run_completes(
+    cause: str, rank: int, text: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    stopped = "stopped by SIGINT; the same command continues from there"
+    silent = f"process {rank} has been silent for 10 s: it is stopped, or its machine hangs"
+    own, other = {  # status and last line
+        "an exception": ((1, "no luck"), (1, f"process {rank} failed: no luck")),
+        "a kill": ((-signal.SIGKILL, None), (75, GONE.format(rank))),
+        "a stop": ((-signal.SIGKILL, None), (76, silent)),
+        "an interrupt": ((75, stopped), (75, stopped)),
+    }[cause]
+    processes = cluster(tmp_path, text, {rank: CAUSES[cause]}, more=SHORT, heartbeat=10)
+    results = {1 - rank: ended([processes[1 - rank]], seconds=240)[0]}
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
+    if cause == "a stop":
+        processes[rank].kill()
+    results[rank] = ended([processes[rank]])[0]
+    for number, (status, line) in ((rank, own), (1 - rank, other)):
+        assert results[number][0] == status, results
+        assert line is None or results[number][1].splitlines()[-1] == f"tiedjax: {line}"
+    assert_completed(tmp_path, text, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "name"), some(itertools.product(PHASES, range(2), SIGNALS), [("an evaluation", 1, "SIGUSR1")])
+)
+def test_a_signal_to_one_process_in_every_phase_and_the_run_completes(
+    phase: str, rank: int, name: str, text: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    hook = PHASES[phase].replace("NUMBER", f"signal.{name}")
+    results = ended(cluster(tmp_path, text, {rank: hook}, more=SHORT), seconds=240)
+    assert time.time() - (tmp_path / "mark").stat().st_mtime < 20
+    for status, error in results:
+        assert status == 75, results
+        assert error.splitlines()[-1].endswith(f"stopped by {name}; the same command continues from there")
+    if phase not in ("preparation", "compilation"):
+        newest = max(storage.saved_steps(tmp_path / "run" / "checkpoints"))
+        assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, newest + 1))
+        assert newest == STEPS or phase == "a step"
+    assert_completed(tmp_path, text, undisturbed)

@@ -226,7 +226,7 @@ def _agreed(where: Path) -> Iterator[None]:
 
 @functools.cache
 def _hush() -> None:
-    """From here on nothing is printed of reads that went on when the first one had failed: they fail alike.
+    """From here on nothing is printed of reads and writes that went on when the first had failed: they fail alike.
 
     TensorStore's threads tell Python's hooks of them.
     """
@@ -263,6 +263,7 @@ def failed_saves(to: Callable[[BaseException], None]) -> Iterator[None]:
             to(error)
         return not error
 
+    _hush()
     logger = logging.getLogger("absl")
     logger.addFilter(heard)
     try:
