@@ -49,7 +49,7 @@ class Clock:
     [
         (
             "ftp://host/run",
-            "--out: ftp:// is not known; use a path or one of gs://, s3://, az://; got 'ftp://host/run'",
+            "--out: ftp:// is not known; use a path or one of gs://, s3://; got 'ftp://host/run'",
         ),
         ("gs://", "--out: must name a bucket and a folder, such as gs://BUCKET/RUN; got 'gs://'"),
         ("gs://bucket", "--out: must name a bucket and a folder, such as gs://BUCKET/RUN; got 'gs://bucket'"),
@@ -327,6 +327,26 @@ def test_a_lease_that_is_given_back_while_it_is_waited_for_is_taken_at_once(out:
         with Lease(out, 120, clock, pause) as taken:
             taken.check()
         assert clock.now - began == 120 / storage.LOOKS
+
+
+def test_a_lease_that_was_created_though_the_answer_was_lost_is_held(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    with Lease(out, 120, clock) as held:
+        before, created = held._holder, held._created
+
+        def lost(number: int) -> bool:
+            created(number)
+            held._holder = before
+            raise OSError(errno.EIO, "no answer")
+
+        clock.now += 500  # expired, as after a night in which this machine slept
+        monkeypatch.setattr(held, "_created", lost)
+        held.renew()
+        monkeypatch.setattr(held, "_created", created)
+        held.check()
+        assert held._number == 2
 
 
 def test_a_clock_that_is_far_ahead_makes_nobody_wait_longer_than_a_lease_lasts(out: Path) -> None:

@@ -30,7 +30,8 @@ from typing import Any, cast
 from tiedjax import files
 from tiedjax.errors import LockedError, StoreError, TakenOverError, TrainingError, UserError
 
-SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # those that etils.epath knows, and what fsspec needs for each
+# Those that etils.epath knows and that create an object for one process alone, and what fsspec needs for each.
+SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 EXTRAS = {"gs": "pip install 'tiedjax[gcs]'"}
 _NETWORK = ("aiohttp.", "requests.")  # modules whose errors say that no answer came
 _CLIENTS = (*_NETWORK, "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "botocore.", "azure.")
@@ -613,6 +614,7 @@ class Lease:
     ):
         self._folder, self._seconds, self._clock, self._pause = folder / LEASE, seconds, clock, pause
         self._out, self._number, self._holder = folder, 0, Holder.this()
+        self._tried: set[str] = set()  # tokens of what this process has asked the store to create
         self._lost: str | None = None
         self._busy, self._ends = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._renewals, name="lease", daemon=True)
@@ -661,7 +663,9 @@ class Lease:
                 self._number = newest + 1
                 self._remove_older()
             newest, holder = self._newest()
-        if newest != self._number:
+        if newest != self._number and holder and holder.token in self._tried:  # created, and the answer was lost
+            self._number, self._holder = newest, holder
+        elif newest != self._number:
             self._lost = f"{self._out}: {holder or 'another process'} has taken over this run; this one ends"
 
     def _renewals(self) -> None:
@@ -706,6 +710,7 @@ class Lease:
 
     def _created(self, number: int) -> bool:
         holder, path = Holder.this(self._clock() + self._seconds), self._record(number)
+        self._tried.add(holder.token)
         try:
             with _as_os_errors(path):
                 _store(path).pipe_file(str(path), holder.dumps(), mode="create")
