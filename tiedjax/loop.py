@@ -35,6 +35,7 @@ from tiedjax.evaluation import Evaluation
 from tiedjax.host import platform_flags, process, profiling, signals, storage
 from tiedjax.host.storage import sole_writer, write_atomically
 from tiedjax.host.watchdog import Watchdog
+from tiedjax.left_out import NOT_FINITE, LeftOut
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, OWED, change_of, owed
@@ -52,6 +53,7 @@ MAY_CHANGE = {
         "train.stall_seconds",
         "train.checkpoint_minutes",
         "train.keep_every",
+        "train.skip_nonfinite",
         "tying.untie_at",
         "tying.tie_at",
     ),
@@ -90,7 +92,8 @@ def train(
 
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
     into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
-    UserError for what the caller can mend, NotFiniteError if the loss stops being finite.
+    UserError for what the caller can mend, NotFiniteError for more
+    updates that are not finite than `train.skip_nonfinite`.
     """
     minutes = cfg.train.checkpoint_minutes
     stop = process.Requests(until, None if minutes is None else 60 * minutes)
@@ -180,6 +183,8 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
+    if process.is_main():
+        storage.remove(out / NOT_FINITE)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
@@ -201,7 +206,7 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start, logged_every, may_write)
+    recorder = Recorder(cfg, out, label, start, logged_every, may_write, int(state.skipped))
     held.callback(recorder.close)
     watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
@@ -220,7 +225,8 @@ def _train(
             role_scale = everywhere(role_scales(step))
             evaluation = Evaluation(cfg, mesh, steps, prepared, second)
         about_step = _observed(steps, state, tokens_BS, body_update, step) if step in observed else {}
-        before, body_update = _copied(state.params["body"]) if step + 1 in observed else None, None
+        before = _copied(state.params["body"]) if step + 1 in observed else None
+        last_update, body_update = body_update, None
         if stage.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
@@ -238,9 +244,15 @@ def _train(
         snaps = step in saves.snapshots
         recorder.record(step, metrics | about_step, deciles=snaps)
         watchdog.alive(step=True)  # the step before this one, whose metrics were read
-        if evaluates or checks or snaps:
+        if evaluates or checks or snaps or step == changed:
             evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
             ends, checks = ends or not evaluated, checks or not evaluated
+        if left_out := recorder.ended_by:
+            may_write()
+            recorder.sync()
+            settle(snapshots)
+            last_update = last_update if left_out.step == step else None
+            raise _ended(left_out, state, last_update, checkpoints, about, out, batches)
         if (checks or snaps) and not _all_finite(state):
             raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if checks or snaps:
@@ -257,8 +269,7 @@ def _train(
                 save(snapshots, step, _snapshot(state), about, wait=ends)
         if checks:
             settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
-            whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
-            save(checkpoints, step, whole, about, wait=ends or not recorded)
+            save(checkpoints, step, _whole(state, body_update), about, wait=ends or not recorded)
             stop.saved()
             if not recorded:  # the first one, which was waited for: what is recorded must be there
                 _record_state(out, step)
@@ -267,6 +278,36 @@ def _train(
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _whole(state: TrainState, body_update: Any) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+
+
+def _ended(
+    left_out: LeftOut,
+    state: TrainState,
+    last_update: Any,
+    checkpoints: Checkpoints,
+    about: dict[str, Any],
+    out: Path,
+    batches: Batches,
+) -> NotFiniteError:
+    """What to raise where a run ends with this step, once the state before it and the windows it saw are saved."""
+    step = left_out.step - 1
+    state = state._replace(skipped=_last_skipped(state.skipped))
+    finite = bool(_all_finite(state))
+    if finite and step > 0:
+        settle(checkpoints)
+        if process.main_says(step not in checkpoints.steps()):
+            save(checkpoints, step, _whole(state, last_update), about, wait=True)
+            _record_state(out, step)
+    last = step if finite else None
+    if process.is_main():
+        left_out.write(out, last, batches.windows(step))
+    process.main_says(True)  # another process that failed before would end the main one, which writes
+    return NotFiniteError(left_out.ends(out, last, int(state.skipped)))
 
 
 def _save_failed(stop: process.Requests, error: BaseException) -> None:
@@ -335,6 +376,7 @@ def _number(metrics: dict[str, jax.Array], name: str) -> float:
     return float(metrics[name])
 
 
+_last_skipped = jax.jit(lambda skipped: -1 - skipped)  # what it was before the run ended
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 _difference = jax.jit(lambda after, before: jax.tree.map(jnp.subtract, after, before), donate_argnums=1)
 
