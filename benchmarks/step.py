@@ -172,7 +172,7 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
         updates, opt_state, _ = optimizer.update(grads, untold, state.opt_state, parameters, grad_norm=grad_norm)
         params = {**state.params, **optax.apply_updates(parameters, updates)}
         metrics = {"loss": loss, "learning_rate": schedule(state.step), "grad_norm": grad_norm}
-        return TrainState(state.step + 1, params, opt_state), StepMetrics.of(metrics)
+        return TrainState(state.step + 1, params, opt_state, state.skipped), StepMetrics.of(metrics)
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract)
     compiled = jax.jit(

@@ -30,7 +30,7 @@ from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import ModelConfig, RunConfig, TrainConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
 from tiedjax.data.prepare import prepare
-from tiedjax.errors import TrainingError, UserError
+from tiedjax.errors import UserError
 from tiedjax.sharding import make_mesh
 from tiedjax.step import decided
 from tiedjax.step_metrics import StepMetrics
@@ -633,8 +633,8 @@ def test_services_may_be_named_when_a_run_is_continued(
 def test_only_the_main_process_of_a_cluster_has_sinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.process, "is_main", lambda: False)
     recorder = recording.Recorder(RunConfig(train=TrainConfig(sinks="wandb")), tmp_path, "run", 2)
-    metrics = StepMetrics.of({"loss": jnp.array(1.0), "output_grad_share": jnp.array(0.5)})
-    recorder.record(3, metrics, {}, deciles=False)
+    values = {"loss": 1.0, "grad_norm": 1.0, "output_grad_share": 0.5, "skipped": 0}
+    recorder.record(3, StepMetrics.of({name: jnp.array(value) for name, value in values.items()}), {}, deciles=False)
     recorder.flush()
     recorder.close()
     assert not list(tmp_path.iterdir())
@@ -748,13 +748,16 @@ def test_a_run_that_diverges_ends_and_leaves_no_broken_checkpoint(
         assert np.isfinite(tiedjax.load_run(out).tables(int(step.name)).input).all(), f"snapshot {step.name}"
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+def test_nothing_is_recorded_from_the_update_on_that_ends_the_run(tmp_path: Path) -> None:
     recorder = recording.Recorder(RunConfig(), tmp_path, "run", 2)
-    recorder.record(3, StepMetrics.of({"loss": jnp.array(jnp.nan)}), {}, deciles=False)
-    with pytest.raises(TrainingError) as caught:
-        recorder.flush(None)
-    assert str(caught.value) == "step 3: the loss is nan; try a lower optimizer.learning_rate"
+    for step, loss in ((3, jnp.nan), (4, 1.0)):
+        values = {"loss": loss, "grad_norm": 2.0, "output_grad_share": 0.5, "skipped": -1}
+        metrics = StepMetrics.of({name: jnp.array(value) for name, value in values.items()})
+        recorder.record(step, metrics, {}, deciles=False)
+    recorder.flush()
     recorder.close()
+    assert str(recorder.ended_by) == "step 3: the loss is nan"
+    assert not (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_the_resolved_config_is_saved(finished: Path, text: Path) -> None:

@@ -320,22 +320,21 @@ def _read_line(lines: _Lines, number: int, line: bytes) -> None:
         lines.wrong[number] = f"is of step {step}, and the line before it of step {before}"
     elif bare:
         lines.wrong[number] = f"holds a bare {bare[0]}"
-    elif faults := [f"holds {name!r} that {fault}" for name, value in row.items() if (fault := _fault(name, value))]:
-        lines.wrong[number] = faults[0]
+    elif fault := next(_faults(row), None):
+        lines.wrong[number] = fault
     lines.steps.append(step)
 
 
-def _fault(name: str, value: Any) -> str | None:
-    """What is wrong with a value of a line: null is a number that was not finite, which no loss of a run may be."""
-    if value is None:
-        return "is null" if name == "loss" else None
-    numbers = value if isinstance(value, list) else [value]
-    for number in numbers:
-        if number is not None and type(number) not in (int, float):
-            return "is no number"
-        if isinstance(number, float) and not math.isfinite(number):
-            return "is not finite"
-    return None
+def _faults(row: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a line's values: null is a number that was not finite, which no loss may be before a skip."""
+    for name, value in row.items():
+        if name == "loss" and value is None and "skipped" not in row:
+            yield f"holds {name!r} that is null"
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and type(number) not in (int, float):
+                yield f"holds {name!r} that is no number"
+            elif isinstance(number, float) and not math.isfinite(number):
+                yield f"holds {name!r} that is not finite"
 
 
 def _logged(states: _Saves, snapshots: _Saves, cfg: RunConfig | None, last: int) -> range:

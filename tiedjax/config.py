@@ -480,6 +480,13 @@ class TrainConfig(_Checked):
     keep_every: int | None = _option(
         None, "of the others those whose step is a multiple of this are kept too; null: none", at_least=1
     )
+    skip_nonfinite: int = _option(
+        0,
+        "how many updates of the run may be left out because the loss or the gradient is not finite; one more ends it, "
+        "with status 77",
+        at_least=0,
+        below=2**31,
+    )
     stall_seconds: float | None = _option(
         600.0,
         "end the process, with status 76, when no step has ended for so long, or for ten times the median step if that "

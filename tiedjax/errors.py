@@ -13,7 +13,7 @@ class Status(IntEnum):
     BAD_INPUT = 2
     AGAIN = 75  # a signal or the time stopped it: the same command continues
     STALLED = 76  # no step ended for long: the same command continues
-    NOT_FINITE = 77  # the loss or an update is not finite
+    NOT_FINITE = 77  # the loss, the gradient or an update is not finite
     NO_CHECKPOINT = 78  # no state that was saved can be read; of `tiedjax check`: something that was saved is damaged
     LOCKED = 79  # another process writes there
 
@@ -64,6 +64,6 @@ class TakenOverError(TrainingError):
 
 
 class NotFiniteError(TrainingError):
-    """The loss, or what an update made of the parameters, is not finite."""
+    """The loss, its gradient, or what an update made of the parameters, is not finite."""
 
     status = Status.NOT_FINITE

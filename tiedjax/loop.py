@@ -35,6 +35,7 @@ from tiedjax.evaluation import Evaluation
 from tiedjax.host import platform_flags, process, profiling, signals, storage
 from tiedjax.host.storage import sole_writer, write_atomically
 from tiedjax.host.watchdog import Watchdog
+from tiedjax.left_out import NOT_FINITE, LeftOut
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
 from tiedjax.run import CHANGED, OWED, change_of, owed
@@ -53,6 +54,7 @@ MAY_CHANGE = {
         "train.stall_seconds",
         "train.checkpoint_minutes",
         "train.keep_every",
+        "train.skip_nonfinite",
         "tying.untie_at",
         "tying.tie_at",
     ),
@@ -91,7 +93,8 @@ def train(
 
     All processes of a cluster call it together, with one folder that all can write. The steps of `profile` are traced
     into `out`/profile. Where `time.monotonic()` has passed `until` after a step, it ends as after a signal. Raises
-    UserError for what the caller can mend, NotFiniteError if the loss stops being finite.
+    UserError for what the caller can mend, NotFiniteError for more
+    updates that are not finite than `train.skip_nonfinite`.
     """
     minutes = cfg.train.checkpoint_minutes
     stop = process.Requests(until, None if minutes is None else 60 * minutes)
@@ -157,7 +160,7 @@ def _train(
     recorded = start > 0
     if recorded:
         _record_state(out, start)  # the process may have been killed between the state's commit and its record
-    elif (out / "config.yaml").exists():
+    elif storage.exists(out / "config.yaml"):
         process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
     if changed is not None and cfg.tying.untie_when is not None and start < changed:
         changed = None  # found after this state: the steps that come find it again, or do not
@@ -167,7 +170,7 @@ def _train(
         storage.remove(out / OWED)  # after a step whose state was not saved, or is damaged
     if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
-        if start >= cfg.train.steps and process.main_says(not (out / TOKEN_COUNTS).exists()):
+        if start >= cfg.train.steps and process.main_says(not storage.exists(out / TOKEN_COUNTS)):
             counting.begin()  # the process was ended while it waited for them
             counting.needed = True
             stop.listen()
@@ -181,6 +184,8 @@ def _train(
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
+    if process.is_main():
+        storage.remove(out / NOT_FINITE)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
@@ -202,7 +207,7 @@ def _train(
     evaluation = Evaluation(cfg, mesh, steps, prepared, second)
     if start != changed:
         _say_if_it_compiles(steps, label)
-    recorder = Recorder(cfg, out, label, start, logged_every, may_write)
+    recorder = Recorder(cfg, out, label, start, logged_every, may_write, int(state.skipped))
     held.callback(recorder.close)
     watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
     held.enter_context(trace)
@@ -221,7 +226,8 @@ def _train(
             role_scale = everywhere(role_scales(step))
             evaluation = Evaluation(cfg, mesh, steps, prepared, second)
         about_step = _observed(steps, state, tokens_BS, body_update, step) if step in observed else {}
-        before, body_update = _copied(state.params["body"]) if step + 1 in observed else None, None
+        before = _copied(state.params["body"]) if step + 1 in observed else None
+        last_update, body_update = body_update, None
         if stage.tying.grad_scale_schedule != "constant":
             role_scale = everywhere(role_scales(step))
         # The guard makes an error of what would delay every step: an argument that is still on the host.
@@ -239,9 +245,15 @@ def _train(
         snaps = step in saves.snapshots
         recorder.record(step, metrics, about_step, deciles=snaps)
         watchdog.alive(step=True)  # the step before this one, whose metrics were read
-        if evaluates or checks or snaps:
+        if evaluates or checks or snaps or step == changed:
             evaluated = recorder.flush(partial(evaluation, state, stop, watchdog) if evaluates else None)
             ends, checks = ends or not evaluated, checks or not evaluated
+        if left_out := recorder.ended_by:
+            may_write()
+            recorder.sync()
+            settle(snapshots)
+            last_update = last_update if left_out.step == step else None
+            raise _ended(left_out, state, last_update, checkpoints, about, out, batches)
         if (checks or snaps) and not _all_finite(state):
             raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if checks or snaps:
@@ -258,9 +270,8 @@ def _train(
                 save(snapshots, step, _snapshot(state), about, wait=ends)
         if checks:
             settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
-            whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
             stop.saved()
-            save(checkpoints, step, whole, about, wait=ends or not recorded)
+            save(checkpoints, step, _whole(state, body_update), about, wait=ends or not recorded)
             if not recorded:  # the first one, which was waited for: what is recorded must be there
                 _record_state(out, step)
                 recorded = True
@@ -268,6 +279,36 @@ def _train(
             counting.needed = step == cfg.train.steps
             break
     return step
+
+
+def _whole(state: TrainState, body_update: Any) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+
+
+def _ended(
+    left_out: LeftOut,
+    state: TrainState,
+    last_update: Any,
+    checkpoints: Checkpoints,
+    about: dict[str, Any],
+    out: Path,
+    batches: Batches,
+) -> NotFiniteError:
+    """What to raise where a run ends with this step, once the state before it and the windows it saw are saved."""
+    step = left_out.step - 1
+    state = state._replace(skipped=_last_skipped(state.skipped))
+    finite = bool(_all_finite(state))
+    if finite and step > 0:
+        settle(checkpoints)
+        if process.main_says(step not in checkpoints.steps()):
+            save(checkpoints, step, _whole(state, last_update), about, wait=True)
+            _record_state(out, step)
+    last = step if finite else None
+    if process.is_main():
+        left_out.write(out, last, batches.windows(step))
+    process.main_says(True)  # another process that failed before would end the main one, which writes
+    return NotFiniteError(left_out.ends(out, last, int(state.skipped)))
 
 
 def _save_failed(stop: process.Requests, error: BaseException) -> None:
@@ -337,6 +378,7 @@ def _number(metrics: StepMetrics, name: str) -> float:
     return number
 
 
+_last_skipped = jax.jit(lambda skipped: -1 - skipped)  # what it was before the run ended
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 _difference = jax.jit(lambda after, before: jax.tree.map(jnp.subtract, after, before), donate_argnums=1)
 
@@ -380,7 +422,7 @@ def _refuse_other_threads(cfg: RunConfig) -> None:
 def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
     """The config with `model.scan_layers`, where it is left open, as the run in `out` has it, whatever its platform."""
     path = out / "config.yaml"
-    if cfg.model.scan_layers is not None or not path.exists():
+    if cfg.model.scan_layers is not None or not storage.exists(path):
         return cfg
     scan = load_run_config(path).model.scan_layers
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
@@ -389,12 +431,14 @@ def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
 def _logged_every(cfg: RunConfig, out: Path) -> int:
     """`train.log_every` of the command before; what metrics.jsonl should hold goes by it."""
     path = out / "config.yaml"
-    return (load_run_config(path) if path.exists() else cfg).train.log_every
+    return (load_run_config(path) if storage.exists(path) else cfg).train.log_every
 
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not path.exists() or not storage.saved_steps(out / "snapshots"):  # a run that saved nothing has nothing to lose
+    if not storage.exists(path) or not storage.saved_steps(
+        out / "snapshots"
+    ):  # a run that saved nothing has nothing to lose
         return
     begun = load_run_config(path)
     _refuse_passed_changes(begun, cfg, out)
@@ -426,7 +470,7 @@ def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
 def _refuse_lost_states(out: Path) -> None:
     """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
     record = out / SAVED_STATE
-    if record.exists() and not storage.saved_steps(out / "checkpoints"):
+    if storage.exists(record) and not storage.saved_steps(out / "checkpoints"):
         step = storage.read_step(record)
         raise UserError(
             f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "

@@ -20,6 +20,7 @@ import optax
 from tiedjax.config import ModelConfig
 from tiedjax.flops import layer_matrices
 from tiedjax.sharding import ONE_DEVICE, Layout
+from tiedjax.table_rules import selected
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -34,27 +35,28 @@ class MuonState(NamedTuple):
     mu: Any
 
 
-def scale_by_muon(layout: Layout, dtype: str | None) -> optax.GradientTransformation:
+def scale_by_muon(layout: Layout, dtype: str | None) -> optax.GradientTransformationExtraArgs:
     """Orthogonalised Nesterov momentum of matrices [I, O] or stacks of layers [L, I, O], times sqrt(max(1, O / I)).
 
     Momentum is kept in `dtype` between updates (None: that of the parameters). The same as
-    `optax.contrib.scale_by_muon` followed by its scaling by shape: averages are corrected for their start.
+    `optax.contrib.scale_by_muon` followed by its scaling by shape: averages are corrected for their start. Where an
+    update is not `made`, the state stays.
     """
 
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> Any:
-        count = optax.safe_increment(state.updates)
+    def update(grads: Any, state: MuonState, params: Any = None, *, made: Any = True, **_: Any) -> Any:
         mu = jax.tree.map(
             lambda m, g: optax.tree.update_moment(g, m.astype(g.dtype), MOMENTUM, 1).astype(m.dtype), state.mu, grads
         )
+        count, mu = selected(made, MuonState(optax.safe_increment(state.updates), mu), state)
         ahead = optax.tree.bias_correction(mu, MOMENTUM, count + 1)
         now = optax.tree.bias_correction(grads, MOMENTUM, count)
         mixed = jax.tree.map(lambda m, g: MOMENTUM * m.astype(g.dtype) + (1 - MOMENTUM) * g, ahead, now)
         return _by_stacks(mixed, layout), MuonState(count, mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonalized(x_LIO: jax.Array, layout: Layout = ONE_DEVICE) -> jax.Array:

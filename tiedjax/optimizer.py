@@ -15,7 +15,7 @@ from tiedjax import tying
 from tiedjax.config import ROLES, OptimizerConfig, role_of
 from tiedjax.muon import scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
-from tiedjax.table_rules import TableRule, TableState, adam_direction, moment, united
+from tiedjax.table_rules import TableRule, TableState, adam_direction, moment, selected, united
 from tiedjax.tying import SHARED, Tables
 
 
@@ -82,36 +82,42 @@ def rules(cfg: OptimizerConfig) -> dict[str, Rule]:
     }
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, dtype: str | None) -> optax.GradientTransformation:
+def scale_by_adam(b1: float, b2: float, eps: float, dtype: str | None) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam`, bit for bit, but with both moments kept in `dtype` between updates (None: as it does).
 
     It computes in the dtype of the gradient. The update is that of the moments as they are kept: from unrounded ones
     XLA would compute it with copies of the old moments, as large as what bfloat16 saves.
+    Where an update is not `made`, the state stays.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> Any:
-        count = optax.safe_increment(state.count)
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None, *, made: Any = True, **_: Any) -> Any:
         mu = jax.tree.map(lambda g, m: moment(g, m, b1, 1), grads, state.mu)
         nu = jax.tree.map(lambda g, v: moment(g, v, b2, 2), grads, state.nu)
+        count, mu, nu = selected(made, optax.ScaleByAdamState(optax.safe_increment(state.count), mu, nu), state)
         updates = jax.tree.map(lambda g, m, v: adam_direction(m, v, b1, b2, eps, count, g.dtype), grads, mu, nu)
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_rates(rates: Mapping[str, optax.Schedule]) -> optax.GradientTransformation:
-    """Minus the rate of a parameter's part times its direction: `optax.scale_by_learning_rate` with several rates."""
+def scale_by_rates(rates: Mapping[str, optax.Schedule]) -> optax.GradientTransformationExtraArgs:
+    """Minus the rate of a parameter's part times its direction: `optax.scale_by_learning_rate` with several rates.
 
-    def update(updates: Any, state: optax.ScaleByScheduleState, params: Any = None) -> Any:
+    Where an update is not `made`, the state stays.
+    """
+
+    def update(
+        updates: Any, state: optax.ScaleByScheduleState, params: Any = None, *, made: Any = True, **_: Any
+    ) -> Any:
         steps = _by_part({part: -1 * rate(state.count) for part, rate in rates.items()}, updates)
         updates = jax.tree.map(lambda u, step: jnp.array(step, u.dtype) * u, updates, steps)
-        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        return updates, selected(made, optax.ScaleByScheduleState(optax.safe_increment(state.count)), state)
 
-    return optax.GradientTransformation(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
+    return optax.GradientTransformationExtraArgs(lambda _: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 class OptimizerState(NamedTuple):
@@ -142,7 +148,7 @@ class Optimizer:
 
     cfg: OptimizerConfig
     steps: int
-    body: optax.GradientTransformation
+    body: optax.GradientTransformationExtraArgs
     tables: Mapping[str, TableRule]
     parts: Mapping[str, str]
 
@@ -166,16 +172,20 @@ class Optimizer:
 
         `grads` is the gradient of the parameters with the role scales in it, `role_grads` each role's part of that of
         the tables, {name: gradient} each, and `regulariser` that of each regulariser, if there are any. Clipping
-        compares `grad_norm` with its limit.
+        compares `grad_norm` with its limit. Where that is not finite the state stays, and so
+        must `params`, whatever is to be added.
         """
         clipped = partial(_clipped, limit=self.cfg.clip_norm, norm=grad_norm)
-        body, body_state = self.body.update({"body": clipped(grads["body"])}, state.body, {"body": params["body"]})
+        made = jnp.isfinite(grad_norm)
+        body, body_state = self.body.update(
+            {"body": clipped(grads["body"])}, state.body, {"body": params["body"]}, made=made
+        )
         tables, states, parts = {}, {}, {}
         for name, rule in self.tables.items():
             by_role = Tables(*(clipped(own[name]) for own in role_grads)) if rule.needs_roles else Tables(None, None)
             others = None if regulariser is None else clipped({kind: of[name] for kind, of in regulariser.items()})
             gradient = clipped(grads["tables"][name])
-            direction, states[name] = rule.update(gradient, by_role, state.tables[name], rows, others)
+            direction, states[name] = rule.update(gradient, by_role, state.tables[name], rows, others, made=made)
             rates = self._rates(name, state.tables[name].updates)
             tables[name] = self._table_update(name, direction, states[name], params["tables"][name], rates)
             if rule.follows:
@@ -298,7 +308,7 @@ def make_optimizer(
             regularisers=regularisers,
         )
 
-    def direction(kind: str) -> optax.GradientTransformation:
+    def direction(kind: str) -> optax.GradientTransformationExtraArgs:
         return scale_by_muon(layout, dtype) if kind == "muon" else scale_by_adam(cfg.b1, cfg.b2, cfg.eps, dtype)
 
     body = {part: by_part[part] for part in ("matrices", "scales")}
@@ -309,7 +319,13 @@ def make_optimizer(
         optax.add_decayed_weights(decay, kept) if decay else optax.identity(),
         scale_by_rates({part: learning_rate(cfg, steps, rule.learning_rate) for part, rule in body.items()}),
     ]
-    return Optimizer(cfg, steps, optax.chain(*chain), {name: table_rule(name) for name in tables}, parts)
+    return Optimizer(
+        cfg,
+        steps,
+        optax.with_extra_args_support(optax.chain(*chain)),
+        {name: table_rule(name) for name in tables},
+        parts,
+    )
 
 
 def _transformations(

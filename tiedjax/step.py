@@ -23,7 +23,7 @@ from tiedjax.lm import OUTPUT_BIAS, init_params, summed_loss, trained, with_trai
 from tiedjax.optimizer import Optimizer, OptimizerState, learning_rate, make_optimizer
 from tiedjax.sharding import Layout
 from tiedjax.step_metrics import StepMetrics
-from tiedjax.table_rules import TableState
+from tiedjax.table_rules import TableState, selected
 from tiedjax.tying import RareGate, Tables
 
 HOLD_GAIN = 0.05  # of the controller of the output role's share, in each update: momentum follows within some ten
@@ -31,8 +31,9 @@ MOST_HELD = 1000.0  # its factor, and one over the smallest
 
 
 class TrainState(NamedTuple):
-    """What a step reads and writes: updates done, parameters as of `init_params`, optimizer state, the account.
+    """What a step reads and writes: steps done, parameters as of `init_params`, optimizer state, the account.
 
+    `skipped` is how many of the steps made no update, and -1 minus that once one more would have: then nothing changes.
     `account` is None where no table has one; `held` is the logarithm of the factor on the input role's gradient that
     holds `tying.output_update_share`, None without it; `watched` are the averages that decide on `tying.untie_when`,
     [2], None without it; `anchor` are the tables that the run is to stay near, {name: [V, D]} by `tying.distinct`,
@@ -42,6 +43,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: dict[str, Any]
     opt_state: OptimizerState
+    skipped: jax.Array
     account: tying.Account | None = None
     held: jax.Array | None = None
     watched: jax.Array | None = None
@@ -117,7 +119,8 @@ def make_change(cfg: RunConfig, mesh: Mesh, begins: int) -> Callable[[TrainState
 
     def change(state: TrainState) -> TrainState:
         arrays, states = of_tables(state.params["tables"], state.opt_state.tables)
-        return TrainState(state.step, {**state.params, "tables": arrays}, state.opt_state._replace(tables=states))
+        opt_state = state.opt_state._replace(tables=states)
+        return TrainState(state.step, {**state.params, "tables": arrays}, opt_state, state.skipped)
 
     return change
 
@@ -137,7 +140,11 @@ def _compiled_for(cfg: RunConfig, mesh: Mesh) -> RunConfig:
         regularisers=dataclasses.replace(cfg.regularisers, anchor_to=None),
         optimizer=cfg.optimizer,
         data=DataConfig(batch_size=cfg.data.batch_size, microbatches=cfg.data.microbatches),
-        train=TrainConfig(steps=cfg.train.steps, z_loss=cfg.train.z_loss),
+        train=TrainConfig(
+            steps=cfg.train.steps,
+            z_loss=cfg.train.z_loss,
+            skip_nonfinite=cfg.train.skip_nonfinite,
+        ),
     )
 
 
@@ -181,6 +188,11 @@ def _held(log_scale: jax.Array, share: jax.Array, wanted: float) -> jax.Array:
     return jnp.clip(jnp.where(jnp.isfinite(share), next_scale, log_scale), -most, most)
 
 
+def _skipped(before: jax.Array, made: jax.Array, most: int) -> jax.Array:
+    """`TrainState.skipped` after a step that made its update or did not."""
+    return jnp.where(made | (before < 0), before, jnp.where(before < most, before + 1, -1 - before))
+
+
 def _known_after(x: jax.Array, others: dict[str, jax.Array], step: jax.Array) -> jax.Array:
     """`x`, bit for bit, but to the compiler a function of `others` too, so that these are computed before it is used.
 
@@ -206,6 +218,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
 
     def init(root: jax.Array, sample_S: jax.Array | None = None, unshared_S: jax.Array | None = None) -> TrainState:
         params = init_params(cfg, root, unshared_S)
+        zero = jnp.zeros((), jnp.int32)
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
         account = tying.opened(params["tables"], followed, form, rows, weights)
         held = None if wanted_share is None else jnp.zeros(())
@@ -214,9 +227,8 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         if "anchor" in weights:
             boxed = lambda E_VD: nn.LogicallyPartitioned(E_VD, names=("vocab", "embed"))
             anchor = jax.tree.map(boxed, tying.anchored(scheme, nn.unbox(params["tables"])))
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, optimizer.init(trained(params), rows), account, held, watched, anchor
-        )
+        opt_state = optimizer.init(trained(params), rows)
+        return TrainState(zero, params, opt_state, zero, account, held, watched, anchor)
 
     def regularisers(state: TrainState) -> dict[str, tuple[jax.Array, dict[str, jax.Array]]]:
         """What each adds to the loss, and its gradient with respect to what is trained of the tables."""
@@ -266,7 +278,10 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         if not parts:
             return {}
         change = tying.compromise(raw, parts, state.params["tables"], rows)
-        return {name: jnp.where(state.step > begins, value, jnp.nan) for name, value in change.items()}
+        return {
+            name: jnp.where(state.step > jnp.maximum(begins, state.skipped), value, jnp.nan)
+            for name, value in change.items()
+        }
 
     def account_metrics(new: TrainState) -> dict[str, jax.Array]:
         """The input role's share of the second moments, and the error of the account, after an update."""
@@ -315,38 +330,45 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
             # The last update's parts are told from moments that this one overwrites: if it may begin first, XLA copies
             # them and the tables.
             clipped_norm = _known_after(clipped_norm, about_last, state.step)
+            made = jnp.isfinite(value) & jnp.isfinite(clipped_norm) & (state.skipped >= 0)
+            skipped = _skipped(state.skipped, made, cfg.train.skip_nonfinite)
             updates, opt_state, parts = optimizer.update(
                 grads,
                 scaled_by_role,
                 state.opt_state,
                 trained(state.params),
-                grad_norm=clipped_norm,
+                grad_norm=jnp.where(made, clipped_norm, jnp.nan),
                 rows=state.account.rows if state.account else None,
                 regulariser=by_regulariser,
             )
             params = with_trained(state.params, optax.apply_updates(trained(state.params), updates))
+            params = selected(made, params, state.params)
         with jax.named_scope("account"):
             about_updates = tying.update_metrics(parts) if parts else {}
-            account = tying.advanced(state.account, parts) if state.account else None
+            about_updates = {name: jnp.where(made, of_update, jnp.nan) for name, of_update in about_updates.items()}
+            account = selected(made, tying.advanced(state.account, parts), state.account) if state.account else None
             held = state.held
             if held is not None and wanted_share is not None:
                 about_updates["held_input_scale"] = jnp.exp(held)
                 held = _held(held, about_updates["output_update_share"], wanted_share)
-            new = TrainState(state.step + 1, params, opt_state, account, held, state.watched, state.anchor)
+            step = state.step + (skipped >= 0)
+            new = TrainState(step, params, opt_state, skipped, account, held, state.watched, state.anchor)
             about_updates |= about_last | (account_metrics(new) if parts else {})
             if state.watched is not None:
                 watched = tying.watched(cfg.tying, state.watched, about_updates)
+                watched = jnp.where(made, watched, state.watched)
                 new = new._replace(watched=watched)
                 about_updates["untie_watched"] = watched[0] / watched[1]
         metrics = {
             "loss": value,
             **about_others,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - state.skipped),
             "grad_norm": grad_norm,
             **({"clip_factor": jnp.minimum(1.0, limit / clipped_norm)} if limit else {}),
             **about_roles,
             "activation_grad_norm": jnp.sqrt(squares.lookup),
             **about_updates,
+            "skipped": skipped,
         }
         return new, StepMetrics.of(metrics)
 

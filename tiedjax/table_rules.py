@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from tiedjax.tying import Follow, Parts, Rows, Tables, taken
+
+_Tree = TypeVar("_Tree")
 
 
 class TableState(NamedTuple):
@@ -47,6 +49,19 @@ class TableState(NamedTuple):
     regulariser_mu: Any = None
     row_updates: Any = None
     present: Any = None
+
+
+def selected(condition: jax.Array, new: _Tree, old: _Tree) -> _Tree:
+    """Leaf by leaf, what is `new` where the condition, a scalar, holds, and what is `old` elsewhere."""
+
+    def one(new: jax.Array, old: jax.Array) -> jax.Array:
+        if new.dtype != jnp.bfloat16:
+            return jnp.where(condition, new, old)
+        # Of what is bfloat16 itself XLA makes a copy.
+        return jnp.where(condition, new.astype(jnp.float32), old.astype(jnp.float32)).astype(new.dtype)
+
+    chosen: _Tree = jax.tree.map(one, new, old)
+    return chosen
 
 
 def moment(gradient: jax.Array, old: jax.Array, decay: float, order: int) -> jax.Array:
@@ -182,22 +197,26 @@ class TableRule:
         state: TableState,
         rows: Rows | None,
         regulariser: Mapping[str, jax.Array] | None = None,
+        *,
+        made: jax.Array,
     ) -> tuple[jax.Array, TableState]:
         """The direction [V, D] of an update by `gradient` [V, D], and the next state.
 
         The gradients `by_role` and of each `regulariser`, [V, D], sum to it; where `takes_rows` those of the roles are
-        of the followed rows.
+        of the followed rows. Where an update is not `made`, the state stays.
         """
         updates = optax.safe_increment(state.updates)
         if self.kind == "lion":
             ahead = moment(gradient, state.mu.astype(gradient.dtype), self.b1, 1)
-            return jnp.sign(ahead), TableState(updates, moment(gradient, state.mu, self.b2, 1))
-        state = state._replace(updates=updates)
+            new = TableState(updates, moment(gradient, state.mu, self.b2, 1))
+            return jnp.sign(ahead), selected(made, new, state)
         if self.apart:
-            state = self._update_apart(gradient, by_role, state)
+            new = self._update_apart(gradient, by_role, state._replace(updates=updates))
         else:
-            state = self._update_together(gradient, by_role, state, rows, regulariser)
-        return self._direction(state), state
+            new = self._update_together(gradient, by_role, state._replace(updates=updates), rows, regulariser)
+        # The direction is that of the moments as they are kept: of others XLA would make room for both.
+        new = selected(made, new, state)
+        return self._direction(new), new
 
     def parts(self, state: TableState, rows: Rows | None) -> Parts:
         """What the roles have in the update that led to this state, and each regulariser: directions that sum to its

@@ -69,6 +69,11 @@ class Batches:
         first = step * self._batch_size
         return self._windows.read(self._order.windows(first + row for row in self._rows))
 
+    def windows(self, step: int) -> list[int]:
+        """The numbers of the training windows of batch `step` (0 is the first), row by row of the global batch."""
+        first = step * self._batch_size
+        return self._order.windows(range(first, first + self._batch_size))
+
     def iterate(self, start_step: int = 0) -> Iterator[npt.NDArray[np.int32]]:
         """at(start_step), at(start_step + 1), ... without end, read ahead by background threads."""
         import grain
