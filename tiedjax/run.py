@@ -15,7 +15,7 @@ from tiedjax import tying
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
 from tiedjax.config import RunConfig
 from tiedjax.config_files import load_run_config
-from tiedjax.errors import UserError
+from tiedjax.errors import StoreError, UserError
 from tiedjax.files import parse_json
 from tiedjax.host import storage
 from tiedjax.lm import abstract_params
@@ -114,6 +114,8 @@ class Run:
         path = self.path / "token_counts.npy"
         try:
             counts = read_npy(storage.cached(path))
+        except StoreError:
+            raise
         except UserError as error:
             raise UserError(f"{error}; the command that trained the run writes it") from None
         if counts.dtype.kind not in "iu" or counts.ndim != 2 or len(counts) != 2 or (counts.size and counts.min() < 0):
