@@ -436,9 +436,8 @@ def _logged_every(cfg: RunConfig, out: Path) -> int:
 
 def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
     path = out / "config.yaml"
-    if not storage.exists(path) or not storage.saved_steps(
-        out / "snapshots"
-    ):  # a run that saved nothing has nothing to lose
+    # A run that saved nothing has nothing to lose.
+    if not storage.exists(path) or not storage.saved_steps(out / "snapshots"):
         return
     begun = load_run_config(path)
     _refuse_passed_changes(begun, cfg, out)

@@ -62,7 +62,7 @@ class Trackio:
 
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         name = kept_id(folder / "trackio.json", lambda: f"{label}-{new_id()}")
-        self._run = trackio.init(project=project, name=name, resume="allow", config=config)
+        self._run: Any = trackio.init(project=project, name=name, resume="allow", config=config)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Hands them to its sender."""
