@@ -21,6 +21,9 @@ def test_what_goes_in_comes_out_by_name() -> None:
     assert metrics.fetched() == {name: array.tolist() for name, array in ARRAYS.items()}
     with pytest.raises(KeyError):
         metrics["none"]
+    shapes = jax.eval_shape(StepMetrics.of, ARRAYS)
+    assert "loss" in shapes
+    assert "none" not in shapes
 
 
 def test_a_program_returns_one_array() -> None:

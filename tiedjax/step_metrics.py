@@ -40,6 +40,9 @@ class StepMetrics(Mapping[str, jax.Array]):
             start = stop
         raise KeyError(name)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == each for each, _ in self.shapes)
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.shapes)
 
