@@ -22,6 +22,7 @@ from tiedjax import cli
 from tiedjax.check import Checked, Damage, Kind, check
 from tiedjax.checkpoint import Checkpoints, leaf_names
 from tiedjax.config_files import load_run_config
+from tiedjax.data.prepare import prepare
 from tiedjax.host import platform_flags
 
 WHOLE = """\
@@ -378,13 +379,8 @@ def cache(run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The folder of the run's own data, copied."""
     shutil.copytree(text.parent / "cache" / "prepared", tmp_path / "cache" / "prepared")
     monkeypatch.setenv("TIEDJAX_CACHE", str(tmp_path / "cache"))
-    fingerprint = Checkpoints(run / "checkpoints", create=False).about(STEPS)["data"]["data"]
-    (folder,) = (
-        path.parent
-        for path in (tmp_path / "cache" / "prepared").glob("*/meta.json")
-        if json.loads(path.read_text())["fingerprint"] == fingerprint
-    )
-    return folder
+    cfg = load_run_config(run / "config.yaml")
+    return prepare(cfg.data, cfg.model.vocab_size, report=lambda line: None).directory
 
 
 def flipped(path: Path) -> None:

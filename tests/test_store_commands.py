@@ -149,7 +149,7 @@ def test_what_a_store_does_not_hand_out_is_not_damaged(
 DENIED = "the store answers: Forbidden: "
 FAULTS: dict[str, dict[str, tuple[int, str]]] = {
     "train": {
-        "403": (1, DENIED + "b/bucket/o; made to fail"),
+        "403": (1, "{out}/config.yaml: " + DENIED + "b/bucket/o; made to fail"),
         "no bucket": (2, "gs://nobody/run: there is no bucket nobody, or it may not be seen"),
         "cut": (1, "{out}: cannot be reached: the store does not answer: "),
         "503": (1, "{out}: cannot be reached: the store answers: made to fail, 503"),

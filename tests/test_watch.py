@@ -354,8 +354,8 @@ def test_a_signal_to_one_process_stops_all_after_one_step(
     run = tmp_path / "run"
     if moment == "a step":
         assert [error for _, error in results] == [f"tiedjax: {sentence}\n"] * 2
-        (step,) = set(map(int, (path.name for path in (run / "checkpoints").iterdir()))) - {2}
-        assert step in (3, 4, 5)
+        step = max(int(path.name) for path in (run / "checkpoints").iterdir())
+        assert 3 <= step < 30  # some milliseconds each; without the signal there are a thousand
         assert [row["step"] for row in rows(run)] == list(range(1, step + 1))
 
 
