@@ -98,6 +98,7 @@ def process_of(out: Path, number: int) -> int:
     raise AssertionError(f"no process {number} trains in {out}")
 
 
+@pytest.mark.slow  # minutes, in which three clusters start
 def test_a_cluster_keeps_another_out_and_goes_on_after_one_of_its_processes_was_killed(
     out: Path, store: Store, text: Path, tmp_path: Path
 ) -> None:
