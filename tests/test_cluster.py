@@ -48,6 +48,32 @@ def test_two_processes_are_the_run_of_one(finished: Path, text: Path, tmp_path: 
     np.testing.assert_array_equal(two.token_counts, one.token_counts)
 
 
+MANY = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tiedjax.checkpoint import fingerprints
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+full = np.arange(512, dtype=np.float32).reshape(64, 8)
+for part in (PartitionSpec("fsdp"), PartitionSpec()):
+    cut = jax.make_array_from_callback(full.shape, NamedSharding(mesh, part), lambda index: full[index])
+    for _ in range(20):
+        sums = fingerprints([cut + i for i in range(60)])
+    print(sums == fingerprints([full + np.float32(i) for i in range(60)]))
+"""
+
+
+def test_fingerprints_of_many_arrays_do_not_wait_for_one_another() -> None:
+    """More of them than XLA lets be under way, over two devices of each of two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    processes = [start(["-c", MANY, address, str(number)], devices=2) for number in range(2)]
+    assert [finish(process, seconds=60)[0].split()[-2:] for process in processes] == [["True", "True"]] * 2
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_processes(finished: Path, text: Path, tmp_path: Path) -> None:
     """1, 2, 4 and again 1, over which parameters are cut: the run of one process up to rounding, no line twice."""

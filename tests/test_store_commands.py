@@ -392,6 +392,7 @@ def test_a_decision_in_a_store_is_that_of_a_disk(out: Path, store: Store, text: 
     assert storage.read_bytes(out / "decision.html") == page
 
 
+@pytest.mark.slow  # it shows every figure of the account
 def test_a_notebook_reads_a_study_in_a_store(out: Path, study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cells of `account`, one after the other, in this process."""
     upload(study_folder / "study", out)

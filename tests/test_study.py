@@ -73,7 +73,7 @@ def test_a_time_limit_stops_a_run_after_a_step_with_its_state(place: Path) -> No
     assert 1 <= run.checkpoint_steps[-1] == run.metrics["step"][-1] < 100_000
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_stop_at_ends_each_run_and_the_study_goes_on_to_the_next(place: Path, study_folder: Path, workers: str) -> None:
     command = ("study", "STUDY.yaml", "--out", "out", "--workers", workers, "--instruments", "norms")
     out, err = tiedjax(*command, "--train.stop_at", "5", cwd=place, status=75)

@@ -519,13 +519,30 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_completed(tmp_path: Path, text: Path, undisturbed: Path) -> None:
     """The same command ends well, with the bits of the run that nobody disturbed."""
-    assert [status for status, _ in ended(cluster(tmp_path, text, {}, more=SHORT), seconds=240)] == [0, 0]
+    results = ended(cluster(tmp_path, text, {}, more=SHORT), seconds=240)
+    assert [status for status, _ in results] == [0, 0], results
     assert_same_run(tmp_path / "run", undisturbed)
 
 
 def some(table: Iterable[Any], quick: Collection[Any]) -> list[Any]:
     """These parameters of a test, all but `quick` ones slow."""
     return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in table]
+
+
+def test_saves_of_two_kinds_do_not_wait_for_each_other(text: Path, tmp_path: Path, undisturbed: Path) -> None:
+    """Process 1 is slow to end the save of a state, while both have begun that of the next snapshot."""
+    slow = """
+from orbax.checkpoint import checkpoint_manager
+finalize = checkpoint_manager.CheckpointManager._finalize_checkpoint
+def finalizing(self, step):
+    finalize(self, step)
+    if self.directory.name == "checkpoints":
+        time.sleep(2)
+checkpoint_manager.CheckpointManager._finalize_checkpoint = finalizing
+"""
+    results = ended(cluster(tmp_path, text, {1: slow}, more=SHORT), seconds=120)
+    assert [status for status, _ in results] == [0, 0], results
+    assert_same_run(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -217,7 +218,7 @@ def _steps_in(folder: Path) -> list[int]:
 def _removed(folder: Path) -> bool:
     """Whether another process has removed this folder; waits while it does."""
     left = math.inf
-    while folder.exists() and (now := sum(1 for _ in folder.rglob("*"))) < left:
+    while folder.exists() and (now := sum(1 + len(files) for _, _, files in os.walk(folder))) < left:
         left = now
         time.sleep(REMOVED_WITHIN)
     return not folder.exists()

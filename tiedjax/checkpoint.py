@@ -31,6 +31,9 @@ from tiedjax.saves import Kept
 
 DIGEST = "digest"  # of all else that is said of a save
 _NO_DAMAGE = re.compile("Permission denied|PERMISSION_DENIED|Too many open files|Cannot allocate memory")
+# So many small programs are under way at once. Beyond 32, XLA:CPU has a device wait until one of its own has ended,
+# which may wait for another device's collective: in a cluster whose processes have several devices each, for ever.
+_AT_ONCE = 16
 ROUNDED_TO = "rounded_to"  # what is said of a snapshot whose arrays were saved in another dtype than they have
 
 
@@ -50,7 +53,9 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:
     """Two uint32 sums over the bit pattern of every leaf, by its path; the same on any mesh."""
-    sums = jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(tree)])
+    leaves = jax.tree.leaves(tree)
+    parts = (leaves[i : i + _AT_ONCE] for i in range(0, len(leaves), _AT_ONCE))
+    sums = [pair for part in parts for pair in jax.device_get([_fingerprint(leaf) for leaf in part])]
     return {name: [int(x) for x in pair] for name, pair in zip(leaf_names(tree), sums, strict=True)}
 
 
@@ -92,7 +97,9 @@ class Checkpoints:
         self.begun: int | None = None  # the step of the last save that was begun
         storage.refuse_unknown_bucket(self.directory)
         policy = None if keep is None else _Preserved(keep, self.directory)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create)
+        # Orbax's threads wait for those of other processes under names that must not be another manager's.
+        named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, multiprocessing_options=named)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from tiedjax.config import RunConfig
@@ -49,7 +50,7 @@ class Counting:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None and self.needed and self._begun and not process.main_says(self._counted()):
+            if kind is None and self.needed and self._begun and not process.main_says(self._counted):
                 process.say(self._wait)
                 self._wait_for_counts()
         finally:
@@ -61,7 +62,7 @@ class Counting:
         while not self._stop.stops():
             if self._killed and not self._aside:
                 self._aside = Aside(self._task)
-            if process.main_says(self._counted(seconds=0.2)):
+            if process.main_says(partial(self._counted, seconds=0.2)):
                 return
 
     def _counted(self, seconds: float = 0) -> bool:

@@ -100,7 +100,7 @@ def train(
     stop = process.Requests(until, None if minutes is None else 60 * minutes)
     with ExitStack() as held:
         step = _train(cfg, out, label or out.name, profile, stop, held)
-    finished = step >= cfg.train.steps and process.main_says(owed(out) is None)
+    finished = step >= cfg.train.steps and process.main_says(lambda: owed(out) is None)
     return Outcome(step, finished, stop.signal, stop.time_is_up)
 
 
@@ -137,7 +137,7 @@ def _train(
             storage.clear_unfinished(out / name)
     _refuse_another_run(cfg, out)
     _refuse_lost_states(out)
-    changed = _change_of(cfg, out)
+    changed = process.from_main(lambda: {"after": _change_of(cfg, out)})["after"]
 
     # ---- Data ----
     prepared = prepare(data_begun_with(cfg, out), cfg.model.vocab_size, report=process.say)
@@ -165,12 +165,12 @@ def _train(
     if changed is not None and cfg.tying.untie_when is not None and start < changed:
         changed = None  # found after this state: the steps that come find it again, or do not
         _forget_change(out)
-    owes = start > 0 and process.main_says(owed(out) == start)
+    owes = start > 0 and process.main_says(lambda: owed(out) == start)
     if not owes and process.is_main():
         storage.remove(out / OWED)  # after a step whose state was not saved, or is damaged
     if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
-        if start >= cfg.train.steps and process.main_says(not storage.exists(out / TOKEN_COUNTS)):
+        if start >= cfg.train.steps and process.main_says(lambda: not storage.exists(out / TOKEN_COUNTS)):
             counting.begin()  # the process was ended while it waited for them
             counting.needed = True
             stop.listen()
@@ -301,13 +301,14 @@ def _ended(
     finite = bool(_all_finite(state))
     if finite and step > 0:
         settle(checkpoints)
-        if process.main_says(step not in checkpoints.steps()):
+        there = checkpoints.steps()
+        if process.main_says(lambda: step not in there):
             save(checkpoints, step, _whole(state, last_update), about, wait=True)
             _record_state(out, step)
     last = step if finite else None
     if process.is_main():
         left_out.write(out, last, batches.windows(step))
-    process.main_says(True)  # another process that failed before would end the main one, which writes
+    process.main_says(lambda: True)  # another process that failed before would end the main one, which writes
     return NotFiniteError(left_out.ends(out, last, int(state.skipped)))
 
 
@@ -483,7 +484,7 @@ def _change_of(cfg: RunConfig, out: Path) -> int | None:
     done = max(storage.saved_steps(out / "checkpoints"), default=0)
     if cfg.tying.untie_when is None or changed is None or changed <= done:
         return changed
-    _forget_change(out)  # found, but lost with the states since
+    storage.remove(out / CHANGED)  # found, but lost with the states since
     return None
 
 

@@ -31,7 +31,7 @@ def task(function: str, folder: Path, cfg: RunConfig, until: float | None) -> Ta
 def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`loop.train` of a resolved config, as a task: the outcome's fields."""
     cfg, folder = structure(RunConfig, config, out), storage.place(out, "--out")
-    too_late = until is not None and time.monotonic() >= until and not is_trained(folder, cfg)
+    too_late = lambda: time.monotonic() >= (until or 0) and not is_trained(folder, cfg)
     if until is not None and process.main_says(too_late):
         return dataclasses.asdict(Outcome(0, finished=False, time_is_up=True))
     return dataclasses.asdict(train(cfg, folder, until=until))
@@ -40,7 +40,7 @@ def train_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[
 def try_run(config: Mapping[str, Any], out: str, until: float | None) -> dict[str, Any]:
     """`train_run` of a sweep, with the `loss` by which it is judged; None where training diverged."""
     out_of_it = dataclasses.asdict(Outcome(0, finished=True)) | {"loss": None}
-    if process.main_says(diverged(storage.place(out, "--out"), config)):
+    if process.main_says(lambda: diverged(storage.place(out, "--out"), config)):
         return out_of_it
     try:
         outcome = train_run(config, out, until)

@@ -148,11 +148,14 @@ def same_everywhere(text: str) -> bool:
     return bool((np.asarray(multihost_utils.process_allgather(digest)) == digest).all())
 
 
-def main_says(answer: bool) -> bool:
-    """Process 0's answer, on every process; all of them ask together."""
+def main_says(answer: Callable[[], bool]) -> bool:
+    """Process 0's answer, on every process; all of them ask together, and it alone looks.
+
+    What another would read, process 0 may be writing or removing already.
+    """
     if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+        return answer()
+    return bool(multihost_utils.broadcast_one_to_all(np.array(is_main() and answer())))
 
 
 def from_main(found: Callable[[], dict[str, Any]]) -> dict[str, Any]:
