@@ -24,6 +24,54 @@ def _no_process_outlives_its_test() -> Iterator[None]:
     end_what_was_started()
 
 
+# ---- Joining by what the environment says ----
+
+JOINS = """
+import jax
+from tiedjax.host import process
+process.join_cluster(None, None, None)
+print(jax.process_index(), jax.process_count(), len(jax.devices()))
+process.part_from_cluster_if_any()
+"""
+
+
+def announced(launcher: str, port: int, number: int) -> dict[str, str]:
+    """What a launcher sets in the environment of this of two processes; JAX makes a port of a job's number."""
+    return {
+        "JAX": {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(number),
+        },
+        "SLURM": {
+            "SLURM_JOB_ID": str(port),
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(number),
+            "SLURM_LOCALID": str(number),
+        },
+        "Open MPI 4": {
+            "OMPI_MCA_orte_hnp_uri": f"{port * 2**12}.0;tcp://127.0.0.1:1",
+            **{f"OMPI_COMM_WORLD_{name}": str(number) for name in ("RANK", "LOCAL_RANK")},
+            "OMPI_COMM_WORLD_SIZE": "2",
+        },
+        "Open MPI 5": {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "OMPI_COMM_WORLD_RANK": str(number),
+            "OMPI_COMM_WORLD_SIZE": "2",
+        },
+    }[launcher]
+
+
+@pytest.mark.parametrize("launcher", ["JAX", "SLURM", "Open MPI 4", "Open MPI 5"])
+def test_processes_join_by_their_environment(launcher: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start(["-c", JOINS], **announced(launcher, port, number)) for number in range(2)]
+    assert [finish(each, seconds=60)[0].split()[-3:] for each in processes] == [["0", "2", "2"], ["1", "2", "2"]]
+
+
 # ---- A run of two processes ----
 
 

@@ -17,7 +17,7 @@ from programs import finish, start
 from tiedjax import study
 from tiedjax.config_files import packaged_configs
 from tiedjax.errors import NotFiniteError, NotJoinedError, TrainingError, UserError
-from tiedjax.host import process, signals
+from tiedjax.host import launched, process, signals
 from tiedjax.plan import load_study
 
 Joined = list[tuple[Any, ...]]
@@ -28,7 +28,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
     """The arguments of every call of jax.distributed.initialize, which does nothing; and no launcher around."""
     calls: Joined = []
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "TPU_")):
+        if name.startswith(("SLURM_", "TPU_", "OMPI_", "PMI_", "JAX_COORD", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
     return calls
@@ -44,33 +44,109 @@ def test_flags_are_passed_on(joined: Joined) -> None:
     assert joined == [("host:1234", 4, 3)]
 
 
+SRUN = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+JAX_OWN = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+HNP = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1"}
+
+
 @pytest.mark.parametrize(
-    ("environment", "many"),
+    ("environment", "told"),
     [
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, False),
-        ({"SLURM_NTASKS": "2"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        (SRUN, (None, 2, 1)),
+        ({**SRUN, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (None, 2, 1)),  # of a job of more than this step
+        ({**SRUN, "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # srun --pty bash
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"SLURM_NTASKS": "2"}, None),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}, None),  # sbatch
+        ({"SLURM_PROCID": "", "SLURM_NTASKS": ""}, None),
+        ({**SRUN, **ADDRESS}, (None, 2, 1)),  # the address JAX reads itself
+        (JAX_OWN, ("host:1", 3, 2)),
+        ({**SRUN, **OPEN_MPI, **JAX_OWN}, ("host:1", 3, 2)),
+        ({**OPEN_MPI, **HNP}, (None, 4, 3)),
+        ({**OPEN_MPI, **ADDRESS}, ("host:1", 4, 3)),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0", **ADDRESS}, ("host:1", 2, 0)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
 def test_launchers_are_recognised(
-    joined: Joined, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], many: bool
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: tuple[Any, ...] | None
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     process.join_cluster(None, None, None)
-    assert joined == ([(None, None, None)] if many else [])
+    assert joined == ([] if told is None else [told])
     process.join_cluster("host:1", 2, 0)
     assert joined[-1] == ("host:1", 2, 0), "explicit flags win"
+
+
+WHOLE = "pass SLURM's variables on whole, or give --coordinator, --processes and --process-id"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {**SRUN, "SLURM_LOCALID": ""},
+            f"SLURM_LOCALID: is not set, but SLURM_PROCID is 1; {WHOLE}",
+        ),
+        ({"SLURM_PROCID": "1"}, f"SLURM_JOB_ID: is not set, but SLURM_PROCID is 1; {WHOLE}"),
+        ({**SRUN, "SLURM_NTASKS": "2(x3)"}, "SLURM_NTASKS: must be a whole number from 0 on, got '2(x3)'"),
+        ({**SRUN, "SLURM_PROCID": "2"}, "SLURM_PROCID: must be below SLURM_NTASKS, got 2 of 2"),
+        (
+            ADDRESS,
+            "JAX_COORDINATOR_ADDRESS is set, but not JAX_NUM_PROCESSES and JAX_PROCESS_ID; set all three or none",
+        ),
+        (
+            {**SRUN, "JAX_PROCESS_ID": "1"},
+            "JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES; set all three or none",
+        ),
+        ({**JAX_OWN, "JAX_PROCESS_ID": "3"}, "JAX_PROCESS_ID: must be below JAX_NUM_PROCESSES, got 3 of 3"),
+        (
+            {**JAX_OWN, "JAX_COORDINATOR_ADDRESS": "host"},
+            "JAX_COORDINATOR_ADDRESS: must be HOST:PORT, got 'host'",
+        ),
+        (
+            OPEN_MPI,
+            "Open MPI began this as process 3 of 4, but does not say where process 0 runs; set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT to its address",
+        ),
+        (
+            {"PMI_SIZE": "2", "PMI_RANK": "1"},
+            "an MPI launcher began this as process 1 of 2, but does not say where process 0 runs; set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT to its address",
+        ),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1"},
+            "OMPI_COMM_WORLD_SIZE: is not set, but OMPI_COMM_WORLD_RANK is; pass both on, or neither",
+        ),
+    ],
+)
+def test_one_of_many_that_is_not_told_enough_does_not_run_alone(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        process.join_cluster(None, None, None)
+    assert (str(caught.value), joined) == (message, [])
 
 
 @pytest.mark.parametrize(("platforms", "many"), [("", True), ("tpu,cpu", True), ("cpu", False)])
 def test_a_tpu_vm_is_recognised_by_its_devices(
     joined: Joined, monkeypatch: pytest.MonkeyPatch, platforms: str, many: bool
 ) -> None:
-    monkeypatch.setattr(process.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
-    monkeypatch.setattr(process.glob, "glob", lambda pattern: ["/dev/accel0"] if pattern == "/dev/accel*" else [])
+    monkeypatch.setattr(launched.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.setattr(launched.glob, "glob", lambda pattern: ["/dev/accel0"] if pattern == "/dev/accel*" else [])
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     if not platforms:
         monkeypatch.delenv("JAX_PLATFORMS")

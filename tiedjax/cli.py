@@ -248,7 +248,7 @@ def _add_decide(decide: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("several processes", "SLURM and TPU slices are recognised without these")
+    group = parser.add_argument_group("several processes", "SLURM, MPI and TPU slices are recognised without these")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
@@ -293,7 +293,7 @@ def _train(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     from tiedjax import plan as plans
     from tiedjax import study
-    from tiedjax.host import process
+    from tiedjax.host import launched
 
     path = find_config(args.config, "study") if args.config else packaged_configs("study")["quick"]
     plan = plans.load_study(path, _overrides(args))
@@ -301,7 +301,7 @@ def _study(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     extent = _extent(args, plan.study)
-    alone = args.processes is None and not process.launched_as_one_of_many()
+    alone = args.processes is None and launched.told() is None
     workers = study.workers_for(plan, args.workers) if alone else 1
     if workers == 1:
         platform_flags.use_threads(plan.threads)
@@ -310,7 +310,7 @@ def _study(args: argparse.Namespace) -> int:
 
 def _decide(args: argparse.Namespace) -> int:
     from tiedjax import decide, study
-    from tiedjax.host import process
+    from tiedjax.host import launched
 
     path = find_config(args.config, "run") if args.config else packaged_configs("run")["quick"]
     widths = None if args.widths is None else _numbers(args.widths, int, "--widths", "whole numbers", "48,64,96")
@@ -320,7 +320,7 @@ def _decide(args: argparse.Namespace) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: must be at least 1, got {args.workers}")
     limit = None if args.time_limit is None else seconds(args.time_limit, "--time-limit")
-    if process.launched_as_one_of_many():
+    if launched.told():
         raise UserError("decide: runs in one process; start it by itself, or train its studies with `tiedjax study`")
     plan = ladder.plan(ladder.own)
     workers = study.workers_for(plan, args.workers)

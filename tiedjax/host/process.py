@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -24,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tiedjax.errors import NotJoinedError, Status, TrainingError, UserError
-from tiedjax.host import platform_flags, signals, storage
+from tiedjax.host import launched, platform_flags, signals, storage
 from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
@@ -47,9 +45,8 @@ def join_cluster(
 
     `heartbeat` is after how many seconds of silence of one of them all end.
 
-    Explicit flags win; otherwise an srun of several tasks or a TPU slice is recognised by its environment, a TPU VM
-    by its devices, and JAX finds the rest itself. UserError if the flags are incomplete, NotJoinedError if nobody
-    answers.
+    Explicit flags win over what the environment says (`launched.told`); JAX finds the rest itself. UserError if either
+    is incomplete, NotJoinedError if nobody answers.
     """
     if heartbeat is not None and not heartbeat >= 1:
         raise UserError(f"--heartbeat: must be at least 1 second, got {heartbeat:g}")
@@ -67,12 +64,14 @@ def join_cluster(
             )
         if ":" not in coordinator:
             raise UserError(f"--coordinator: must be HOST:PORT, got {coordinator!r}")
-    elif not launched_as_one_of_many():
+    elif found := launched.told():
+        coordinator, processes, process_id = found
+    else:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:  # the last two of variables that JAX reads itself
         raise UserError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:  # nobody answers yet, or any more
         raise NotJoinedError(f"cannot join the cluster: {str(error).splitlines()[0]}") from error
@@ -124,20 +123,6 @@ def _from_main(message: dict[str, Any]) -> dict[str, Any]:
 def _gathered(answer: bool) -> list[bool]:
     """Every process's answer, by process, on every process."""
     return np.asarray(multihost_utils.process_allgather(np.array(answer))).ravel().astype(bool).tolist()
-
-
-def launched_as_one_of_many() -> bool:
-    """Whether the environment says so: an srun of several tasks, a TPU slice."""
-    # SLURM_STEP_NODELIST is there under srun only: the shell of a batch script is one process, whatever it asked for.
-    slurm = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys() and int(
-        os.environ.get("SLURM_NTASKS", "1")
-    ) > 1
-    return slurm or len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1 or _on_tpu_vm()
-
-
-def _on_tpu_vm() -> bool:
-    usable = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu") is not None
-    return usable and any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*"))
 
 
 def same_everywhere(text: str) -> bool:
