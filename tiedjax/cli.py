@@ -154,6 +154,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
 
+    inspect = command("inspect", "what a Hugging Face model directory holds, and whether its tables are one", _inspect)
+    inspect.add_argument("directory", metavar="DIR", help="a local directory with config.json and weights")
+    inspect.add_argument("--json", metavar="FILE", help="save the result here")
+
     check = command("check", "read everything that a run has saved, and say what of it is damaged", _check)
     check.add_argument("directory", metavar="RUN", help="a run directory; nothing in it is changed")
     check.add_argument("--json", metavar="FILE", help="save what was found here")
@@ -425,6 +429,17 @@ def _sample(args: argparse.Namespace) -> int:
     run, options = load_run(place), {"tokens": args.tokens, "temperature": args.temperature, "seed": args.seed}
     print(sample_text(run, args.prompt, step=step, **options))
     return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    json_file = _json_file(args)
+    from tiedjax.interop.inspection import inspect
+
+    found = inspect(args.directory)
+    print("\n".join(found.lines()))
+    if json_file:
+        write_atomically(json_file, json.dumps(found.tree(), indent=1) + "\n")
+    return Status.DONE
 
 
 def _check(args: argparse.Namespace) -> int:

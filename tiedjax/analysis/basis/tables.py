@@ -1,4 +1,4 @@
-"""Anything that names tables: RUN, RUN@STEP, .npy, .npz or .safetensors, with #input, #output or #ARRAY to pick one."""
+"""What names tables: RUN, RUN@STEP, a model's directory or a file of arrays; #input, #output or #ARRAY picks one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.tokens import token_strings
 from tiedjax.errors import UserError
 from tiedjax.files import place_and_step
 from tiedjax.host import storage
-from tiedjax.npy import one_line, read_npy, read_npz
+from tiedjax.interop import ModelFolder, Rows, is_model_folder, missing_in_words, read_safetensors
+from tiedjax.npy import read_npy, read_npz
 
 ROLES = ("input", "output")
 _RANGE = (1e-30, 1e30)  # whose squares and sums fit any float
-_FORMS = "a run directory, RUN@STEP, or a .npy, .npz or .safetensors file"
+_FORMS = "a run directory, RUN@STEP, a Hugging Face directory, or a .npy, .npz or .safetensors file"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Table:
     `role` is input, output, shared (one table in both roles) or None (a file does not say). `counts` is int64 [2, V]:
     as input, as target. `tokenizer_path` is the run's tokenizer.json, `run_path` its directory, and `initial` gives the
     table of step 0, if the run holds it, and None where it had two tables then and has one now. `ids` int [V] are the
-    rows' token ids; None where they are the row numbers.
+    rows' token ids; None where they are the row numbers. `has_token` says, where counts do not, which rows are of a
+    token, boolean [V]: the others are padding.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Table:
     run_path: Path | None = None
     initial: Callable[[], np.ndarray | None] | None = None
     ids: np.ndarray | None = None
+    has_token: Callable[[], np.ndarray] | None = None
 
     @property
     def sha256(self) -> str:
@@ -49,13 +53,18 @@ class Table:
 
     @property
     def seen(self) -> np.ndarray | None:
-        """Boolean [V]: tokens that occurred in training in either role; None where counts are not known."""
-        return None if self.counts is None else seen_rows(self.counts)
+        """Boolean [V]: tokens that occurred in training in either role; where counts are not known, rows of a token.
+
+        None where neither is known.
+        """
+        if self.counts is not None:
+            return seen_rows(self.counts)
+        return None if self.has_token is None else self.has_token()
 
     def take(self, index: np.ndarray) -> Table:
         """The table of those rows alone, in that order, with their counts and token ids."""
         counts = None if self.counts is None else self.counts[:, index]
-        return replace(self, values=self.values[index], counts=counts, ids=index, initial=None)
+        return replace(self, values=self.values[index], counts=counts, ids=index, initial=None, has_token=None)
 
     def describe(self) -> dict[str, Any]:
         """Name, hash, role and shape, as every result states its inputs."""
@@ -90,6 +99,8 @@ def read_table(text: str) -> Table:
         arrays = _Arrays.of(read_npz(path))
     elif path.suffix == ".safetensors":
         arrays = _read_safetensors(path)
+    elif not storage.is_remote(path) and is_model_folder(path):
+        return _read_model(text, path, pick)
     else:
         return _read_run(text, place, pick)
     key = _pick(text, arrays.dimensions, pick)
@@ -207,24 +218,42 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_safetensors(path: Path) -> _Arrays:
-    import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
-        file = safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file: {one_line(error)}") from None
+    tensors = read_safetensors(path)
+    dimensions = {name: len(tensor.shape) for name, tensor in tensors.items()}
+    return _Arrays(dimensions, lambda name: tensors[name].rows(0, max(tensors[name].shape[:1], default=0)))
 
-    def load(name: str) -> np.ndarray:
-        try:
-            values: np.ndarray = file.get_tensor(name)
-        except Exception as error:  # for a dtype that NumPy does not know, such as some of 8 bits: of several kinds
-            raise UserError(f"{path}: {name!r} cannot be read: {one_line(error)}") from None
-        return values
 
-    return _Arrays({name: len(file.get_slice(name).get_shape()) for name in file.keys()}, load)  # noqa: SIM118
+def _read_model(text: str, path: Path, pick: str | None) -> Table:
+    if pick is not None and pick not in ROLES:
+        raise UserError(f"{text}: {pick!r} is not a role; use #input or #output")
+    model = ModelFolder(path)
+    by_role = model.tables()
+    if model.tie.tied:
+        role = "shared"
+    elif pick is None:
+        raise UserError(f"{text}: the model has two tables; pick one with {text}#input or {text}#output")
+    elif pick not in by_role:
+        raise UserError(f"{text}: {missing_in_words(model)}")
+    else:
+        role = pick
+    values: Any = Rows(by_role[role])
+
+    def has_token() -> np.ndarray:
+        strings = token_strings(model.tokenizer_path) if model.tokenizer_path else []
+        tokens_V = np.zeros(len(values), bool)
+        tokens_V[: len(strings)] = [string is not None for string in strings[: len(values)]]
+        return tokens_V
+
+    return Table(
+        text,
+        checked(values, text),
+        role,
+        tokenizer_path=model.tokenizer_path,
+        run_path=path.resolve(),
+        has_token=has_token if model.tokenizer_path else None,
+    )
 
 
 def check(table_VD: np.ndarray, where: str) -> None:
