@@ -135,7 +135,7 @@ def test_the_result_of_attention_is_kept_or_computed_again_as_the_policy_says() 
             jnp.zeros(cfg.model.table_rows, jnp.int32),
         )
         text = steps.train.lower(*shapes).compile().as_text()
-        result = f"f32[{cfg.data.batch_size},{2 * 128},{cfg.model.head_width}]"
+        result = f"f32[{cfg.data.batch_size},{2 * 128},{cfg.model.key_width}]"
         return sum(" dot(" in line and result in line.split(" dot(")[0] for line in text.splitlines())
 
     counts = {remat: products(remat) for remat in ("none", "attention", "dots", "full")}

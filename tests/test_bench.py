@@ -84,7 +84,7 @@ def inner_programs(equation: Any) -> Iterator[Any]:
 
 SHAPES: dict[str, dict[str, Any]] = {
     "olmo": {},
-    "llama": {"heads": 4, "kv_heads": 2, "norm": "rmsnorm", "qk_norm": True},
+    "llama": {"heads": 4, "kv_heads": 2, "norm": "rmsnorm", "qk_norm": "head"},
     "gelu": {"mlp": "gelu", "position": "none"},
     "padded": {"vocab_size": 30, "vocab_multiple": 16},
     "scanned": {"scan_layers": True},

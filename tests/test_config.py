@@ -222,10 +222,11 @@ def test_yaml_reads_as_people_write_it(tmp_path: Path) -> None:
     assert cfg.optimizer.clip_norm is None
     assert cfg.data.text_field == "no"
     overridden = load_run_config(
-        written(tmp_path, text), {"optimizer.learning_rate": "2E-4", "model.qk_norm": "true", "data.text_field": "on"}
+        written(tmp_path, text),
+        {"optimizer.learning_rate": "2E-4", "model.norm_bias": "false", "data.text_field": "on"},
     )
     assert overridden.optimizer.learning_rate == 0.0002
-    assert overridden.model.qk_norm is True
+    assert overridden.model.norm_bias is False
     assert overridden.data.text_field == "on"
     assert overridden.optimizer.clip_norm is None
 
@@ -269,7 +270,8 @@ def wrong_values() -> Iterator[tuple[dict[str, str], str]]:
     yield {"train.steps": "true"}, "train.steps"
     yield {"train.steps": "null"}, "train.steps"
     yield {"train.steps": "0"}, "train.steps"
-    yield {"model.qk_norm": "1"}, "model.qk_norm"
+    yield {"model.norm_bias": "1"}, "model.norm_bias"
+    yield {"model.qk_norm": "true"}, "model.qk_norm"
     yield {"model.norm": "batchnorm"}, "model.norm"
     yield {"tying.scheme": "tie"}, "tying.scheme"
     yield {"tying.input_grad_scale": "-1"}, "tying.input_grad_scale"

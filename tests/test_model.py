@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import small_config
 
 from tiedjax.config import ModelConfig
@@ -21,7 +22,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "olmo": {},
     "llama": {"norm": "rmsnorm", "heads": 4, "kv_heads": 2, "rope_theta": 500.0},
     "layernorm-gelu-nope": {"norm": "layernorm", "mlp": "gelu", "position": "none"},
-    "qk-norm": {"norm": "rmsnorm", "qk_norm": True, "kv_heads": 1},
+    "qk-norm": {"norm": "rmsnorm", "qk_norm": "head", "kv_heads": 1},
+    "olmo2": {"norm": "rmsnorm", "norm_place": "post", "qk_norm": "whole", "heads": 4, "kv_heads": 2},
+    "pythia": {
+        "norm": "layernorm",
+        "norm_bias": True,
+        "parallel": True,
+        "biases": "qkv,out,mlp",
+        "mlp": "gelu_exact",
+        "rotary_fraction": 0.5,
+    },
+    "gpt2": {"norm": "layernorm", "norm_bias": True, "position": "learned", "biases": "qkv,out,mlp", "mlp": "gelu"},
+    "qwen3": {"norm": "rmsnorm", "qk_norm": "head", "head_width": 12, "biases": "qkv"},
+    "clipped": {"clip_qkv": 0.5, "biases": "mlp", "heads": 4, "kv_heads": 1},
 }
 
 
@@ -30,10 +43,14 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
 
 
 def body_and_input(cfg: ModelConfig, dtype: Any = np.float32) -> tuple[Any, np.ndarray]:
-    """Parameters with random norm scales, so that a scale left out or used twice shows."""
+    """Parameters with random norm scales and biases, so that one left out or used twice shows."""
     rng = np.random.default_rng(0)
     body = nn.unbox(init_body(cfg, jax.random.key(0)))
-    noisy = lambda path, leaf: leaf * rng.uniform(0.5, 2, leaf.shape) if path[-1].key == "scale" else leaf
+    noise = {
+        "scale": lambda leaf: leaf * rng.uniform(0.5, 2, leaf.shape),
+        "bias": lambda leaf: rng.normal(0, 0.3, leaf.shape),
+    }
+    noisy = lambda path, leaf: noise.get(path[-1].key, lambda leaf: leaf)(leaf)
     body = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), jax.tree_util.tree_map_with_path(noisy, body))
     return body, rng.standard_normal((2, cfg.seq_len, cfg.d_model)).astype(dtype)
 
@@ -49,49 +66,70 @@ def recompute(
 
     def norm(x: np.ndarray, kind: str, scale: dict[str, Any] | None) -> np.ndarray:
         x = x - x.mean(-1, keepdims=True) if "layernorm" in kind else x
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * (scale or {"scale": 1.0})["scale"]
+        scale = scale or {"scale": 1.0}
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + cfg.norm_eps) * scale["scale"] + scale.get("bias", 0.0)
+
+    def linear(x: np.ndarray, p: dict[str, Any], name: str) -> np.ndarray:
+        bias = p[f"{name}_bias"]["bias"] if f"{name}_bias" in p else 0.0
+        return np.asarray(x @ p[name]["kernel"] + bias)
 
     def rotated(x: np.ndarray) -> np.ndarray:  # [T, K] as complex numbers, one frequency for each pair
-        if cfg.position == "none":
+        if cfg.position != "rope":
             return x
-        T, K = x.shape
+        T, K = len(x), int(cfg.rotary_fraction * cfg.key_width)
+        x, as_they_are = x[:, :K], x[:, K:]
         z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(
             1j * np.arange(T)[:, None] / cfg.rope_theta ** (np.arange(K // 2) * 2 / K)
         )
-        return np.concatenate([z.real, z.imag], axis=1)
+        return np.concatenate([z.real, z.imag, as_they_are], axis=1)
 
     def attention(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:  # [T, D]
-        T, K = len(x), cfg.head_width
+        T, K = len(x), cfg.key_width
         mixed = np.zeros((T, cfg.heads * K))
+        whole = {name: linear(x, p, name) for name in ("query", "key", "value")}
+        if cfg.clip_qkv:
+            whole = {name: np.minimum(np.maximum(part, -cfg.clip_qkv), cfg.clip_qkv) for name, part in whole.items()}
+        if cfg.qk_norm == "whole":
+            whole |= {name: norm(whole[name], "rmsnorm", p[f"{name}_norm"]) for name in ("query", "key")}
         for h in range(cfg.heads):
             g = h // (cfg.heads // cfg.groups)
-            q = x @ p["query"]["kernel"][:, h * K : (h + 1) * K]
-            k = x @ p["key"]["kernel"][:, g * K : (g + 1) * K]
-            v = x @ p["value"]["kernel"][:, g * K : (g + 1) * K]
-            if cfg.qk_norm:
+            q = whole["query"][:, h * K : (h + 1) * K]
+            k, v = (whole[name][:, g * K : (g + 1) * K] for name in ("key", "value"))
+            if cfg.qk_norm == "head":
                 q, k = norm(q, "rmsnorm", p["query_norm"]), norm(k, "rmsnorm", p["key_norm"])
             q, k = rotated(q), rotated(k)
             for t in range(T):
                 w = np.exp(q[t] @ k[: t + 1].T / np.sqrt(K))
                 mixed[t, h * K : (h + 1) * K] = w / w.sum() @ v[: t + 1]
-        return mixed @ p["out"]["kernel"]
+        return linear(mixed, p, "out")
 
     def mlp(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
-        up = x @ p["up"]["kernel"]
-        if cfg.mlp == "gelu":
+        up = linear(x, p, "up")
+        if cfg.mlp == "gelu_exact":
+            inner = up * scipy.stats.norm.cdf(up)
+        elif cfg.mlp == "gelu":
             inner = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
         else:
-            gate = x @ p["gate"]["kernel"]
+            gate = linear(x, p, "gate")
             inner = up * gate / (1 + np.exp(-gate))
-        return inner @ p["down"]["kernel"]
+        return linear(inner, p, "down")
 
+    def added(x: np.ndarray, layer: dict[str, Any], name: str) -> np.ndarray:
+        def part(x: np.ndarray) -> np.ndarray:
+            return mlp(x, layer["mlp"]) if name == "mlp" else np.stack([attention(a, layer["attention"]) for a in x])
+
+        normed = lambda x: norm(x, cfg.norm, layer.get(f"{name}_norm"))
+        return normed(part(x)) if cfg.norm_place == "post" else part(normed(x))
+
+    if cfg.position == "learned":
+        x = x + p["entry"]["positions"][: x.shape[1]]
     states = [x]
     for i in range(cfg.layers):
-        layer = p[f"layer_{i}"]
+        layer, entered = p[f"layer_{i}"], x
         if (i, "attention") not in left_out:
-            x = x + np.stack([attention(a, layer["attention"]) for a in norm(x, cfg.norm, layer.get("attention_norm"))])
+            x = x + added(x, layer, "attention")
         if (i, "mlp") not in left_out:
-            x = x + mlp(norm(x, cfg.norm, layer.get("mlp_norm")), layer["mlp"])
+            x = x + added(entered if cfg.parallel else x, layer, "mlp")
         states.append(x)
     return [*states, norm(x, cfg.norm, p.get("final_norm"))]
 
@@ -222,7 +260,7 @@ def test_grouped_queries_equal_repeated_keys() -> None:
     grouped = model_config("llama")
     full = dataclasses.replace(grouped, kv_heads=4)
     body, x_BTD = body_and_input(grouped)
-    K = grouped.head_width
+    K = grouped.key_width
 
     def repeat(path: Any, leaf: jax.Array) -> jax.Array:
         if {"key", "value"} & {entry.key for entry in path}:

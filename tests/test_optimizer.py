@@ -240,7 +240,7 @@ def test_role_scales_do_not_reach_the_body_through_clipping(scheme: str) -> None
 def test_decay_takes_every_matrix_and_the_tables_and_never_a_scale(
     scheme: str, scan_layers: bool, tables: float | None
 ) -> None:
-    cfg = small_config(scheme, norm="layernorm", qk_norm=True, scan_layers=scan_layers)
+    cfg = small_config(scheme, norm="layernorm", qk_norm="head", scan_layers=scan_layers)
     params = nn.unbox(jax.eval_shape(lambda: lm.init_params(cfg, jax.random.key(0))))
     by_part = optimizer.rules(OptimizerConfig(weight_decay=0.3, tables=TableOptimizerConfig(weight_decay=tables)))
     kinds = set()

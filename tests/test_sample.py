@@ -29,7 +29,7 @@ from tiedjax.sample import continue_tokens, draw, sample_text
 from tiedjax.tying import Tables
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "rope, grouped, normed": {"heads": 4, "kv_heads": 2, "qk_norm": True, "norm": "rmsnorm"},
+    "rope, grouped, normed": {"heads": 4, "kv_heads": 2, "qk_norm": "head", "norm": "rmsnorm"},
     "no positions": {"position": "none", "mlp": "gelu", "norm": "layernorm"},
     "scanned": {"layers": 3, "scan_layers": True, "remat": "full"},
     "scanned, one key head": {"scan_layers": True, "kv_heads": 1, "dtype": "bfloat16"},

@@ -69,6 +69,7 @@ class ModelConfig(_Checked):
     d_model: int = _option(128, "model width D", at_least=1)
     heads: int = _option(4, "query heads H", at_least=1)
     kv_heads: int | None = _option(None, "key/value heads G; null: as many as query heads", at_least=1)
+    head_width: int | None = _option(None, "width K of one head; null: D / H", at_least=1)
     d_ff: int = _option(512, "MLP hidden width F (of each of gate and up under swiglu)", at_least=1)
     seq_len: int = _option(128, "positions T", at_least=1)
     vocab_size: int = _option(4096, "token ids that can occur", at_least=2)
@@ -77,9 +78,24 @@ class ModelConfig(_Checked):
         "nonparametric_layernorm", "normalisation before each block and at the end"
     )
     norm_eps: float = _option(1e-5, "added to the variance before its square root", above=0)
-    qk_norm: bool = _option(False, "normalise queries and keys per head (RMSNorm with a scale)")
-    position: Literal["rope", "none"] = _option("rope", "how attention sees positions")
+    norm_bias: bool = _option(False, "layernorm: a bias beside the scale")
+    norm_place: Literal["pre", "post"] = _option(
+        "pre", "what attention and MLP norm: what enters them, or what they add to the residual stream"
+    )
+    parallel: bool = _option(False, "attention and MLP of a layer both see what enters the layer")
+    qk_norm: Literal["none", "head", "whole"] = _option(
+        "none",
+        "RMSNorm with a scale of queries and keys: of each head, or of all heads' together before they are split",
+    )
+    clip_qkv: float | None = _option(None, "queries, keys and values are cut to at most this, both ways", above=0)
+    biases: str = _option("", "linear maps that have a bias, separated by commas: qkv, out (both of attention), mlp")
+    position: Literal["rope", "learned", "none"] = _option(
+        "rope", "how positions are seen: rotated queries and keys, a learned vector added to each, not at all"
+    )
     rope_theta: float = _option(10_000.0, "base of the rotary frequencies", above=0)
+    rotary_fraction: float = _option(
+        1.0, "share of a head's columns, the first, that rope rotates, rounded down", above=0, at_most=1
+    )
     input_multiplier: Literal["one", "sqrt_d", "inverse_sqrt_d"] = _option(
         "one", "what looked-up vectors are multiplied by: 1, sqrt(D) or 1 / sqrt(D)"
     )
@@ -89,7 +105,9 @@ class ModelConfig(_Checked):
     norm_after_lookup: bool = _option(
         False, "normalise looked-up vectors, after their multiplier, as before each block"
     )
-    mlp: Literal["swiglu", "gelu"] = _option("swiglu", "the MLP's form")
+    mlp: Literal["swiglu", "gelu", "gelu_exact"] = _option(
+        "swiglu", "the MLP's form; gelu is its approximation by tanh, gelu_exact the function itself"
+    )
     output_bias: Literal["none", "unigram"] = _option(
         "none",
         "what is added to the logits, never trained; unigram: log((n + 1/2) / (N + V/2)), n how often a token is a "
@@ -123,9 +141,19 @@ class ModelConfig(_Checked):
     )
 
     @property
-    def head_width(self) -> int:
+    def key_width(self) -> int:
         """Width K of one head."""
-        return self.d_model // self.heads
+        return self.head_width or self.d_model // self.heads
+
+    @property
+    def rotary_width(self) -> int:
+        """How many of a head's columns rope rotates."""
+        return int(self.key_width * self.rotary_fraction)
+
+    @property
+    def bias_names(self) -> tuple[str, ...]:
+        """The names in `biases`."""
+        return tuple(name.strip() for name in self.biases.split(",")) if self.biases.strip() else ()
 
     @property
     def groups(self) -> int:
@@ -144,12 +172,23 @@ class ModelConfig(_Checked):
         return {"input": numbers[self.input_multiplier], "output": numbers[self.output_multiplier]}
 
     def _check(self) -> None:
-        if self.d_model % self.heads:
+        if self.head_width is None and self.d_model % self.heads:
             raise UserError(f"heads: {self.heads} does not divide d_model {self.d_model}")
         if self.heads % self.groups:
             raise UserError(f"kv_heads: {self.groups} does not divide heads {self.heads}")
-        if self.position == "rope" and self.head_width % 2:
-            raise UserError(f"heads: rope needs an even head width, got d_model / heads = {self.head_width}")
+        if self.position == "rope" and (self.rotary_width % 2 or not self.rotary_width):
+            if self.rotary_fraction < 1:
+                raise UserError(f"rotary_fraction: rope needs an even number of columns, got {self.rotary_width}")
+            given = "head_width" if self.head_width else "d_model / heads"
+            raise UserError(f"heads: rope needs an even head width, got {given} = {self.key_width}")
+        if self.rotary_fraction < 1 and self.position != "rope":
+            raise UserError(f"rotary_fraction: goes with position rope, got {self.position}")
+        if self.norm_bias and self.norm != "layernorm":
+            raise UserError(f"norm_bias: goes with norm layernorm, got {self.norm}")
+        if len(set(self.bias_names)) < len(self.bias_names) or set(self.bias_names) - {"qkv", "out", "mlp"}:
+            raise UserError(
+                f"biases: must name some of qkv, out, mlp, each once, separated by commas, got {self.biases!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 
 def layer_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer."""
-    D, F, heads, groups = cfg.d_model, cfg.d_ff, cfg.heads * cfg.head_width, cfg.groups * cfg.head_width
+    D, F, heads, groups = cfg.d_model, cfg.d_ff, cfg.heads * cfg.key_width, cfg.groups * cfg.key_width
     wide = 2 if cfg.mlp == "swiglu" else 1
     return [(D, heads), (D, groups), (D, groups), (heads, D), *[(D, F)] * wide, (F, D)]
 
@@ -48,7 +48,7 @@ def flops_per_token(cfg: ModelConfig, *, causal: bool) -> int:
     6 per matmul parameter, and 12 L T D for attention's two products over all T positions (PaLM, arXiv 2204.02311,
     appendix B), or half of that over the positions that a causal model can see.
     """
-    attention = 12 * cfg.layers * cfg.seq_len * cfg.heads * cfg.head_width
+    attention = 12 * cfg.layers * cfg.seq_len * cfg.heads * cfg.key_width
     return 6 * matmul_parameters(cfg) + (attention // 2 if causal else attention)
 
 

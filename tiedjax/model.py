@@ -90,13 +90,26 @@ class Dense(nn.Module):
         return y_N.reshape(*x.shape[:-1], self.features)
 
 
+class Bias(nn.Module):
+    """Adds the bias of a linear map, which is 0 at the start, to what that gives."""
+
+    axis: str
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
+        bias: Any = self.param("bias", init, (y.shape[-1],), jnp.float32)
+        return jnp.add(y, bias.reshape((1,) * (y.ndim - 1) + (-1,)).astype(y.dtype))
+
+
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last axis, computed in float32."""
+    """LayerNorm, with a bias if `biased`, or RMSNorm over the last axis, computed in float32."""
 
     kind: str
     eps: float
     dtype: Any
     axis: str | None = "embed"
+    biased: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,7 +121,16 @@ class Norm(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
             scale: Any = self.param("scale", init, (x.shape[-1],), jnp.float32)
             y = y * scale.reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.biased:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
+            bias: Any = self.param("bias", init, (x.shape[-1],), jnp.float32)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         return y.astype(self.dtype)
+
+
+def norm(cfg: ModelConfig, dtype: Any, name: str) -> Norm:
+    """The norm that the config asks for of states of the residual stream."""
+    return Norm(cfg.norm, cfg.norm_eps, dtype, biased=cfg.norm_bias, name=name)
 
 
 def rotation(S: int, K: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -120,11 +142,13 @@ def rotation(S: int, K: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rotate(x_BTHK: jax.Array, angles: Sequence[np.ndarray | jax.Array]) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) on halves of the head width; computed in float32.
+    """Rotary position embedding (arXiv 2104.09864) on halves of the first columns of a head; computed in float32.
 
-    `angles` are those of `rotation` at x's positions.
+    `angles` are those of `rotation` at x's positions, and say how many columns that is.
     """
-    K = x_BTHK.shape[3]
+    K = angles[1].shape[-2] * angles[1].shape[-1]
+    if x_BTHK.shape[3] > K:
+        return jnp.concatenate([rotate(x_BTHK[..., :K], angles), x_BTHK[..., K:]], axis=-1)
     cos, sin = (jnp.asarray(part, wide(x_BTHK.dtype)) for part in angles)
     x_BTH2K = x_BTHK.astype(wide(x_BTHK.dtype)).reshape(*x_BTHK.shape[:-1], 2, K // 2)
     # The other half by reversing the axis of two: a concatenation is a kernel of its own on a GPU, and a slow one.
@@ -141,26 +165,27 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        cfg, K = self.cfg, self.cfg.head_width
+        cfg, K = self.cfg, self.cfg.key_width
         B, T, D = x_BTD.shape
         q_BTHK, k_BTGK, v_BTGK = self._heads(x_BTD)
-        if cfg.qk_norm:
+        if cfg.qk_norm == "head":
             q_BTHK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="query_norm")(q_BTHK)
             k_BTGK = Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name="key_norm")(k_BTGK)
         if self.has_variable(CACHE, "key"):
             y_BTHK = self._continued(q_BTHK, k_BTGK, v_BTGK)
         else:
             if cfg.position == "rope":
-                angles = rotation(T, K, cfg.rope_theta)
+                angles = rotation(T, cfg.rotary_width, cfg.rope_theta)
                 q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
             y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, backend=cfg.attention, layout=self.layout)
         y_BTD = y_BTHK.reshape(B, T, cfg.heads * K)
         std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
-        return Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+        y_BTD = Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
+        return Bias("embed", name="out_bias")(y_BTD) if "out" in cfg.bias_names else y_BTD
 
     def _heads(self, x_BTD: jax.Array) -> list[jax.Array]:
         """Queries [B, T, H, K], and keys and values [B, T, G, K]."""
-        cfg, K, D = self.cfg, self.cfg.head_width, x_BTD.shape[-1]
+        cfg, K, D = self.cfg, self.cfg.key_width, x_BTD.shape[-1]
         named = {"query": ("heads", cfg.heads), "key": ("kv_heads", cfg.groups), "value": ("kv_heads", cfg.groups)}
         if self.layout.platform == "cpu" and not self.layout.names("tensor"):
             # One product of all: small ones do not keep a CPU's cores busy.
@@ -176,6 +201,14 @@ class Attention(nn.Module):
                 Dense(cfg, n * K, ("embed", axis), D**-0.5, self.dtype, name=name)(x_BTD)
                 for name, (axis, n) in named.items()
             ]
+        if "qkv" in cfg.bias_names:
+            biases = [Bias(axis, name=f"{name}_bias") for name, (axis, _) in named.items()]
+            parts = [bias(part) for bias, part in zip(biases, parts, strict=True)]
+        if cfg.clip_qkv is not None:
+            parts = [jnp.clip(part, -cfg.clip_qkv, cfg.clip_qkv) for part in parts]
+        if cfg.qk_norm == "whole":
+            norms = [Norm("rmsnorm", cfg.norm_eps, self.dtype, None, name=f"{name}_norm") for name in ("query", "key")]
+            parts = [each(part) for each, part in zip(norms, parts, strict=False)] + parts[2:]
         return [
             self.layout.constrain(part.reshape(*x_BTD.shape[:2], n, K), ("batch", None, axis, None))
             for part, (axis, n) in zip(parts, named.values(), strict=True)
@@ -186,7 +219,7 @@ class Attention(nn.Module):
         kept: dict[str, Any] = {name: self.get_variable(CACHE, name) for name in ("length", "key", "value")}
         cfg, start, T, S = self.cfg, kept["length"], q_BTHK.shape[1], kept["key"].shape[1]
         if cfg.position == "rope":
-            whole = (jnp.asarray(part, wide(self.dtype)) for part in rotation(S, cfg.head_width, cfg.rope_theta))
+            whole = (jnp.asarray(part, wide(self.dtype)) for part in rotation(S, cfg.rotary_width, cfg.rope_theta))
             angles = [jax.lax.dynamic_slice_in_dim(part, start, T, axis=1) for part in whole]
             q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
         k_BSGK, v_BSGK = (
@@ -237,7 +270,7 @@ class Kernel(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU or GELU."""
+    """SwiGLU, or GELU as an approximation or exactly."""
 
     cfg: ModelConfig
     layer: int
@@ -248,21 +281,30 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cfg, D, F = self.cfg, x_BTD.shape[-1], self.cfg.d_ff
         wide_part = ("embed", "mlp"), D**-0.5, self.dtype
-        if cfg.mlp == "gelu":
-            y_BTF = jax.nn.gelu(Dense(cfg, F, *wide_part, name="up")(x_BTD))
+        names = ("up", "gate") if cfg.mlp == "swiglu" else ("up",)
+        biased = "mlp" in cfg.bias_names
+        biases: Any = [Bias("mlp", name=f"{name}_bias") if biased else lambda y: y for name in names]
+        if cfg.mlp != "swiglu":
+            up_BTF = biases[0](Dense(cfg, F, *wide_part, name="up")(x_BTD))
+            y_BTF = jax.nn.gelu(up_BTF, approximate=cfg.mlp == "gelu")
         elif self.layout.platform == "gpu":  # one product of twice the width; on a CPU it takes twice the time of two
-            both_D2F = jnp.stack([Kernel(cfg, (D, F), *wide_part, name=name)() for name in ("up", "gate")], axis=1)
+            both_D2F = jnp.stack([Kernel(cfg, (D, F), *wide_part, name=name)() for name in names], axis=1)
             x_N2F = product(cfg, x_BTD.reshape(-1, D), both_D2F, "nd,dgf->ngf")
+            if biased:
+                x_N2F = jnp.stack([bias(x_N2F[:, i]) for i, bias in enumerate(biases)], axis=1)
             y_BTF = swiglu(x_N2F).reshape(*x_BTD.shape[:-1], F)
         else:
-            y_BTF = Dense(cfg, F, *wide_part, name="up")(x_BTD)
-            y_BTF *= jax.nn.silu(Dense(cfg, F, *wide_part, name="gate")(x_BTD))
+            up_BTF, gate_BTF = (
+                bias(Dense(cfg, F, *wide_part, name=name)(x_BTD)) for name, bias in zip(names, biases, strict=True)
+            )
+            y_BTF = up_BTF * jax.nn.silu(gate_BTF)
         y_BTF = self.layout.constrain(y_BTF, ("batch", None, "mlp"))
-        return Dense(cfg, D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
+        y_BTD = Dense(cfg, D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
+        return Bias("embed", name="down_bias")(y_BTD) if biased else y_BTD
 
 
 class Block(nn.Module):
-    """One pre-norm decoder layer; returns its output twice, as carry and as value of a scan."""
+    """One decoder layer; returns its output twice, as carry and as value of a scan."""
 
     cfg: ModelConfig
     layer: int
@@ -272,16 +314,23 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, _: None = None) -> tuple[jax.Array, jax.Array]:
         cfg, parts = self.cfg, (self.cfg, self.layer, self.dtype, self.layout)
-        x_BTD = x_BTD + Attention(*parts, name="attention")(
-            Norm(cfg.norm, cfg.norm_eps, self.dtype, name="attention_norm")(x_BTD)
-        )
-        x_BTD = x_BTD + MLP(*parts, name="mlp")(Norm(cfg.norm, cfg.norm_eps, self.dtype, name="mlp_norm")(x_BTD))
+        attention, mlp = Attention(*parts, name="attention"), MLP(*parts, name="mlp")
+        attention_norm, mlp_norm = (norm(cfg, self.dtype, f"{name}_norm") for name in ("attention", "mlp"))
+        if cfg.norm_place == "post":
+            added = [lambda x: attention_norm(attention(x)), lambda x: mlp_norm(mlp(x))]
+        else:
+            added = [lambda x: attention(attention_norm(x)), lambda x: mlp(mlp_norm(x))]
+        after_BTD = x_BTD + added[0](x_BTD)
+        x_BTD = after_BTD + added[1](x_BTD if cfg.parallel else after_BTD)
         x_BTD = self.layout.constrain(x_BTD, ("batch", None, None))
         return x_BTD, x_BTD
 
 
 class Entry(nn.Module):
-    """What looked-up vectors become before the first block: themselves, unless the config multiplies or norms them."""
+    """What looked-up vectors become before the first block: themselves, unless the config says otherwise.
+
+    It may multiply them, add a learned vector for each position, and norm them, in this order.
+    """
 
     cfg: ModelConfig
     dtype: Any
@@ -289,7 +338,22 @@ class Entry(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = multiplied(self.cfg, "input", x_BTD)
-        return Norm(self.cfg.norm, self.cfg.norm_eps, self.dtype)(x_BTD) if self.cfg.norm_after_lookup else x_BTD
+        if self.cfg.position == "learned":
+            x_BTD = x_BTD + self._positions(x_BTD.shape[1])[None]
+        return norm(self.cfg, self.dtype, "Norm_0")(x_BTD) if self.cfg.norm_after_lookup else x_BTD
+
+    def _positions(self, T: int) -> jax.Array:
+        """The vectors [T, D] of the positions that follow those in the cache, if there is one."""
+        shape = (self.cfg.seq_len, self.cfg.d_model)
+        init = nn.with_logical_partitioning(truncated_normal(self.cfg.d_model**-0.5), (None, "embed"))
+        positions_SD: Any = self.param("positions", init, shape, jnp.float32)
+        if T > shape[0]:
+            raise ValueError(f"{T} positions, and model.seq_len has {shape[0]}")
+        if not self.has_variable(CACHE, "length"):
+            return jnp.asarray(positions_SD[:T], self.dtype)
+        start: Any = self.get_variable(CACHE, "length")
+        self.put_variable(CACHE, "length", start + T)
+        return jnp.asarray(jax.lax.dynamic_slice_in_dim(positions_SD, start, T), self.dtype)
 
 
 def multiplied(cfg: ModelConfig, role: str, x: jax.Array) -> jax.Array:
@@ -343,7 +407,7 @@ class Transformer(nn.Module):
             for i in range(cfg.layers):
                 x_BTD, _ = block(cfg, i, dtype, self.layout, name=f"layer_{i}")(x_BTD, None)
                 outputs.append(x_BTD)
-        h_BTD = multiplied(cfg, "output", Norm(cfg.norm, cfg.norm_eps, dtype, name="final_norm")(x_BTD))
+        h_BTD = multiplied(cfg, "output", norm(cfg, dtype, "final_norm")(x_BTD))
         if not hidden_states:
             return h_BTD
         outputs_LBTD = outputs_LBTD if cfg.scan_layers else jnp.stack(outputs)
@@ -369,11 +433,12 @@ def empty_cache(cfg: ModelConfig, batch: int, positions: int) -> dict[str, Any]:
     stacked = (cfg.layers,) if cfg.scan_layers else ()
 
     def layer() -> dict[str, Any]:
-        shape = (*stacked, batch, positions, cfg.groups, cfg.head_width)
+        shape = (*stacked, batch, positions, cfg.groups, cfg.key_width)
         rows = {name: jnp.zeros(shape, compute_dtype(cfg)) for name in ("key", "value")}
         return {"attention": {**rows, "length": jnp.zeros(stacked, jnp.int32)}}
 
-    return {"layers": layer()} if cfg.scan_layers else {f"layer_{i}": layer() for i in range(cfg.layers)}
+    layers = {"layers": layer()} if cfg.scan_layers else {f"layer_{i}": layer() for i in range(cfg.layers)}
+    return layers | ({"entry": {"length": jnp.zeros((), jnp.int32)}} if cfg.position == "learned" else {})
 
 
 def _boxed(x: Any) -> bool:

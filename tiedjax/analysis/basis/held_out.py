@@ -226,7 +226,7 @@ def _states(cfg: ModelConfig, body: Any, E_VD: jax.Array, tokens_BT: jax.Array) 
 @functools.partial(jax.jit, static_argnums=0)
 def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
     """The model's last normalisation, with its scale where it has one, times `model.output_multiplier`."""
-    y_ND: Any = Norm(cfg.norm, cfg.norm_eps, x_ND.dtype).apply({"params": params}, x_ND)
+    y_ND: Any = Norm(cfg.norm, cfg.norm_eps, x_ND.dtype, biased=cfg.norm_bias).apply({"params": params}, x_ND)
     return multiplied(cfg, "output", jnp.asarray(y_ND))
 
 
