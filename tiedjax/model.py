@@ -347,7 +347,7 @@ class Entry(nn.Module):
         shape = (self.cfg.seq_len, self.cfg.d_model)
         init = nn.with_logical_partitioning(truncated_normal(self.cfg.d_model**-0.5), (None, "embed"))
         positions_SD: Any = self.param("positions", init, shape, jnp.float32)
-        if T > shape[0]:
+        if shape[0] < T:
             raise ValueError(f"{T} positions, and model.seq_len has {shape[0]}")
         if not self.has_variable(CACHE, "length"):
             return jnp.asarray(positions_SD[:T], self.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 from tiedjax.data.tokenizer import parse_tokenizer
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, read_text
+from tiedjax.interop.families.common import BUFFERS
 from tiedjax.interop.folder import (
     CONFIG,
     ModelFolder,
@@ -29,7 +30,6 @@ SIZES = {
     "mlp_width": ("intermediate_size", "n_inner"),
     "positions": ("max_position_embeddings", "n_positions"),
 }
-BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,23 @@
+"""Llama 1 to 3 without scaled positions, SmolLM2, TinyLlama."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiedjax.interop.families.common import Family, Settings, biases, body_of_llama, rope, sizes
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    settings.must("hidden_act", "silu")
+    attention = settings.flag("attention_bias", False)
+    return {
+        **sizes(settings),
+        **rope(settings),
+        "norm": "rmsnorm",
+        "norm_eps": settings.number("rms_norm_eps", 1e-6),
+        "mlp": "swiglu",
+        "biases": biases(qkv=attention, out=attention, mlp=settings.flag("mlp_bias", False)),
+    }
+
+
+FAMILY = Family(_config, body_of_llama)

@@ -1,0 +1,181 @@
+"""`tiedjax.load_model(DIR)`: another's model as tables and a body that the Flax transformer takes.
+
+Axes: B batch, T position, V rows of a table, D width, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tiedjax.config import ModelConfig
+from tiedjax.errors import UserError
+from tiedjax.files import local_path
+from tiedjax.interop.families import FAMILIES, Family
+from tiedjax.interop.families.common import BUFFERS, Settings
+from tiedjax.interop.folder import CONFIG, ModelFolder, is_model_folder, missing_in_words
+from tiedjax.interop.tensors import Tensor
+from tiedjax.model import Transformer, init_body
+from tiedjax.run import RunTables
+
+
+@dataclass(frozen=True)
+class Model:
+    """Another's model in our form.
+
+    Attributes:
+      path: its directory.
+      family: its `model_type`.
+      config: its shape and arithmetic, in float32.
+      tables: the two tables, NumPy float32 [V, D], one and the same array where they are tied.
+      body: the body's Flax variables, NumPy float32.
+    """
+
+    path: Path
+    family: str
+    config: ModelConfig
+    tables: RunTables
+    body: dict[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer.json as a `tokenizers.Tokenizer`; None where it has none."""
+        from tiedjax.data.tokenizer import parse_tokenizer
+        from tiedjax.files import read_text
+
+        path = ModelFolder(self.path).tokenizer_path
+        return None if path is None else parse_tokenizer(read_text(path), str(path))
+
+    def logits(self, tokens_BT: Any) -> jax.Array:
+        """float32 [B, T, V]: before each next token. UserError for ids outside the table, or too many positions."""
+        return self._outputs(tokens_BT)[0]
+
+    def hidden_states(self, tokens_BT: Any) -> jax.Array:
+        """float32 [L + 1, B, T, D]: what enters the first layer, then what leaves each, the last before the final norm.
+
+        UserError as of `logits`.
+        """
+        return self._outputs(tokens_BT)[1]
+
+    def _outputs(self, tokens_BT: Any) -> tuple[jax.Array, jax.Array]:
+        tokens = np.asarray(tokens_BT)
+        rows = len(self.tables.input)
+        if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
+            raise UserError(f"tokens: must be ids of shape [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < rows:
+            raise UserError(f"tokens: must be from 0 to {rows - 1}, got {tokens.min()} to {tokens.max()}")
+        if tokens.shape[1] > self.config.seq_len:
+            raise UserError(f"tokens: the model has {self.config.seq_len} positions, got {tokens.shape[1]}")
+        with jax.default_matmul_precision("highest"):
+            logits_BTV, states_LBTD = _forward(self.config, self._on_device, jnp.asarray(tokens))
+        return logits_BTV, states_LBTD
+
+    @cached_property
+    def _on_device(self) -> Any:
+        return jax.tree.map(jnp.asarray, (self.tables.input, self.tables.output, self.body))
+
+
+@jax.jit(static_argnums=0)
+def _forward(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    input_VD, output_VD, body = params
+    h_BTD: Any
+    states_LBTD: Any
+    h_BTD, states_LBTD = Transformer(cfg).apply(body, input_VD[tokens_BT], hidden_states=True)
+    return jnp.einsum("btd,vd->btv", h_BTD, output_VD), states_LBTD
+
+
+def load_model(path: str | Path) -> Model:
+    """Reads a local Hugging Face directory of a family that is known.
+
+    UserError for any other, for a form of it that ours does not have, and where a tensor is missing or left over.
+    """
+    folder = local_path(path, "DIR")
+    if not is_model_folder(folder):
+        raise UserError(f"{folder}: is no Hugging Face model: it holds no {CONFIG}")
+    model = ModelFolder(folder)
+    if model.family not in FAMILIES:
+        raise UserError(
+            f"{folder}: the body of a {model.family} model is not read; those of {', '.join(FAMILIES)} are, and any "
+            "model's tables"
+        )
+    family = FAMILIES[model.family]
+    if model.tie.tied is None:
+        raise UserError(f"{folder}: {missing_in_words(model)}")
+    cfg = config_of(model, family)
+    by_role = {role: _read(table) for role, table in model.tables().items()}
+    one = by_role.get("shared")
+    tables = RunTables(*((by_role["input"], by_role["output"]) if one is None else (one, one)), tied=one is not None)
+    if len(tables.input) != cfg.vocab_size:
+        raise UserError(f"{folder}: its tables have {len(tables.input)} rows, and its config says {cfg.vocab_size}")
+    return Model(folder, model.family, cfg, tables, _body(model, family, cfg))
+
+
+def config_of(model: ModelFolder, family: Family) -> ModelConfig:
+    """Ours for that model. UserError for what ours does not have."""
+    where = str(model.path / CONFIG)
+    try:
+        return ModelConfig(**family.config(Settings(model.text_config, where)), dtype="float32", scan_layers=False)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+
+
+def _read(tensor: Tensor) -> np.ndarray:
+    whole = np.empty(tensor.shape, np.float32)
+    for a, b in tensor.blocks():
+        whole[a:b] = tensor.rows(a, b)
+    return whole
+
+
+def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any]:
+    """The body's variables: every tensor used, every parameter found."""
+    shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
+    wanted = {
+        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    left = {name for name in model.tensors if name not in model.names.values() and not name.endswith(BUFFERS)}
+    found: dict[str, np.ndarray] = {}
+    for held in family.held(cfg):
+        name = _name(held.tensor, model.tensors, family)
+        if name is None:
+            raise UserError(f"{model.path}: lacks {held.tensor!r}, which a {model.family} model has")
+        left.discard(name)
+        try:
+            parts = held.split(_read(model.tensors[name]))
+        except ValueError:
+            parts = ()
+        for parameter, part in zip(held.parameters, parts, strict=False):
+            if part.shape == wanted.get(parameter):
+                found[parameter] = np.ascontiguousarray(part)
+        if not found.keys() >= set(held.parameters):
+            shape = list(model.tensors[name].shape)
+            raise UserError(f"{model.path}: {name!r} has the shape {shape}, which does not fit its config")
+    if left:
+        raise UserError(f"{model.path}: holds {min(left)!r}, which a {model.family} model of its config does not have")
+    if missing := wanted.keys() - found.keys():
+        raise AssertionError(f"{model.family}: {min(missing)} is in no tensor")
+    return {"params": _nested(found)}
+
+
+def _name(tensor: str, there: Mapping[str, Any], family: Family) -> str | None:
+    """The tensor's name in the file, which may lack the family's prefix."""
+    short = [tensor.removeprefix(prefix) for prefix in family.prefixes]
+    return next((name for name in (tensor, *short) if name in there), None)
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in flat.items():
+        *folders, last = path.split("/")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = array
+    return tree
