@@ -190,5 +190,5 @@ def test_a_body_that_is_not_read_is_named(tmp_path: Path) -> None:
         f"{tmp_path}: the body of a gemma model is not read; those of llama, olmo, olmo2, qwen2, qwen3, gpt_neox, gpt2 "
         "are, and any model's tables"
     )
-    with pytest.raises(UserError, match="is no Hugging Face model: it holds no config.json"):
+    with pytest.raises(UserError, match=r"is no Hugging Face model: it holds no config\.json"):
         tiedjax.load_model(tmp_path / "nothing")

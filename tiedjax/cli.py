@@ -158,6 +158,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("directory", metavar="DIR", help="a local directory with config.json and weights")
     inspect.add_argument("--json", metavar="FILE", help="save the result here")
 
+    export = command("export", "write a run's model as a Hugging Face directory", _export)
+    export.add_argument(
+        "source", metavar="RUN[@STEP]", help="a run, at its last checkpoint or another; or a model's DIR"
+    )
+    export.add_argument("--out", metavar="DIR", required=True, help="a new directory")
+    export.add_argument("--untie", action="store_true", help="write both tables, equal now, where there is one")
+
     check = command("check", "read everything that a run has saved, and say what of it is damaged", _check)
     check.add_argument("directory", metavar="RUN", help="a run directory; nothing in it is changed")
     check.add_argument("--json", metavar="FILE", help="save what was found here")
@@ -439,6 +446,13 @@ def _inspect(args: argparse.Namespace) -> int:
     print("\n".join(found.lines()))
     if json_file:
         write_atomically(json_file, json.dumps(found.tree(), indent=1) + "\n")
+    return Status.DONE
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tiedjax.interop.export import export
+
+    print(export(args.source, args.out, untie=args.untie).line())
     return Status.DONE
 
 

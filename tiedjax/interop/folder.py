@@ -27,7 +27,7 @@ _LLAMA = TableNames(("model.embed_tokens.weight",), ("lm_head.weight",), False)
 _GEMMA = _LLAMA._replace(tied_by_default=True)
 _WITH_IMAGES = ("model.language_model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 _GPT2 = TableNames(("transformer.wte.weight", "wte.weight"), ("lm_head.weight",), True)
-FAMILIES: dict[str, TableNames] = {
+TABLE_NAMES: dict[str, TableNames] = {
     **dict.fromkeys(("llama", "olmo", "olmo2", "olmo3", "qwen2", "qwen3"), _LLAMA),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), _GEMMA),
     "gemma3": TableNames((*_WITH_IMAGES, *_GEMMA.inputs), ("lm_head.weight", "language_model.lm_head.weight"), True),
@@ -123,9 +123,9 @@ class ModelFolder:
     def family(self) -> str:
         """`model_type`. UserError where no family of that name is known."""
         name = str(self.config["model_type"])
-        if name not in FAMILIES:
+        if name not in TABLE_NAMES:
             raise UserError(
-                f"{self.path}: model_type {name!r} is not known; it is one of {', '.join(sorted(FAMILIES))}"
+                f"{self.path}: model_type {name!r} is not known; it is one of {', '.join(sorted(TABLE_NAMES))}"
             )
         return name
 
@@ -143,7 +143,7 @@ class ModelFolder:
     @cached_property
     def names(self) -> dict[str, str]:
         """The name of each role's table that is there; of a tied model perhaps one role alone."""
-        family = FAMILIES[self.family]
+        family = TABLE_NAMES[self.family]
         candidates = {"input": family.inputs, "output": family.outputs}
         there = {role: [name for name in of if name in self.tensors] for role, of in candidates.items()}
         found = {role: names[0] for role, names in there.items() if names}
@@ -170,7 +170,7 @@ class ModelFolder:
             on_disk: OnDisk = "both, equal" if same else "both, different"
         else:
             on_disk = "input alone" if "input" in self.names else "output alone"
-        return Tie.of(flag, FAMILIES[self.family].tied_by_default, on_disk)
+        return Tie.of(flag, TABLE_NAMES[self.family].tied_by_default, on_disk)
 
     def tables(self) -> dict[str, Tensor]:
         """{"shared": table} of a tied model, else those of "input" and "output" that are there."""

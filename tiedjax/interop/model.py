@@ -137,9 +137,7 @@ def _read(tensor: Tensor) -> np.ndarray:
 def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any]:
     """The body's variables: every tensor used, every parameter found."""
     shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
-    wanted = {
-        "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    wanted = {name: leaf.shape for name, leaf in flat(shapes).items()}
     left = {name for name in model.tensors if name not in model.names.values() and not name.endswith(BUFFERS)}
     found: dict[str, np.ndarray] = {}
     for held in family.held(cfg):
@@ -161,7 +159,7 @@ def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any
         raise UserError(f"{model.path}: holds {min(left)!r}, which a {model.family} model of its config does not have")
     if missing := wanted.keys() - found.keys():
         raise AssertionError(f"{model.family}: {min(missing)} is in no tensor")
-    return {"params": _nested(found)}
+    return {"params": nested(found)}
 
 
 def _name(tensor: str, there: Mapping[str, Any], family: Family) -> str | None:
@@ -170,9 +168,15 @@ def _name(tensor: str, there: Mapping[str, Any], family: Family) -> str | None:
     return next((name for name in (tensor, *short) if name in there), None)
 
 
-def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def flat(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by their paths, as layer_0/mlp/up/kernel."""
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flat` makes of it."""
     tree: dict[str, Any] = {}
-    for path, array in flat.items():
+    for path, array in leaves.items():
         *folders, last = path.split("/")
         inner = tree
         for folder in folders:

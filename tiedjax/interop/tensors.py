@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,6 +158,16 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
         name: Tensor(path, tuple(value.shape), str(value.dtype).removeprefix("torch."), reader(value))
         for name, value in found.items()
     }
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[np.ndarray, str]]) -> None:
+    """Writes tensors, each in a dtype by NumPy's name, as transformers expects them."""
+    import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+    from safetensors.numpy import save_file
+
+    # What is not contiguous it would write wrong, without a word.
+    whole = {name: np.ascontiguousarray(values.astype(np.dtype(dtype))) for name, (values, dtype) in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt"})
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

@@ -26,14 +26,41 @@ class Held(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One family: `config` reads its config.json's part about text, `held` lists the body's tensors.
+    """One family.
 
-    `prefixes` may be left out of every name at its start.
+    Attributes:
+      architecture: the name of its class in transformers.
+      config: reads its config.json's part about text.
+      held: the body's tensors.
+      fits: options that a model must have to be of it: what each may be. Any other option that changes what a model
+        computes must be as in `PLAIN`.
+      written: what its config.json says of a model of ours.
+      prefixes: may be left out of every tensor's name at its start.
     """
 
+    architecture: str
     config: Callable[[Settings], dict[str, Any]]
     held: Callable[[ModelConfig], Iterator[Held]]
+    fits: Mapping[str, tuple[Any, ...]]
+    written: Callable[[ModelConfig], dict[str, Any]]
     prefixes: tuple[str, ...] = ()
+
+
+# What a model is unless its family says otherwise; `norm`, `mlp` and `position` every family names.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "norm_bias": (False,),
+    "norm_place": ("pre",),
+    "parallel": (False,),
+    "qk_norm": ("none",),
+    "clip_qkv": (None,),
+    "biases": ("",),
+    "rotary_fraction": (1.0,),
+    "input_multiplier": ("one",),
+    "output_multiplier": ("one",),
+    "norm_after_lookup": (False,),
+    "output_bias": ("none",),
+}
+ATTENTION = ("", "qkv,out")  # biases
 
 
 # Ends of names of tensors that old models hold and nobody needs.
@@ -129,6 +156,24 @@ def sizes(settings: Settings) -> dict[str, Any]:
         "d_ff": settings.whole("intermediate_size"),
         "seq_len": settings.whole("max_position_embeddings", 2048),
         "vocab_size": settings.whole("vocab_size"),
+    }
+
+
+def written_sizes(cfg: ModelConfig) -> dict[str, Any]:
+    """What `sizes` and `rope` read."""
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.groups,
+        "head_dim": cfg.key_width,
+        "max_position_embeddings": cfg.seq_len,
+        "rope_theta": cfg.rope_theta,
+        "hidden_act": "silu",
+        "attention_bias": "qkv" in cfg.bias_names,
+        "rms_norm_eps": cfg.norm_eps,
     }
 
 

@@ -54,4 +54,32 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
     yield vector("transformer.ln_f.bias", "final_norm/bias")
 
 
-FAMILY = Family(_config, _held, ("transformer.",))
+def _written(cfg: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": cfg.vocab_size,
+        "n_embd": cfg.d_model,
+        "n_layer": cfg.layers,
+        "n_head": cfg.heads,
+        "n_inner": cfg.d_ff,
+        "n_positions": cfg.seq_len,
+        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[cfg.mlp],
+        "layer_norm_epsilon": cfg.norm_eps,
+    }
+
+
+FAMILY = Family(
+    "GPT2LMHeadModel",
+    _config,
+    _held,
+    {
+        "norm": ("layernorm",),
+        "norm_bias": (True,),
+        "mlp": ("gelu", "gelu_exact"),
+        "position": ("learned",),
+        "biases": ("qkv,out,mlp",),
+        "kv_heads": (None,),
+        "head_width": (None,),
+    },
+    _written,
+    ("transformer.",),
+)

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Arrays, Family, Held, Settings, biases, linear, rope, sizes, vector
+from tiedjax.interop.families.common import (
+    Arrays,
+    Family,
+    Held,
+    Settings,
+    biases,
+    linear,
+    rope,
+    sizes,
+    vector,
+    written_sizes,
+)
 
 _ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_fast": "gelu", "gelu_pytorch_tanh": "gelu"}
 _NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -59,4 +70,33 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
     yield vector("gpt_neox.final_layer_norm.bias", "final_norm/bias")
 
 
-FAMILY = Family(_config, _held, ("gpt_neox.",))
+def _written(cfg: ModelConfig) -> dict[str, Any]:
+    activation = {"gelu_exact": "gelu", "gelu": "gelu_new"}[cfg.mlp]
+    own = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "hidden_act")
+    return {key: value for key, value in written_sizes(cfg).items() if key not in own} | {
+        "rotary_pct": cfg.rotary_fraction,
+        "rotary_emb_base": cfg.rope_theta,
+        "layer_norm_eps": cfg.norm_eps,
+        "use_parallel_residual": cfg.parallel,
+        "hidden_act": activation,
+    }
+
+
+FAMILY = Family(
+    "GPTNeoXForCausalLM",
+    _config,
+    _held,
+    {
+        "norm": ("layernorm",),
+        "norm_bias": (True,),
+        "parallel": (True, False),
+        "mlp": ("gelu", "gelu_exact"),
+        "position": ("rope",),
+        "rotary_fraction": (),
+        "biases": ("qkv,out,mlp", "mlp"),
+        "kv_heads": (None,),
+        "head_width": (None,),
+    },
+    _written,
+    ("gpt_neox.",),
+)

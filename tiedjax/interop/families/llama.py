@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiedjax.interop.families.common import Family, Settings, biases, body_of_llama, rope, sizes
+from tiedjax.interop.families.common import (
+    ATTENTION,
+    Family,
+    Settings,
+    biases,
+    body_of_llama,
+    rope,
+    sizes,
+    written_sizes,
+)
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -20,4 +29,15 @@ def _config(settings: Settings) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(_config, body_of_llama)
+FAMILY = Family(
+    "LlamaForCausalLM",
+    _config,
+    body_of_llama,
+    {
+        "norm": ("rmsnorm",),
+        "mlp": ("swiglu",),
+        "position": ("rope",),
+        "biases": (*ATTENTION, "qkv,out,mlp", "mlp"),
+    },
+    lambda cfg: written_sizes(cfg) | {"mlp_bias": "mlp" in cfg.bias_names},
+)

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Family, Held, Settings, biases, layer_of_llama, rope, sizes
+from tiedjax.interop.families.common import (
+    ATTENTION,
+    Family,
+    Held,
+    Settings,
+    biases,
+    layer_of_llama,
+    rope,
+    sizes,
+    written_sizes,
+)
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -28,4 +38,23 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
         yield from layer_of_llama(cfg, i)
 
 
-FAMILY = Family(_config, _held)
+def _written(cfg: ModelConfig) -> dict[str, Any]:
+    said = written_sizes(cfg) | {"clip_qkv": cfg.clip_qkv}
+    return {key: value for key, value in said.items() if key not in ("head_dim", "rms_norm_eps")}
+
+
+FAMILY = Family(
+    "OlmoForCausalLM",
+    _config,
+    _held,
+    {
+        "norm": ("nonparametric_layernorm",),
+        "norm_eps": (1e-5,),
+        "mlp": ("swiglu",),
+        "position": ("rope",),
+        "biases": ATTENTION,
+        "clip_qkv": (),
+        "head_width": (None,),
+    },
+    _written,
+)

@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Family, Held, Settings, biases, layer_of_llama, rope, sizes, vector
+from tiedjax.interop.families.common import (
+    ATTENTION,
+    Family,
+    Held,
+    Settings,
+    biases,
+    layer_of_llama,
+    rope,
+    sizes,
+    vector,
+    written_sizes,
+)
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -32,4 +43,18 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
     yield vector("model.norm.weight", "final_norm/scale")
 
 
-FAMILY = Family(_config, _held)
+FAMILY = Family(
+    "Olmo2ForCausalLM",
+    _config,
+    _held,
+    {
+        "norm": ("rmsnorm",),
+        "norm_place": ("post",),
+        "qk_norm": ("whole",),
+        "mlp": ("swiglu",),
+        "position": ("rope",),
+        "biases": ATTENTION,
+        "head_width": (None,),
+    },
+    lambda cfg: {key: value for key, value in written_sizes(cfg).items() if key != "head_dim"},
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiedjax.interop.families.common import Family, Settings, body_of_llama, no_windows, rope, sizes
+from tiedjax.interop.families.common import Family, Settings, body_of_llama, no_windows, rope, sizes, written_sizes
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -21,4 +21,10 @@ def _config(settings: Settings) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(_config, body_of_llama)
+FAMILY = Family(
+    "Qwen2ForCausalLM",
+    _config,
+    body_of_llama,
+    {"norm": ("rmsnorm",), "mlp": ("swiglu",), "position": ("rope",), "biases": ("qkv",), "head_width": (None,)},
+    lambda cfg: {key: value for key, value in written_sizes(cfg).items() if key not in ("attention_bias", "head_dim")},
+)

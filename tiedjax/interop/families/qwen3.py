@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from tiedjax.interop.families.common import Family, Settings, biases, body_of_llama, no_windows, rope, sizes
+from tiedjax.interop.families.common import (
+    ATTENTION,
+    Family,
+    Settings,
+    biases,
+    body_of_llama,
+    no_windows,
+    rope,
+    sizes,
+    written_sizes,
+)
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -26,4 +36,10 @@ def _config(settings: Settings) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(_config, body_of_llama)
+FAMILY = Family(
+    "Qwen3ForCausalLM",
+    _config,
+    body_of_llama,
+    {"norm": ("rmsnorm",), "mlp": ("swiglu",), "position": ("rope",), "qk_norm": ("head",), "biases": ATTENTION},
+    written_sizes,
+)

@@ -1,0 +1,173 @@
+"""Runs and models as Hugging Face directories: transformers reads them, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from runs import arguments
+from safetensors.numpy import load_file, save_file
+from test_interop_bodies import FAMILIES, assert_close, prompts, reference, write
+
+import tiedjax
+from tiedjax import cli
+from tiedjax.errors import TrainingError, UserError
+from tiedjax.interop import export as exporting
+from tiedjax.interop.export import export
+
+# ---- A model in and out ----
+
+KEPT = ["config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
+    kind, config = FAMILIES[name]
+    theirs = write(kind, config, tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    halved = {tensor: values.astype(ml_dtypes.bfloat16) for tensor, values in load_file(path).items()}
+    save_file(halved, path, metadata={"format": "pt"})
+    exported = export(str(tmp_path / "in"), tmp_path / "out")
+    assert sorted(each.name for each in (tmp_path / "out").iterdir()) == KEPT
+    was, now = load_file(path), load_file(tmp_path / "out" / "model.safetensors")
+    assert was.keys() == now.keys()
+    for tensor, values in was.items():
+        assert now[tensor].dtype == values.dtype, tensor
+        assert now[tensor].tobytes() == values.tobytes(), tensor
+        assert now[tensor].shape == values.shape, tensor
+    assert exported.difference == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert_close(tiedjax.load_model(tmp_path / "in").logits(prompts()), reference(theirs, prompts())[0])
+
+
+def test_a_tied_model_untied_has_two_equal_tables(tmp_path: Path) -> None:
+    kind, config = FAMILIES["llama, tied"]
+    write(kind, config, tmp_path / "in")
+    exported = export(str(tmp_path / "in"), tmp_path / "out", untie=True)
+    assert (exported.tied, exported.difference) == (False, 0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tables = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
+    assert tables[0] is not tables[1]
+    assert torch.equal(*tables)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+# ---- A run out ----
+
+RUNS: dict[str, tuple[dict[str, Any], str]] = {
+    "tied": ({}, "olmo"),
+    "untied": ({"tying.scheme": "untied"}, "olmo"),
+    "scanned, padded": ({"model.scan_layers": True, "model.layers": 2, "model.vocab_multiple": 64}, "olmo"),
+    "grouped": ({"model.norm": "rmsnorm", "model.heads": 4, "model.kv_heads": 2}, "llama"),
+    "query norms": ({"model.norm": "rmsnorm", "model.qk_norm": "head"}, "qwen3"),
+    "biases of queries": ({"model.norm": "rmsnorm", "model.biases": "qkv"}, "qwen2"),
+    "whole query norms": (
+        {"model.norm": "rmsnorm", "model.qk_norm": "whole", "model.norm_place": "post"},
+        "olmo2",
+    ),
+    "no bias, gelu": ({"model.norm": "layernorm", "model.mlp": "gelu"}, "gpt_neox"),
+    "learned positions": (
+        {"model.norm": "layernorm", "model.mlp": "gelu", "model.position": "learned"},
+        "gpt2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_gives_transformers_its_logits(
+    case: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes, family = RUNS[case]
+    run = tmp_path / "run"
+    assert cli.main(arguments(run, text, {"train.steps": 2, "optimizer.learning_rate": 0.05, **changes})) == 0
+    capfd.readouterr()
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr().out
+    tied = "untied" if case == "untied" else "tied"
+    assert said.startswith(f"{tmp_path / 'out'}: {tied} {family}, ")
+    opened = tiedjax.load_run(run)
+    cfg = opened.config.model
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, cfg.seq_len))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tables, body = opened.tables(), opened.params()["body"]
+    h_BTD = opened.model().apply(body, tables.input[tokens])
+    ours = np.asarray(h_BTD) @ tables.output[: cfg.vocab_size].T
+    assert np.abs(ours).max() > 0.1
+    assert_close(reference(theirs, tokens)[0], ours)
+    one = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+    assert one == tables.tied
+    assert theirs.get_input_embeddings().weight.shape == (cfg.vocab_size, cfg.d_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) <= cfg.vocab_size
+    assert tokenizer.eos_token_id is not None
+    again = tiedjax.load_model(tmp_path / "out")
+    assert_close(again.logits(tokens), ours)
+
+
+REFUSED = {
+    "eps": (
+        {"model.norm_eps": 1e-6},
+        "model.norm_eps: olmo models must have 1e-05, got 1e-06; no other family is nearer",
+    ),
+    "no positions": (
+        {"model.position": "none"},
+        "model.position: olmo models must have 'rope', got 'none'; no other family is nearer",
+    ),
+    "multiplied": (
+        {"model.input_multiplier": "sqrt_d"},
+        "model.input_multiplier: olmo models must have 'one', got 'sqrt_d'; no other family is nearer",
+    ),
+    "output bias": (
+        {"model.output_bias": "unigram"},
+        "model.output_bias: no family adds one to its logits; it must be none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_family_has_is_refused_by_its_key(case: str, text: Path, tmp_path: Path) -> None:
+    changes, line = REFUSED[case]
+    run = tmp_path / "run"
+    assert cli.main(arguments(run, text, {"train.steps": 1, **changes})) == 0
+    with pytest.raises(UserError) as error:
+        export(str(run), tmp_path / "out")
+    assert str(error.value) == f"{run}: {line}"
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
+def test_nothing_is_left_of_an_export_that_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, config = FAMILIES["qwen3"]
+    write(kind, config, tmp_path / "in")
+
+    def wrong(folder: Path) -> Any:
+        path = Path(folder) / "model.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"][::-1].copy()}, path)
+        return tiedjax.load_model(folder)
+
+    monkeypatch.setattr(
+        exporting, "load_model", lambda path: wrong(path) if "tmp" in Path(path).suffix else tiedjax.load_model(path)
+    )
+    with pytest.raises(TrainingError, match="what was written is another model: its logits differ by "):
+        export(str(tmp_path / "in"), tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_export_replaces_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kind, config = FAMILIES["gpt2"]
+    write(kind, config, tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    capfd.readouterr()
+    assert cli.main(["export", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    assert capfd.readouterr().err == f"tiedjax: {tmp_path / 'out'}: is there already; choose another --out\n"
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(UserError) as error:
+        export(f"{tmp_path / 'in'}@7", tmp_path / "new")
+    assert str(error.value) == f"{tmp_path / 'in'}@7: a model has no steps; name {tmp_path / 'in'}"
