@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"config", "data", "host", "sharding", "step"},
     "left_out": set(),
     "recording": {"config", "host", "left_out", "metrics", "sinks", "step_metrics"},
-    "beginning": {"config", "tying", "checkpoint", "data", "host", "lm", "run", "step"},
+    "beginning": {"config", "tying", "checkpoint", "data", "host", "interop", "lm", "run", "step"},
     "saving": {"checkpoint", "host", "saves"},
     "loop": {
         "run",

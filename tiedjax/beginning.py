@@ -1,10 +1,10 @@
-"""What a run begins with: its newest state, or parameters drawn anew, or those of another run."""
+"""What a run begins with: its newest state, or parameters drawn anew, or those of another run or another's model."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 
 from tiedjax import tying
 from tiedjax.checkpoint import Checkpoints, DamagedError
-from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig, TyingConfig
 from tiedjax.data import counts
+from tiedjax.data.tokenizer import tokenizer_hash
 from tiedjax.errors import NoCheckpointError, UserError
-from tiedjax.files import place_and_step
+from tiedjax.files import place_and_step, read_text
 from tiedjax.host import process, storage
+from tiedjax.interop import is_model_folder
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.rng import key_for
 from tiedjax.run import Run, load_run
@@ -86,19 +88,91 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
         if cfg.regularisers.anchor_to is None:
             return state
         return state._replace(anchor=_anchor(cfg, mesh, {}, about))
-    run, step = source(cfg.train.init)
-    others = Checkpoints(run.path / "checkpoints", create=False)
-    if others.about(step)["tokenizer"] != about["tokenizer"]:
+    first = source(cfg.train.init)
+    if first.tokenizer() not in (None, about["tokenizer"]):
         raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
-    params = {**state.params, **_of_another_run(cfg, mesh, run, step, others)}
+    params = {**state.params, **_begun(cfg, mesh, first)}
     account = state.account and state.account.reopened(params["tables"])
     state = state._replace(params=params, account=account)
     return state if state.anchor is None else state._replace(anchor=_anchor(cfg, mesh, params["tables"], about))
 
 
-def source(init: str) -> tuple[Run, int]:
-    """The run, and the step of its state, that `train.init` names. UserError where there is none."""
-    return _named("train.init", init, "checkpoint")
+class Source(Protocol):
+    """What `train.init` names: whose parameters a run begins with."""
+
+    @property
+    def tying(self) -> TyingConfig:
+        """How its tables come from arrays."""
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Its tokenizer.json, if it has one."""
+
+    def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
+        """Its shape and arithmetic, computed as `cfg` computes."""
+
+    def tokenizer(self) -> str | None:
+        """The hash of its tokenizer; None where it has none."""
+
+    def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Its {"tables", "body"} where `abstract` says that they lie."""
+
+
+class _OfRun:
+    def __init__(self, run: Run, step: int):
+        self._run, self._step = run, step
+        self._saves = Checkpoints(run.path / "checkpoints", create=False)
+        self.tying, self.tokenizer_path = run.config_at(step).tying, run.tokenizer_path
+
+    def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
+        return decided(self._run.config, mesh).model
+
+    def tokenizer(self) -> str | None:
+        found: str | None = self._saves.about(self._step)["tokenizer"]
+        return found
+
+    def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        return dict(self._saves.restore(self._step, {"params": abstract})["params"])
+
+
+class _OfModel:
+    def __init__(self, path: Path):
+        from tiedjax.interop.model import load_model
+
+        self._model = load_model(path)
+        self.tying = TyingConfig(scheme="tied" if self._model.tables.tied else "untied")
+        self.tokenizer_path = self._model.tokenizer_path
+
+    def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
+        ours = decided(cfg, mesh).model
+        own = {"scan_layers": ours.scan_layers, "vocab_multiple": ours.vocab_multiple}
+        return dataclasses.replace(self._model.config, **own)
+
+    def tokenizer(self) -> str | None:
+        return None if self.tokenizer_path is None else tokenizer_hash(read_text(self.tokenizer_path))
+
+    def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        def placed(leaf: jax.ShapeDtypeStruct, values: np.ndarray) -> jax.Array:
+            rows = [(0, leaf.shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1)  # padding of the vocabulary
+            whole = np.pad(values, rows).astype(leaf.dtype)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
+
+        body: dict[str, Any] = {"params": self._model.layers_as(scanned="layers" in abstract["body"]["params"])}
+        tables = tying.as_roles(self._model.tables, abstract["tables"])
+        return {
+            "tables": jax.tree.map(placed, abstract["tables"], tables),
+            "body": jax.tree.map(placed, abstract["body"], body),
+        }
+
+
+def source(init: str) -> Source:
+    """What `train.init` names: a run's state, or a Hugging Face directory. UserError where there is none."""
+    if not storage.is_remote(init) and is_model_folder(Path(init)):
+        try:
+            return _OfModel(Path(init))
+        except UserError as error:
+            raise UserError(f"train.init: {error}") from None
+    return _OfRun(*_named("train.init", init, "checkpoint"))
 
 
 def _named(option: str, text: str, kind: Literal["checkpoint", "snapshot"]) -> tuple[Run, int]:
@@ -116,29 +190,28 @@ def _named(option: str, text: str, kind: Literal["checkpoint", "snapshot"]) -> t
 
 
 def data_begun_with(cfg: RunConfig, out: Path) -> DataConfig:
-    """The options of the data, with the tokenizer of the run of `train.init` where none is named."""
+    """The options of the data, with the tokenizer of `train.init` where none is named."""
     if cfg.train.init is None or cfg.data.tokenizer != DataConfig().tokenizer:
         return cfg.data
     kept = out / "tokenizer.json"  # a run that is continued does not need the other one any more
-    path = (
-        storage.cached(kept) if storage.saved_steps(out / "checkpoints") else source(cfg.train.init)[0].tokenizer_path
-    )
+    path = storage.cached(kept) if storage.saved_steps(out / "checkpoints") else source(cfg.train.init).tokenizer_path
     return cfg.data if path is None else dataclasses.replace(cfg.data, tokenizer=str(path))
 
 
 def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
-    """UserError where the run of `train.init` is of another model, or its scheme cannot become that of `cfg`."""
+    """UserError where `train.init` is another model, or its scheme cannot become that of `cfg`."""
     if cfg.train.init is None:
         return
-    run, step = source(cfg.train.init)
-    theirs, ours = decided(run.config, mesh).model, decided(cfg, mesh).model
+    first = source(cfg.train.init)
+    theirs, ours = first.model(cfg, mesh), decided(cfg, mesh).model
+    may_differ = MAY_DIFFER - ({"seq_len"} if ours.position == "learned" else set())
     for field in dataclasses.fields(ModelConfig):
         was, now = getattr(theirs, field.name), getattr(ours, field.name)
-        if field.name not in MAY_DIFFER and was != now:
+        if field.name not in may_differ and was != now:
             raise UserError(
                 f"model.{field.name}: is {now!r}, that of train.init {cfg.train.init} is {was!r}; give that"
             )
-    tying.refuse_another_scheme(run.config_at(step).tying, cfg.tying, cfg.train.init)
+    tying.refuse_another_scheme(first.tying, cfg.tying, cfg.train.init)
 
 
 def refuse_another_anchor(cfg: RunConfig) -> None:
@@ -171,13 +244,12 @@ def _anchor(cfg: RunConfig, mesh: Mesh, arrays: dict[str, Any], about: dict[str,
     return copied
 
 
-def _of_another_run(cfg: RunConfig, mesh: Mesh, run: Run, step: int, others: Checkpoints) -> dict[str, Any]:
-    """{"tables", "body"} of that run's state, the tables in the arrays of this one's scheme, where they lie here."""
-    before = run.config_at(step).tying
+def _begun(cfg: RunConfig, mesh: Mesh, first: Source) -> dict[str, Any]:
+    """{"tables", "body"} of what `train.init` names, the tables in the arrays of this run's scheme, where they lie."""
+    before = first.tying
     theirs = dataclasses.replace(cfg, tying=tying.plain(before), optimizer=OptimizerConfig(), train=TrainConfig())
     abstract = make_steps(theirs, mesh).abstract.params
-    wanted = {name: abstract[name] for name in ("tables", "body")}
-    restored = others.restore(step, {"params": wanted})["params"]
+    restored = first.params({name: abstract[name] for name in ("tables", "body")})
     places = jax.tree.map(lambda leaf: leaf.sharding, make_steps(cfg, mesh).abstract.params["tables"])
     arrays = jax.jit(lambda tables: tying.begun_from(before, cfg.tying, tables), out_shardings=places)
     return {"tables": arrays(restored["tables"]), "body": restored["body"]}

@@ -157,6 +157,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect = command("inspect", "what a Hugging Face model directory holds, and whether its tables are one", _inspect)
     inspect.add_argument("directory", metavar="DIR", help="a local directory with config.json and weights")
     inspect.add_argument("--json", metavar="FILE", help="save the result here")
+    inspect.add_argument("--config", metavar="FILE", help="write the config of a run that begins with this model here")
 
     export = command("export", "write a run's model as a Hugging Face directory", _export)
     export.add_argument(
@@ -440,12 +441,15 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> int:
     json_file = _json_file(args)
-    from tiedjax.interop.inspection import inspect
+    from tiedjax.interop.inspection import config_for, inspect
 
     found = inspect(args.directory)
+    config = config_for(args.directory) if args.config else ""
     print("\n".join(found.lines()))
     if json_file:
         write_atomically(json_file, json.dumps(found.tree(), indent=1) + "\n")
+    if args.config:
+        write_atomically(local_path(args.config, "--config"), config)
     return Status.DONE
 
 

@@ -499,8 +499,9 @@ class TrainConfig(_Checked):
     seed: int = _option(0, "seeds parameters and data order", at_least=0, below=2**32)
     init: str | None = _option(
         None,
-        "a run, or RUN@STEP, whose parameters and tokenizer this one begins with, its optimizer anew; an untied run "
-        "that begins with a tied one has its table in both roles; null: parameters are drawn",
+        "a run, RUN@STEP or a Hugging Face directory, whose parameters and tokenizer this one begins with, its "
+        "optimizer anew; an untied run that begins with a tied one has its table in both roles; null: parameters are "
+        "drawn",
     )
     z_loss: float = _option(0.0, "coefficient of mean(logsumexp^2) in the training loss", at_least=0)
     log_every: int = _option(1, "steps between lines of metrics.jsonl", at_least=1)

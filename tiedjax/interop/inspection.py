@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiedjax.config import ModelConfig
 from tiedjax.data.tokenizer import parse_tokenizer
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, read_text
@@ -20,6 +23,7 @@ from tiedjax.interop.folder import (
     missing_in_words,
     transformers_in_words,
 )
+from tiedjax.interop.model import load_model
 
 # What families call a size: the first of these keys that a config has.
 SIZES = {
@@ -130,6 +134,20 @@ def inspect(path: str | Path) -> Inspection:
         _verdict(model),
         config_in_words(tie, model.family),
         transformers_in_words(tie),
+    )
+
+
+def config_for(path: str | Path) -> str:
+    """YAML of a run that begins with this model: `model`, `tying` and `train.init`. UserError where none can."""
+    model = load_model(path)
+    plain, cfg = ModelConfig(), model.config
+    own = [f.name for f in dataclasses.fields(cfg) if f.name not in ("dtype", "scan_layers")]
+    lines = [
+        f"  {name}: {json.dumps(getattr(cfg, name))}" for name in own if getattr(cfg, name) != getattr(plain, name)
+    ]
+    scheme = "tied" if model.tables.tied else "untied"
+    return "\n".join(
+        ["model:", *lines, "tying:", f"  scheme: {scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
     )
 
 

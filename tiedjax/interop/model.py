@@ -45,13 +45,26 @@ class Model:
     tables: RunTables
     body: dict[str, Any]
 
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """Its tokenizer.json, if it has one."""
+        return ModelFolder(self.path).tokenizer_path
+
+    def layers_as(self, *, scanned: bool) -> dict[str, Any]:
+        """The parameters of the body with each layer's by itself, or all layers' stacked along a first axis."""
+        params = dict(self.body["params"])
+        if not scanned:
+            return params
+        layers = [params.pop(f"layer_{i}") for i in range(self.config.layers)]
+        return params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+
     @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer.json as a `tokenizers.Tokenizer`; None where it has none."""
         from tiedjax.data.tokenizer import parse_tokenizer
         from tiedjax.files import read_text
 
-        path = ModelFolder(self.path).tokenizer_path
+        path = self.tokenizer_path
         return None if path is None else parse_tokenizer(read_text(path), str(path))
 
     def logits(self, tokens_BT: Any) -> jax.Array:

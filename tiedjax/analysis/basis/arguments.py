@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from tiedjax.analysis.basis.tables import Table
     from tiedjax.data.prepared import Prepared
 
-TABLE = "RUN[@STEP][#input|#output], FILE.npy, FILE.npz[#NAME] or FILE.safetensors[#NAME]"
+TABLE = (
+    "RUN[@STEP][#input|#output], a Hugging Face DIR[#input|#output], FILE.npy, FILE.npz[#NAME] or "
+    "FILE.safetensors[#NAME]"
+)
 
 
 def add_subject(parser: argparse.ArgumentParser, subject: str, *, tokenizers: str = "--tokens") -> None:
