@@ -47,7 +47,7 @@ def test_its_first_loss_is_that_of_the_model(kind: str, seq_len: int, scan: bool
         jax.tree.map(np.testing.assert_array_equal, run.params()["body"]["params"], model.body["params"])
     cfg = load_run_config(out / "config.yaml")
     windows = prepare(cfg.data, 320, report=lambda line: None).windows("eval", seq_len)
-    tokens = np.stack([windows[i] for i in range(len(windows))])[:24]
+    tokens = windows.read(np.arange(24))  # three batches of eight
     logits = np.asarray(model.logits(tokens[:, :-1]), np.float64)
     logits -= logits.max(-1, keepdims=True)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -59,8 +59,9 @@ def test_untied_now_begins_where_tied_is_and_its_roles_part(text: Path, tmp_path
     _, tied = begun("llama, tied", text, tmp_path, "tied")
     model, untied = begun("llama, tied", text, tmp_path, "untied", **{"tying.scheme": "untied"})
     first, second = rows(tied)[0], rows(untied)[0]
-    for name in ("loss", "input_grad_norm", "output_grad_norm"):
-        assert first[name] == second[name]
+    assert first["loss"] == second["loss"]
+    for name in ("input_grad_norm", "output_grad_norm"):
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-6)
     assert first["input_grad_norm"] != first["output_grad_norm"]
     tables = tiedjax.load_run(untied).tables(0)
     assert not tables.tied

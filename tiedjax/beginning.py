@@ -140,13 +140,13 @@ class _OfModel:
         from tiedjax.interop.model import load_model
 
         self._model = load_model(path)
-        self.tying = TyingConfig(scheme="tied" if self._model.tables.tied else "untied")
+        self.tying = TyingConfig(scheme=self._model.scheme)
         self.tokenizer_path = self._model.tokenizer_path
 
     def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
         ours = decided(cfg, mesh).model
-        own = {"scan_layers": ours.scan_layers, "vocab_multiple": ours.vocab_multiple}
-        return dataclasses.replace(self._model.config, **own)
+        theirs = self._model.config
+        return dataclasses.replace(theirs, scan_layers=ours.scan_layers, vocab_multiple=ours.vocab_multiple)
 
     def tokenizer(self) -> str | None:
         return None if self.tokenizer_path is None else tokenizer_hash(read_text(self.tokenizer_path))

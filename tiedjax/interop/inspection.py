@@ -145,9 +145,8 @@ def config_for(path: str | Path) -> str:
     lines = [
         f"  {name}: {json.dumps(getattr(cfg, name))}" for name in own if getattr(cfg, name) != getattr(plain, name)
     ]
-    scheme = "tied" if model.tables.tied else "untied"
     return "\n".join(
-        ["model:", *lines, "tying:", f"  scheme: {scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
+        ["model:", *lines, "tying:", f"  scheme: {model.scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
     )
 
 
