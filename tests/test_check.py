@@ -42,6 +42,21 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "REMOVED_WITHIN", 0.0)
 
 
+@pytest.fixture(scope="module")
+def prepared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the data of the runs here alone: in that of all tests there may be the same from another source."""
+    folder, cfg = tmp_path_factory.mktemp("prepared"), load_run_config(finished / "config.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIEDJAX_CACHE", str(folder))
+        prepare(cfg.data, cfg.model.vocab_size, report=lambda line: None)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _only_this_data(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIEDJAX_CACHE", str(prepared))
+
+
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
@@ -375,12 +390,25 @@ def test_damage_of_several_kinds_is_counted_and_an_older_state_is_named(
 
 
 @pytest.fixture
-def cache(run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the run's own data, copied."""
-    shutil.copytree(text.parent / "cache" / "prepared", tmp_path / "cache" / "prepared")
+    shutil.copytree(prepared / "prepared", tmp_path / "cache" / "prepared")
     monkeypatch.setenv("TIEDJAX_CACHE", str(tmp_path / "cache"))
-    cfg = load_run_config(run / "config.yaml")
-    return prepare(cfg.data, cfg.model.vocab_size, report=lambda line: None).directory
+    (folder,) = (tmp_path / "cache" / "prepared").glob("[0-9a-f]*")
+    return folder
+
+
+def test_data_that_was_prepared_from_two_sources_is_read_twice(
+    run: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run may have been shown either."""
+    shutil.copytree(cache, cache.with_name("0" + cache.name[1:]))
+    flipped(cache / "train-00000.npy")
+    assert said(run, capfd, 78).splitlines()[4:] == [
+        "files of its data: 7 of 8 are whole",
+        f"{cache}/train-00000.npy: does not hold the tokens that were prepared",
+        f"RUN: 1 thing is damaged; {NEWEST}",
+    ]
 
 
 def flipped(path: Path) -> None:

@@ -493,8 +493,8 @@ def _shards(cfg: RunConfig | None, about: dict[str, Any] | None, notes: list[str
     """What is wrong with each file of the data that the run was trained on; {} where that is not found."""
     if cfg is None or about is None:
         return {}
-    directory = find_prepared(cfg.data, about["data"]["data"])
-    if directory is None:
+    directories = find_prepared(cfg.data, about["data"]["data"])
+    if not directories:
         notes.append(f"{searched(cfg.data)}: does not hold the data that the run was trained on; it was not looked at")
         return {}
-    return verify(directory)
+    return {path: damage for directory in directories for path, damage in verify(directory).items()}

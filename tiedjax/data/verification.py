@@ -31,12 +31,15 @@ def searched(data: DataConfig) -> Path:
     return storage.place(name, "data.source") if storage.is_remote(name) else Path(name).expanduser().absolute()
 
 
-def find_prepared(data: DataConfig, fingerprint: str) -> Path | None:
-    """The folder there whose meta.json has this fingerprint, of one in a store a copy here; None without one."""
-    folder = searched(data)
+def find_prepared(data: DataConfig, fingerprint: str) -> list[Path]:
+    """The folders there whose meta.json has this fingerprint, of one in a store a copy here.
+
+    There are several where the same tokens were prepared from several sources.
+    """
+    folder, found = searched(data), []
     if storage.is_remote(folder):
         if not storage.exists(folder / META):
-            return None
+            return []
         folder = fetched(folder)
     for directory in (folder, *sorted(folder.glob("[0-9a-f]*"))):
         try:
@@ -44,8 +47,8 @@ def find_prepared(data: DataConfig, fingerprint: str) -> Path | None:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(meta, dict) and meta.get("fingerprint") == fingerprint:
-            return directory
-    return None
+            found.append(directory)
+    return found
 
 
 def verify(directory: Path) -> dict[Path, str | None]:
