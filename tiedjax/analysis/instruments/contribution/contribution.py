@@ -29,7 +29,7 @@ from tiedjax.analysis.basis.held_out import FrozenModel, batches, chunks, first_
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.config import ModelConfig
 from tiedjax.data.prepared import Prepared
-from tiedjax.model import MLP, Attention, Block, Transformer
+from tiedjax.model import Block, Transformer
 
 HELD_OUT_TOKENS = 4096
 PARTS = ("whole", "attention", "mlp")
@@ -149,23 +149,25 @@ def _block(
     cfg: ModelConfig, layer: Any, x_BTD: jax.Array, attention: jax.typing.ArrayLike, mlp: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a block whose parts add `attention` and `mlp` times what they do, and what is added [P, B, T]."""
-    factors, outputs = {Attention: attention, MLP: mlp}, {}
+    ends = "_norm" if cfg.norm_place == "post" else ""  # of the names of what gives a part that is added
+    factors, outputs = {f"attention{ends}": attention, f"mlp{ends}": mlp}, {}
 
     def scaled(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        part = type(context.module)
-        if part not in factors or context.method_name != "__call__":
+        name = context.module.name
+        if name not in factors or context.method_name != "__call__":
             return call(*args, **kwargs)
-        outputs[part] = factors[part] * call(*args, **kwargs)
-        return outputs[part]
+        outputs[name] = factors[name] * call(*args, **kwargs)
+        return outputs[name]
 
     # Only initialisation asks which layer a block is; with one number for all, they share a compiled program.
     module = Block(cfg, 0, x_BTD.dtype, Transformer(cfg).layout)
     with jax.default_matmul_precision("highest"), nn.intercept_methods(scaled):
         y_BTD, _ = module.apply({"params": layer}, x_BTD)
     ratio = lambda added_BTD, read_BTD: jnp.linalg.norm(added_BTD, axis=-1) / jnp.linalg.norm(read_BTD, axis=-1)
+    by_attention_BTD, by_mlp_BTD = (outputs[name] for name in factors)
     by_part = [
         ratio(y_BTD - x_BTD, x_BTD),
-        ratio(outputs[Attention], x_BTD),
-        ratio(outputs[MLP], x_BTD + outputs[Attention]),
+        ratio(by_attention_BTD, x_BTD),
+        ratio(by_mlp_BTD, x_BTD + by_attention_BTD),
     ]
     return y_BTD, jnp.stack(by_part)
