@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"norm": "layernorm", "norm_bias": True, "position": "learned", "biases": "qkv,out,mlp", "mlp": "gelu"},
     "qwen3": {"norm": "rmsnorm", "qk_norm": "head", "head_width": 12, "biases": "qkv"},
-    "clipped": {"clip_qkv": 0.5, "biases": "mlp", "heads": 4, "kv_heads": 1},
+    "clipped": {"clip_qkv": 1.5, "biases": "mlp", "heads": 4, "kv_heads": 1},
 }
 
 
