@@ -45,13 +45,13 @@ def begin(
     saved, damaged = checkpoints.steps(), []
     for step in reversed(saved):
         try:
-            found = _restored(cfg, mesh, checkpoints, about, step, begins)
+            state, body_update = _restored(cfg, mesh, checkpoints, about, step, begins)
         except DamagedError as error:
             damaged.append(error)
             process.say(f"{error}; the state before it is tried")
         else:
             checkpoints.set_aside(saved[len(saved) - len(damaged) :])
-            return *found, step
+            return state, body_update, step
     if damaged:
         raise NoCheckpointError(f"{damaged[0]}; no other state of this run can be used")
     return _new(cfg, mesh, about, counts_2V), None, 0
@@ -88,10 +88,10 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
         if cfg.regularisers.anchor_to is None:
             return state
         return state._replace(anchor=_anchor(cfg, mesh, {}, about))
-    first = source(cfg.train.init)
-    if first.tokenizer() not in (None, about["tokenizer"]):
+    origin = source(cfg.train.init)
+    if origin.tokenizer() not in (None, about["tokenizer"]):
         raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
-    params = {**state.params, **_begun(cfg, mesh, first)}
+    params = {**state.params, **_begun(cfg, mesh, origin)}
     account = state.account and state.account.reopened(params["tables"])
     state = state._replace(params=params, account=account)
     return state if state.anchor is None else state._replace(anchor=_anchor(cfg, mesh, params["tables"], about))
@@ -119,6 +119,8 @@ class Source(Protocol):
 
 
 class _OfRun:
+    """A run as it was when it saved this step."""
+
     def __init__(self, run: Run, step: int):
         self._run, self._step = run, step
         self._saves = Checkpoints(run.path / "checkpoints", create=False)
@@ -128,14 +130,16 @@ class _OfRun:
         return decided(self._run.config, mesh).model
 
     def tokenizer(self) -> str | None:
-        found: str | None = self._saves.about(self._step)["tokenizer"]
-        return found
+        tokenizer: str | None = self._saves.about(self._step)["tokenizer"]
+        return tokenizer
 
     def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
         return dict(self._saves.restore(self._step, {"params": abstract})["params"])
 
 
 class _OfModel:
+    """A Hugging Face directory."""
+
     def __init__(self, path: Path):
         from tiedjax.interop.model import load_model
 
@@ -144,9 +148,8 @@ class _OfModel:
         self.tokenizer_path = self._model.tokenizer_path
 
     def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
-        ours = decided(cfg, mesh).model
-        theirs = self._model.config
-        return dataclasses.replace(theirs, scan_layers=ours.scan_layers, vocab_multiple=ours.vocab_multiple)
+        run = decided(cfg, mesh).model
+        return dataclasses.replace(self._model.config, scan_layers=run.scan_layers, vocab_multiple=run.vocab_multiple)
 
     def tokenizer(self) -> str | None:
         return None if self.tokenizer_path is None else tokenizer_hash(read_text(self.tokenizer_path))
@@ -202,16 +205,16 @@ def refuse_another_model(cfg: RunConfig, mesh: Mesh) -> None:
     """UserError where `train.init` is another model, or its scheme cannot become that of `cfg`."""
     if cfg.train.init is None:
         return
-    first = source(cfg.train.init)
-    theirs, ours = first.model(cfg, mesh), decided(cfg, mesh).model
-    may_differ = MAY_DIFFER - ({"seq_len"} if ours.position == "learned" else set())
+    origin = source(cfg.train.init)
+    before, after = origin.model(cfg, mesh), decided(cfg, mesh).model
+    may_differ = MAY_DIFFER - ({"seq_len"} if after.position == "learned" else set())
     for field in dataclasses.fields(ModelConfig):
-        was, now = getattr(theirs, field.name), getattr(ours, field.name)
+        was, now = getattr(before, field.name), getattr(after, field.name)
         if field.name not in may_differ and was != now:
             raise UserError(
                 f"model.{field.name}: is {now!r}, that of train.init {cfg.train.init} is {was!r}; give that"
             )
-    tying.refuse_another_scheme(first.tying, cfg.tying, cfg.train.init)
+    tying.refuse_another_scheme(origin.tying, cfg.tying, cfg.train.init)
 
 
 def refuse_another_anchor(cfg: RunConfig) -> None:
@@ -220,10 +223,11 @@ def refuse_another_anchor(cfg: RunConfig) -> None:
     if text is None:
         return
     run, step = _named("regularisers.anchor_to", text, "snapshot")
-    theirs, ours = ([model.table_rows, model.d_model] for model in (run.config.model, cfg.model))
-    if theirs != ours:
+    anchor, trained = ([model.table_rows, model.d_model] for model in (run.config.model, cfg.model))
+    if anchor != trained:
         raise UserError(
-            f"regularisers.anchor_to: {text}: its tables are {theirs}, those of this run {ours}; name one of this shape"
+            f"regularisers.anchor_to: {text}: its tables are {anchor}, those of this run {trained}; name one of this "
+            f"shape"
         )
     tying.refuse_two_anchors(run.config_at(step).tying, cfg.tying, text)
 
@@ -244,12 +248,12 @@ def _anchor(cfg: RunConfig, mesh: Mesh, arrays: dict[str, Any], about: dict[str,
     return copied
 
 
-def _begun(cfg: RunConfig, mesh: Mesh, first: Source) -> dict[str, Any]:
+def _begun(cfg: RunConfig, mesh: Mesh, origin: Source) -> dict[str, Any]:
     """{"tables", "body"} of what `train.init` names, the tables in the arrays of this run's scheme, where they lie."""
-    before = first.tying
-    theirs = dataclasses.replace(cfg, tying=tying.plain(before), optimizer=OptimizerConfig(), train=TrainConfig())
-    abstract = make_steps(theirs, mesh).abstract.params
-    restored = first.params({name: abstract[name] for name in ("tables", "body")})
+    before = origin.tying
+    plain = dataclasses.replace(cfg, tying=tying.plain(before), optimizer=OptimizerConfig(), train=TrainConfig())
+    abstract = make_steps(plain, mesh).abstract.params
+    restored = origin.params({name: abstract[name] for name in ("tables", "body")})
     places = jax.tree.map(lambda leaf: leaf.sharding, make_steps(cfg, mesh).abstract.params["tables"])
     arrays = jax.jit(lambda tables: tying.begun_from(before, cfg.tying, tables), out_shardings=places)
     return {"tables": arrays(restored["tables"]), "body": restored["body"]}
