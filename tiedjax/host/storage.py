@@ -35,6 +35,7 @@ SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 EXTRAS = {"gs": "pip install 'tiedjax[gcs]'"}
 _NETWORK = ("aiohttp.", "requests.")  # modules whose errors say that no answer came
 _CLIENTS = (*_NETWORK, "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "botocore.", "azure.")
+STEP = "0|[1-9][0-9]*"  # the name of a save
 COMMITTED = "commit_success.txt"  # Orbax writes it last into a save in a store, where no folder can be renamed
 LEASE = ".lease"
 LEASE_SECONDS = 120.0  # how long a writer that has gone silent keeps others out
@@ -313,7 +314,7 @@ def saved_steps(folder: Path) -> list[int]:
 
     On a disk a save gets its name when it is complete; in a store its last object says so.
     """
-    steps = sorted(int(name) for name in names(folder) if name.isdigit())
+    steps = sorted(int(name) for name in names(folder) if re.fullmatch(STEP, name))
     return [step for step in steps if not is_remote(folder) or exists(folder / str(step) / COMMITTED)]
 
 
@@ -327,7 +328,7 @@ def clear_unfinished(folder: Path) -> None:
         for left in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left)
     else:
-        steps = {name for name in names(folder) if name.isdigit()}
+        steps = {name for name in names(folder) if re.fullmatch(STEP, name)}
         for name in sorted(steps - {str(step) for step in saved_steps(folder)}):
             with contextlib.suppress(FileNotFoundError), _as_os_errors(folder / name):
                 _store(folder).rm(str(folder / name), recursive=True)
