@@ -39,7 +39,8 @@ STEP = "0|[1-9][0-9]*"  # the name of a save
 COMMITTED = "commit_success.txt"  # Orbax writes it last into a save in a store, where no folder can be renamed
 LEASE = ".lease"
 LEASE_SECONDS = 120.0  # how long a writer that has gone silent keeps others out
-MARGIN = 10.0  # seconds by which the clocks of two machines may differ
+MARGIN = 10.0  # seconds by which a holder may be late to renew its lease
+SKEW = 600.0  # seconds by which the clocks of two machines may differ
 LOOKS = 24  # how often a writer looks for a sign of one that holds the lease, until that expires
 UPLOAD_SECONDS = 30.0  # what a store holds of files that grow may be this late between two checkpoints
 UPLOAD_SHARE = 0.05  # of the time spent uploading what grows, at most
@@ -603,7 +604,8 @@ class Lease:
     one, as any other would.
 
     A holder that is known to live keeps others out: one that renews its lease while it is watched, or runs on this
-    machine. One that is silent is waited for until its lease has expired.
+    machine. One that is silent is watched for as long as a lease lasts by this machine's clock, unless its own has
+    expired so long ago that no difference of two clocks explains it.
     """
 
     def __init__(
@@ -688,7 +690,7 @@ class Lease:
         until = self._clock() + self._seconds + MARGIN
         said = False
         while holder and not holder.is_dead:
-            left = min(until, holder.expires + MARGIN) - self._clock()
+            left = min(until, holder.expires + SKEW) - self._clock()
             if left <= 0:
                 break
             if holder.is_alive or (number, holder) != first:
