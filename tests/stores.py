@@ -20,6 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tiedjax.host import storage
+
 BUCKET = "bucket"
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "expect"}
 
@@ -214,3 +216,10 @@ def _until_it_listens(port: int, server: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.05)
     raise AssertionError("the store's server does not answer")
+
+
+def upload(folder: Path, out: Path) -> None:
+    """Writes every file below a folder as an object below `out`, a place of `tiedjax.host.storage`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write_atomically(out / path.relative_to(folder).as_posix(), path.read_bytes())

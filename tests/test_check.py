@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from programs import finish
 from runs import STEPS, arguments, saved_state, start_commands
+from stores import Store, upload
 from test_checkpoint import damages
 
 from tiedjax import check as checks
@@ -23,6 +24,7 @@ from tiedjax.check import Checked, Damage, Kind, check
 from tiedjax.checkpoint import Checkpoints, leaf_names
 from tiedjax.config_files import load_run_config
 from tiedjax.data.prepare import prepare
+from tiedjax.errors import UserError
 from tiedjax.host import platform_flags
 
 WHOLE = """\
@@ -343,6 +345,32 @@ def test_each_kind_of_damage_is_found_and_named(case: str, run: Path, capfd: pyt
     many = "2 things are" if more else "1 thing is"
     expected += [f"RUN/{what}", *more, f"RUN: {many} damaged; {'no state is whole' if lost else NEWEST}"]
     assert said(run, capfd, 78).splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "cases", [(), ("values of another step", "shapes of arrays", "half a line", "no counts")], ids=["whole", "damaged"]
+)
+def test_a_run_in_a_store_is_checked_as_on_a_disk(cases: tuple[str, ...], run: Path, out: Path, store: Store) -> None:
+    for case in cases:
+        DAMAGED[case][0](run)
+    (run / "checkpoints" / "damaged-3").mkdir()
+    (run / "checkpoints" / "damaged-3" / "about").write_text("{}")
+    upload(run, out)
+    before = store.objects(f"{out.name}/")
+    here, there = check(run), check(out)
+    assert len(here.damage) == len(cases)
+    assert [line.replace(str(out), "RUN") for line in there.lines()] == [
+        line.replace(str(run), "RUN") for line in here.lines()
+    ]
+    assert store.objects(f"{out.name}/") == before
+
+
+def test_a_folder_of_runs_in_a_store_names_one(run: Path, out: Path) -> None:
+    upload(run, out / "runs" / "tied-0")
+    with pytest.raises(UserError) as error:
+        check(out)
+    runs = f"{out}/runs/tied-0"
+    assert str(error.value) == f"{out}: is no run directory, but holds some; name one of them, such as {runs}"
 
 
 def test_every_damage_of_a_file_of_a_state_is_found_or_changes_nothing(finished: Path, run: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from launching import end_what_was_started, launch
 from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, write_config
-from stores import Fault, Store
+from stores import Fault, Store, upload
 from test_study import results
 
 from tiedjax import cli
@@ -39,13 +39,6 @@ SAVES = {"train.checkpoint_every": 3}
 def _no_process_outlives_its_test() -> Iterator[None]:
     yield
     end_what_was_started()
-
-
-def upload(folder: Path, out: Path) -> None:
-    """Every file below a folder as an object."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            storage.write_atomically(out / path.relative_to(folder).as_posix(), path.read_bytes())
 
 
 # ---- Killed and continued ----
@@ -179,8 +172,20 @@ FAULTS: dict[str, dict[str, tuple[int, str]]] = {
         "cut": (1, "{out}/decision.json: the store does not answer: "),
         "503": (1, "{out}/decision.json: the store answers: made to fail, 503"),
     },
+    "check": {
+        "403": (1, "{out}/token_counts.npy: " + DENIED + "b/bucket/o; made to fail"),
+        "no bucket": (2, "gs://nobody/run: there is no bucket nobody, or it may not be seen"),
+        "cut": (1, "{out}/config.yaml: the store does not answer: "),
+        "503": (1, "{out}/config.yaml: the store answers: made to fail, 503"),
+    },
 }
-NEEDED = {"train": "config.yaml", "study": "study.yaml", "analyze": "token_counts.npy", "report": "results.json"}
+NEEDED = {
+    "train": "config.yaml",
+    "study": "study.yaml",
+    "analyze": "token_counts.npy",
+    "report": "results.json",
+    "check": "token_counts.npy",
+}
 
 
 @pytest.fixture
@@ -219,11 +224,12 @@ def test_a_store_that_fails_is_said_in_one_line(
         "study": ["study", str(study_folder / "STUDY.yaml"), "--workers", "1", "--out", "PLACE"],
         "analyze": ["analyze", "norms", "PLACE"],
         "report": ["report", "PLACE"],
+        "check": ["check", "PLACE"],
     }[command]
     if fault == "403":
-        sources = {"analyze": [finished], "report": [study_folder / "study"]}.get(command, [])
+        sources = {"analyze": [finished], "check": [finished], "report": [study_folder / "study"]}.get(command, [])
         for path in (path for source in sources for path in source.rglob("*") if path.is_file()):
-            if command == "analyze" or path.name == "results.json":
+            if command != "report" or path.name == "results.json":
                 storage.write_atomically(out / path.relative_to(sources[0]).as_posix(), path.read_bytes())
     if fault != "no bucket":
         fails(store, fault, f"{out.name}/{NEEDED[command]}")

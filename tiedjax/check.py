@@ -6,10 +6,10 @@ while it is read is left out, and so is the last line of the metrics where it is
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,8 +28,8 @@ from tiedjax.counting import TOKEN_COUNTS
 from tiedjax.data.counts import COUNTED_AT_ONCE
 from tiedjax.data.tokenizer import parse_tokenizer, tokenizer_hash
 from tiedjax.data.verification import find_prepared, searched, verify
-from tiedjax.errors import UserError
-from tiedjax.files import local_path
+from tiedjax.errors import StoreError, UserError
+from tiedjax.host import storage
 from tiedjax.loop import MAY_CHANGE, SAVED_STATE
 from tiedjax.run import CHANGED, OWED, change_of, without_sharding
 from tiedjax.step import make_steps
@@ -114,13 +114,14 @@ class Checked:
 def check(path: str | Path) -> Checked:
     """Reads everything that a run has saved, one state at a time in memory, and says what is damaged.
 
-    UserError where there is no run.
+    UserError where there is no run; StoreError or OSError where an object store does not hand out what lies there.
     """
     run = _run_folder(path)
     notes: list[str] = []
     states, snapshots = _Saves(run / "checkpoints"), _Saves(run / "snapshots")
     for saves in (states, snapshots):
-        notes += [f"{aside}: was set aside, and nothing reads it" for aside in sorted(saves.folder.glob("damaged-*"))]
+        aside = [name for name in storage.names(saves.folder) if name.startswith("damaged-")]
+        notes += [f"{saves.folder / name}: was set aside, and nothing reads it" for name in aside]
     about = states.newest() or snapshots.newest()
     if about is None:
         notes.append(f"{run}: no save can be read, with which the other files could be compared")
@@ -144,11 +145,13 @@ def check(path: str | Path) -> Checked:
 
 def _run_folder(path: str | Path) -> Path:
     """The folder, if it holds a run; UserError otherwise, which names a run if there is one below it."""
-    folder = local_path(path, "RUN")
-    if (folder / "config.yaml").is_file():
+    folder = storage.place(path, "RUN")
+    remote = storage.is_remote(folder)
+    if storage.exists(folder / "config.yaml"):
         return folder
+    storage.refuse_unknown_bucket(folder)
     for pattern in ("runs/*/config.yaml", "*/config.yaml", "*/runs/*/config.yaml"):
-        if below := sorted(folder.glob(pattern)):
+        if below := storage.matching(folder / pattern) if remote else sorted(folder.glob(pattern)):
             run = below[0].parent
             raise UserError(f"{folder}: is no run directory, but holds some; name one of them, such as {run}")
     raise UserError(f"{folder}: is no run directory: it holds no config.yaml")
@@ -164,12 +167,14 @@ class _Saves:
         self.folder = folder
         self.damage: dict[int, Damage] = {}
         self.about: dict[int, dict[str, Any]] = {}
-        self.steps = _steps_in(folder)
+        self.steps = storage.saved_steps(folder)
         self._reader: Checkpoints | None = None
         for step in list(self.steps):
             try:
                 self._reader = self._reader or Checkpoints(folder, create=False)
                 self.about[step] = self._reader.about(step)
+            except StoreError:
+                raise
             except UserError as error:
                 self._note(step, str(error))
 
@@ -179,13 +184,16 @@ class _Saves:
 
     def there(self) -> list[int]:
         """The steps whose saves are there now."""
-        return [step for step in self.steps if (self.folder / str(step)).exists()]
+        now = storage.saved_steps(self.folder)
+        return [step for step in self.steps if step in now]
 
     def verify(self, shapes: _Shapes | None) -> None:
         """Reads every save of which it can be said what it should hold."""
         for step, about in self.about.items():
             try:
                 self._verify(step, about, shapes)
+            except StoreError:
+                raise
             except UserError as error:
                 self._note(step, str(error))
 
@@ -205,18 +213,14 @@ class _Saves:
         if _removed(folder):
             self.steps.remove(step)
         else:
-            reason = " ".join(what.removeprefix(f"{folder.absolute()}: ").removeprefix(f"{folder}: ").split())
+            reason = " ".join(what.removeprefix(f"{storage.absolute(folder)}: ").removeprefix(f"{folder}: ").split())
             self.damage[step] = Damage(str(folder), reason)
 
 
-def _steps_in(folder: Path) -> list[int]:
-    """The steps of the saves that are complete, ascending."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
-
-
 def _removed(folder: Path) -> bool:
-    """Whether another process has removed this folder; waits while it does."""
+    """Whether another process has removed this folder; waits while it does. In a store that begins with its mark."""
+    if storage.is_remote(folder):
+        return int(folder.name) not in storage.saved_steps(folder.parent)
     left = math.inf
     while folder.exists() and (now := sum(1 + len(files) for _, _, files in os.walk(folder))) < left:
         left = now
@@ -377,7 +381,7 @@ class _Files:
         self._tokenizer()
         recorded = self._record(SAVED_STATE)
         # Those of now: the record may be of a state that was saved after the others were looked for.
-        if recorded is not None and not any(step >= recorded for step in _steps_in(run / "checkpoints")):
+        if recorded is not None and not any(step >= recorded for step in storage.saved_steps(run / "checkpoints")):
             self._wrong(SAVED_STATE, f"a state was saved at step {recorded}, and checkpoints/ has none from there on")
         self._record(OWED)
         self._record(CHANGED)
@@ -393,6 +397,8 @@ class _Files:
         try:
             cfg = load_run_config(self._run / "config.yaml")
             shapes = _Shapes(self._run, cfg)
+        except StoreError:
+            raise
         except (UserError, ValueError, RecursionError) as error:
             self._wrong("config.yaml", str(error))
         else:
@@ -412,7 +418,7 @@ class _Files:
         path, windows = self._run / TOKEN_COUNTS, None
         if self._about is not None:
             windows = self._about["data"]["windows"] * self._about["data"]["seq_len"]
-        if not path.exists():
+        if not storage.exists(path):
             if windows is not None and windows > COUNTED_AT_ONCE:
                 self._notes.append(f"{path}: is not there yet; the command that trains the run writes it")
             elif windows is not None:
@@ -421,7 +427,9 @@ class _Files:
             return
         self.found.append(TOKEN_COUNTS)
         try:
-            counts = np.load(path, allow_pickle=False)
+            counts = np.load(io.BytesIO(_read(path) or b""), allow_pickle=False)
+        except OSError:  # of a store
+            raise
         except Exception as error:  # of a header that is evaluated, of memory that it asks for
             self._wrong(TOKEN_COUNTS, f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}")
             return
@@ -477,12 +485,17 @@ class _Files:
 
 
 def _read(path: Path) -> bytes | None:
-    """What a file holds; None where there is none. UserError, without its path, where it cannot be read."""
+    """What a file holds; None where there is none. UserError, without its path, where it cannot be read.
+
+    OSError where that is a store's: it is no damage.
+    """
     try:
-        return path.read_bytes()
+        return storage.read_bytes(path)
     except FileNotFoundError:
         return None
     except OSError as error:
+        if storage.is_remote(path):
+            raise
         raise UserError(f"cannot be read: {error.strerror}") from None
 
 

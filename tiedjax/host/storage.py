@@ -35,10 +35,12 @@ SCHEMES = {"gs": "gcsfs", "s3": "s3fs"}
 EXTRAS = {"gs": "pip install 'tiedjax[gcs]'"}
 _NETWORK = ("aiohttp.", "requests.")  # modules whose errors say that no answer came
 _CLIENTS = (*_NETWORK, "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.", "botocore.", "azure.")
+STEP = "0|[1-9][0-9]*"  # the name of a save
 COMMITTED = "commit_success.txt"  # Orbax writes it last into a save in a store, where no folder can be renamed
 LEASE = ".lease"
 LEASE_SECONDS = 120.0  # how long a writer that has gone silent keeps others out
-MARGIN = 10.0  # seconds by which the clocks of two machines may differ
+MARGIN = 10.0  # seconds by which a holder may be late to renew its lease
+SKEW = 600.0  # seconds by which the clocks of two machines may differ
 LOOKS = 24  # how often a writer looks for a sign of one that holds the lease, until that expires
 UPLOAD_SECONDS = 30.0  # what a store holds of files that grow may be this late between two checkpoints
 UPLOAD_SHARE = 0.05  # of the time spent uploading what grows, at most
@@ -313,7 +315,7 @@ def saved_steps(folder: Path) -> list[int]:
 
     On a disk a save gets its name when it is complete; in a store its last object says so.
     """
-    steps = sorted(int(name) for name in names(folder) if name.isdigit())
+    steps = sorted(int(name) for name in names(folder) if re.fullmatch(STEP, name))
     return [step for step in steps if not is_remote(folder) or exists(folder / str(step) / COMMITTED)]
 
 
@@ -327,7 +329,7 @@ def clear_unfinished(folder: Path) -> None:
         for left in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(left)
     else:
-        steps = {name for name in names(folder) if name.isdigit()}
+        steps = {name for name in names(folder) if re.fullmatch(STEP, name)}
         for name in sorted(steps - {str(step) for step in saved_steps(folder)}):
             with contextlib.suppress(FileNotFoundError), _as_os_errors(folder / name):
                 _store(folder).rm(str(folder / name), recursive=True)
@@ -602,7 +604,8 @@ class Lease:
     one, as any other would.
 
     A holder that is known to live keeps others out: one that renews its lease while it is watched, or runs on this
-    machine. One that is silent is waited for until its lease has expired.
+    machine. One that is silent is watched for as long as a lease lasts by this machine's clock, unless its own has
+    expired so long ago that no difference of two clocks explains it.
     """
 
     def __init__(
@@ -687,7 +690,7 @@ class Lease:
         until = self._clock() + self._seconds + MARGIN
         said = False
         while holder and not holder.is_dead:
-            left = min(until, holder.expires + MARGIN) - self._clock()
+            left = min(until, holder.expires + SKEW) - self._clock()
             if left <= 0:
                 break
             if holder.is_alive or (number, holder) != first:
