@@ -23,7 +23,7 @@ from tiedjax.interop.families import FAMILIES, Family
 from tiedjax.interop.families.common import BUFFERS, Settings
 from tiedjax.interop.folder import CONFIG, ModelFolder, is_model_folder, missing_in_words
 from tiedjax.interop.tensors import Tensor
-from tiedjax.model import Transformer, init_body
+from tiedjax.model import Transformer, capped, init_body
 from tiedjax.run import RunTables
 
 
@@ -107,7 +107,7 @@ def _forward(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> tuple[jax.A
     h_BTD: Any
     states_LBTD: Any
     h_BTD, states_LBTD = Transformer(cfg).apply(body, input_VD[tokens_BT], hidden_states=True)
-    return jnp.einsum("btd,vd->btv", h_BTD, output_VD), states_LBTD
+    return capped(cfg, jnp.einsum("btd,vd->btv", h_BTD, output_VD)), states_LBTD
 
 
 def load_model(path: str | Path) -> Model:
