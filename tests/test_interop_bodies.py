@@ -67,13 +67,13 @@ GEMMA2 = {
     "sliding_window": 7,
     "query_pre_attn_scalar": 24,
     "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 3.0,
+    "final_logit_softcapping": 10.0,
 }
 GEMMA3 = {
     **WIDE,
     "sliding_window": 7,
     "query_pre_attn_scalar": 24,
-    "final_logit_softcapping": 3.0,
+    "final_logit_softcapping": 10.0,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     "rope_parameters": {
         "full_attention": LINEAR,
@@ -282,6 +282,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "llama",
         {"rope_parameters": {"full_attention": LINEAR}},
         f"rope_parameters: must be those of all layers alike, got { ({'full_attention': LINEAR})!r}",
+    ),
+    "rope of all layers": (
+        "olmo3",
+        {"rope_parameters": LINEAR},
+        f"rope_parameters: must be those of full_attention and sliding_attention, got {LINEAR!r}",
     ),
     "rope that is no object": ("llama", {"rope_scaling": "linear"}, "rope_scaling: must be an object, got 'linear'"),
     "scaled windows": (

@@ -32,6 +32,9 @@ def test_a_model_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
     theirs = write(kind, config, tmp_path / "in")
     path = tmp_path / "in" / "model.safetensors"
     halved = {tensor: values.astype(ml_dtypes.bfloat16) for tensor, values in load_file(path).items()}
+    for tensor, values in halved.items():
+        if "norm" in tensor:
+            values[0] = 1e-6  # 1 added and taken off again would leave another number
     save_file(halved, path, metadata={"format": "pt"})
     exported = export(str(tmp_path / "in"), tmp_path / "out")
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == KEPT

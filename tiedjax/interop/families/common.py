@@ -172,6 +172,8 @@ def rope_by_layer(
     transformers 4 calls the second.
     """
     new = settings.part("rope_parameters")
+    if new.get("rope_type") or new.get("rope_theta"):
+        settings.refuse("rope_parameters", f"those of {_FULL} and {_WINDOW}")
     full, windowed = new.part(_FULL), new.part(_WINDOW)
     windowed.must("rope_type", "default")
     of_full = full.number("rope_theta", settings.number("rope_theta", theta))
@@ -248,7 +250,7 @@ def windows(settings: Settings, usual: tuple[str, ...]) -> dict[str, Any]:
     """Our options for layers with a window; `usual` are the layers' kinds, over and over, without a key for them."""
     layers, key = settings.whole("num_hidden_layers"), "layer_types"
     kinds = settings.get(key) or [usual[i % len(usual)] for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {_FULL, _WINDOW}:
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (_FULL, _WINDOW) for kind in kinds):
         settings.refuse(key, f"{_FULL} or {_WINDOW} for each layer")
     if _WINDOW not in kinds:
         return {}
