@@ -88,7 +88,8 @@ def test_a_model_that_does_not_fit_is_refused_by_its_key(
     line = f"tiedjax: model.layers: is 1, that of train.init {folder} is 4; give that\n"
     assert capfd.readouterr().err == line
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma3"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
     capfd.readouterr()
     assert cli.main(arguments(tmp_path / "run", text, {"train.init": folder})) == 2
-    assert capfd.readouterr().err.startswith(f"tiedjax: train.init: {folder}: the body of a gemma3 model is not read; ")
+    line = f"tiedjax: train.init: {path}: hidden_act: must be silu, got 'gelu'\n"
+    assert capfd.readouterr().err == line

@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import tiedjax
 from tiedjax.errors import UserError
+from tiedjax.interop import families
+from tiedjax.interop.export import export
+from tiedjax.interop.folder import TABLE_NAMES
 
 V, T = 61, 40
 LLAMA = {
@@ -228,6 +231,44 @@ def test_older_configs_mean_the_same(name: str, tmp_path: Path) -> None:
     assert tiedjax.load_model(tmp_path).config == newer
 
 
+IMAGES = {
+    "text_config": GEMMA3,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": V - 3,
+    "eoi_token_index": V - 2,
+    "image_token_index": V - 1,
+}
+
+
+def test_of_a_model_with_images_the_text_is_read(tmp_path: Path) -> None:
+    """Under either of the names that its tensors have had; and it is not written."""
+    text = {**GEMMA3, "final_logit_softcapping": None}  # which transformers leaves out here
+    theirs = write("gemma3", {**IMAGES, "text_config": text}, tmp_path / "model")
+    path, tokens = tmp_path / "model" / "model.safetensors", prompts() % (V - 3)
+    logits, states = reference(theirs, tokens)
+    tensors = load_file(path)
+    assert "language_model.model.norm.weight" in tensors
+    for start in ("language_model.model.", "model.language_model."):
+        save_file({name.replace("language_model.model.", start): values for name, values in tensors.items()}, path)
+        model = tiedjax.load_model(tmp_path / "model")
+        assert_close(model.logits(tokens), logits)
+        assert_close(model.hidden_states(tokens)[:-1], states)
+        assert model.tables.tied
+    with pytest.raises(UserError) as error:
+        export(str(tmp_path / "model"), tmp_path / "out")
+    line = "a gemma3 model is read and not written: what is of no text would be lost"
+    assert str(error.value) == f"{tmp_path / 'model'}: {line}"
+
+
 # ---- What is refused ----
 
 
@@ -370,15 +411,19 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert model.tokenizer is None
 
 
-def test_a_body_that_is_not_read_is_named(tmp_path: Path) -> None:
-    write("gemma3_text", WIDE, tmp_path)
+def test_what_is_no_model_that_is_known_is_refused(tmp_path: Path) -> None:
+    write("llama", LLAMA, tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gemma3"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba"}))
     with pytest.raises(UserError) as error:
         tiedjax.load_model(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: the body of a gemma3 model is not read; those of llama, olmo, olmo2, olmo3, qwen2, qwen3, gemma, "
-        "gemma2, gemma3_text, gpt_neox, gpt2, gpt_neo are, and any model's tables"
+        f"{tmp_path}: model_type 'mamba' is not known; it is one of gemma, gemma2, gemma3, gemma3_text, gpt2, gpt_neo, "
+        "gpt_neox, llama, olmo, olmo2, olmo3, qwen2, qwen3"
     )
     with pytest.raises(UserError, match=r"is no Hugging Face model: it holds no config\.json"):
         tiedjax.load_model(tmp_path / "nothing")
+
+
+def test_every_family_whose_tables_are_known_has_a_body() -> None:
+    assert families.FAMILIES.keys() == TABLE_NAMES.keys()

@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "yarn": {
         "rope_theta": 20.0,
         "rope_scaling": "yarn",
-        "rope_factor": 5.0,
+        "rope_factor": 2.5,
         "rope_positions": 16,
         "rope_turns": (0.4, 2.0),
     },

@@ -68,6 +68,8 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
         if step is not None:
             raise UserError(f"{source}: a model has no steps; name {place}")
         model, stored = load_model(path), ModelFolder(path).tensors
+        if FAMILIES[model.family].besides:
+            raise UserError(f"{path}: a {model.family} model is read and not written: what is of no text would be lost")
         family, kept = model.family, {name: path / name for name in KEPT if (path / name).exists()}
     else:
         model, tokenizer_path = _of_run(place, step)
@@ -211,9 +213,8 @@ def _said(model: Model, family: Family) -> dict[str, Any]:
 
 
 def _as_it_was(tensor: str, stored: Mapping[str, Tensor], family: Family) -> str:
-    """The name that the source gave the tensor, which may lack the family's prefix."""
-    names = [tensor, *(tensor.removeprefix(prefix) for prefix in family.prefixes)]
-    return next((name for name in names if name in stored), tensor)
+    """The name that the source gave the tensor, of those that the family has for it."""
+    return next((name for name in family.names(tensor) if name in stored), tensor)
 
 
 def _dump(path: Path, tree: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": gemma.FAMILY,
     "gemma2": gemma2.FAMILY,
     "gemma3_text": gemma3.FAMILY,
+    "gemma3": gemma3.WITH_IMAGES,
     "gpt_neox": gpt_neox.FAMILY,
     "gpt2": gpt2.FAMILY,
     "gpt_neo": gpt_neo.FAMILY,

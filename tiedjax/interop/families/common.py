@@ -37,7 +37,9 @@ class Family(NamedTuple):
       fits: options that a model must have to be of it: what each may be. Any other option that changes what a model
         computes must be as in `PLAIN`.
       written: what its config.json says of a model of ours.
-      prefixes: may be left out of every tensor's name at its start.
+      starts: what the names of tensors may begin with in place of the first of these.
+      besides: what the names of tensors that are of no text begin with: they are not read, and such a model is not
+        written.
     """
 
     architecture: str
@@ -45,7 +47,13 @@ class Family(NamedTuple):
     held: Callable[[ModelConfig], Iterator[Held]]
     fits: Mapping[str, tuple[Any, ...]]
     written: Callable[[ModelConfig], dict[str, Any]]
-    prefixes: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ("",)
+    besides: tuple[str, ...] = ()
+
+    def names(self, tensor: str) -> list[str]:
+        """What a tensor may be called, its own name first."""
+        first = self.starts[0]
+        return [start + tensor.removeprefix(first) for start in self.starts] if tensor.startswith(first) else [tensor]
 
 
 # What a model is unless its family says otherwise; `norm`, `mlp` and `position` every family names.

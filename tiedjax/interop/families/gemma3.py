@@ -26,3 +26,8 @@ def _written(cfg: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     "Gemma3ForCausalLM", _config, body_of_gemma, {**FITS_2, "qk_norm": ("head",), "window_theta": ()}, _written
 )
+WITH_IMAGES = FAMILY._replace(
+    architecture="Gemma3ForConditionalGeneration",
+    starts=("model.", "language_model.model.", "model.language_model."),
+    besides=tuple(f"{start}{part}." for start in ("", "model.") for part in ("vision_tower", "multi_modal_projector")),
+)

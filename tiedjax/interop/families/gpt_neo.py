@@ -94,5 +94,5 @@ FAMILY = Family(
         "head_width": (None,),
     },
     _written,
-    ("transformer.",),
+    ("transformer.", ""),
 )

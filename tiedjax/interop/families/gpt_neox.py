@@ -99,5 +99,5 @@ FAMILY = Family(
         "head_width": (None,),
     },
     _written,
-    ("gpt_neox.",),
+    ("gpt_neox.", ""),
 )
