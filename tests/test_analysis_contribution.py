@@ -19,7 +19,7 @@ import scipy.special
 from conftest import small_config
 from runs import SHRUNK, STEPS
 from test_analysis_command import analyze
-from test_model import OPTIONS, recompute, stack_layers
+from test_model import OPTIONS, alike, recompute, stack_layers
 from test_study_results import fake_study
 
 from tiedjax import tying
@@ -46,9 +46,15 @@ LAYERS, WINDOWS = 3, 5
 SKIPPED = {"whole": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 
-def untrained(name: str, *, scan_layers: bool = False, silent: tuple[str, ...] = (), **changes: Any) -> FrozenModel:
-    """A model with random tables and norm scales, whose blocks move the prediction; `silent` output kernels are 0."""
-    cfg = small_config("untied", **{**OPTIONS[name], "layers": LAYERS, "scan_layers": scan_layers, **changes})
+def untrained(
+    name: str, *, scan_layers: bool = False, uniform: bool = False, silent: tuple[str, ...] = (), **changes: Any
+) -> FrozenModel:
+    """A model with random tables and norm scales, whose blocks move the prediction; `silent` output kernels are 0.
+
+    Where layers are scanned, or `uniform`, all have the window if some have.
+    """
+    options = alike(OPTIONS[name]) if scan_layers or uniform else OPTIONS[name]
+    cfg = small_config("untied", **{**options, "layers": LAYERS, "scan_layers": scan_layers, **changes})
     rng = np.random.default_rng(0)
     unrolled = dataclasses.replace(cfg.model, scan_layers=False)
     body = nn.unbox(init_body(unrolled, jax.random.key(0)))
@@ -71,9 +77,8 @@ def windows(seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 32, (WINDOWS, 9)).astype(np.int32)
 
 
-def oracle(name: str, tokens_WS: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+def oracle(model: FrozenModel, tokens_WS: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
     """Loss in bits, and [L, P] of what is added and of what skipping costs: the forward pass by hand, in float64."""
-    model = untrained(name)
     body = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.body)
     E_VD, U_VD = (np.asarray(table, np.float64) for table in (model.tables.input, model.tables.output))
     x_BTD = E_VD[tokens_WS[:, :-1]]
@@ -106,7 +111,7 @@ def means(found: Contribution, quantity: str) -> np.ndarray:
 @pytest.mark.parametrize("name", OPTIONS)
 def test_contributions_are_those_of_a_forward_pass_in_float64(name, scan_layers):
     found = contribution(untrained(name, scan_layers=scan_layers), windows())
-    loss, added, cost = oracle(name, windows())
+    loss, added, cost = oracle(untrained(name, uniform=scan_layers), windows())
     assert found.loss.mean == pytest.approx(loss, abs=1e-5)
     np.testing.assert_allclose(means(found, "added"), added, rtol=1e-5)
     np.testing.assert_allclose(means(found, "skip_cost"), cost, rtol=0, atol=2e-5)

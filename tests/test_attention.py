@@ -12,7 +12,7 @@ from conftest import random_tokens, small_config
 from jax.test_util import check_grads
 
 from tiedjax import sharding, step, tying
-from tiedjax.attention import causal_attention, chosen
+from tiedjax.attention import BACKENDS, PLAIN, Scores, attention_to_cache, causal_attention, chosen
 from tiedjax.errors import UserError
 from tiedjax.lm import init_params
 
@@ -22,15 +22,18 @@ def example(T: int, H: int, G: int, K: int, dtype: Any = np.float32) -> list[jax
     return [jnp.asarray(rng.standard_normal((2, T, heads, K)), dtype) for heads in (H, G, G)]
 
 
-def oracle(q_BTHK: np.ndarray, k_BTGK: np.ndarray, v_BTGK: np.ndarray) -> np.ndarray:
+def oracle(q_BTHK: np.ndarray, k_BTGK: np.ndarray, v_BTGK: np.ndarray, scores: Scores = PLAIN) -> np.ndarray:
     """One query at a time."""
     B, T, H, K = q_BTHK.shape
     y_BTHK = np.zeros_like(q_BTHK)
     for b, t, h in np.ndindex(B, T, H):
         g = h // (H // k_BTGK.shape[2])
-        score = k_BTGK[b, : t + 1, g] @ q_BTHK[b, t, h] / np.sqrt(K)
+        seen = slice(max(0, t + 1 - (scores.window or T)), t + 1)
+        score = k_BTGK[b, seen, g] @ q_BTHK[b, t, h] * (scores.scale or 1 / np.sqrt(K))
+        if scores.cap:
+            score = scores.cap * np.tanh(score / scores.cap)
         weight = np.exp(score - score.max())
-        y_BTHK[b, t, h] = weight @ v_BTGK[b, : t + 1, g] / weight.sum()
+        y_BTHK[b, t, h] = weight @ v_BTGK[b, seen, g] / weight.sum()
     return y_BTHK
 
 
@@ -44,17 +47,52 @@ def test_every_backend_is_the_definition(backend: str, T: int, K: int, H: int, G
     np.testing.assert_allclose(causal_attention(*arrays, backend=backend), wanted, rtol=1e-4, atol=1e-5)
 
 
+SCORES = {
+    "scale": Scores(scale=0.9),
+    "cap": Scores(cap=0.7),
+    "window": Scores(window=3),
+    "itself alone": Scores(window=1),
+    "wide window": Scores(window=128),
+    "all": Scores(0.8, 0.6, 5),
+}
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize(("backend", "T"), [("xla", 9), ("splash", 128)])
+def test_scores_are_scaled_capped_and_seen_as_told(backend: str, T: int, scores: Scores) -> None:
+    arrays = example(T, 4, 2, 16)
+    wanted = oracle(*(np.asarray(x, np.float64) for x in arrays), scores)
+    found = causal_attention(*arrays, backend=backend, scores=scores)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    if scores.window != 128:
+        assert np.abs(wanted - oracle(*map(np.asarray, arrays))).max() > 0.1
+
+
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
+def test_a_cache_is_attended_to_as_the_positions_themselves(scores: Scores) -> None:
+    """Three queries at positions 4 to 6 of a cache with room for twelve."""
+    q_BTHK, k_BTGK, v_BTGK = example(7, 4, 2, 16)
+    wanted = oracle(*(np.asarray(x, np.float64) for x in (q_BTHK, k_BTGK, v_BTGK)), scores)[:, 4:]
+    room = [(0, 0), (0, 5), (0, 0), (0, 0)]
+    k_BSGK, v_BSGK = (jnp.pad(x, room, constant_values=9.0) for x in (k_BTGK, v_BTGK))
+    found = attention_to_cache(q_BTHK[:, 4:], k_BSGK, v_BSGK, jnp.asarray(4), scores)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scores", [PLAIN, SCORES["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize(("H", "G"), [(2, 2), (4, 2)])
-def test_the_gradient_written_by_hand_is_the_derivative(H: int, G: int) -> None:
+def test_the_gradient_written_by_hand_is_the_derivative(H: int, G: int, scores: Scores) -> None:
     arrays = example(7, H, G, 4, np.float64)
-    check_grads(causal_attention, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+    attend = lambda *x: causal_attention(*x, scores=scores)
+    check_grads(attend, arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
+@pytest.mark.parametrize("scores", [PLAIN, SCORES["all"]], ids=["plain", "all"])
 @pytest.mark.parametrize(("H", "G"), [(2, 2), (4, 2)])
-def test_splash_attention_has_the_same_gradient(H: int, G: int) -> None:
+def test_splash_attention_has_the_same_gradient(H: int, G: int, scores: Scores) -> None:
     arrays = example(128, H, G, 16)
-    total = lambda backend: lambda *x: jnp.sum(jnp.sin(causal_attention(*x, backend=backend)))
+    total = lambda backend: lambda *x: jnp.sum(jnp.sin(causal_attention(*x, backend=backend, scores=scores)))
     for found, wanted in zip(*(jax.grad(total(b), argnums=(0, 1, 2))(*arrays) for b in ("splash", "xla")), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -72,6 +110,24 @@ def test_auto_takes_each_platforms_kernel_where_it_fits() -> None:
     assert (chosen("auto", "gpu", 9.0, q(K=136)), chosen("auto", "gpu", 8.0, q(K=136))) == ("cudnn", "xla")
     assert chosen("auto", "gpu", 7.5, q()) == chosen("auto", "gpu", None, q()) == "xla"  # None: another maker's
     assert chosen("auto", "tpu", None, q(T=200)) == "xla"
+    assert chosen("auto", "gpu", 9.0, q(), Scores(0.5, None, 3)) == "cudnn"
+    assert chosen("auto", "gpu", 9.0, q(), Scores(cap=50.0)) == "xla"
+    assert chosen("auto", "tpu", None, q(), SCORES["all"]) == "splash"
+
+
+def test_a_cap_on_scores_is_refused_by_cudnn() -> None:
+    with pytest.raises(UserError) as error:
+        chosen("cudnn", "gpu", 9.0, q(), Scores(cap=50.0))
+    assert str(error.value) == "model.attention: cudnn takes no model.attention_cap; use auto or xla"
+
+
+def test_cudnn_is_told_the_scale_and_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which it is asked how many positions lie before a query's own."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **options: told.update(options) or q)
+    arrays = example(256, 4, 4, 64, jnp.bfloat16)
+    BACKENDS["cudnn"](*arrays, Scores(0.3, None, 5), sharding.ONE_DEVICE)
+    assert (told["scale"], told["local_window_size"], told["is_causal"]) == (0.3, (4, 0), True)
 
 
 @pytest.mark.parametrize(

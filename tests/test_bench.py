@@ -86,6 +86,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "olmo": {},
     "llama": {"heads": 4, "kv_heads": 2, "norm": "rmsnorm", "qk_norm": "head"},
     "gelu": {"mlp": "gelu", "position": "none"},
+    "gates in gelu, windows": {"mlp": "geglu", "norm_place": "both", "window": 3, "window_layers": "window,full"},
     "padded": {"vocab_size": 30, "vocab_multiple": 16},
     "scanned": {"scan_layers": True},
 }
@@ -111,6 +112,16 @@ def test_the_causal_count_is_that_of_the_design() -> None:
     assert matmul_parameters(cfg.model) == count
     assert flops_per_token(cfg.model, causal=True) == 6 * count + 6 * 16 * 2048 * 2048
     assert flops_per_token(cfg.model, causal=False) == 6 * count + 12 * 16 * 2048 * 2048
+
+
+def test_windows_take_from_the_causal_count_what_they_do_not_see() -> None:
+    """By the pairs of positions: T^2 / 2 of them in a full layer, and W T - W^2 / 2 in one with a window W."""
+    shape = {"layers": 3, "seq_len": 16, "d_model": 8, "heads": 2}
+    pairs = lambda **window: flops_per_token(ModelConfig(**shape, **window), causal=True) * 16 / (12 * 8)
+    assert pairs() - pairs(window=6, window_layers="window,full") == 2 * (16**2 / 2 - (6 * 16 - 6**2 / 2))
+    assert pairs(window=16) == pairs(window=99) == pairs()
+    full = flops_per_token(ModelConfig(**shape), causal=False)
+    assert flops_per_token(ModelConfig(**shape, window=6), causal=False) == full
 
 
 def test_utilisation_is_of_one_device_or_says_why_it_is_unknown() -> None:

@@ -300,6 +300,82 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(
         assert given in line, "it says what was given"
 
 
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "no factor": ({"rope_scaling": "linear"}, "rope_factor: rope_scaling linear needs one"),
+    "no positions": (
+        {"rope_scaling": "yarn", "rope_factor": 2.0},
+        "rope_positions: rope_scaling yarn needs one",
+    ),
+    "factor of nothing": (
+        {"rope_factor": 2.0},
+        "rope_factor: goes with rope_scaling linear or llama3 or yarn, got none",
+    ),
+    "turns of nothing": (
+        {"rope_scaling": "linear", "rope_factor": 2.0, "rope_turns": (1.0, 4.0)},
+        "rope_turns: goes with rope_scaling llama3 or yarn, got linear",
+    ),
+    "magnitude": (
+        {"rope_scaling": "llama3", "rope_factor": 2.0, "rope_positions": 64, "rope_magnitude": 1.1},
+        "rope_magnitude: goes with rope_scaling yarn, got llama3",
+    ),
+    "turns turned": (
+        {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_positions": 64, "rope_turns": (32.0, 1.0)},
+        "rope_turns: must be two numbers above 0, the smaller one first, got [32.0, 1.0]",
+    ),
+    "theta of 1": (
+        {"rope_scaling": "yarn", "rope_factor": 2.0, "rope_positions": 64, "rope_theta": 1.0},
+        "rope_theta: must be > 1 with rope_scaling yarn, got 1.0",
+    ),
+    "scaled without rope": (
+        {"rope_scaling": "linear", "rope_factor": 2.0, "position": "none"},
+        "rope_scaling: goes with position rope, got none",
+    ),
+    "scaled windows": (
+        {"rope_scaling": "linear", "rope_factor": 2.0, "window": 8},
+        "rope_scaling: is of layers without a window, and all have one",
+    ),
+    "kinds": (
+        {"window": 8, "window_layers": "window, half"},
+        "window_layers: must be window or full for each layer, separated by commas, got 'window, half'",
+    ),
+    "layers of no window": ({"window_layers": "window,full"}, "window_layers: goes with a window, got window null"),
+    "theta of no window": ({"window_theta": 10.0}, "window_theta: goes with a window, got window null"),
+    "window of no layer": (
+        {"window": 8, "window_layers": "full"},
+        "window_layers: leaves no layer with the window, got 'full'",
+    ),
+    "beyond the last layer": (
+        {"window": 8, "window_layers": "full,full,full,full,window"},
+        "window_layers: leaves no layer with the window, got 'full,full,full,full,window'",
+    ),
+    "theta without rope": (
+        {"window": 8, "window_theta": 10.0, "position": "none"},
+        "window_theta: goes with position rope, got none",
+    ),
+    "scanned": (
+        {"window": 8, "window_layers": "window,full", "scan_layers": True},
+        "scan_layers: must be false or null where some layers have a window and others not: a loop has one compiled "
+        "layer for all",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_bodies_are_refused_in_one_line(case: str) -> None:
+    options, line = IMPOSSIBLE[case]
+    with pytest.raises(UserError) as caught:
+        config.ModelConfig(**options)
+    assert str(caught.value) == line
+
+
+def test_windows_are_of_the_layers_that_are_named_over_and_over() -> None:
+    windows = lambda **options: config.ModelConfig(layers=5, **options).windows
+    assert windows() == (None,) * 5
+    assert windows(window=3) == (3,) * 5
+    assert windows(window=3, window_layers="full, window") == (None, 3, None, 3, None)
+    assert windows(window=3, window_layers="full,full,full,full,window") == (None, None, None, None, 3)
+
+
 def test_a_misspelt_name_gets_the_nearest_one(tmp_path: Path) -> None:
     assert "did you mean 'train.steps'?" in complaint(written(tmp_path, "train:\n  stesp: 3\n"))
     assert "did you mean 'tied'?" in complaint(written(tmp_path, "tying:\n  scheme: tyed\n"))

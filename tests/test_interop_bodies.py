@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 import tiedjax
 from tiedjax.errors import UserError
+from tiedjax.interop import families
+from tiedjax.interop.export import export
+from tiedjax.interop.folder import TABLE_NAMES
 
 V, T = 61, 40
 LLAMA = {
@@ -26,6 +29,60 @@ LLAMA = {
 }
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
 NEOX = {**LLAMA, "rotary_pct": 0.25, "hidden_act": "gelu"}
+GPT_NEO = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+    "window_size": 5,
+    "attention_types": [[["global", "local"], 2]],
+}
+WIDE = {**LLAMA, "head_dim": 16, "num_key_value_heads": 2}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
+OLMO3 = {
+    **LLAMA,
+    "num_key_value_heads": 2,
+    "sliding_window": 6,
+    "rope_parameters": {
+        "full_attention": {**YARN, "attention_factor": 1.2},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+}
+GEMMA2 = {
+    **WIDE,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 10.0,
+}
+GEMMA3 = {
+    **WIDE,
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 24,
+    "final_logit_softcapping": 10.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+    },
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama", {**LLAMA, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama, grouped": ("llama", {**LLAMA, "num_key_value_heads": 2, "rope_parameters": {"rope_theta": 500.0}}),
@@ -33,9 +90,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {**LLAMA, "attention_bias": True, "mlp_bias": True, "head_dim": 16, "num_key_value_heads": 1},
     ),
+    "llama, linear": ("llama", {**WIDE, "rope_parameters": LINEAR}),
+    "llama, llama3": ("llama", {**WIDE, "rope_parameters": LLAMA3}),
+    "llama, yarn": ("llama", {**WIDE, "rope_parameters": YARN}),
+    "llama, yarn, scaled": ("llama", {**WIDE, "rope_parameters": {**YARN, "mscale": 1.5, "mscale_all_dim": 0.3}}),
     "olmo": ("olmo", LLAMA),
     "olmo, clipped": ("olmo", {**LLAMA, "clip_qkv": 0.02, "num_key_value_heads": 2, "attention_bias": True}),
     "olmo2": ("olmo2", {**LLAMA, "num_key_value_heads": 2}),
+    "olmo3": ("olmo3", OLMO3),
+    "olmo3, one theta each": (
+        "olmo3",
+        {
+            **OLMO3,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+            },
+        },
+    ),
+    "gemma": ("gemma", {**WIDE, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", GEMMA2),
+    "gemma2, exact, no caps": (
+        "gemma2",
+        {
+            **GEMMA2,
+            "hidden_activation": "gelu",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 16,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": ("gemma3_text", GEMMA3),
     "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
     "qwen3, biased": ("qwen3", {**LLAMA, "head_dim": 8, "num_key_value_heads": 4, "attention_bias": True}),
@@ -44,9 +131,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt_neox",
         {**NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new", "rotary_pct": 1.0, "attention_bias": False},
     ),
+    "gpt_neo": ("gpt_neo", GPT_NEO),
+    "gpt_neo, exact, untied": (
+        "gpt_neo",
+        {**GPT_NEO, "activation_function": "gelu", "intermediate_size": 40, "tie_word_embeddings": False},
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2, exact, wide": ("gpt2", {**GPT2, "activation_function": "gelu", "n_inner": 40}),
 }
+
+
+def without(options: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != key}
 
 
 def write(kind: str, config: dict[str, Any], folder: Path, scale: float = 3.0) -> Any:
@@ -98,6 +194,81 @@ def test_logits_and_hidden_states_are_those_of_transformers(name: str, tmp_path:
     assert model.tables.tied == (theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight)
 
 
+# The same models as older configs say them: what stands in place of what transformers 5 writes.
+OLDER: dict[str, dict[str, Any]] = {
+    "llama, linear": {
+        "rope_parameters": None,
+        "rope_theta": 100.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "llama, llama3": {"rope_parameters": None, "rope_theta": 100.0, "rope_scaling": without(LLAMA3, "rope_theta")},
+    "olmo3": {
+        "rope_parameters": None,
+        "rope_theta": 100.0,
+        "rope_scaling": {**without(YARN, "rope_theta"), "attention_factor": 1.2},
+        "layer_types": None,
+    },
+    "gemma": {"hidden_act": "gelu"},
+    "gemma2": {"layer_types": None},
+    "gemma3": {
+        "rope_parameters": None,
+        "rope_theta": 100.0,
+        "rope_local_base_freq": 30.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "layer_types": None,
+        "sliding_window_pattern": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_older_configs_mean_the_same(name: str, tmp_path: Path) -> None:
+    kind, config = FAMILIES[name]
+    write(kind, config, tmp_path)
+    newer = tiedjax.load_model(tmp_path).config
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | OLDER[name]))
+    assert tiedjax.load_model(tmp_path).config == newer
+
+
+IMAGES = {
+    "text_config": GEMMA3,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": V - 3,
+    "eoi_token_index": V - 2,
+    "image_token_index": V - 1,
+}
+
+
+def test_of_a_model_with_images_the_text_is_read(tmp_path: Path) -> None:
+    """Under either of the names that its tensors have had; and it is not written."""
+    text = {**GEMMA3, "final_logit_softcapping": None}  # which transformers leaves out here
+    theirs = write("gemma3", {**IMAGES, "text_config": text}, tmp_path / "model")
+    path, tokens = tmp_path / "model" / "model.safetensors", prompts() % (V - 3)
+    logits, states = reference(theirs, tokens)
+    tensors = load_file(path)
+    assert "language_model.model.norm.weight" in tensors
+    for start in ("language_model.model.", "model.language_model."):
+        save_file({name.replace("language_model.model.", start): values for name, values in tensors.items()}, path)
+        model = tiedjax.load_model(tmp_path / "model")
+        assert_close(model.logits(tokens), logits)
+        assert_close(model.hidden_states(tokens)[:-1], states)
+        assert model.tables.tied
+    with pytest.raises(UserError) as error:
+        export(str(tmp_path / "model"), tmp_path / "out")
+    line = "a gemma3 model is read and not written: what is of no text would be lost"
+    assert str(error.value) == f"{tmp_path / 'model'}: {line}"
+
+
 # ---- What is refused ----
 
 
@@ -130,13 +301,71 @@ def test_a_tensor_that_is_missing_or_left_over_is_named(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "scaled rope": (
         "llama",
-        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
-        "rope of type 'linear' is not known; only default is",
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+        "rope_scaling: rope of type 'dynamic' is not known; default, linear, llama3 and yarn are",
     ),
     "scaled rope of transformers 5": (
         "llama",
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-        "rope of type 'yarn' is not known; only default is",
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}},
+        "rope_parameters: rope of type 'longrope' is not known; default, linear, llama3 and yarn are",
+    ),
+    "scaled by nothing": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        "rope_parameters: factor: must be a number above 0, got None",
+    ),
+    "yarn between whole pairs": (
+        "llama",
+        {"rope_parameters": {**YARN, "truncate": False}},
+        "rope_parameters: truncate: must be True, got False",
+    ),
+    "rope by layer": (
+        "llama",
+        {"rope_parameters": {"full_attention": LINEAR}},
+        f"rope_parameters: must be those of all layers alike, got { ({'full_attention': LINEAR})!r}",
+    ),
+    "rope of all layers": (
+        "olmo3",
+        {"rope_parameters": LINEAR},
+        f"rope_parameters: must be those of full_attention and sliding_attention, got {LINEAR!r}",
+    ),
+    "rope that is no object": ("llama", {"rope_scaling": "linear"}, "rope_scaling: must be an object, got 'linear'"),
+    "scaled windows": (
+        "olmo3",
+        {"rope_parameters": {"sliding_attention": LINEAR}},
+        "rope_parameters: sliding_attention: rope_type: must be default, got 'linear'",
+    ),
+    "layers of other kinds": (
+        "olmo3",
+        {"layer_types": ["chunked_attention"] * 4},
+        "layer_types: must be full_attention or sliding_attention for each layer, got ['chunked_attention', "
+        "'chunked_attention', 'chunked_attention', 'chunked_attention']",
+    ),
+    "layers left out": (
+        "gemma2",
+        {"layer_types": ["full_attention"]},
+        "layer_types: must be full_attention or sliding_attention for each layer, got ['full_attention']",
+    ),
+    "both directions": (
+        "gemma",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention: must be False, got True",
+    ),
+    "scaled rope with windows": (
+        "gemma2",
+        {"rope_parameters": LINEAR},
+        "rope of type 'linear' is not known in layers with a window",
+    ),
+    "capped scores": (
+        "gemma3_text",
+        {"attn_logit_softcapping": 2.0},
+        "attn_logit_softcapping: must be None, got 2.0",
+    ),
+    "kinds of layers": (
+        "gpt_neo",
+        {"attention_types": [[["global", "random"], 2]]},
+        "attention_types: must be lists of global or local and how often they come, of 4 layers in all, got "
+        "[[['global', 'random'], 2]]",
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act: must be silu, got 'gelu'"),
     "window": ("qwen2", {"use_sliding_window": True}, "use_sliding_window: must be False, got True"),
@@ -160,7 +389,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_ours_does_not_have_is_refused_by_its_key(case: str, tmp_path: Path) -> None:
     kind, changes, line = REFUSED[case]
-    write(kind, GPT2 if kind == "gpt2" else LLAMA, tmp_path)
+    write(kind, {"gpt2": GPT2, "gpt_neo": GPT_NEO}.get(kind, LLAMA), tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError) as error:
@@ -182,13 +411,19 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert model.tokenizer is None
 
 
-def test_a_body_that_is_not_read_is_named(tmp_path: Path) -> None:
-    write("gemma", {**LLAMA, "head_dim": 8, "num_key_value_heads": 1}, tmp_path)
+def test_what_is_no_model_that_is_known_is_refused(tmp_path: Path) -> None:
+    write("llama", LLAMA, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba"}))
     with pytest.raises(UserError) as error:
         tiedjax.load_model(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: the body of a gemma model is not read; those of llama, olmo, olmo2, qwen2, qwen3, gpt_neox, gpt2 "
-        "are, and any model's tables"
+        f"{tmp_path}: model_type 'mamba' is not known; it is one of gemma, gemma2, gemma3, gemma3_text, gpt2, gpt_neo, "
+        "gpt_neox, llama, olmo, olmo2, olmo3, qwen2, qwen3"
     )
     with pytest.raises(UserError, match=r"is no Hugging Face model: it holds no config\.json"):
         tiedjax.load_model(tmp_path / "nothing")
+
+
+def test_every_family_whose_tables_are_known_has_a_body() -> None:
+    assert families.FAMILIES.keys() == TABLE_NAMES.keys()

@@ -32,6 +32,9 @@ def test_a_model_comes_out_as_it_went_in(name: str, tmp_path: Path) -> None:
     theirs = write(kind, config, tmp_path / "in")
     path = tmp_path / "in" / "model.safetensors"
     halved = {tensor: values.astype(ml_dtypes.bfloat16) for tensor, values in load_file(path).items()}
+    for tensor, values in halved.items():
+        if "norm" in tensor:
+            values[0] = 1e-6  # 1 added and taken off again would leave another number
     save_file(halved, path, metadata={"format": "pt"})
     exported = export(str(tmp_path / "in"), tmp_path / "out")
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == KEPT
@@ -71,6 +74,82 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
         {"model.norm": "rmsnorm", "model.qk_norm": "whole", "model.norm_place": "post"},
         "olmo2",
     ),
+    "linear rope": ({"model.norm": "rmsnorm", "model.rope_scaling": "linear", "model.rope_factor": 4.0}, "llama"),
+    "llama3 rope": (
+        {
+            "model.norm": "rmsnorm",
+            "model.rope_scaling": "llama3",
+            "model.rope_factor": 4.0,
+            "model.rope_positions": 16,
+            "model.rope_turns": "[0.5, 2.0]",
+        },
+        "llama",
+    ),
+    "yarn": (
+        {
+            "model.norm": "rmsnorm",
+            "model.rope_scaling": "yarn",
+            "model.rope_factor": 4.0,
+            "model.rope_positions": 300,
+        },
+        "llama",
+    ),
+    "windows": (
+        {
+            "model.norm": "rmsnorm",
+            "model.qk_norm": "whole",
+            "model.norm_place": "post",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "window,full",
+            "model.window_theta": 50.0,
+            "model.rope_scaling": "linear",
+            "model.rope_factor": 3.0,
+        },
+        "olmo3",
+    ),
+    "gates in gelu": ({"model.norm": "rmsnorm", "model.mlp": "geglu", "model.input_multiplier": "sqrt_d"}, "gemma"),
+    "caps": (
+        {
+            "model.norm": "rmsnorm",
+            "model.mlp": "geglu_exact",
+            "model.input_multiplier": "sqrt_d",
+            "model.norm_place": "both",
+            "model.attention_scale": 0.25,
+            "model.attention_cap": 0.5,
+            "model.logit_cap": 0.3,
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+        },
+        "gemma2",
+    ),
+    "window theta": (
+        {
+            "model.norm": "rmsnorm",
+            "model.mlp": "geglu",
+            "model.input_multiplier": "sqrt_d",
+            "model.norm_place": "both",
+            "model.qk_norm": "head",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+            "model.window_theta": 50.0,
+        },
+        "gemma3_text",
+    ),
+    "no scale of attention": (
+        {
+            "model.norm": "layernorm",
+            "model.mlp": "gelu",
+            "model.position": "learned",
+            "model.attention_scale": 1.0,
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+        },
+        "gpt_neo",
+    ),
     "no bias, gelu": ({"model.norm": "layernorm", "model.mlp": "gelu"}, "gpt_neox"),
     "learned positions": (
         {"model.norm": "layernorm", "model.mlp": "gelu", "model.position": "learned"},
@@ -98,6 +177,8 @@ def test_a_run_gives_transformers_its_logits(
     tables, body = opened.tables(), opened.params()["body"]
     h_BTD = opened.model().apply(body, tables.input[tokens])
     ours = np.asarray(h_BTD) @ tables.output[: cfg.vocab_size].T
+    if cfg.logit_cap is not None:
+        ours = cfg.logit_cap * np.tanh(ours / cfg.logit_cap)
     assert np.abs(ours).max() > 0.1
     assert_close(reference(theirs, tokens)[0], ours)
     one = theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
@@ -122,6 +203,16 @@ REFUSED = {
     "multiplied": (
         {"model.input_multiplier": "sqrt_d"},
         "model.input_multiplier: olmo models must have 'one', got 'sqrt_d'; no other family is nearer",
+    ),
+    "attention scale": (
+        {
+            "model.norm": "rmsnorm",
+            "model.mlp": "geglu",
+            "model.input_multiplier": "sqrt_d",
+            "model.norm_place": "both",
+            "model.attention_scale": 0.3,
+        },
+        "model.attention_scale: Gemma has 1 / sqrt of a whole number, got 0.3",
     ),
     "output bias": (
         {"model.output_bias": "unigram"},

@@ -35,11 +35,78 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "norm_bias": True, "position": "learned", "biases": "qkv,out,mlp", "mlp": "gelu"},
     "qwen3": {"norm": "rmsnorm", "qk_norm": "head", "head_width": 12, "biases": "qkv"},
     "clipped": {"clip_qkv": 1.5, "biases": "mlp", "heads": 4, "kv_heads": 1},
+    "linear": {"rope_theta": 20.0, "rope_scaling": "linear", "rope_factor": 3.0},
+    "llama3": {
+        "rope_theta": 20.0,
+        "rope_scaling": "llama3",
+        "rope_factor": 5.0,
+        "rope_positions": 16,
+        "rope_turns": (0.4, 2.0),
+    },
+    "yarn": {
+        "rope_theta": 20.0,
+        "rope_scaling": "yarn",
+        "rope_factor": 2.5,
+        "rope_positions": 16,
+        "rope_turns": (0.4, 2.0),
+    },
+    "olmo3": {
+        "norm": "rmsnorm",
+        "norm_place": "post",
+        "qk_norm": "whole",
+        "window": 4,
+        "window_layers": "window, full",
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_positions": 100,
+        "rope_magnitude": 1.3,
+    },
+    "gemma2": {
+        "norm": "rmsnorm",
+        "norm_place": "both",
+        "mlp": "geglu",
+        "heads": 4,
+        "kv_heads": 2,
+        "attention_scale": 0.4,
+        "attention_cap": 0.8,
+        "window": 3,
+        "window_layers": "window, full",
+    },
+    "gemma3": {
+        "norm": "rmsnorm",
+        "norm_place": "both",
+        "mlp": "geglu_exact",
+        "biases": "mlp",
+        "qk_norm": "head",
+        "window": 2,
+        "window_layers": "full, window",
+        "window_theta": 30.0,
+        "rope_scaling": "linear",
+        "rope_factor": 2.0,
+    },
+    "gpt-neo": {
+        "norm": "layernorm",
+        "norm_bias": True,
+        "position": "learned",
+        "biases": "out,mlp",
+        "mlp": "gelu",
+        "attention_scale": 1.0,
+        "window": 3,
+        "window_layers": "full, window",
+    },
 }
 
 
+def alike(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with the window in every layer, so that these can be scanned."""
+    if "window" not in options:
+        return options
+    return {key: value for key, value in options.items() if key != "window_layers" and not key.startswith("rope_")}
+
+
 def model_config(name: str, **changes: Any) -> ModelConfig:
-    return small_config(**{**OPTIONS[name], **changes}).model
+    options = alike(OPTIONS[name]) if changes.get("scan_layers") else OPTIONS[name]
+    return small_config(**{**options, **changes}).model
 
 
 def body_and_input(cfg: ModelConfig, dtype: Any = np.float32) -> tuple[Any, np.ndarray]:
@@ -73,18 +140,42 @@ def recompute(
         bias = p[f"{name}_bias"]["bias"] if f"{name}_bias" in p else 0.0
         return np.asarray(x @ p[name]["kernel"] + bias)
 
-    def rotated(x: np.ndarray) -> np.ndarray:  # [T, K] as complex numbers, one frequency for each pair
+    def frequency(i: int, K: int, windowed: bool) -> float:  # of the pair i of K / 2
+        if windowed:
+            return float((cfg.window_theta or cfg.rope_theta) ** (-2 * i / K))
+        usual = cfg.rope_theta ** (-2 * i / K)
+        slow = usual / (cfg.rope_factor or 1)
+        if (
+            cfg.rope_scaling == "yarn"
+        ):  # arXiv 2309.00071, equations 17 to 23, its ends rounded as its authors' code does
+            few, many = cfg.rope_turns or (1, 32)
+            pair = lambda turns: K * np.log(cfg.rope_positions / (turns * 2 * np.pi)) / (2 * np.log(cfg.rope_theta))
+            first, last = max(np.floor(pair(many)), 0), min(np.ceil(pair(few)), K - 1)
+            share = min(max((i - first) / (last - first), 0), 1)
+            return float(slow * share + usual * (1 - share))
+        if cfg.rope_scaling == "llama3":
+            few, many = cfg.rope_turns or (1, 4)
+            turns = cfg.rope_positions * usual / (2 * np.pi)
+            if turns < few:
+                return float(slow)
+            return float(usual if turns > many else slow + (usual - slow) * (turns - few) / (many - few))
+        return float(slow)
+
+    def rotated(x: np.ndarray, windowed: bool) -> np.ndarray:  # [T, K] as complex numbers, one frequency for each pair
         if cfg.position != "rope":
             return x
         T, K = len(x), int(cfg.rotary_fraction * cfg.key_width)
         x, as_they_are = x[:, :K], x[:, K:]
-        z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(
-            1j * np.arange(T)[:, None] / cfg.rope_theta ** (np.arange(K // 2) * 2 / K)
-        )
+        frequencies = np.array([frequency(i, K, windowed) for i in range(K // 2)])
+        z = (x[:, : K // 2] + 1j * x[:, K // 2 :]) * np.exp(1j * np.arange(T)[:, None] * frequencies)
+        if cfg.rope_scaling == "yarn" and not windowed:
+            z *= cfg.rope_magnitude or 0.1 * np.log(cfg.rope_factor) + 1
         return np.concatenate([z.real, z.imag, as_they_are], axis=1)
 
-    def attention(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:  # [T, D]
+    def attention(x: np.ndarray, p: dict[str, Any], i: int) -> np.ndarray:  # [T, D]
         T, K = len(x), cfg.key_width
+        kinds = [kind.strip() for kind in cfg.window_layers.split(",")]
+        windowed = cfg.window is not None and kinds[i % len(kinds)] == "window"
         mixed = np.zeros((T, cfg.heads * K))
         whole = {name: linear(x, p, name) for name in ("query", "key", "value")}
         if cfg.clip_qkv:
@@ -97,39 +188,43 @@ def recompute(
             k, v = (whole[name][:, g * K : (g + 1) * K] for name in ("key", "value"))
             if cfg.qk_norm == "head":
                 q, k = norm(q, "rmsnorm", p["query_norm"]), norm(k, "rmsnorm", p["key_norm"])
-            q, k = rotated(q), rotated(k)
+            q, k = rotated(q, windowed), rotated(k, windowed)
             for t in range(T):
-                w = np.exp(q[t] @ k[: t + 1].T / np.sqrt(K))
-                mixed[t, h * K : (h + 1) * K] = w / w.sum() @ v[: t + 1]
+                seen = slice(max(0, t + 1 - cfg.window) if windowed else 0, t + 1)
+                score = q[t] @ k[seen].T * (cfg.attention_scale or 1 / np.sqrt(K))
+                w = np.exp(cfg.attention_cap * np.tanh(score / cfg.attention_cap) if cfg.attention_cap else score)
+                mixed[t, h * K : (h + 1) * K] = w / w.sum() @ v[seen]
         return linear(mixed, p, "out")
 
     def mlp(x: np.ndarray, p: dict[str, Any]) -> np.ndarray:
-        up = linear(x, p, "up")
-        if cfg.mlp == "gelu_exact":
-            inner = up * scipy.stats.norm.cdf(up)
-        elif cfg.mlp == "gelu":
-            inner = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
-        else:
-            gate = linear(x, p, "gate")
-            inner = up * gate / (1 + np.exp(-gate))
-        return linear(inner, p, "down")
+        forms = {
+            "gelu": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+            "gelu_exact": lambda x: x * scipy.stats.norm.cdf(x),
+            "swiglu": lambda x: x / (1 + np.exp(-x)),
+        }
+        up, form = linear(x, p, "up"), forms[cfg.mlp.replace("geglu", "gelu")]
+        return linear(up * form(linear(x, p, "gate")) if "gate" in p else form(up), p, "down")
 
-    def added(x: np.ndarray, layer: dict[str, Any], name: str) -> np.ndarray:
+    def added(x: np.ndarray, i: int, name: str) -> np.ndarray:
+        layer = p[f"layer_{i}"]
+
         def part(x: np.ndarray) -> np.ndarray:
-            return mlp(x, layer["mlp"]) if name == "mlp" else np.stack([attention(a, layer["attention"]) for a in x])
+            return mlp(x, layer["mlp"]) if name == "mlp" else np.stack([attention(a, layer["attention"], i) for a in x])
 
-        normed = lambda x: norm(x, cfg.norm, layer.get(f"{name}_norm"))
-        return normed(part(x)) if cfg.norm_place == "post" else part(normed(x))
+        normed = lambda x, place: norm(x, cfg.norm, layer.get(f"{name}_{place}"))
+        if cfg.norm_place == "both":
+            return normed(part(normed(x, "norm")), "post_norm")
+        return normed(part(x), "norm") if cfg.norm_place == "post" else part(normed(x, "norm"))
 
     if cfg.position == "learned":
         x = x + p["entry"]["positions"][: x.shape[1]]
     states = [x]
     for i in range(cfg.layers):
-        layer, entered = p[f"layer_{i}"], x
+        entered = x
         if (i, "attention") not in left_out:
-            x = x + added(x, layer, "attention")
+            x = x + added(x, i, "attention")
         if (i, "mlp") not in left_out:
-            x = x + added(entered if cfg.parallel else x, layer, "mlp")
+            x = x + added(entered if cfg.parallel else x, i, "mlp")
         states.append(x)
     return [*states, norm(x, cfg.norm, p.get("final_norm"))]
 
@@ -232,7 +327,8 @@ def test_no_position_sees_a_later_one(name: str) -> None:
     "change", [{"remat": "full"}, {"remat": "dots"}, {"remat": "attention"}, {"scan_layers": True, "remat": "full"}]
 )
 def test_scan_and_remat_change_nothing(name: str, change: dict[str, Any]) -> None:
-    plain, changed = model_config(name, layers=3), model_config(name, layers=3, **change)
+    changed = model_config(name, layers=3, **change)
+    plain = dataclasses.replace(changed, scan_layers=False, remat="none")
     start, other = (nn.unbox(init_body(cfg, jax.random.key(0))) for cfg in (plain, changed))
     x_BTD = body_and_input(plain)[1]
     stacked = lambda tree: stack_layers(tree) if changed.scan_layers else tree

@@ -37,6 +37,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "padded": {"vocab_size": 30, "vocab_multiple": 16},
     "untied, padded, odd": {"scheme": "untied", "vocab_size": 30, "vocab_multiple": 16, "seq_len": 7},
     "one position": {"seq_len": 1},
+    "windows and caps": {
+        "layers": 3,
+        "norm": "rmsnorm",
+        "norm_place": "both",
+        "mlp": "geglu",
+        "attention_scale": 0.5,
+        "attention_cap": 0.8,
+        "logit_cap": 2.0,
+        "window": 3,
+        "window_layers": "window,full",
+        "window_theta": 50.0,
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_positions": 8,
+    },
 }
 
 
@@ -66,7 +81,8 @@ def logits_after(cfg: RunConfig, tables: Tables, body: Any, window_T: np.ndarray
     tokens_1T[0, : len(window_T)] = window_T  # what follows it changes nothing
     h_1TD = whole(dataclasses.replace(cfg.model, dtype="float32", remat="none"), body, tables.input[tokens_1T])
     h_D, U_VD = np.asarray(h_1TD[0, len(window_T) - 1], np.float64), np.asarray(tables.output, np.float64)
-    return U_VD[: cfg.model.vocab_size] @ h_D
+    product_V, cap = U_VD[: cfg.model.vocab_size] @ h_D, cfg.model.logit_cap
+    return product_V if cap is None else cap * np.tanh(product_V / cap)
 
 
 def likeliest(cfg: RunConfig, tables: Tables, body: Any, text: list[int], count: int) -> list[int]:

@@ -81,3 +81,12 @@ def test_layers_are_scanned_by_depth_and_platform_unless_the_config_says(
         assert ("layers" in step.make_steps(cfg, mesh).abstract.params["body"]["params"]) is scanned
     monkeypatch.setattr(sharding.Layout, "platform", platform)
     assert step.decided(cfg, mesh).model.scan_layers is scanned
+
+
+def test_layers_of_different_windows_are_not_scanned_by_themselves() -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=1))
+    scanned = lambda layers: (
+        step.decided(small_config(layers=40, window=4, window_layers=layers), mesh).model.scan_layers
+    )
+    assert scanned("window")
+    assert scanned("window,full") is False

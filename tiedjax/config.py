@@ -70,7 +70,7 @@ class ModelConfig(_Checked):
     heads: int = _option(4, "query heads H", at_least=1)
     kv_heads: int | None = _option(None, "key/value heads G; null: as many as query heads", at_least=1)
     head_width: int | None = _option(None, "width K of one head; null: D / H", at_least=1)
-    d_ff: int = _option(512, "MLP hidden width F (of each of gate and up under swiglu)", at_least=1)
+    d_ff: int = _option(512, "MLP hidden width F (of each of gate and up where there are gates)", at_least=1)
     seq_len: int = _option(128, "positions T", at_least=1)
     vocab_size: int = _option(4096, "token ids that can occur", at_least=2)
     vocab_multiple: int = _option(1, "the tables' rows V are vocab_size rounded up to a multiple of this", at_least=1)
@@ -79,8 +79,8 @@ class ModelConfig(_Checked):
     )
     norm_eps: float = _option(1e-5, "added to the variance before its square root", above=0)
     norm_bias: bool = _option(False, "layernorm: a bias beside the scale")
-    norm_place: Literal["pre", "post"] = _option(
-        "pre", "what attention and MLP norm: what enters them, or what they add to the residual stream"
+    norm_place: Literal["pre", "post", "both"] = _option(
+        "pre", "what attention and MLP norm: what enters them, what they add to the residual stream, or both"
     )
     parallel: bool = _option(False, "attention and MLP of a layer both see what enters the layer")
     qk_norm: Literal["none", "head", "whole"] = _option(
@@ -88,6 +88,12 @@ class ModelConfig(_Checked):
         "RMSNorm with a scale of queries and keys: of each head, or of all heads' together before they are split",
     )
     clip_qkv: float | None = _option(None, "queries, keys and values are cut to at most this, both ways", above=0)
+    attention_scale: float | None = _option(
+        None, "what products of queries and keys are multiplied by; null: 1 / sqrt(K)", above=0
+    )
+    attention_cap: float | None = _option(
+        None, "attention scores s become cap tanh(s / cap), at most this both ways; null: no cap", above=0
+    )
     biases: str = _option("", "linear maps that have a bias, separated by commas: qkv, out (both of attention), mlp")
     position: Literal["rope", "learned", "none"] = _option(
         "rope", "how positions are seen: rotated queries and keys, a learned vector added to each, not at all"
@@ -96,6 +102,30 @@ class ModelConfig(_Checked):
     rotary_fraction: float = _option(
         1.0, "share of a head's columns, the first, that rope rotates, rounded down", above=0, at_most=1
     )
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = _option(
+        "none",
+        "which rotary frequencies are divided by rope_factor, for more positions than a model was first trained on: "
+        "all, or the low ones as Llama 3.1 or YaRN (arXiv 2309.00071) choose them; never in layers with a window",
+    )
+    rope_factor: float | None = _option(None, "rope_scaling: by how much", at_least=1)
+    rope_positions: int | None = _option(
+        None, "llama3, yarn: positions that the model was first trained on", at_least=1
+    )
+    rope_turns: tuple[float, ...] | None = _option(
+        None,
+        "llama3, yarn: two numbers of turns in rope_positions; frequencies below the first are divided, those above "
+        "the second left alone, those between them blended; null: 1 and 4 (llama3), 1 and 32 (yarn)",
+    )
+    rope_magnitude: float | None = _option(
+        None, "yarn: what rotated columns are multiplied by; null: 1 + ln(rope_factor) / 10", above=0
+    )
+    window: int | None = _option(
+        None, "positions that a position sees, itself and those before it, in some layers; null: all", at_least=1
+    )
+    window_layers: str = _option(
+        "window", "which layers those are: window or full for each, separated by commas, over and over"
+    )
+    window_theta: float | None = _option(None, "rope_theta of layers with a window; null: as of the others", above=0)
     input_multiplier: Literal["one", "sqrt_d", "inverse_sqrt_d"] = _option(
         "one", "what looked-up vectors are multiplied by: 1, sqrt(D) or 1 / sqrt(D)"
     )
@@ -105,13 +135,18 @@ class ModelConfig(_Checked):
     norm_after_lookup: bool = _option(
         False, "normalise looked-up vectors, after their multiplier, as before each block"
     )
-    mlp: Literal["swiglu", "gelu", "gelu_exact"] = _option(
-        "swiglu", "the MLP's form; gelu is its approximation by tanh, gelu_exact the function itself"
+    mlp: Literal["swiglu", "geglu", "geglu_exact", "gelu", "gelu_exact"] = _option(
+        "swiglu",
+        "the MLP's form: gates in SiLU or GELU, or GELU without gates; geglu and gelu take its approximation by tanh, "
+        "geglu_exact and gelu_exact the function itself",
     )
     output_bias: Literal["none", "unigram"] = _option(
         "none",
         "what is added to the logits, never trained; unigram: log((n + 1/2) / (N + V/2)), n how often a token is a "
         "target in the training text, N all of them",
+    )
+    logit_cap: float | None = _option(
+        None, "logits z become cap tanh(z / cap), before the output bias; null: no cap", above=0
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _option(
         "auto", "compute dtype; auto: bfloat16 on accelerators, float32 on CPU; parameters are always float32"
@@ -132,7 +167,7 @@ class ModelConfig(_Checked):
     scan_layers: bool | None = _option(
         None,
         "one compiled layer in a loop: compiles faster, parameters stacked over layers; null: from 12 layers on "
-        "TPUs, from 32 on GPUs and CPUs",
+        "TPUs, from 32 on GPUs and CPUs, unless some have a window and others not",
     )
     remat: Literal["none", "dots", "attention", "full"] = _option(
         "none",
@@ -149,6 +184,17 @@ class ModelConfig(_Checked):
     def rotary_width(self) -> int:
         """How many of a head's columns rope rotates."""
         return int(self.key_width * self.rotary_fraction)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has gates."""
+        return self.mlp in ("swiglu", "geglu", "geglu_exact")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many positions a position sees in each layer; None: all."""
+        kinds = [kind.strip() for kind in self.window_layers.split(",")]
+        return tuple(self.window if kinds[i % len(kinds)] == "window" else None for i in range(self.layers))
 
     @property
     def bias_names(self) -> tuple[str, ...]:
@@ -183,11 +229,56 @@ class ModelConfig(_Checked):
             raise UserError(f"heads: rope needs an even head width, got {given} = {self.key_width}")
         if self.rotary_fraction < 1 and self.position != "rope":
             raise UserError(f"rotary_fraction: goes with position rope, got {self.position}")
+        self._check_rope_scaling()
+        self._check_windows()
         if self.norm_bias and self.norm != "layernorm":
             raise UserError(f"norm_bias: goes with norm layernorm, got {self.norm}")
         if len(set(self.bias_names)) < len(self.bias_names) or set(self.bias_names) - {"qkv", "out", "mlp"}:
             raise UserError(
                 f"biases: must name some of qkv, out, mlp, each once, separated by commas, got {self.biases!r}"
+            )
+
+    def _check_rope_scaling(self) -> None:
+        kind = self.rope_scaling
+        if kind != "none" and self.position != "rope":
+            raise UserError(f"rope_scaling: goes with position rope, got {self.position}")
+        takes = {
+            "rope_factor": ("linear", "llama3", "yarn"),
+            "rope_positions": ("llama3", "yarn"),
+            "rope_turns": ("llama3", "yarn"),
+            "rope_magnitude": ("yarn",),
+        }
+        for name, kinds in takes.items():
+            if getattr(self, name) is not None and kind not in kinds:
+                raise UserError(f"{name}: goes with rope_scaling {' or '.join(kinds)}, got {kind}")
+            if name in ("rope_factor", "rope_positions") and getattr(self, name) is None and kind in kinds:
+                raise UserError(f"{name}: rope_scaling {kind} needs one")
+        if kind == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"rope_theta: must be > 1 with rope_scaling yarn, got {self.rope_theta}")
+        turns = self.rope_turns
+        if turns is not None and not (len(turns) == 2 and 0 < turns[0] < turns[1] < math.inf):
+            raise UserError(f"rope_turns: must be two numbers above 0, the smaller one first, got {list(turns)}")
+
+    def _check_windows(self) -> None:
+        kinds = {kind.strip() for kind in self.window_layers.split(",")}
+        if not kinds <= {"window", "full"}:
+            raise UserError(
+                f"window_layers: must be window or full for each layer, separated by commas, got {self.window_layers!r}"
+            )
+        given = {"window_layers": self.window_layers != "window", "window_theta": self.window_theta is not None}
+        for name, has in given.items():
+            if has and self.window is None:
+                raise UserError(f"{name}: goes with a window, got window null")
+        if self.window is not None and not any(self.windows):
+            raise UserError(f"window_layers: leaves no layer with the window, got {self.window_layers!r}")
+        if self.window_theta is not None and self.position != "rope":
+            raise UserError(f"window_theta: goes with position rope, got {self.position}")
+        if self.rope_scaling != "none" and all(self.windows):
+            raise UserError("rope_scaling: is of layers without a window, and all have one")
+        if self.scan_layers and len(set(self.windows)) > 1:
+            raise UserError(
+                "scan_layers: must be false or null where some layers have a window and others not: a loop has one "
+                "compiled layer for all"
             )
 
 
@@ -536,7 +627,7 @@ class TrainConfig(_Checked):
     anatomy: bool | None = _option(
         None,
         "at snapshots, measure what the output role's gradient is made of and what the body's update did to the loss; "
-        "needs room for another copy of the body; null: where tables are below 2^26 numbers",
+        "needs room for another copy of the body; null: where tables are below 2^26 numbers and logits have no cap",
     )
     snapshot_every: int = _option(100, "steps between table snapshots, after 0, 1, 2, 4, 8, ...", at_least=1)
     snapshot_gib: float | None = _option(
@@ -582,6 +673,8 @@ class RunConfig(_Checked):
 
     def _check(self) -> None:
         model, mesh, tensor = self.model, self.mesh, self.mesh.tensor
+        if self.train.anatomy and model.logit_cap is not None:
+            raise UserError("train.anatomy: takes logits apart that have no cap; leave it out with a model.logit_cap")
         for name, size in [
             ("heads", model.heads),
             ("kv_heads", model.groups),

@@ -32,7 +32,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 def layer_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of every matrix of one layer."""
     D, F, heads, groups = cfg.d_model, cfg.d_ff, cfg.heads * cfg.key_width, cfg.groups * cfg.key_width
-    wide = 2 if cfg.mlp == "swiglu" else 1
+    wide = 2 if cfg.gated else 1
     return [(D, heads), (D, groups), (D, groups), (heads, D), *[(D, F)] * wide, (F, D)]
 
 
@@ -46,10 +46,13 @@ def flops_per_token(cfg: ModelConfig, *, causal: bool) -> int:
     """Floating-point operations of forward and backward per token, recomputation left out.
 
     6 per matmul parameter, and 12 L T D for attention's two products over all T positions (PaLM, arXiv 2204.02311,
-    appendix B), or half of that over the positions that a causal model can see.
+    appendix B), or over the positions that a causal model can see: T / 2, or W - W^2 / 2T in layers with a window W.
     """
-    attention = 12 * cfg.layers * cfg.seq_len * cfg.heads * cfg.key_width
-    return 6 * matmul_parameters(cfg) + (attention // 2 if causal else attention)
+    T, width = cfg.seq_len, cfg.heads * cfg.key_width
+    if not causal:
+        return 6 * matmul_parameters(cfg) + 12 * cfg.layers * T * width
+    pairs_2 = sum(T**2 if window is None else T**2 - max(0, T - window) ** 2 for window in cfg.windows)
+    return 6 * matmul_parameters(cfg) + 6 * width * pairs_2 // T
 
 
 def model_flops(cfg: RunConfig) -> int:

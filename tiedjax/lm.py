@@ -139,6 +139,7 @@ def loss_and_states(cfg: RunConfig, layout: Layout, z_loss: float) -> Callable[.
         h_BTD: Any = transformer.apply(body, lookup(tables.input, inputs_BT, dtype, lookup_tap, **options))
         weights_BT = jnp.broadcast_to(weights_B[:, None], targets_BT.shape)
         about_output: dict[str, Any] = {"bias_V": bias_V, "rare_R": rare_R, "push_RD": push_RD, "z_loss": z_loss}
+        about_output["soft_cap"] = cfg.model.logit_cap
         sums = loss.cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, **about_output, **options)
         return *sums, h_BTD
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.attention import attention_to_cache, causal_attention, save_attention
+from tiedjax.attention import Scores, attention_to_cache, causal_attention, save_attention
 from tiedjax.config import ModelConfig
+from tiedjax.rope import rotation
 from tiedjax.sharding import ONE_DEVICE, Layout
 
 CACHE = "cache"  # the collection of the variables that hold what earlier positions left to attend to
@@ -133,18 +134,10 @@ def norm(cfg: ModelConfig, dtype: Any, name: str) -> Norm:
     return Norm(cfg.norm, cfg.norm_eps, dtype, biased=cfg.norm_bias, name=name)
 
 
-def rotation(S: int, K: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines [1, S, 1, 1, K / 2] and signed sines [1, S, 1, 2, K / 2] of `rotate` at positions 0 to S - 1, float64."""
-    frequency_K2 = theta ** (-np.arange(0, K, 2) / K)
-    angle_1S11K = (np.arange(S)[:, None] * frequency_K2)[None, :, None, None, :]
-    sine_1S11K = np.sin(angle_1S11K)
-    return np.cos(angle_1S11K), np.concatenate([-sine_1S11K, sine_1S11K], axis=3)
-
-
 def rotate(x_BTHK: jax.Array, angles: Sequence[np.ndarray | jax.Array]) -> jax.Array:
     """Rotary position embedding (arXiv 2104.09864) on halves of the first columns of a head; computed in float32.
 
-    `angles` are those of `rotation` at x's positions, and say how many columns that is.
+    `angles` are those of `rope.rotation` at x's positions, and say how many columns that is.
     """
     K = angles[1].shape[-2] * angles[1].shape[-1]
     if x_BTHK.shape[3] > K:
@@ -175,13 +168,19 @@ class Attention(nn.Module):
             y_BTHK = self._continued(q_BTHK, k_BTGK, v_BTGK)
         else:
             if cfg.position == "rope":
-                angles = rotation(T, cfg.rotary_width, cfg.rope_theta)
+                angles = rotation(cfg, T, self.scores.window is not None)
                 q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
-            y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, backend=cfg.attention, layout=self.layout)
+            options: dict[str, Any] = {"scores": self.scores, "backend": cfg.attention, "layout": self.layout}
+            y_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, **options)
         y_BTD = y_BTHK.reshape(B, T, cfg.heads * K)
         std = (2 * cfg.heads * K * (self.layer + 1)) ** -0.5
         y_BTD = Dense(cfg, D, ("heads", "embed"), std, self.dtype, name="out")(y_BTD)
         return Bias("embed", name="out_bias")(y_BTD) if "out" in cfg.bias_names else y_BTD
+
+    @property
+    def scores(self) -> Scores:
+        """How this layer's scores are made."""
+        return Scores(self.cfg.attention_scale, self.cfg.attention_cap, self.cfg.windows[self.layer])
 
     def _heads(self, x_BTD: jax.Array) -> list[jax.Array]:
         """Queries [B, T, H, K], and keys and values [B, T, G, K]."""
@@ -219,7 +218,8 @@ class Attention(nn.Module):
         kept: dict[str, Any] = {name: self.get_variable(CACHE, name) for name in ("length", "key", "value")}
         cfg, start, T, S = self.cfg, kept["length"], q_BTHK.shape[1], kept["key"].shape[1]
         if cfg.position == "rope":
-            whole = (jnp.asarray(part, wide(self.dtype)) for part in rotation(S, cfg.rotary_width, cfg.rope_theta))
+            both = rotation(cfg, S, self.scores.window is not None)
+            whole = (jnp.asarray(part, wide(self.dtype)) for part in both)
             angles = [jax.lax.dynamic_slice_in_dim(part, start, T, axis=1) for part in whole]
             q_BTHK, k_BTGK = rotate(q_BTHK, angles), rotate(k_BTGK, angles)
         k_BSGK, v_BSGK = (
@@ -228,7 +228,7 @@ class Attention(nn.Module):
         )
         for name, changed in {"length": start + T, "key": k_BSGK, "value": v_BSGK}.items():
             self.put_variable(CACHE, name, changed)
-        return attention_to_cache(q_BTHK, k_BSGK, v_BSGK, start)
+        return attention_to_cache(q_BTHK, k_BSGK, v_BSGK, start, self.scores)
 
 
 @jax.custom_vjp
@@ -270,7 +270,7 @@ class Kernel(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU, or GELU as an approximation or exactly."""
+    """GELU as an approximation or exactly, or what goes up times a gate in that or in SiLU (arXiv 2002.05202)."""
 
     cfg: ModelConfig
     layer: int
@@ -281,13 +281,15 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         cfg, D, F = self.cfg, x_BTD.shape[-1], self.cfg.d_ff
         wide_part = ("embed", "mlp"), D**-0.5, self.dtype
-        names = ("up", "gate") if cfg.mlp == "swiglu" else ("up",)
+        names = ("up", "gate") if cfg.gated else ("up",)
         biased = "mlp" in cfg.bias_names
         biases: Any = [Bias("mlp", name=f"{name}_bias") if biased else lambda y: y for name in names]
-        if cfg.mlp != "swiglu":
+        gelu = functools.partial(jax.nn.gelu, approximate=cfg.mlp in ("gelu", "geglu"))
+        if not cfg.gated:
             up_BTF = biases[0](Dense(cfg, F, *wide_part, name="up")(x_BTD))
-            y_BTF = jax.nn.gelu(up_BTF, approximate=cfg.mlp == "gelu")
-        elif self.layout.platform == "gpu":  # one product of twice the width; on a CPU it takes twice the time of two
+            y_BTF = gelu(up_BTF)
+        elif self.layout.platform == "gpu" and cfg.mlp == "swiglu":
+            # One product of twice the width; on a CPU it takes twice the time of two.
             both_D2F = jnp.stack([Kernel(cfg, (D, F), *wide_part, name=name)() for name in names], axis=1)
             x_N2F = product(cfg, x_BTD.reshape(-1, D), both_D2F, "nd,dgf->ngf")
             if biased:
@@ -297,7 +299,7 @@ class MLP(nn.Module):
             up_BTF, gate_BTF = (
                 bias(Dense(cfg, F, *wide_part, name=name)(x_BTD)) for name, bias in zip(names, biases, strict=True)
             )
-            y_BTF = up_BTF * jax.nn.silu(gate_BTF)
+            y_BTF = up_BTF * (jax.nn.silu if cfg.mlp == "swiglu" else gelu)(gate_BTF)
         y_BTF = self.layout.constrain(y_BTF, ("batch", None, "mlp"))
         y_BTD = Dense(cfg, D, ("mlp", "embed"), (2 * F * (self.layer + 1)) ** -0.5, self.dtype, name="down")(y_BTF)
         return Bias("embed", name="down_bias")(y_BTD) if biased else y_BTD
@@ -318,6 +320,9 @@ class Block(nn.Module):
         attention_norm, mlp_norm = (norm(cfg, self.dtype, f"{name}_norm") for name in ("attention", "mlp"))
         if cfg.norm_place == "post":
             added = [lambda x: attention_norm(attention(x)), lambda x: mlp_norm(mlp(x))]
+        elif cfg.norm_place == "both":
+            after, mlp_after = (norm(cfg, self.dtype, f"{name}_post_norm") for name in ("attention", "mlp"))
+            added = [lambda x: after(attention(attention_norm(x))), lambda x: mlp_after(mlp(mlp_norm(x)))]
         else:
             added = [lambda x: attention(attention_norm(x)), lambda x: mlp(mlp_norm(x))]
         after_BTD = x_BTD + added[0](x_BTD)
@@ -360,6 +365,11 @@ def multiplied(cfg: ModelConfig, role: str, x: jax.Array) -> jax.Array:
     """x times the multiplier of what is looked up (input) or multiplied by the output table (output)."""
     factor = cfg.multipliers[role]
     return x if factor == 1 else x * factor
+
+
+def capped(cfg: ModelConfig, logits: jax.Array) -> jax.Array:
+    """Products of last states with the output table as the logits that they are: under `model.logit_cap`."""
+    return logits if cfg.logit_cap is None else cfg.logit_cap * jnp.tanh(logits / cfg.logit_cap)
 
 
 def _remat_policy(name: str) -> Any:

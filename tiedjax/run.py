@@ -199,7 +199,8 @@ class Run:
     def model(self) -> Transformer:
         """The body: `run.model().apply(run.params()["body"], x_BTD) -> h_BTD`.
 
-        The logits are h_BTD times the output table, and `run.params()["output_bias"]` if the run has one.
+        The logits are h_BTD times the output table, z, or with `model.logit_cap` cap tanh(z / cap), and
+        `run.params()["output_bias"]` if the run has one.
         """
         return Transformer(dataclasses.replace(self.config.model, attention="auto"))  # what suits this machine
 

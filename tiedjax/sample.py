@@ -20,7 +20,7 @@ from tiedjax.data.tokenizer import end_id, load_tokenizer
 from tiedjax.errors import UserError
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
-from tiedjax.model import CACHE, Transformer, empty_cache
+from tiedjax.model import CACHE, Transformer, capped, empty_cache
 from tiedjax.run import Run
 from tiedjax.tying import Tables
 
@@ -139,8 +139,8 @@ def _next(
     with jax.default_matmul_precision("highest"):
         x_BTD = lookup(tables.input, tokens_BT, tables.input.dtype)
         h_BTD, state = Transformer(cfg).apply({**body, CACHE: cache}, x_BTD, mutable=CACHE)
-        logits_BV = jnp.matmul(h_BTD[:, -1], tables.output[: cfg.vocab_size].T)  # rows of padding are no tokens
-        logits_BV += bias_V[None, : cfg.vocab_size]
+        product_BV = jnp.matmul(h_BTD[:, -1], tables.output[: cfg.vocab_size].T)  # rows of padding are no tokens
+        logits_BV = capped(cfg, product_BV) + bias_V[None, : cfg.vocab_size]
     return draw(logits_BV, temperature, jax.random.fold_in(key, number)), state[CACHE]
 
 

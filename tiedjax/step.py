@@ -83,7 +83,8 @@ def decided(cfg: RunConfig, mesh: Mesh) -> RunConfig:
         return cfg
     # A loop compiles in the time of one layer; unrolled layers run faster, on a CPU much, and on a GPU, where a loop
     # copies what the backward pass needs into stacks and out of them, too.
-    scan = cfg.model.layers >= (12 if Layout(mesh).platform == "tpu" else 32)
+    alike = len(set(cfg.model.windows)) == 1  # one compiled layer has one mask
+    scan = alike and cfg.model.layers >= (12 if Layout(mesh).platform == "tpu" else 32)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
 
 

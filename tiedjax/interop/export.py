@@ -26,7 +26,7 @@ from tiedjax.interop.families import FAMILIES, Family
 from tiedjax.interop.families.common import PLAIN
 from tiedjax.interop.folder import CONFIG, TABLE_NAMES, ModelFolder, is_model_folder
 from tiedjax.interop.model import Model, flat, load_model, nested
-from tiedjax.interop.tensors import write_safetensors
+from tiedjax.interop.tensors import Tensor, write_safetensors
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.model import init_body
 from tiedjax.run import RunTables, load_run
@@ -67,17 +67,19 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
     if is_model_folder(path):
         if step is not None:
             raise UserError(f"{source}: a model has no steps; name {place}")
-        model, dtypes = load_model(path), _dtypes(ModelFolder(path))
+        model, stored = load_model(path), ModelFolder(path).tensors
+        if FAMILIES[model.family].besides:
+            raise UserError(f"{path}: a {model.family} model is read and not written: what is of no text would be lost")
         family, kept = model.family, {name: path / name for name in KEPT if (path / name).exists()}
     else:
         model, tokenizer_path = _of_run(place, step)
         family, model = _family(model)
-        dtypes, kept = {}, {} if tokenizer_path is None else {"tokenizer.json": tokenizer_path}
+        stored, kept = {}, {} if tokenizer_path is None else {"tokenizer.json": tokenizer_path}
     tied = model.tables.tied and not untie
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, model, family, tied, dtypes, kept)
+        _write(temporary, model, family, tied, stored, kept)
         difference, largest = _compared(model, load_model(temporary))
         size = sum(each.stat().st_size for each in temporary.iterdir())
         if folder.exists():
@@ -131,8 +133,9 @@ def _family(model: Model) -> tuple[str, Model]:
     given = (cfg.norm_bias, cfg.biases)
     options = [given]
     if cfg.norm == "layernorm":
-        biases = sorted({*cfg.bias_names, "mlp"}, key=("qkv", "out", "mlp").index)
-        options += [(True, ",".join(biases)), (True, "qkv,out,mlp")]
+        for more in (["mlp"], ["out", "mlp"], ["qkv", "out", "mlp"]):
+            biases = sorted({*cfg.bias_names, *more}, key=("qkv", "out", "mlp").index)
+            options.append((True, ",".join(biases)))
     nearest: list[tuple[int, str]] = []
     for norm_bias, biases_of in options:
         wanted = dataclasses.replace(cfg, norm_bias=norm_bias, biases=biases_of)
@@ -162,30 +165,27 @@ def _with_zeros(model: Model, cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _dtypes(folder: ModelFolder) -> dict[str, str]:
-    """In which dtype each tensor is stored; what was read as float32 is written back to it without a loss."""
-    return {name: tensor.dtype for name, tensor in folder.tensors.items()}
-
-
 # ---- Writing and comparing ----
 
 
 def _write(
-    folder: Path, model: Model, name: str, tied: bool, dtypes: Mapping[str, str], kept: Mapping[str, Path]
+    folder: Path, model: Model, name: str, tied: bool, stored: Mapping[str, Tensor], kept: Mapping[str, Path]
 ) -> None:
+    """`stored` are the tensors of the model directory that it comes from: those of the body are written as they lie."""
     family, cfg = FAMILIES[name], model.config
     body = flat(model.body["params"])
-    tensors = {held.tensor: held.join(tuple(body[each] for each in held.parameters)) for held in family.held(cfg)}
-    names = TABLE_NAMES[name]
-    tensors[names.inputs[0]] = model.tables.input
-    if not tied:
-        tensors[names.outputs[0]] = model.tables.output
-    short = {tensor: _as_it_was(tensor, dtypes, family) for tensor in tensors}
+    dtypes = {tensor: of.dtype for tensor, of in stored.items()}
     usual = next(iter(dtypes.values()), "float32")
-    write_safetensors(
-        folder / "model.safetensors",
-        {short[tensor]: (values, dtypes.get(short[tensor], usual)) for tensor, values in tensors.items()},
-    )
+    tensors = {}
+    for held in family.held(cfg):
+        short = _as_it_was(held.tensor, stored, family)
+        values = stored[short].whole if stored else held.join(tuple(body[each] for each in held.parameters))
+        tensors[short] = values, dtypes.get(short, usual)
+    names, tables = TABLE_NAMES[name], model.tables
+    for tensor, table_VD in [(names.inputs[0], tables.input)] + ([] if tied else [(names.outputs[0], tables.output)]):
+        short = _as_it_was(tensor, stored, family)
+        tensors[short] = table_VD, dtypes.get(short, usual)
+    write_safetensors(folder / "model.safetensors", tensors)
     for file, source in kept.items():
         shutil.copyfile(source, folder / file)
     ids = {}
@@ -200,17 +200,21 @@ def _write(
         )
     if "generation_config.json" not in kept:
         _dump(folder / "generation_config.json", ids)
-    said = family.written(cfg) | ids
-    if is_model_folder(model.path):
-        said = ModelFolder(model.path).config
+    said = ModelFolder(model.path).config if stored else _said(model, family) | ids
     about = {"architectures": [family.architecture], "model_type": name, "torch_dtype": usual}
     _dump(folder / CONFIG, {**about, **said, "tie_word_embeddings": tied})
 
 
-def _as_it_was(tensor: str, dtypes: Mapping[str, str], family: Family) -> str:
-    """The name that the source gave the tensor, which may lack the family's prefix."""
-    names = [tensor, *(tensor.removeprefix(prefix) for prefix in family.prefixes)]
-    return next((name for name in names if name in dtypes), tensor)
+def _said(model: Model, family: Family) -> dict[str, Any]:
+    try:
+        return family.written(model.config)
+    except UserError as error:
+        raise UserError(f"{model.path}: {error}") from None
+
+
+def _as_it_was(tensor: str, stored: Mapping[str, Tensor], family: Family) -> str:
+    """The name that the source gave the tensor, of those that the family has for it."""
+    return next((name for name in family.names(tensor) if name in stored), tensor)
 
 
 def _dump(path: Path, tree: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tiedjax.interop.families import FAMILIES, Family
 from tiedjax.interop.families.common import BUFFERS, Settings
 from tiedjax.interop.folder import CONFIG, ModelFolder, is_model_folder, missing_in_words
 from tiedjax.interop.tensors import Tensor
-from tiedjax.model import Transformer, init_body
+from tiedjax.model import Transformer, capped, init_body
 from tiedjax.run import RunTables
 
 
@@ -107,7 +107,7 @@ def _forward(cfg: ModelConfig, params: Any, tokens_BT: jax.Array) -> tuple[jax.A
     h_BTD: Any
     states_LBTD: Any
     h_BTD, states_LBTD = Transformer(cfg).apply(body, input_VD[tokens_BT], hidden_states=True)
-    return jnp.einsum("btd,vd->btv", h_BTD, output_VD), states_LBTD
+    return capped(cfg, jnp.einsum("btd,vd->btv", h_BTD, output_VD)), states_LBTD
 
 
 def load_model(path: str | Path) -> Model:
@@ -119,11 +119,6 @@ def load_model(path: str | Path) -> Model:
     if not is_model_folder(folder):
         raise UserError(f"{folder}: is no Hugging Face model: it holds no {CONFIG}")
     model = ModelFolder(folder)
-    if model.family not in FAMILIES:
-        raise UserError(
-            f"{folder}: the body of a {model.family} model is not read; those of {', '.join(FAMILIES)} are, and any "
-            "model's tables"
-        )
     family = FAMILIES[model.family]
     if model.tie.tied is None:
         raise UserError(f"{folder}: {missing_in_words(model)}")
@@ -156,10 +151,11 @@ def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any
     """The body's variables: every tensor used, every parameter found."""
     shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
     wanted = {name: leaf.shape for name, leaf in flat(shapes).items()}
-    left = {name for name in model.tensors if name not in model.names.values() and not name.endswith(BUFFERS)}
+    left = {name for name in model.tensors if not (name.endswith(BUFFERS) or name.startswith(family.besides))}
+    left -= set(model.names.values())
     found: dict[str, np.ndarray] = {}
     for held in family.held(cfg):
-        name = _name(held.tensor, model.tensors, family)
+        name = next((name for name in family.names(held.tensor) if name in model.tensors), None)
         if name is None:
             raise UserError(f"{model.path}: lacks {held.tensor!r}, which a {model.family} model has")
         left.discard(name)
@@ -178,12 +174,6 @@ def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any
     if missing := wanted.keys() - found.keys():
         raise AssertionError(f"{model.family}: {min(missing)} is in no tensor")
     return {"params": nested(found)}
-
-
-def _name(tensor: str, there: Mapping[str, Any], family: Family) -> str | None:
-    """The tensor's name in the file, which may lack the family's prefix."""
-    short = [tensor.removeprefix(prefix) for prefix in family.prefixes]
-    return next((name for name in (tensor, *short) if name in there), None)
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class Tensor(NamedTuple):
         """Number of numbers."""
         return math.prod(self.shape)
 
+    @property
+    def whole(self) -> np.ndarray:
+        """All of it, in its own dtype."""
+        return self.rows(0, self.shape[0])
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows of at most 16 MiB of float32 each, that cover it."""
         width = max(1, math.prod(self.shape[1:]))

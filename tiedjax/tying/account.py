@@ -116,7 +116,7 @@ def follow(cfg: RunConfig) -> Follow:
 def anatomy_wanted(cfg: RunConfig) -> bool:
     """Whether a run measures at its snapshots what the output role's gradient is made of."""
     small = cfg.model.table_rows * cfg.model.d_model < WHOLE_BELOW
-    return small if cfg.train.anatomy is None else cfg.train.anatomy
+    return small and cfg.model.logit_cap is None if cfg.train.anatomy is None else cfg.train.anatomy
 
 
 def sampled_rows(counts_V: np.ndarray, rows: int = SAMPLE_ROWS) -> np.ndarray:

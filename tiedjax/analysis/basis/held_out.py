@@ -29,7 +29,7 @@ from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.lookup import lookup
-from tiedjax.model import Entry, Norm, Transformer, multiplied
+from tiedjax.model import Entry, Norm, Transformer, capped, multiplied
 from tiedjax.run import RunTables
 
 CHUNK = 512  # positions whose logits [C, V] are held at once
@@ -120,8 +120,8 @@ class FrozenModel:
         return y_ND
 
     def log_probabilities(self, y_CD: Any) -> jax.Array:
-        """log softmax(y U^T + bias) in nats, [C, V], of normed states."""
-        log_p_CV: jax.Array = log_probabilities(jnp.asarray(y_CD), self.U_VD, self.bias_V)
+        """log softmax(y U^T + bias) in nats, [C, V], of normed states; y U^T under the model's cap."""
+        log_p_CV: jax.Array = log_probabilities(self.config, jnp.asarray(y_CD), self.U_VD, self.bias_V)
         return log_p_CV
 
 
@@ -230,10 +230,15 @@ def final_norm(cfg: ModelConfig, params: Any, x_ND: jax.Array) -> jax.Array:
     return multiplied(cfg, "output", jnp.asarray(y_ND))
 
 
-@jax.jit
-def log_probabilities(y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
-    """log softmax(y U^T + bias) in nats, [C, V]."""
-    return jax.nn.log_softmax(jnp.matmul(y_CD, U_VD.T, precision="highest") + bias_V[None])
+@functools.partial(jax.jit, static_argnums=0)
+def log_probabilities(cfg: ModelConfig, y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
+    """log softmax(y U^T + bias) in nats, [C, V]; y U^T under `model.logit_cap`."""
+    return jax.nn.log_softmax(logits(cfg, y_CD, U_VD, bias_V))
+
+
+def logits(cfg: ModelConfig, y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> jax.Array:
+    """What the softmax takes of normed states, [C, V]."""
+    return capped(cfg, jnp.matmul(y_CD, U_VD.T, precision="highest")) + bias_V[None]
 
 
 @jax.jit
@@ -253,6 +258,6 @@ def _model_bits(
     cfg: ModelConfig, norm: Any, x_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array, target_C: jax.Array
 ) -> jax.Array:
     """What the targets cost the model whose last states are x, [C]."""
-    logits_CV = jnp.matmul(final_norm(cfg, norm, x_CD), U_VD.T, precision="highest") + bias_V[None]
+    logits_CV = logits(cfg, final_norm(cfg, norm, x_CD), U_VD, bias_V)
     at_target_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
     return jnp.asarray((jax.nn.logsumexp(logits_CV, axis=-1) - at_target_C) / np.log(2))

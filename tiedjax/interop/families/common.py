@@ -5,13 +5,15 @@ Axes: D width, F a matrix's outputs, N heads laid flat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiedjax.config import ModelConfig
 from tiedjax.errors import UserError
+from tiedjax.rope import magnitude, turns
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -35,7 +37,9 @@ class Family(NamedTuple):
       fits: options that a model must have to be of it: what each may be. Any other option that changes what a model
         computes must be as in `PLAIN`.
       written: what its config.json says of a model of ours.
-      prefixes: may be left out of every tensor's name at its start.
+      starts: what the names of tensors may begin with in place of the first of these.
+      besides: what the names of tensors that are of no text begin with: they are not read, and such a model is not
+        written.
     """
 
     architecture: str
@@ -43,7 +47,13 @@ class Family(NamedTuple):
     held: Callable[[ModelConfig], Iterator[Held]]
     fits: Mapping[str, tuple[Any, ...]]
     written: Callable[[ModelConfig], dict[str, Any]]
-    prefixes: tuple[str, ...] = ()
+    starts: tuple[str, ...] = ("",)
+    besides: tuple[str, ...] = ()
+
+    def names(self, tensor: str) -> list[str]:
+        """What a tensor may be called, its own name first."""
+        first = self.starts[0]
+        return [start + tensor.removeprefix(first) for start in self.starts] if tensor.startswith(first) else [tensor]
 
 
 # What a model is unless its family says otherwise; `norm`, `mlp` and `position` every family names.
@@ -53,14 +63,27 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "parallel": (False,),
     "qk_norm": ("none",),
     "clip_qkv": (None,),
+    "attention_scale": (None,),
+    "attention_cap": (None,),
+    "logit_cap": (None,),
     "biases": ("",),
     "rotary_fraction": (1.0,),
+    "rope_scaling": ("none",),
+    "window": (None,),
+    "window_theta": (None,),
     "input_multiplier": ("one",),
     "output_multiplier": ("one",),
     "norm_after_lookup": (False,),
     "output_bias": ("none",),
 }
-ATTENTION = ("", "qkv,out")  # biases
+# What a model of Llama's kind may be besides, unless its family says otherwise.
+LIKE_LLAMA: dict[str, tuple[Any, ...]] = {
+    "norm": ("rmsnorm",),
+    "mlp": ("swiglu",),
+    "position": ("rope",),
+    "rope_scaling": (),
+    "biases": ("", "qkv,out"),
+}
 
 
 # Ends of names of tensors that old models hold and nobody needs.
@@ -72,6 +95,13 @@ class Settings:
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._config, self.where = config, where
+
+    def part(self, key: str) -> Settings:
+        """What is below a key, with nothing in it where the key is missing or null."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            self.refuse(key, "an object")
+        return Settings(value, f"{self.where}: {key}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value that may be missing or null."""
@@ -91,6 +121,12 @@ class Settings:
         if type(value) not in (int, float) or not value > 0:
             self.refuse(key, "a number above 0")
         return float(value)
+
+    def optional(self, key: str, usual: float | None = None) -> float | None:
+        """A number above 0, or null; `usual` where the key is missing."""
+        if self.get(key) is None:
+            return None if key in self._config else usual
+        return self.number(key)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -116,19 +152,131 @@ class Settings:
         raise UserError(f"{self.where}: {key}: must be {wanted}, got {self._config.get(key)!r}")
 
 
+# ---- Rotary positions ----
+
+_ROPES = ("default", "linear", "llama3", "yarn")
+_FULL, _WINDOW = "full_attention", "sliding_attention"
+
+
 def rope(
     settings: Settings, fraction_key: str = "partial_rotary_factor", theta_key: str = "rope_theta"
 ) -> dict[str, Any]:
-    """Our options for rotary positions, from the keys of transformers 4 or 5. UserError for a scaled form."""
-    told = settings.get("rope_parameters") or {}
-    scaling = settings.get("rope_scaling") or {}
-    kind = told.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = "by layer" if any(isinstance(value, dict) for value in told.values()) else kind
-    if kind != "default":
-        raise UserError(f"{settings.where}: rope of type {kind!r} is not known; only default is")
-    theta = told.get("rope_theta", settings.get(theta_key, 10_000.0))
-    fraction = told.get("partial_rotary_factor", settings.get(fraction_key, 1.0))
-    return {"position": "rope", "rope_theta": float(theta), "rotary_fraction": float(fraction)}
+    """Our options for rotary positions, of all layers alike, from the keys of transformers 4 or 5."""
+    new = settings.part("rope_parameters")
+    if new.get(_FULL) or new.get(_WINDOW):
+        settings.refuse("rope_parameters", "those of all layers alike")
+    theta = new.number("rope_theta", settings.number(theta_key, 10_000.0))
+    fraction = new.number("partial_rotary_factor", settings.number(fraction_key, 1.0))
+    scaling = settings.part("rope_scaling") if settings.get("rope_scaling") else new
+    return {"position": "rope", "rope_theta": theta, "rotary_fraction": fraction, **_scaled(scaling, settings)}
+
+
+def rope_by_layer(
+    settings: Settings, of_windows: Mapping[str, Any], theta: float, window_theta: float, theta_key: str
+) -> dict[str, Any]:
+    """The same of a family whose layers with a window have a theta of their own and are not scaled.
+
+    `of_windows` is what `windows` gives, `theta` and `window_theta` are those without a key, and `theta_key` is what
+    transformers 4 calls the second.
+    """
+    new = settings.part("rope_parameters")
+    if new.get("rope_type") or new.get("rope_theta"):
+        settings.refuse("rope_parameters", f"those of {_FULL} and {_WINDOW}")
+    full, windowed = new.part(_FULL), new.part(_WINDOW)
+    windowed.must("rope_type", "default")
+    of_full = full.number("rope_theta", settings.number("rope_theta", theta))
+    of_windowed = windowed.number("rope_theta", settings.number(theta_key, window_theta))
+    scaling = settings.part("rope_scaling") if settings.get("rope_scaling") else full
+    options = {"position": "rope", "rope_theta": of_full}
+    if of_windows and of_windowed != of_full:
+        options["window_theta"] = of_windowed
+    has_full = "full" in of_windows.get("window_layers", "full")
+    return options | (_scaled(scaling, settings) if has_full else {})
+
+
+def _scaled(told: Settings, settings: Settings) -> dict[str, Any]:
+    """Our options for a scaled rope. UserError for a kind that ours does not have."""
+    kind = told.get("rope_type", told.get("type", "default"))
+    if kind not in _ROPES:
+        raise UserError(
+            f"{told.where}: rope of type {kind!r} is not known; {', '.join(_ROPES[:-1])} and {_ROPES[-1]} are"
+        )
+    if kind == "default":
+        return {}
+    found = {"rope_scaling": kind, "rope_factor": told.number("factor")}
+    if kind == "linear":
+        return found
+    positions = settings.whole("max_position_embeddings", 2048)
+    found["rope_positions"] = told.whole("original_max_position_embeddings", positions)
+    if kind == "llama3":
+        return found | {"rope_turns": (told.number("low_freq_factor"), told.number("high_freq_factor"))}
+    told.must("truncate", True)
+    turns = told.number("beta_slow", 1.0), told.number("beta_fast", 32.0)
+    return found | {"rope_turns": turns, "rope_magnitude": _magnitude(told)}
+
+
+def _magnitude(told: Settings) -> float | None:
+    """What YaRN multiplies cosines and sines by, where that is not its usual number."""
+    if told.get("attention_factor") is not None:
+        return told.number("attention_factor")
+    if not (told.get("mscale") and told.get("mscale_all_dim")):
+        return None
+    above, below = (told.number(key) for key in ("mscale", "mscale_all_dim"))
+    growth = 0.1 * math.log(told.number("factor"))
+    return (1 + growth * above) / (1 + growth * below)
+
+
+def written_rope(cfg: ModelConfig) -> dict[str, Any]:
+    """What `_scaled` reads."""
+    if cfg.rope_scaling == "none":
+        return {"rope_type": "default"}
+    said = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor}
+    if cfg.rope_scaling == "linear":
+        return said
+    few, many = turns(cfg)
+    said["original_max_position_embeddings"] = cfg.rope_positions
+    if cfg.rope_scaling == "llama3":
+        return said | {"low_freq_factor": few, "high_freq_factor": many}
+    return said | {"beta_slow": few, "beta_fast": many, "attention_factor": magnitude(cfg)}
+
+
+def written_rope_by_layer(cfg: ModelConfig) -> dict[str, Any]:
+    """What `rope_by_layer` reads."""
+    window_theta = cfg.window_theta or cfg.rope_theta
+    return {
+        "rope_parameters": {
+            _FULL: {**written_rope(cfg), "rope_theta": cfg.rope_theta},
+            _WINDOW: {"rope_type": "default", "rope_theta": window_theta},
+        }
+    }
+
+
+# ---- Windows ----
+
+
+def windows(settings: Settings, usual: tuple[str, ...]) -> dict[str, Any]:
+    """Our options for layers with a window; `usual` are the layers' kinds, over and over, without a key for them."""
+    layers, key = settings.whole("num_hidden_layers"), "layer_types"
+    kinds = settings.get(key) or [usual[i % len(usual)] for i in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (_FULL, _WINDOW) for kind in kinds):
+        settings.refuse(key, f"{_FULL} or {_WINDOW} for each layer")
+    if _WINDOW not in kinds:
+        return {}
+    return {
+        "window": settings.whole("sliding_window", 4096),
+        "window_layers": shortest(["window" if kind == _WINDOW else "full" for kind in kinds]),
+    }
+
+
+def shortest(kinds: Sequence[str]) -> str:
+    """`model.window_layers` of these layers."""
+    n = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return ",".join(kinds[:n])
+
+
+def written_windows(cfg: ModelConfig) -> dict[str, Any]:
+    """What `windows` reads."""
+    return {"sliding_window": cfg.window, "layer_types": [_WINDOW if window else _FULL for window in cfg.windows]}
 
 
 def no_windows(settings: Settings) -> None:
@@ -142,11 +290,28 @@ def biases(**there: bool) -> str:
     return ",".join(name for name, has in there.items() if has)
 
 
-def sizes(settings: Settings) -> dict[str, Any]:
-    """The sizes that most families call alike."""
+def like_llama(
+    settings: Settings, *, eps: float = 1e-6, head: int | None = None, mlp: str | None = None
+) -> dict[str, Any]:
+    """The options of a model of Llama's kind, but for its positions.
+
+    `eps` and the width of a `head` are those without a key; a family with another MLP says which.
+    """
+    attention = settings.flag("attention_bias", False)
+    return {
+        **sizes(settings, head),
+        "norm": "rmsnorm",
+        "norm_eps": settings.number("rms_norm_eps", eps),
+        "mlp": mlp or settings.one_of("hidden_act", {"silu": "swiglu"}, "silu"),
+        "biases": biases(qkv=attention, out=attention),
+    }
+
+
+def sizes(settings: Settings, head: int | None = None) -> dict[str, Any]:
+    """The sizes that most families call alike; a head without a width of its own has `head`, or D / H."""
     heads = settings.whole("num_attention_heads")
     width, kv = settings.whole("hidden_size"), settings.whole("num_key_value_heads", heads)
-    head = settings.whole("head_dim", max(1, width // heads))
+    head = settings.whole("head_dim", head or max(1, width // heads))
     return {
         "layers": settings.whole("num_hidden_layers"),
         "d_model": width,
@@ -157,6 +322,11 @@ def sizes(settings: Settings) -> dict[str, Any]:
         "seq_len": settings.whole("max_position_embeddings", 2048),
         "vocab_size": settings.whole("vocab_size"),
     }
+
+
+def without(said: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The same but for keys that a family does not have."""
+    return {key: value for key, value in said.items() if key not in keys}
 
 
 def written_sizes(cfg: ModelConfig) -> dict[str, Any]:
@@ -171,6 +341,7 @@ def written_sizes(cfg: ModelConfig) -> dict[str, Any]:
         "head_dim": cfg.key_width,
         "max_position_embeddings": cfg.seq_len,
         "rope_theta": cfg.rope_theta,
+        "rope_scaling": None if cfg.rope_scaling == "none" else written_rope(cfg),
         "hidden_act": "silu",
         "attention_bias": "qkv" in cfg.bias_names,
         "rms_norm_eps": cfg.norm_eps,
@@ -190,7 +361,15 @@ def linear(tensor: str, parameter: str) -> Held:
     return Held(tensor, (parameter,), lambda x: (x.T,), lambda parts: parts[0].T)
 
 
-def layer_of_llama(cfg: ModelConfig, i: int) -> Iterator[Held]:
+def raised(tensor: str, parameter: str) -> Held:
+    """A norm's scale, of which the tensor lacks 1."""
+    return Held(tensor, (parameter,), lambda x: (x + 1,), lambda parts: parts[0] - 1)
+
+
+Scale = Callable[[str, str], Held]  # how a norm's scale is held
+
+
+def layer_of_llama(cfg: ModelConfig, i: int, scale: Scale = vector) -> Iterator[Held]:
     """The tensors of a layer in the way of Llama: projections, their biases, norms of queries and keys."""
     there, here = f"model.layers.{i}", f"layer_{i}"
     projections = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
@@ -204,13 +383,28 @@ def layer_of_llama(cfg: ModelConfig, i: int) -> Iterator[Held]:
             yield vector(f"{there}.mlp.{name}_proj.bias", f"{here}/mlp/{name}_bias/bias")
     if cfg.qk_norm != "none":
         for ours, theirs in (("query", "q_norm"), ("key", "k_norm")):
-            yield vector(f"{there}.self_attn.{theirs}.weight", f"{here}/attention/{ours}_norm/scale")
+            yield scale(f"{there}.self_attn.{theirs}.weight", f"{here}/attention/{ours}_norm/scale")
 
 
-def body_of_llama(cfg: ModelConfig) -> Iterator[Held]:
-    """All layers in the way of Llama, with RMSNorms before each part and at the end."""
+# By where a layer norms: our norms and what they are called.
+_NORMS = {
+    "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post": {"attention_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+def body_of_llama(cfg: ModelConfig, scale: Scale = vector) -> Iterator[Held]:
+    """All layers in the way of Llama, with the norms that have a scale."""
     for i in range(cfg.layers):
-        yield from layer_of_llama(cfg, i)
-        yield vector(f"model.layers.{i}.input_layernorm.weight", f"layer_{i}/attention_norm/scale")
-        yield vector(f"model.layers.{i}.post_attention_layernorm.weight", f"layer_{i}/mlp_norm/scale")
-    yield vector("model.norm.weight", "final_norm/scale")
+        yield from layer_of_llama(cfg, i, scale)
+        if cfg.norm != "nonparametric_layernorm":
+            for ours, theirs in _NORMS[cfg.norm_place].items():
+                yield scale(f"model.layers.{i}.{theirs}.weight", f"layer_{i}/{ours}/scale")
+    if cfg.norm != "nonparametric_layernorm":
+        yield scale("model.norm.weight", "final_norm/scale")

@@ -81,5 +81,5 @@ FAMILY = Family(
         "head_width": (None,),
     },
     _written,
-    ("transformer.",),
+    ("transformer.", ""),
 )

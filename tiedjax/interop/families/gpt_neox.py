@@ -18,6 +18,7 @@ from tiedjax.interop.families.common import (
     rope,
     sizes,
     vector,
+    without,
     written_sizes,
 )
 
@@ -72,8 +73,7 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
 
 def _written(cfg: ModelConfig) -> dict[str, Any]:
     activation = {"gelu_exact": "gelu", "gelu": "gelu_new"}[cfg.mlp]
-    own = ("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "hidden_act")
-    return {key: value for key, value in written_sizes(cfg).items() if key not in own} | {
+    return without(written_sizes(cfg), "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta") | {
         "rotary_pct": cfg.rotary_fraction,
         "rotary_emb_base": cfg.rope_theta,
         "layer_norm_eps": cfg.norm_eps,
@@ -93,10 +93,11 @@ FAMILY = Family(
         "mlp": ("gelu", "gelu_exact"),
         "position": ("rope",),
         "rotary_fraction": (),
+        "rope_scaling": (),
         "biases": ("qkv,out,mlp", "mlp"),
         "kv_heads": (None,),
         "head_width": (None,),
     },
     _written,
-    ("gpt_neox.",),
+    ("gpt_neox.", ""),
 )

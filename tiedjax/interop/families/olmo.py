@@ -2,59 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from tiedjax.config import ModelConfig
 from tiedjax.interop.families.common import (
-    ATTENTION,
+    LIKE_LLAMA,
     Family,
-    Held,
     Settings,
-    biases,
-    layer_of_llama,
+    body_of_llama,
+    like_llama,
     rope,
-    sizes,
+    without,
     written_sizes,
 )
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    settings.must("hidden_act", "silu")
-    attention = settings.flag("attention_bias", False)
     return {
-        **sizes(settings),
+        **like_llama(settings),
         **rope(settings),
         "norm": "nonparametric_layernorm",
         "norm_eps": 1e-5,  # fixed in the family's code
-        "clip_qkv": settings.get("clip_qkv") and settings.number("clip_qkv"),
-        "mlp": "swiglu",
-        "biases": biases(qkv=attention, out=attention),
+        "clip_qkv": settings.optional("clip_qkv"),
     }
-
-
-def _held(cfg: ModelConfig) -> Iterator[Held]:
-    for i in range(cfg.layers):
-        yield from layer_of_llama(cfg, i)
-
-
-def _written(cfg: ModelConfig) -> dict[str, Any]:
-    said = written_sizes(cfg) | {"clip_qkv": cfg.clip_qkv}
-    return {key: value for key, value in said.items() if key not in ("head_dim", "rms_norm_eps")}
 
 
 FAMILY = Family(
     "OlmoForCausalLM",
     _config,
-    _held,
+    body_of_llama,
     {
+        **LIKE_LLAMA,
         "norm": ("nonparametric_layernorm",),
         "norm_eps": (1e-5,),
-        "mlp": ("swiglu",),
-        "position": ("rope",),
-        "biases": ATTENTION,
         "clip_qkv": (),
         "head_width": (None,),
     },
-    _written,
+    lambda cfg: without(written_sizes(cfg), "head_dim", "rms_norm_eps") | {"clip_qkv": cfg.clip_qkv},
 )

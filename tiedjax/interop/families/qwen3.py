@@ -5,41 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from tiedjax.interop.families.common import (
-    ATTENTION,
+    LIKE_LLAMA,
     Family,
     Settings,
-    biases,
     body_of_llama,
+    like_llama,
     no_windows,
     rope,
-    sizes,
     written_sizes,
 )
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    settings.must("hidden_act", "silu")
     settings.must("use_sliding_window", False)
     no_windows(settings)
-    attention = settings.flag("attention_bias", False)
-    own = sizes(settings)
-    width = settings.whole("head_dim", 128)
-    return {
-        **own,
-        **rope(settings),
-        "head_width": None if width * own["heads"] == own["d_model"] else width,
-        "norm": "rmsnorm",
-        "norm_eps": settings.number("rms_norm_eps", 1e-6),
-        "qk_norm": "head",
-        "mlp": "swiglu",
-        "biases": biases(qkv=attention, out=attention),
-    }
+    return like_llama(settings, head=128) | rope(settings) | {"qk_norm": "head"}
 
 
-FAMILY = Family(
-    "Qwen3ForCausalLM",
-    _config,
-    body_of_llama,
-    {"norm": ("rmsnorm",), "mlp": ("swiglu",), "position": ("rope",), "qk_norm": ("head",), "biases": ATTENTION},
-    written_sizes,
-)
+FAMILY = Family("Qwen3ForCausalLM", _config, body_of_llama, {**LIKE_LLAMA, "qk_norm": ("head",)}, written_sizes)

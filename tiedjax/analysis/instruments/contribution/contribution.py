@@ -115,19 +115,24 @@ def layers_of(model: FrozenModel) -> list[Any]:
 
 def _measured(model: FrozenModel, layers: list[Any], tokens_BS: np.ndarray) -> tuple[np.ndarray, ...]:
     """Bits of every next token [B, T]; what each part of each block adds, and what skipping it costs: [L, P, B, T]."""
-    block = functools.partial(_block, model.config)
+    windows = model.config.windows
+    # Only initialisation and the window ask which layer a block is: those that share a window share a program.
+    blocks = [
+        functools.partial(_block, model.config, windows.index(window), layer)
+        for window, layer in zip(windows, layers, strict=True)
+    ]
     states, added = [model.embedded(tokens_BS[:, :-1])], []
-    for layer in layers:
-        x_BTD, added_PBT = block(layer, states[-1], 1.0, 1.0)
+    for block in blocks:
+        x_BTD, added_PBT = block(states[-1], 1.0, 1.0)
         states.append(x_BTD)
         added.append(added_PBT)
     bits_BT = _bits(model, states.pop(), tokens_BS)
     costs = []
-    for i, (layer, x_BTD) in enumerate(zip(layers, states, strict=True)):
-        without = x_BTD, block(layer, x_BTD, 0.0, 1.0)[0], block(layer, x_BTD, 1.0, 0.0)[0]
+    for i, (block, x_BTD) in enumerate(zip(blocks, states, strict=True)):
+        without = x_BTD, block(x_BTD, 0.0, 1.0)[0], block(x_BTD, 1.0, 0.0)[0]
         for y_BTD in without:
-            for later in layers[i + 1 :]:
-                y_BTD, _ = block(later, y_BTD, 1.0, 1.0)
+            for later in blocks[i + 1 :]:
+                y_BTD, _ = later(y_BTD, 1.0, 1.0)
             costs.append(_bits(model, y_BTD, tokens_BS) - bits_BT)
     return bits_BT, np.stack(added), np.reshape(costs, (len(layers), len(PARTS), *bits_BT.shape))
 
@@ -144,12 +149,18 @@ def _surprisal(log_p_CV: jax.Array, target_C: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_p_CV, target_C[:, None], axis=-1)[:, 0] / np.log(2)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _block(
-    cfg: ModelConfig, layer: Any, x_BTD: jax.Array, attention: jax.typing.ArrayLike, mlp: jax.typing.ArrayLike
+    cfg: ModelConfig,
+    number: int,
+    layer: Any,
+    x_BTD: jax.Array,
+    attention: jax.typing.ArrayLike,
+    mlp: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, jax.Array]:
     """The state after a block whose parts add `attention` and `mlp` times what they do, and what is added [P, B, T]."""
-    ends = "_norm" if cfg.norm_place == "post" else ""  # of the names of what gives a part that is added
+    # Of the names of what gives a part that is added.
+    ends = {"pre": "", "post": "_norm", "both": "_post_norm"}[cfg.norm_place]
     factors, outputs = {f"attention{ends}": attention, f"mlp{ends}": mlp}, {}
 
     def scaled(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -159,8 +170,7 @@ def _block(
         outputs[name] = factors[name] * call(*args, **kwargs)
         return outputs[name]
 
-    # Only initialisation asks which layer a block is; with one number for all, they share a compiled program.
-    module = Block(cfg, 0, x_BTD.dtype, Transformer(cfg).layout)
+    module = Block(cfg, number, x_BTD.dtype, Transformer(cfg).layout)
     with jax.default_matmul_precision("highest"), nn.intercept_methods(scaled):
         y_BTD, _ = module.apply({"params": layer}, x_BTD)
     ratio = lambda added_BTD, read_BTD: jnp.linalg.norm(added_BTD, axis=-1) / jnp.linalg.norm(read_BTD, axis=-1)

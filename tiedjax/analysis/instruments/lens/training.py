@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tiedjax.analysis.basis.blocked import row_blocks
-from tiedjax.analysis.basis.held_out import CHUNK, FrozenModel, chunks, final_norm, log_probabilities
+from tiedjax.analysis.basis.held_out import CHUNK, FrozenModel, chunks, final_norm
 from tiedjax.analysis.basis.minimisation import MOST_ITERATIONS, SPAN, TOLERANCE, Minimum, damped_inverse, minimise
 from tiedjax.config import ModelConfig
+from tiedjax.errors import UserError
 
 CRITERION = f"the loss fell by less than {TOLERANCE:.1%} over {SPAN} iterations of L-BFGS (at most {MOST_ITERATIONS})"
 
@@ -39,7 +40,14 @@ class Teacher(NamedTuple):
 
 
 def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
-    """What the model's own predictions teach, from the last hidden states of the training positions."""
+    """What the model's own predictions teach, from the last hidden states of the training positions.
+
+    UserError for a model whose logits have a cap: the loss above is that of logits without one.
+    """
+    if model.config.logit_cap is not None:
+        raise UserError(
+            f"lens: a translator is fitted to logits without a cap, and model.logit_cap is {model.config.logit_cap}"
+        )
     y_ND = model.normed(last_ND)
     total_V = np.zeros(len(model.U_VD))
     parts = []
@@ -125,7 +133,7 @@ def _loss_and_slope(
 
 @jax.jit
 def _teach(y_CD: jax.Array, U_VD: jax.Array, bias_V: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    log_p_CV = log_probabilities(y_CD, U_VD, bias_V)
+    log_p_CV = jax.nn.log_softmax(jnp.matmul(y_CD, U_VD.T, precision="highest") + bias_V[None])
     p_CV = jnp.exp(log_p_CV)
     constant_C = jnp.sum(p_CV * (log_p_CV - bias_V[None]), axis=-1)
     return jnp.matmul(p_CV, U_VD, precision="highest"), constant_C, p_CV.sum(axis=0)

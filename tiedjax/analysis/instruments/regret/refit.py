@@ -165,7 +165,7 @@ def _loss_and_gradients(
         h_BTD: Any = Transformer(cfg).apply(body, lookup(E_VD, tokens_BS[:, :-1], E_VD.dtype))
         targets_BT = tokens_BS[:, 1:]
         weights_BT = jnp.broadcast_to(weight_B[:, None], targets_BT.shape)
-        return cross_entropy(h_BTD, U_VD, targets_BT, weights_BT, bias_V=bias_V)[0]
+        return cross_entropy(h_BTD, U_VD, targets_BT, weights_BT, bias_V=bias_V, soft_cap=cfg.logit_cap)[0]
 
     def add(total: Any, batch: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(summed)(free, *batch)), None
@@ -188,7 +188,8 @@ def _second_moments(
         h_BTD: Any = Transformer(cfg).apply(body, x_BTD)
         targets_BT = tokens_BS[:, 1:]
         weights_BT = jnp.ones(targets_BT.shape)
-        return cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, bias_V=bias_V)[0], h_BTD
+        about: dict[str, Any] = {"bias_V": bias_V, "soft_cap": cfg.logit_cap}
+        return cross_entropy(h_BTD, tables.output, targets_BT, weights_BT, **about)[0], h_BTD
 
     with jax.default_matmul_precision("highest"):
         x_BTD = lookup(tables.input, tokens_BS[:, :-1], tables.input.dtype)
