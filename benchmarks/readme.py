@@ -696,8 +696,17 @@ def _skipped(found: dict[str, Any]) -> str:
     )
 
 
+def _beside_ngrams(found: dict[str, Any]) -> str:
+    model, trigram = (found["losses"][name] for name in ("model", "trigram"))
+    return (
+        f"A held-out token costs {numbers.spread(model['bits'], 2)} bits, {numbers.number(model['bits_per_byte'], 2)} "
+        f"a byte; by a trigram counted on the training part {numbers.spread(trigram['bits'], 2)}"
+    )
+
+
 # What each instrument is about, and what is said of what it finds.
 SMOLLM2: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "hurdles": ("body", _beside_ngrams),
     "calibration": ("body", _by_frequency),
     "blocks": ("body", _skipped),
     "norms": ("table", _norms),

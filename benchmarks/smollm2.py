@@ -31,6 +31,7 @@ COMMANDS: dict[str, list[str]] = {
     "cooccurrence": [],
     "map": ["--tokens", " king, London, seven, because, def"],
     "blocks": ["--held-out-tokens", "1024"],
+    "hurdles": [],
 }
 KEPT: dict[str, tuple[str, ...]] = {
     "calibration": ("measured_on", "positions", "loss", "accuracy", "top_error", "overconfidence", "strata"),
@@ -38,6 +39,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "cooccurrence": ("measured_on", "rows", "text", "roles"),
     "map": ("rows", "nearest", "texts"),
     "blocks": ("measured_on", "loss", "blocks", "held_out_tokens"),
+    "hurdles": ("measured_on", "losses", "held_out_tokens", "held_out_bytes", "training_tokens"),
 }
 
 
