@@ -68,7 +68,11 @@ def test_a_model_directory_measures_as_the_run_that_it_was(
         measured_on = of_model.pop("measured_on")
         assert (measured_on["source"], measured_on["seq_len"]) == (f"text:{text}", 16)
         tokens = f"{measured_on['training_tokens']:,} training and {measured_on['held_out_tokens']:,} held-out tokens"
-        assert f"text:{text} ({tokens}, windows of 16)" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert f"text:{text} ({tokens}, windows of 16)" in shown
+        if instrument == "hurdles":
+            assert shown.count("windows of the run's own evaluation") == 1
+            assert " windows that are held out\n" in shown
     for result in found:
         result.pop("matching", None)  # which says what runs were at step 0
         for of_input in result["inputs"]:

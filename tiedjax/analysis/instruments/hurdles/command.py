@@ -28,10 +28,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = arguments.run_result(args, run, model.describe(args.a), hurdles.rows, hurdles.width) | to_plain(hurdles)
     size = "" if hurdles.held_out_bytes is None else f", {hurdles.held_out_bytes:,} bytes"
     name = arguments.subject_in_words(args, run, hurdles.step)
-    head = (
-        f"{name}: {hurdles.held_out_tokens:,} held-out tokens{size}, "
-        f"the {hurdles.held_out_windows:,} windows of the run's own evaluation"
-    )
+    which = "windows that are held out" if hurdles.step is None else "windows of the run's own evaluation"
+    head = f"{name}: {hurdles.held_out_tokens:,} held-out tokens{size}, the {hurdles.held_out_windows:,} {which}"
     foot = (
         "+- half a 95 % interval over held-out windows; the others count the first "
         f"{hurdles.training_tokens:,} training tokens\n{arguments.text_in_words(hurdles.step)}; "
