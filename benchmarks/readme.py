@@ -9,6 +9,7 @@ python benchmarks/readme.py studies/untie --machine "2-core x86-64 virtual machi
 python benchmarks/readme.py studies/initialisation --machine "2-core x86-64 virtual machine"   # after that study
 python benchmarks/readme.py studies/shape-512 --machine "2-core x86-64 virtual machine"   # and shape-8192
 python benchmarks/readme.py decisions/quick --machine "2-core x86-64 virtual machine"     # after `tiedjax decide`
+python benchmarks/smollm2.py SmolLM2-135M-Instruct.Q4_1.gguf --machine "..."          # saves by itself
 python benchmarks/readme.py                                                           # again, from what was saved
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -623,6 +624,97 @@ def regrets() -> str:
     return "\n".join([f"Of the quick study ({made}):\n", *lines, "", regret.about(found)]) + "\n"
 
 
+def smollm2() -> str:
+    """What `smollm2.py` found of a quantised SmolLM2, a row each, with what of the model it is about."""
+    found = json.loads((RESULTS / "smollm2.json").read_text(encoding="utf-8"))
+    by_name = found["instruments"]
+    quantised = {"body": "4-bit body, 8-bit table", "table": "8-bit table"}
+    if found["stored"] != "Q4_1 body, Q8_0 table":
+        raise SystemExit(f"smollm2.json: is of a {found['stored']}; say anew how many bits that is")
+    rows = [["`inspect`", *_inspected(found["inspect"], quantised["body"])]]
+    for name, (part, sentence) in SMOLLM2.items():
+        rows.append([f"`{name}`", quantised[part], sentence(by_name[name])])
+    text = by_name["norms"]["measured_on"]
+    lines = [
+        *table(["Command", "Of", "Finds"], rows),
+        "",
+        f"{found['file']} on the embedded corpus ({text['training_tokens']:,} training and {text['held_out_tokens']:,} "
+        f"held-out tokens in windows of {text['seq_len']}), on a {found['machine']} ({found['date']}, Python "
+        f"{found['python']}, jax {found['jax']}). A number after ± is half a 95 % interval.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _inspected(about: dict[str, Any], quantised: str) -> list[str]:
+    tie = "tied: one table" if about["tied"] else "untied: two tables"
+    share = about["table_parameters"] / about["parameters"]
+    shape = f"{about['rows']:,} rows of width {about['width']}"
+    return [quantised, f"{tie} of {shape}, {share:.1%} of {about['parameters']:,} parameters"]
+
+
+def _by_frequency(found: dict[str, Any]) -> str:
+    error, of = found["top_error"], {group["name"]: group for group in found["strata"]}
+    rare, frequent = (numbers.number(of[name]["log2_ratio"]["score"], 2) for name in ("rare", "frequent"))
+    return (
+        f"The likeliest token is right at {numbers.percent(found['accuracy'])} of the positions. Calibration error "
+        f"{numbers.number(error['score'])}, by chance {numbers.number(error['floor'])}. log2 of predicted over actual "
+        f"share: {rare} for rare tokens, {frequent} for frequent ones"
+    )
+
+
+def _norms(found: dict[str, Any]) -> str:
+    rank, probe = found["norm"]["spearman"], found["log_frequency"]
+    span = {"mean": rank["score"], "low": rank["low"], "high": rank["high"]}
+    return (
+        f"Rank correlation of a row's norm with its token's count: {numbers.spread(span)}. A linear probe reads the "
+        f"logarithm of the count with an R² of {numbers.number(probe['corrected'], 2)}"
+    )
+
+
+def _contexts(found: dict[str, Any]) -> str:
+    (role,) = found["roles"].values()
+    before, after = (numbers.number(role[name]["corrected"]) for name in ("as_target", "as_context"))
+    return (
+        f"Its cosines follow what precedes a token ({before}) and what follows it ({after}); the first less the "
+        f"second: {numbers.spread(role['difference'])}"
+    )
+
+
+def _nearest(found: dict[str, Any]) -> str:
+    (nearest,), texts = found["nearest"], found["texts"]
+    words = lambda ids: ", ".join(texts[str(i)] for i in ids[:3])
+    return "; ".join(f"{texts[str(near['token'])]}: {words(near['neighbours'])}" for near in nearest)
+
+
+def _skipped(found: dict[str, Any]) -> str:
+    costs = {block["block"]: block["whole"]["skip_cost"] for block in found["blocks"]}
+    most = max(costs, key=lambda block: costs[block]["mean"])
+    middle = median(cost["mean"] for cost in costs.values())
+    return (
+        f"Without block {most} of {len(costs)} a token costs {numbers.spread(costs[most], 2)} bits more, the most; the "
+        f"median block is worth {numbers.number(middle, 2)} bits"
+    )
+
+
+def _beside_ngrams(found: dict[str, Any]) -> str:
+    model, trigram = (found["losses"][name] for name in ("model", "trigram"))
+    return (
+        f"A held-out token costs {numbers.spread(model['bits'], 2)} bits, {numbers.number(model['bits_per_byte'], 2)} "
+        f"a byte; by a trigram counted on the training part {numbers.spread(trigram['bits'], 2)}"
+    )
+
+
+# What each instrument is about, and what is said of what it finds.
+SMOLLM2: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "hurdles": ("body", _beside_ngrams),
+    "calibration": ("body", _by_frequency),
+    "blocks": ("body", _skipped),
+    "norms": ("table", _norms),
+    "cooccurrence": ("table", _contexts),
+    "map": ("table", _nearest),
+}
+
+
 def pages() -> dict[Path, str]:
     """README.md and the pages of docs/ with numbers, as the saved results want them."""
     of = {name: json.loads(saved(name).read_text(encoding="utf-8")) for name in STUDIES}
@@ -638,6 +730,7 @@ def pages() -> dict[Path, str]:
             "costs": cost_rows(),
         },
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
+        ROOT / "docs" / "models.md": {"SmolLM2": smollm2()},
         ROOT / "docs" / "schemes.md": {
             f"{name} study": between(name, of[name], in_parts(of[name])) for name in ("schemes", "untie")
         }

@@ -182,8 +182,8 @@ def test_numbers_out_of_range_and_a_model_that_is_not_finite_are_refused(run: Ru
     model, prepared = FrozenModel(run), data_of(run)
     for options, line in [
         ({"texts": 0}, "texts: must be at least 1, got 0"),
-        ({"tokens": 0}, f"tokens: must be 1 to {T}, the run's model.seq_len, got 0"),
-        ({"tokens": T + 1}, f"tokens: must be 1 to {T}, the run's model.seq_len, got {T + 1}"),
+        ({"tokens": 0}, f"tokens: must be 1 to {T}, the positions of a window, got 0"),
+        ({"tokens": T + 1}, f"tokens: must be 1 to {T}, the positions of a window, got {T + 1}"),
     ]:
         with pytest.raises(UserError) as error:
             measure(model, run, prepared, **options)
@@ -234,7 +234,7 @@ def test_bad_input_is_one_clear_line(run: Run, tmp_path: Path, capsys: pytest.Ca
     for words, line in [
         ([run.path, "--texts", "0"], "--texts: must be at least 1, got 0"),
         ([run.path, "--tokens", "-1"], "--tokens: must be at least 1, got -1"),
-        ([run.path, "--tokens", T + 1], f"tokens: must be 1 to {T}, the run's model.seq_len, got {T + 1}"),
+        ([run.path, "--tokens", T + 1], f"tokens: must be 1 to {T}, the positions of a window, got {T + 1}"),
         ([without], f"{without}: holds no checkpoint"),
     ]:
         assert cli.main(["analyze", "diversity", *map(str, words)]) == 2

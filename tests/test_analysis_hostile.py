@@ -15,7 +15,7 @@ from test_analysis_command import analyze
 from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.errors import UserError
 
-TABLES = sorted(name for name, module in INSTRUMENTS.items() if module.SUBJECT != "run")
+TABLES = sorted(name for name, module in INSTRUMENTS.items() if module.SUBJECT not in ("run", "model"))
 V = 150
 
 

@@ -180,6 +180,7 @@ HOMES: dict[str, set[str]] = {
     "trackio": {"trackers.py"},
     "mlflow": {"trackers.py"},
     "safetensors": {"interop/tensors.py"},
+    "gguf": {"interop/gguf.py"},
     "torch": {"interop/tensors.py"},  # where a model's weights are in its format
     "tokenizers": {"data/tokenizer.py"},
     "fsspec": {"host/storage.py"},

@@ -140,9 +140,9 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
 MISUSES = {
     "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
     "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, inspect, "
-    "export, check, report; got 'trian'; did you mean 'train'?",
+    "import, export, check, report; got 'trian'; did you mean 'train'?",
     "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, inspect, "
-    "export, check, report; got 'frobnicate'",
+    "import, export, check, report; got 'frobnicate'",
     "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
     "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",

@@ -97,6 +97,7 @@ ELSEWHERE = {
     "sky jobs launch launch/sky.yaml --env TIEDJAX='train configs/olmo_1b.yaml --out /runs/olmo_1b'",
     "podman build --file launch/Containerfile --build-arg EXTRA=tpu,gcs --tag IMAGE .",
     "tiedjax inspect DIR",  # tests/test_interop_tables.py
+    "tiedjax import FILE.gguf --out DIR",  # tests/test_interop_gguf.py
     "tiedjax export RUN[@STEP] --out DIR",  # tests/test_interop_export.py
     "tiedjax compile CONFIG --topology v5p:4x4x4",  # libtpu: tests/test_compile.py, where it is installed
 }

@@ -159,6 +159,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     inspect.add_argument("--json", metavar="FILE", help="save the result here")
     inspect.add_argument("--config", metavar="FILE", help="write the config of a run that begins with this model here")
 
+    import_ = command("import", "write a GGUF file of llama.cpp as a Hugging Face directory", _import)
+    import_.add_argument("file", metavar="FILE.gguf", help="a Llama with a byte-level BPE; needs tiedjax[gguf]")
+    import_.add_argument("--out", metavar="DIR", required=True, help="a new directory")
+
     export = command("export", "write a run's model as a Hugging Face directory", _export)
     export.add_argument(
         "source", metavar="RUN[@STEP]", help="a run, at its last checkpoint or another; or a model's DIR"
@@ -450,6 +454,13 @@ def _inspect(args: argparse.Namespace) -> int:
         write_atomically(json_file, json.dumps(found.tree(), indent=1) + "\n")
     if args.config:
         write_atomically(local_path(args.config, "--config"), config)
+    return Status.DONE
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tiedjax.interop.gguf import import_gguf
+
+    print(import_gguf(args.file, args.out).line())
     return Status.DONE
 
 

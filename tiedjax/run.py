@@ -74,6 +74,11 @@ class Run:
         """The resolved config."""
         return load_run_config(self.path / "config.yaml")
 
+    @property
+    def seq_len(self) -> int:
+        """Positions of a window of text, as the model was trained on."""
+        return self.config.model.seq_len
+
     @cached_property
     def changed_after(self) -> int | None:
         """After how many updates the run's scheme changed, or will; None if it has not, and no step is set for it."""

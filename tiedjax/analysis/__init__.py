@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.basis import published
     from tiedjax.analysis.basis.chance import Score
     from tiedjax.analysis.basis.held_out import FrozenModel, held_out_windows
+    from tiedjax.analysis.basis.model_on_text import ModelOnText
     from tiedjax.analysis.basis.run_data import data_of
     from tiedjax.analysis.basis.statistics import Interval, interval, paired
     from tiedjax.analysis.basis.strata import strata
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FrozenModel",
     "Interval",
+    "ModelOnText",
     "Score",
     "Searches",
     "account",
@@ -92,6 +94,7 @@ _INSTRUMENTS = "tiedjax.analysis.instruments"
 _HOMES = {
     "FrozenModel": "tiedjax.analysis.basis.held_out:FrozenModel",
     "Interval": "tiedjax.analysis.basis.statistics:Interval",
+    "ModelOnText": "tiedjax.analysis.basis.model_on_text:ModelOnText",
     "Score": "tiedjax.analysis.basis.chance:Score",
     "Searches": f"{_INSTRUMENTS}.neighbours.search:Searches",
     "account": f"{_INSTRUMENTS}.account.account:measure",

@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from tiedjax.analysis.basis import arguments
 from tiedjax.analysis.instruments import INSTRUMENTS, SLOW
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 
-_ALL = f"every instrument that applies to a run, but not {', '.join(sorted(SLOW))}, which takes minutes"
+_ALL = f"every instrument that applies to a run or a model, but not {', '.join(sorted(SLOW))}, which takes minutes"
+_TEXT = ("data", "seq_len")  # the options that say which text is read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, module in INSTRUMENTS.items():
         _add_json(_add_instrument(instruments, name, module))
     every = instruments.add_parser("all", help=_ALL, description=_ALL)
-    every.add_argument("a", metavar="RUN", help="a run directory")
-    every.add_argument("--against", metavar="RUN", help="another run, whose tables this one's are compared with")
+    arguments.add_subject(every, "model")
+    every.add_argument("--against", metavar="RUN", help="another, whose tables this one's are compared with")
     _add_json(every)
 
 
@@ -53,11 +55,12 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Every instrument with its default options; what cannot be measured is said, and does not stop the others."""
     from tiedjax.analysis.basis.blocked import few_threads
-    from tiedjax.analysis.basis.tables import open_run
 
     if args.json and not os.access(os.path.dirname(args.json) or ".", os.W_OK):
         raise UserError(f"--json: {args.json}: cannot be written")  # now rather than after all the work
-    runs = {place: open_run(place) for place in (args.a, args.against) if place}
+    runs = {args.a: arguments.open_subject(args.a, args.data, args.seq_len)}
+    if args.against:
+        runs[args.against] = arguments.open_subject(args.against, None, None)
     names = {place: _tables(place, run) for place, run in runs.items()}
     by_instrument: dict[str, list[Any]] = {}
     began = time.monotonic()
@@ -65,7 +68,7 @@ def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for name, module in ((name, module) for name, module in INSTRUMENTS.items() if name not in SLOW):
             by_instrument[name] = []
             for words in _calls(module.SUBJECT, args.a, names[args.a], names.get(args.against, [])):
-                result, text = _called(name, module, words)
+                result, text = _called(name, module, words, args)
                 by_instrument[name].append(result)
                 print(f"{text}\n", flush=True)
             if not by_instrument[name]:
@@ -78,11 +81,17 @@ def _all(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }, f"{seconds:.0f} s"
 
 
-def _called(name: str, module: Any, words: list[str]) -> tuple[dict[str, Any], str]:
+def _called(name: str, module: Any, words: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What an instrument gives; one that reads a text reads that of `args`."""
+    from tiedjax.analysis.basis.tables import names_model
+
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
+    options = parser.parse_args(words)
+    if module.SUBJECT == "model" or names_model(args.a):
+        vars(options).update({option: vars(args)[option] for option in _TEXT if option in options})
     try:
-        result, text = module.run(parser.parse_args(words))
+        result, text = module.run(options)
     except UserError as error:
         return {"not_measured": str(error)}, f"{name}: not measured: {error}"
     return result, text
@@ -97,7 +106,7 @@ def _tables(place: str, run: Any) -> list[str]:
 
 
 def _calls(subject: str, run: str, own: list[str], others: list[str]) -> Iterator[list[str]]:
-    if subject == "run":
+    if subject in ("run", "model"):
         yield [run]
     elif subject == "table":
         yield from ([table] for table in own)

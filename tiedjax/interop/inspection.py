@@ -49,6 +49,7 @@ class Inspection:
       tokens: ids of its tokenizer that are tokens; None where it has no tokenizer.json.
       parameters, table_parameters: numbers of the model and of its tables, one that has both roles counted once.
       dtypes: as the tensors are stored, most parameters first.
+      imported_from: the file that it was converted from, and how that stored it; None of any other.
       verdict, config, transformers: the tie in words, what the config says of it, and what transformers makes of it.
     """
 
@@ -63,6 +64,7 @@ class Inspection:
     parameters: int
     table_parameters: int
     dtypes: tuple[str, ...]
+    imported_from: str | None
     verdict: str
     config: str
     transformers: str
@@ -71,8 +73,9 @@ class Inspection:
         """All of it as a person reads it."""
         sizes = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in self.sizes.items())
         share = self.table_parameters / self.parameters
+        imported = f", imported from {self.imported_from}" if self.imported_from else ""
         lines = [
-            f"{self.path}: {self.family}, {self.parameters:,} parameters in {' and '.join(self.dtypes)}",
+            f"{self.path}: {self.family}, {self.parameters:,} parameters in {' and '.join(self.dtypes)}{imported}",
             sizes,
             self.verdict,
             f"config.json: {self.config}; on disk: {self.tie.on_disk}; transformers {self.transformers}",
@@ -102,6 +105,7 @@ class Inspection:
             "parameters": self.parameters,
             "table_parameters": self.table_parameters,
             "dtypes": list(self.dtypes),
+            "imported_from": self.imported_from,
         }
 
 
@@ -122,7 +126,7 @@ def inspect(path: str | Path) -> Inspection:
     return Inspection(
         str(folder),
         model.family,
-        _sizes(model.text_config),
+        sizes_of(model.text_config),
         model.names,
         rows,
         width,
@@ -131,6 +135,7 @@ def inspect(path: str | Path) -> Inspection:
         sum(by_dtype.values()),
         sum(table.size for table in tables.values()),
         tuple(sorted(by_dtype, key=lambda dtype: -by_dtype[dtype])),
+        imported if isinstance(imported := model.config.get("imported_from"), str) else None,
         _verdict(model),
         config_in_words(tie, model.family),
         transformers_in_words(tie),
@@ -161,7 +166,8 @@ def _verdict(model: ModelFolder) -> str:
     return f"untied: two tables {shape}, {names}{equal}"
 
 
-def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+def sizes_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Of `SIZES` those that a config gives."""
     found = {
         name: next((config[key] for key in keys if type(config.get(key)) is int), None) for name, keys in SIZES.items()
     }

@@ -119,20 +119,20 @@ def load_model(path: str | Path) -> Model:
     if not is_model_folder(folder):
         raise UserError(f"{folder}: is no Hugging Face model: it holds no {CONFIG}")
     model = ModelFolder(folder)
-    family = FAMILIES[model.family]
+    cfg = config_of(model)
     if model.tie.tied is None:
         raise UserError(f"{folder}: {missing_in_words(model)}")
-    cfg = config_of(model, family)
     by_role = {role: _read(table) for role, table in model.tables().items()}
     one = by_role.get("shared")
     tables = RunTables(*((by_role["input"], by_role["output"]) if one is None else (one, one)), tied=one is not None)
     if len(tables.input) != cfg.vocab_size:
         raise UserError(f"{folder}: its tables have {len(tables.input)} rows, and its config says {cfg.vocab_size}")
-    return Model(folder, model.family, cfg, tables, _body(model, family, cfg))
+    return Model(folder, model.family, cfg, tables, _body(model, FAMILIES[model.family], cfg))
 
 
-def config_of(model: ModelFolder, family: Family) -> ModelConfig:
+def config_of(model: ModelFolder) -> ModelConfig:
     """Ours for that model. UserError for what ours does not have."""
+    family = FAMILIES[model.family]
     where = str(model.path / CONFIG)
     try:
         return ModelConfig(**family.config(Settings(model.text_config, where)), dtype="float32", scan_layers=False)

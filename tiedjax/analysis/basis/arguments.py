@@ -15,6 +15,7 @@ from tiedjax.files import local_path
 if TYPE_CHECKING:
     import numpy as np
 
+    from tiedjax.analysis.basis.model_on_text import ModelOnText
     from tiedjax.analysis.basis.tables import Table
     from tiedjax.data.prepared import Prepared
 
@@ -31,6 +32,10 @@ def add_subject(parser: argparse.ArgumentParser, subject: str, *, tokenizers: st
     """
     if subject == "run":
         parser.add_argument("a", metavar="RUN", help="a run directory")
+        return
+    if subject == "model":
+        parser.add_argument("a", metavar="RUN", help="a run directory, or a Hugging Face DIR")
+        add_data(parser)
         return
     if subject == "table":
         parser.add_argument("a", metavar="TABLE", help=TABLE)
@@ -64,8 +69,19 @@ def add_all_rows(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """--data."""
-    parser.add_argument("--data", metavar="SOURCE", help="where the run's text lies now (default: as in its config)")
+    """--data and --seq-len."""
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="where the run's text lies now (default: as in its config); of a Hugging Face DIR the text that it is "
+        "measured on, as data.source names one (default: embedded)",
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        metavar="T",
+        help="positions of a window of the text of a Hugging Face DIR (default: all that it has, at most 512)",
+    )
 
 
 def add_count(
@@ -118,19 +134,69 @@ def form_of(args: argparse.Namespace) -> str:
     return "paper" if getattr(args, "paper", False) else "corrected"
 
 
-def run_result(args: argparse.Namespace, inputs: Sequence[Any], rows: int, width: int, masked_out: int = 0) -> Any:
-    """What the result of a command that takes a run begins with; `inputs` describe the run's tables."""
-    form = form_of(args)
-    return {"inputs": list(inputs), "form": form, "rows": rows, "rows_masked_out": masked_out, "width": width}
+def run_result(
+    args: argparse.Namespace, run: Any, inputs: Sequence[Any], rows: int, width: int, masked_out: int = 0
+) -> Any:
+    """What the result of a command that takes a run or a model begins with; `inputs` describe its tables."""
+    from tiedjax.analysis.basis.model_on_text import ModelOnText
+
+    measured_on = {"measured_on": run.describe()} if isinstance(run, ModelOnText) else {}
+    return {
+        "inputs": list(inputs),
+        **measured_on,
+        "form": form_of(args),
+        "rows": rows,
+        "rows_masked_out": masked_out,
+        "width": width,
+    }
+
+
+def open_subject(place: str, source: str | None, seq_len: int | None) -> Any:
+    """The run in a directory, or the model in one, on the text that `source` names. UserError without either."""
+    from tiedjax.analysis.basis.tables import names_model, open_run
+
+    if names_model(place):
+        from tiedjax.analysis.basis.model_on_text import ModelOnText
+
+        return ModelOnText(place, source, seq_len)
+    if seq_len is not None:
+        raise UserError("--seq-len: a run is read in windows of its model.seq_len; leave it out")
+    return open_run(place)
+
+
+def open_trained(place: str, instrument: str, read: str) -> Any:
+    """The run in a directory, for an `instrument` of what only training leaves, `read`. UserError for a model."""
+    from tiedjax.analysis.basis.tables import names_model, open_run
+
+    if names_model(place):
+        raise UserError(
+            f"{place}: {instrument} reads {read}, which a run keeps and a model directory does not; "
+            f"to train on from it: tiedjax inspect {place} --config FILE"
+        )
+    return open_run(place)
 
 
 def read_text(args: argparse.Namespace) -> tuple[Any, Prepared]:
-    """The run that a command takes, and its prepared text. UserError without either."""
+    """The run, or the model, that a command takes, and its prepared text. UserError without either."""
+    from tiedjax.analysis.basis.model_on_text import ModelOnText
     from tiedjax.analysis.basis.run_data import data_of
-    from tiedjax.analysis.basis.tables import open_run
 
-    run = open_run(args.a)
-    return run, data_of(run, args.data)
+    subject = open_subject(args.a, args.data, args.seq_len)
+    return subject, subject.prepared if isinstance(subject, ModelOnText) else data_of(subject, args.data)
+
+
+def subject_in_words(args: argparse.Namespace, run: Any, step: int | None = None) -> str:
+    """How a command's text begins: with the run, at a step, or with the model and the text that it was measured on."""
+    from tiedjax.analysis.basis.model_on_text import ModelOnText
+
+    if isinstance(run, ModelOnText):
+        return f"{args.a} on {run.in_words()}"
+    return args.a if step is None else f"{args.a} at step {step}"
+
+
+def text_in_words(step: int | None) -> str:
+    """Whose text was counted: of a run at a step, or of a model, which has none."""
+    return "of the text, which is not what the model was trained on" if step is None else "that the run was shown"
 
 
 def described_roles(name: str, tables: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -152,7 +218,10 @@ def read_tables(args: argparse.Namespace) -> Inputs:
     tables = _with_tokenizers(args, _with_counts(args, [read_table(name) for name in names]))
     description: dict[str, Any] = {"inputs": [table.describe() for table in tables]}
     if len(tables) == 1:
-        return Inputs((tables[0],), _counting_rows(args, tables), description)
+        table, counted_in = _counted(args, tables[0])
+        note = f"\ncounts: {counted_in.in_words()}, {text_in_words(None)}" if counted_in else ""
+        description |= {"measured_on": counted_in.describe()} if counted_in else {}
+        return Inputs((table,), _counting_rows(args, [table]), description, note)
     a, b, matching = matched(*tables)
     kept_V = _counting_rows(args, [a, b])
     note = "".join(f"\n{line}" for line in matching.lines(kept_V))
@@ -173,6 +242,21 @@ def _with_counts(args: argparse.Namespace, tables: list[Table]) -> list[Table]:
         raise UserError(f"{tables[0].name}: has {V} rows but there are counts for {counts.shape[1]} tokens")
     counts_of_each = [np.broadcast_to(counts, (2, V)), None]
     return [replace(table, counts=of) for table, of in zip(tables, counts_of_each, strict=False)]
+
+
+def _counted(args: argparse.Namespace, table: Table) -> tuple[Table, ModelOnText | None]:
+    """The table of a model with the counts of a text, for a command that takes --data; and that text."""
+    if not hasattr(args, "data"):
+        return table, None
+    if table.counts is None and table.run_path is not None:
+        from tiedjax.analysis.basis.model_on_text import ModelOnText
+
+        text = ModelOnText(table.run_path, args.data, args.seq_len)
+        return replace(table, counts=text.token_counts), text
+    if args.data is not None or args.seq_len is not None:
+        option = "--seq-len" if args.data is None else "--data"
+        raise UserError(f"{option}: {table.name} has counts of its own, or takes --counts FILE.npy; leave it out")
+    return table, None
 
 
 def _with_tokenizers(args: argparse.Namespace, tables: list[Table]) -> list[Table]:

@@ -47,14 +47,15 @@ class Reading:
 
 
 class FrozenModel:
-    """A run's parameters at its last full checkpoint (or that of `step`), to be read; without an output bias, 0 for it.
+    """A run's parameters at its last full checkpoint (or that of `step`), or those of a `ModelOnText`, to be read.
 
-    UserError when the run holds no such checkpoint.
+    Without an output bias it has 0 for it. `step` is None of a model, which has no steps. UserError when the run holds
+    no such checkpoint.
     """
 
     def __init__(self, run: Any, step: int | None = None) -> None:
         params = run.params(step)
-        self.step: int = run.checkpoint_steps[-1] if step is None else step
+        self.step: int | None = next(iter(run.checkpoint_steps[-1:]), None) if step is None else step
         tables = run.scheme(self.step).tables(params["tables"])
         self._hold(RunTables(tables.input, tables.output, tables.input is tables.output))
         self.config: ModelConfig = dataclasses.replace(

@@ -76,9 +76,12 @@ class NGrams:
         return {name: -np.log2(p) for name, p in p_WT.items()}
 
 
-def ngrams_shown(run: Any, prepared: Prepared, step: int, held_out_WS: np.ndarray, V: int) -> NGrams:
-    """The predictors of the text that a run was shown up to a step: each window once, MOST_TOKENS at most."""
-    shown = step * run.config.data.batch_size * run.config.model.seq_len
+def ngrams_shown(run: Any, prepared: Prepared, step: int | None, held_out_WS: np.ndarray, V: int) -> NGrams:
+    """The predictors of the text that a run was shown up to a step: each window once, MOST_TOKENS at most.
+
+    None, of a model without steps, is all of the text.
+    """
+    shown = (run.config.train.steps if step is None else step) * run.config.data.batch_size * run.config.model.seq_len
     return NGrams(training_windows(run, prepared, min(shown, MOST_TOKENS)), held_out_WS, V)
 
 

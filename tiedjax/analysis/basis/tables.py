@@ -119,6 +119,12 @@ class _Arrays:
         return cls({name: values.ndim for name, values in arrays.items()}, arrays.__getitem__)
 
 
+def names_model(place: str) -> bool:
+    """Whether this is a Hugging Face directory on a disk."""
+    path = storage.place(place, "run")
+    return not storage.is_remote(path) and is_model_folder(path)
+
+
 def open_run(place: str) -> Any:
     """The run in a directory. UserError when it is not one."""
     path = storage.place(place, "run")

@@ -6,7 +6,8 @@ the report is the number of the command. It returns frozen dataclasses; a score 
 `command.py`, which imports nothing heavy before it runs, has
 
     HELP                    one line
-    SUBJECT                 what it takes: "run" (RUN), "table" (TABLE), "tables" (one or two) or "pair" (A and B)
+    SUBJECT                 what it takes: "run" (RUN, for what only training leaves), "model" (RUN, or a model's
+                            directory, and a text), "table" (TABLE), "tables" (one or two) or "pair" (A and B)
     add_arguments(parser)   its arguments and options
     run(args)               what `--json` writes, and the text that is printed; UserError for bad input
     SLOW                    True where a run takes minutes: then only what names it runs it (none: False)

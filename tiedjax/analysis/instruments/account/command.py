@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "who wrote a shared table, when, and what each role's updates did to the next batch's loss"
 SUBJECT = "run"
+READS = "what each update wrote into the table"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,19 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.basis.plain_json import to_plain
-    from tiedjax.analysis.basis.tables import open_run
     from tiedjax.analysis.instruments.account.account import measure
     from tiedjax.tying import distinct
 
-    subject, twin = open_run(args.a), None
+    subject, twin = arguments.open_trained(args.a, "account", READS), None
     if args.twin:
-        twin = open_run(args.twin).tables()
+        twin = arguments.open_trained(args.twin, "account", READS).tables()
         shapes = [list(tables.input.shape) for tables in (subject.tables(), twin)]
         if shapes[0] != shapes[1]:
             raise UserError(f"--twin: {args.twin}: its tables are {shapes[1]}, those of {args.a} {shapes[0]}")
     account = measure(subject, twin=twin)
     roles = arguments.described_roles(args.a, distinct(subject.tables()))
-    result = arguments.run_result(args, roles, account.rows, account.width, account.table_rows - account.rows)
+    result = arguments.run_result(args, subject, roles, account.rows, account.width, account.table_rows - account.rows)
     return result | to_plain(account), _text(args, account)
 
 

@@ -149,7 +149,7 @@ def _binned_error(difference_N: np.ndarray, bins: int = BINS) -> float | None:
 class RunCalibration:
     """A run's model at its last full checkpoint, by stratum and by bin of token frequency."""
 
-    step: int
+    step: int | None
     rows: int
     width: int
     by_stratum: Calibration
@@ -161,7 +161,7 @@ def measure(
 ) -> RunCalibration:
     """The calibration of a run's model on about `held_out_tokens` that the run was not trained on."""
     rows, width = model.U_VD.shape
-    tokens_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    tokens_WS = held_out_windows(prepared, run.seq_len, held_out_tokens)
     count_V = run.token_counts[1]  # as target
     partitions = [strata(count_V), frequency_bins(count_V)]
     by_stratum, by_bin = (

@@ -8,13 +8,12 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "predicted probability against what happens, by token frequency"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
     arguments.add_count(parser, "--held-out-tokens", 16_384, "held-out tokens that are scored")
     arguments.add_count(parser, "--draws", 20, "draws of targets from the model's own predictions for the floors")
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     calibration = measure(model, run, prepared, held_out_tokens=held_out_tokens, draws=draws)
     overall = to_plain(calibration.by_stratum)
     strata = overall.pop("groups")
-    result = arguments.run_result(args, model.describe(args.a), calibration.rows, calibration.width) | {
+    result = arguments.run_result(args, run, model.describe(args.a), calibration.rows, calibration.width) | {
         "step": calibration.step,
         "counts": "as target",
         "floor_draws": draws,
@@ -39,7 +38,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "strata": strata,
         "bins": to_plain(calibration.by_bin.groups),
     }
-    head = f"{args.a} at step {calibration.step}: {overall['positions']} held-out positions, {calibration.rows} tokens"
+    name = arguments.subject_in_words(args, run, calibration.step)
+    head = f"{name}: {overall['positions']} held-out positions, {calibration.rows} tokens"
     return result, f"{head}\n{_overall_table(overall)}\n\n{_groups('stratum', result['strata'])}\n\n" + (
         f"{_groups('log10(count + 1)', result['bins'])}\n"
         "log2 ratio: of the mean predicted probability to the share of targets; error: expected calibration error, of\n"

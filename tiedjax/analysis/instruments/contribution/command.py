@@ -8,13 +8,12 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "how much each block adds to the residual stream, and what held-out text costs without it"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
     arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are read")
 
 
@@ -28,10 +27,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     contribution = measure(model, run, prepared, held_out_tokens=held_out_tokens)
-    result = arguments.run_result(args, model.describe(args.a), contribution.rows, contribution.width)
+    result = arguments.run_result(args, run, model.describe(args.a), contribution.rows, contribution.width)
     result |= to_plain(contribution)
     blocks = result["blocks"]
-    head = f"{args.a} at step {contribution.step}: {contribution.held_out_tokens} held-out tokens"
+    name = arguments.subject_in_words(args, run, contribution.step)
+    head = f"{name}: {contribution.held_out_tokens} held-out tokens"
     return result, f"{head}, {_spread(result['loss'])} bits each\n{_table('added / read', blocks, 'added')}\n\n" + (
         f"{_table('cost of skipping', blocks, 'skip_cost')}\n"
         "added / read: norm of what is added over that of what is read, mean over positions; cost of skipping: bits a\n"

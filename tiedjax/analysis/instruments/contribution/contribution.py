@@ -70,7 +70,7 @@ class Contribution:
 class RunContribution(Contribution):
     """The blocks of a run's model at its last full checkpoint."""
 
-    step: int
+    step: int | None
     rows: int
     width: int
 
@@ -80,7 +80,7 @@ def measure(
 ) -> RunContribution:
     """The contribution of every block of a run's model, on about `held_out_tokens` that the run was not trained on."""
     rows, width = model.U_VD.shape
-    tokens_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    tokens_WS = held_out_windows(prepared, run.seq_len, held_out_tokens)
     return RunContribution(**vars(contribution(model, tokens_WS)), step=model.step, rows=rows, width=width)
 
 

@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Contexts, Cooccurrence
 
 HELP = "whether a table places tokens as the text does: by what precedes them, by what follows them"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
     arguments.add_count(parser, "--sample", 1000, "tokens whose pairs are compared")
     arguments.add_count(parser, "--least-count", 10, "occurrences of a sampled token in either role")
     arguments.add_count(parser, "--draws", 20, "permutations of the tokens for the floor")
@@ -36,14 +35,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     tables = distinct(run.tables())
     V, width = next(iter(tables.values())).shape
     report = arguments.reporter("cooccurrence")
-    seq_len = run.config.model.seq_len
-    text = contexts_of(prepared, seq_len, V, sample=sample, least_count=least, report=report)
+    text = contexts_of(prepared, run.seq_len, V, sample=sample, least_count=least, report=report)
     seen_V = seen_rows(run.token_counts)
     by_role = {role: measure(values, text, kept_V=seen_V, draws=draws) for role, values in tables.items()}
     description = arguments.described_roles(args.a, tables)
-    result = arguments.run_result(args, description, len(text.tokens), width, V - text.eligible)
+    result = arguments.run_result(args, run, description, len(text.tokens), width, V - text.eligible)
     result |= {"text": text.facts, "roles": to_plain(by_role)}
-    return result, _text(args.a, text, by_role, width)
+    return result, _text(arguments.subject_in_words(args, run), text, by_role, width)
 
 
 def _text(name: str, text: Contexts, by_role: dict[str, Cooccurrence], width: int) -> str:

@@ -8,16 +8,15 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "how varied what the model writes is, beside as much held-out text, and the entropy of its predictions"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
     arguments.add_count(parser, "--texts", 64, "texts that are written")
     arguments.add_count(
-        parser, "--tokens", None, "tokens of each text", default_in_words="64, at most the run's model.seq_len"
+        parser, "--tokens", None, "tokens of each text", default_in_words="64, at most the positions of a window"
     )
 
 
@@ -32,10 +31,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     diversity = measure(model, run, prepared, texts=texts, tokens=tokens)
-    result = arguments.run_result(args, model.describe(args.a), diversity.rows, diversity.width)
+    result = arguments.run_result(args, run, model.describe(args.a), diversity.rows, diversity.width)
     result |= to_plain(diversity)
+    name = arguments.subject_in_words(args, run, diversity.step)
     head = (
-        f"{args.a} at step {diversity.step}: {diversity.texts:,} texts of {diversity.tokens:,} tokens, written at "
+        f"{name}: {diversity.texts:,} texts of {diversity.tokens:,} tokens, written at "
         "temperature 1, beside as much held-out text"
     )
     return result, f"{head}\n{_table(result)}\n" + (

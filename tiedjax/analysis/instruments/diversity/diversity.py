@@ -59,7 +59,7 @@ class Text(Variety):
 class RunDiversity:
     """What a run's model writes at its last full checkpoint, and held-out text: `texts` of `tokens` tokens of each."""
 
-    step: int
+    step: int | None
     rows: int
     width: int
     texts: int
@@ -76,12 +76,12 @@ def measure(
     `tokens` are by default TOKENS, fewer where the model reads fewer; where the held-out split has fewer windows than
     `texts`, as many texts are written. UserError for numbers out of range and for a model that is not finite.
     """
-    seq_len = run.config.model.seq_len
+    seq_len = run.seq_len
     tokens = min(TOKENS, seq_len) if tokens is None else tokens
     if texts < 1:
         raise UserError(f"texts: must be at least 1, got {texts}")
     if not 1 <= tokens <= seq_len:
-        raise UserError(f"tokens: must be 1 to {seq_len}, the run's model.seq_len, got {tokens}")
+        raise UserError(f"tokens: must be 1 to {seq_len}, the positions of a window, got {tokens}")
     held_out_BS = held_out_windows(prepared, tokens, texts * tokens)
     start, _ = text_start(run)
     written_BS = write(model, start, len(held_out_BS), tokens)
@@ -101,7 +101,8 @@ def write(model: FrozenModel, start: int, texts: int, tokens: int) -> np.ndarray
     """`texts` texts that the model writes after the token `start`, which comes first: int32 [B, T + 1]."""
     start_B1 = np.full((texts, 1), start, np.int32)
     # A cache for as many positions as there will be tokens: one of a long window is too large for many texts at once.
-    cfg = dataclasses.replace(model.config, seq_len=tokens)
+    # Of learned positions there are as many as the model has.
+    cfg = model.config if model.config.position == "learned" else dataclasses.replace(model.config, seq_len=tokens)
     tables, key = Tables(model.E_VD, model.U_VD), jax.random.key(DRAW_SEED)
     drawn_BT = continue_tokens(cfg, tables, model.body, start_B1, tokens, bias_V=model.bias_V, key=key)
     return np.concatenate([start_B1, drawn_BT], axis=1)

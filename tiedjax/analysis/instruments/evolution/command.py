@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 HELP = "how far the tables moved from step 0 and between snapshots"
 SUBJECT = "run"
+READS = "tables saved over training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
     from tiedjax.analysis.basis.plain_json import to_plain
-    from tiedjax.analysis.basis.tables import open_run
     from tiedjax.tying import distinct
 
     draws = arguments.at_least(args, "draws")
-    run = open_run(args.a)
+    run = arguments.open_trained(args.a, "evolution", READS)
     corrected, paper = _followed(run, args, draws)
     last = run.tables(run.snapshot_steps[-1])
     roles = distinct(last)
     first = (paper if args.paper else corrected)[next(iter(roles))]
     description = arguments.described_roles(args.a, roles)
-    result = arguments.run_result(args, description, first.rows, first.width, len(last.input) - first.rows)
+    result = arguments.run_result(args, run, description, first.rows, first.width, len(last.input) - first.rows)
     published = {role: _published(evolution) for role, evolution in paper.items()}
     if args.paper:
         result["roles"] = published

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HELP = "share of the table's gradient from each role over the steps"
 SUBJECT = "run"
+READS = "the role gradients of every step"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +30,12 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import numpy as np
 
     from tiedjax.analysis.basis.plain_json import to_plain
-    from tiedjax.analysis.basis.tables import ROLES, open_run
+    from tiedjax.analysis.basis.tables import ROLES
     from tiedjax.analysis.instruments.gradients.gradients import PAPER_NEEDS, measure, output_share, smooth
     from tiedjax.tying import distinct
 
     half_life = arguments.at_least(args, "half-life")
-    run = open_run(args.a)
+    run = arguments.open_trained(args.a, "gradients", READS)
     flow = measure(run.metrics)
     if args.paper and flow.activation_norm is None:
         raise UserError(f"{args.a}: its metrics have no {PAPER_NEEDS!r}, which --paper needs; train it again to log it")
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         curves["activation_norm"] = flow.activation_norm
         shares = output_share(np.array(flow.activation_norm), np.array(flow.output_norm))
         curves["paper_output_share"] = shares.tolist()
-    result = arguments.run_result(args, arguments.described_roles(args.a, distinct(tables)), rows, width) | {
+    result = arguments.run_result(args, run, arguments.described_roles(args.a, distinct(tables)), rows, width) | {
         **to_plain(flow),
         "smoothed": {
             "half_life_steps": half_life,

@@ -8,13 +8,12 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "the held-out loss beside uniform, unigram, bigram and trigram, in nats, bits, and bits a byte"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -26,16 +25,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     hurdles = measure(model, run, prepared)
-    result = arguments.run_result(args, model.describe(args.a), hurdles.rows, hurdles.width) | to_plain(hurdles)
+    result = arguments.run_result(args, run, model.describe(args.a), hurdles.rows, hurdles.width) | to_plain(hurdles)
     size = "" if hurdles.held_out_bytes is None else f", {hurdles.held_out_bytes:,} bytes"
-    head = (
-        f"{args.a} at step {hurdles.step}: {hurdles.held_out_tokens:,} held-out tokens{size}, "
-        f"the {hurdles.held_out_windows:,} windows of the run's own evaluation"
-    )
+    name = arguments.subject_in_words(args, run, hurdles.step)
+    which = "windows that are held out" if hurdles.step is None else "windows of the run's own evaluation"
+    head = f"{name}: {hurdles.held_out_tokens:,} held-out tokens{size}, the {hurdles.held_out_windows:,} {which}"
     foot = (
         "+- half a 95 % interval over held-out windows; the others count the first "
-        f"{hurdles.training_tokens:,} training tokens\nthat the run was shown; strength of the bigram's prior "
-        f"{hurdles.beta:g}, of the trigram's {hurdles.gamma:g}"
+        f"{hurdles.training_tokens:,} training tokens\n{arguments.text_in_words(hurdles.step)}; "
+        f"strength of the bigram's prior {hurdles.beta:g}, of the trigram's {hurdles.gamma:g}"
     )
     return result, f"{head}\n{_table(result['losses'])}\n{foot}"
 

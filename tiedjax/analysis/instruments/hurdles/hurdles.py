@@ -57,7 +57,7 @@ class Hurdles:
     `training_tokens` were counted; `beta` and `gamma` are the strengths of the bigram's and the trigram's prior.
     """
 
-    step: int
+    step: int | None
     rows: int
     width: int
     held_out_windows: int
@@ -109,8 +109,11 @@ def measure(
     )
 
 
-def text_of(run: Any, prepared: Prepared, step: int, V: int) -> Text:
-    """What a run was shown up to a step, counted, and asked about its held-out windows; V rows of its table."""
+def text_of(run: Any, prepared: Prepared, step: int | None, V: int) -> Text:
+    """What a run was shown up to a step, counted, and asked about its held-out windows; V rows of its table.
+
+    None, of a model without steps, is all of its text.
+    """
     tokens_WS = evaluated_windows(run, prepared)
     ngrams = ngrams_shown(run, prepared, step, tokens_WS, V)
     rows = max(1, _BLOCK // (tokens_WS.shape[1] - 1))
@@ -120,7 +123,7 @@ def text_of(run: Any, prepared: Prepared, step: int, V: int) -> Text:
     return Text(tokens_WS, bits_W, bytes_W, ngrams.training_tokens, ngrams.beta, ngrams.gamma)
 
 
-def name_of_text(run: Any, prepared: Prepared, step: int, V: int) -> Hashable:
+def name_of_text(run: Any, prepared: Prepared, step: int | None, V: int) -> Hashable:
     """The same for runs of which `text_of` gives the same."""
     cfg = run.config
     held_out = cfg.data.batch_size, cfg.train.eval_batches

@@ -8,14 +8,13 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "what each layer already predicts: logit lens and tuned lens"
-SUBJECT = "run"
+SUBJECT = "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
-    meaning = "tokens of the run's training text that fit the translators"
+    meaning = "tokens of the training text that fit the translators"
     arguments.add_count(parser, "--training-tokens", None, meaning, default_in_words="64 D, at most 32,768")
     arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are scored")
     arguments.add_paper(parser, "translators read one state late, KL only")
@@ -35,13 +34,13 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     lens = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
     plain = to_plain(lens)
     baselines = plain.pop("baselines")
-    result = arguments.run_result(args, model.describe(args.a), lens.rows, lens.width) | {
+    result = arguments.run_result(args, run, model.describe(args.a), lens.rows, lens.width) | {
         "unit": "bits",
         **plain,
     }
+    name = arguments.subject_in_words(args, run, lens.step)
     head = (
-        f"{args.a} at step {lens.step}: {lens.held_out_tokens} held-out tokens, "
-        f"translators fitted on {lens.training_tokens} training tokens"
+        f"{name}: {lens.held_out_tokens} held-out tokens, translators fitted on {lens.training_tokens} training tokens"
     )
     if args.paper:
         for state in result["states"]:
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
     fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
-    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'])}\n{fits}"
+    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'], lens.step)}\n{fits}"
 
 
 def _paper(states: list[dict[str, Any]]) -> str:
@@ -78,14 +77,15 @@ def _states(states: list[dict[str, Any]]) -> str:
     return f"{arguments.text_table(header, lines)}\n{note}; paper's form: translators read one state late\n"
 
 
-def _baselines(baselines: dict[str, Any]) -> str:
+def _baselines(baselines: dict[str, Any], step: int | None) -> str:
     lines = [
         [name, baselines[name]["kl"]["mean"], baselines[name]["cross_entropy"]["mean"]]
         for name in ("uniform", "unigram")
     ]
     lines += [[name, None, baselines[f"{name}_cross_entropy"]["mean"]] for name in ("bigram", "trigram")]
     table = arguments.text_table(["without a model", "KL", "CE"], lines)
-    return f"{table}\ncounted over the {baselines['training_tokens']} training tokens that the run was shown\n"
+    tokens = baselines["training_tokens"]
+    return f"{table}\ncounted over the {tokens} training tokens {arguments.text_in_words(step)}\n"
 
 
 def _fits(states: list[dict[str, Any]]) -> str:

@@ -84,7 +84,7 @@ def published_translator(state: int) -> int:
 class RunLens(Lens):
     """A run's model at its last full checkpoint through every lens, beside what predicting without a model costs."""
 
-    step: int
+    step: int | None
     rows: int
     width: int
     criterion: str
@@ -106,7 +106,7 @@ def measure(
     `training_tokens`), and read on about `held_out_tokens` that it was not.
     """
     rows, width = model.U_VD.shape
-    held_out_WS = held_out_windows(prepared, run.config.model.seq_len, held_out_tokens)
+    held_out_WS = held_out_windows(prepared, run.seq_len, held_out_tokens)
     training_WS = np.concatenate(list(training_windows(run, prepared, fitted_on or training_tokens(width))))
     read_by_lenses = lens(model, training_WS, held_out_WS, report)
     ngrams = ngrams_shown(run, prepared, model.step, held_out_WS, rows)

@@ -18,6 +18,7 @@ SUBJECT = "table"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """TABLE and the options."""
     arguments.add_subject(parser, SUBJECT)
+    arguments.add_data(parser)
     arguments.add_paper(parser, "the norm alone, all rows")
     arguments.add_count(parser, "--draws", 20, "permutations of the counts for the floor of the probe")
 
@@ -41,12 +42,15 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.paper:
         result = inputs.result(args, V) | {"counts": "as target", **paper}
         head = inputs.heading(f"{table.name}, L2 norm against count as target; paper's form", result)
-        return result, f"{head}\n{_published(published)}"
+        return result, f"{head}{inputs.note}\n{_published(published)}"
     rows = slice(None) if args.all_rows else seen_rows(counts)
     norms = measure(table.values[rows], count_V[rows], draws=draws)
     result = inputs.result(args, norms.rows) | {"counts": "as target", **to_plain(norms), "paper": paper}
     head = inputs.heading(f"{table.name}, rows against their counts as target", result)
-    return result, f"{head}\n{_text(norms)}\n\npaper's form: L2 norm of all {V} rows\n{_published(published)}"
+    return (
+        result,
+        f"{head}{inputs.note}\n{_text(norms)}\n\npaper's form: L2 norm of all {V} rows\n{_published(published)}",
+    )
 
 
 def _text(norms: Norms) -> str:

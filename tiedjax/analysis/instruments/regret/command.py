@@ -8,7 +8,7 @@ from typing import Any
 from tiedjax.analysis.basis import arguments
 
 HELP = "what the tie costs each role, in nats a held-out token: tables re-fitted with the body frozen"
-SUBJECT = "run"
+SUBJECT = "model"
 SLOW = True
 
 _COUNTS = ("fitting-tokens", "held-out-tokens", "iterations")
@@ -18,7 +18,6 @@ _ROWS = {"input": "then input alone", "output": "then output alone", "both": "th
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN and the options."""
     arguments.add_subject(parser, SUBJECT)
-    arguments.add_data(parser)
     arguments.add_count(parser, "--fitting-tokens", 65_536, "tokens shown in training that tables are re-fitted on")
     arguments.add_count(parser, "--held-out-tokens", 16_384, "held-out tokens that are scored")
     arguments.add_count(parser, "--iterations", 200, "most iterations of a re-fit")
@@ -42,10 +41,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     regret = measure(model, run, prepared, **options, hold=hold, report=arguments.reporter("regret"))
-    result = arguments.run_result(args, model.describe(args.a), regret.rows, regret.width)
+    result = arguments.run_result(args, run, model.describe(args.a), regret.rows, regret.width)
     result |= to_plain(regret)
+    name = arguments.subject_in_words(args, run, regret.step)
     head = (
-        f"{args.a} at step {regret.step}: re-fitted on {regret.fitting_tokens:,} tokens, scored on "
+        f"{name}: re-fitted on {regret.fitting_tokens:,} tokens, scored on "
         f"{regret.held_out_tokens:,} held-out ones, {_spread(result['loss'])} nats each as trained"
     )
     return result, f"{head}\n{_table(result)}\n{_ending(result, regret.converged)}\n" + (

@@ -86,7 +86,7 @@ class Regret:
 class RunRegret(Regret):
     """The regret of a run's model at its last full checkpoint."""
 
-    step: int
+    step: int | None
     rows: int
     width: int
 
@@ -112,7 +112,7 @@ def measure(
     found = regret(
         model,
         np.concatenate(list(training_windows(run, prepared, fitting_tokens))),
-        held_out_windows(prepared, run.config.model.seq_len, held_out_tokens),
+        held_out_windows(prepared, run.seq_len, held_out_tokens),
         groups,
         hold=ROWS_HELD * width if hold is None else hold,
         iterations=iterations,
