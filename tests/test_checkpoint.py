@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import shutil
 import signal
@@ -411,3 +412,11 @@ def test_a_save_that_fails_says_so_when_it_fails(tmp_path: Path, monkeypatch: py
     assert error.errno == errno.ENOSPC
     with pytest.raises(OSError, match="No space left on device"):
         checkpoints.close()
+
+
+def test_a_save_that_waits_for_the_one_before_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Checkpoints(tmp_path).close()
+    log = logging.getLogger("absl")
+    log.warning("Waiting for previous save to complete took %f seconds. If this number is high, ...", 1.5)
+    log.warning("Something else")
+    assert [record.getMessage() for record in caplog.records if record.name == "absl"] == ["Something else"]

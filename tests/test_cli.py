@@ -191,7 +191,6 @@ ADDRESSES: dict[str, list[str]] = {
     "--json": ["bench", "TINY", "--json", "gs://bucket/bench.json"],
     "data.tokenizer": ["train", "TINY", "--out", "RUN", "--data.tokenizer", "s3://bucket/tokenizer.json"],
     "data.cache": ["train", "TINY", "--out", "RUN", "--data.cache", "gs://bucket/cache"],
-    "RUN": ["check", "gs://bucket/run"],
     "--tokens": ["analyze", "align", "TABLE", "TABLE", "--tokens", "gs://bucket/tokenizer.json", "TABLE"],
     "--json of an instrument": ["analyze", "align", "TABLE", "TABLE", "--json", "s3://bucket/align.json"],
 }

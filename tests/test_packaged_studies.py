@@ -44,7 +44,7 @@ def test_shapes_differ_in_the_tables_share_at_equal_compute() -> None:
         assert len(plan.study.seeds) == 5
 
 
-@pytest.mark.parametrize("name", ["shape-512", "shape-8192"])
+@pytest.mark.parametrize("name", ["shape-512", pytest.param("shape-8192", marks=pytest.mark.slow)])
 def test_a_shape_study_trains_and_reports(name: str, tmp_path: Path) -> None:
     out = few_steps(name, tmp_path, **{"model.vocab_size": "320"})
     results = json.loads((out / "results.json").read_text())
@@ -53,6 +53,7 @@ def test_a_shape_study_trains_and_reports(name: str, tmp_path: Path) -> None:
     assert (out / "report.html").exists()
 
 
+@pytest.mark.slow  # a minute, in which a whole study is trained
 def test_initialisation_starts_each_roles_table_as_long_as_its_arm_says(tmp_path: Path) -> None:
     """The drawn deviation is that of a normal cut off at two deviations, brought back to the one that was asked for."""
     out = few_steps("initialisation", tmp_path, **{"model.vocab_size": "320"})

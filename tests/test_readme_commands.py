@@ -90,7 +90,7 @@ RUN_HERE = {
 ELSEWHERE = {
     'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[tensorboard]" && .venv/bin/tiedjax study',
     'python3 -m venv --clear .venv && .venv/bin/pip install -e ".[test]" && '
-    ".venv/bin/python -m pytest -n 3 --dist worksteal",
+    ".venv/bin/python -m pytest -n 2 --dist worksteal",
     '.venv/bin/pip install -e ".[notebooks]" && .venv/bin/jupyter lab notebooks',
     "tiedjax decide [CONFIG] [--out DIR]",  # dozens of runs: tests/test_decide.py
     # SkyPilot and podman: tests/test_launchers.py, with a stand-in for the first

@@ -99,6 +99,7 @@ class Checkpoints:
         policy = None if keep is None else _Preserved(keep, self.directory)
         # Orbax's threads wait for those of other processes under names that must not be another manager's.
         named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
+        _hush_waiting()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, multiprocessing_options=named)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -229,6 +230,12 @@ def _agreed(where: Path) -> Iterator[None]:
             failed = DamagedError(f"{where}: cannot be restored by process {blind[0]}")
     if failed is not None:
         raise failed
+
+
+@functools.cache
+def _hush_waiting() -> None:
+    """From here on Orbax does not print that a save has waited for the one before: metrics say how fast a run is."""
+    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Waiting for previous save"))
 
 
 @functools.cache
