@@ -69,6 +69,7 @@ RUN_HERE = {
     "tiedjax analyze blocks RUN": "tiedjax analyze blocks study/runs/one-3",
     "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/one-3",
     "tiedjax analyze diversity RUN": "tiedjax analyze diversity study/runs/one-3",
+    "tiedjax analyze rounding RUN": "tiedjax analyze rounding study/runs/one-3",
     "tiedjax analyze regret RUN": "tiedjax analyze regret study/runs/one-3 --fitting-tokens 128 --held-out-tokens 128",
     "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/one-3",
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": (
