@@ -117,6 +117,7 @@ def main() -> None:
         "seeds": len(runs[untied]),
         **{key: about[key] for key in ("machine", "date", "versions", "config", "data")},
         "position": {role: arms[untied][f"{role} position"] for role in ("input", "output")},
+        "frequency": {role: arms[untied][f"{role} frequency R2"] for role in ("input", "output")},
         "regret": control(untied),
     }
     known = json.loads(REFERENCES.read_text(encoding="utf-8")) | {str(rows[untied]): reference}

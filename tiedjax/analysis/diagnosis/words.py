@@ -152,11 +152,16 @@ def _norms(d: Diagnosis) -> Part:
             f"Permuted counts give the {role} table’s probe {numbers.number(probe.floor)} ± "
             f"{numbers.number(probe.floor_deviation)}."
         )
+    if known := d["references"]:
+        input_, output = (numbers.spread(known["frequency"][role]) for role in ("input", "output"))
+        null.append(
+            f"The probe reads {input_} from the input tables of our own untied runs, {output} from the output tables."
+        )
     return Part(
         "norms",
         "Frequency: a direction of the table",
         "how much of a token’s frequency in this text a linear direction of the table holds",
-        "which role put it there: tables of untied models have such a direction too",
+        "which role put it there: the tables of untied models hold some of it too",
         found,
         null,
     )
