@@ -403,3 +403,18 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.startswith("usage: tiedjax diagnose MODEL [options] what tying did to one model, without a twin")
     for option in ("--text GLOB", "--seq-len T", "--no-regret", "--json FILE", "--out DIR"):
         assert option in shown
+
+
+def test_a_number_is_that_of_the_instruments_command(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    d = module.diagnose(str(pair[0]), with_regret=False)
+
+    def of(instrument: str, *options: str) -> dict[str, Any]:
+        argv = ["analyze", instrument, str(pair[0]), *options, "--json", str(tmp_path / "o.json")]
+        assert cli.main(argv) == 0
+        return dict(json.loads((tmp_path / "o.json").read_text()))
+
+    assert d["cooccurrence"]["roles"] == of("cooccurrence")["roles"]
+    assert d["rounding"]["costs"] == of("rounding")["costs"]
+    assert d["lens"] == of("lens", "--training-tokens", "64")["input"]
+    by_probe = of("norms")
+    assert {name: by_probe[name] for name in d["norms"]["roles"]["shared"]} == d["norms"]["roles"]["shared"]
