@@ -615,6 +615,37 @@ def larger() -> str:
     return " ".join(sentences) + "\n"
 
 
+def diagnosed() -> str:
+    """What `benchmarks/diagnosis.py` found of the quick study's runs."""
+    found = json.loads((RESULTS / "diagnosis.json").read_text(encoding="utf-8"))
+    heads = ["Arm", "Table", "Position", "Frequency, R²", "Lookup at 4 bits, nats a token", "Prediction at 4 bits"]
+    rows = []
+    for arm, of in found["arms"].items():
+        for role in ("shared", "input", "output"):
+            if f"{role} position" in of:
+                costs = [
+                    numbers.spread(of[f"4 bits {use}"]) if role in ("shared", use) else numbers.NONE
+                    for use in ("input", "output")
+                ]
+                cells = (f"{role} position", f"{role} frequency R2")
+                rows.append([arm, role, *(numbers.spread(of[name]) for name in cells), *costs])
+    lens = [f"{numbers.signed(of['lens less rotated, bits'])} in {arm}" for arm, of in found["arms"].items()]
+    regret = [f"{numbers.spread(of['regret both'], 4)} in {arm}" for arm, of in found["arms"].items()]
+    seeds = len(found["runs"][next(iter(found["runs"]))])
+    versions, tokens = found["versions"], found["regret"]["fitting_tokens"]
+    made = f"{found['machine']}, {found['date']}, Python {versions['python']}, jax {versions['jax']}"
+    lines = [
+        *table(heads, rows),
+        "",
+        f"Bits that looked-up vectors take through the output table less those by rotated ones: {', '.join(lens)}.",
+        f"Nats a held-out token that a table for each role saves after the tables’ own re-fit: {', '.join(regret)}.",
+        "",
+        f"± is half of a 95 % interval over {seeds} seeds; tables are re-fitted on {tokens:,} tokens instead of 65,536 "
+        f"({made}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def regrets() -> str:
     """What `tiedjax study quick --analyse-only --instruments regret` found: `regret` of its results.json, as saved."""
     found = json.loads((RESULTS / "regret_study.json").read_text(encoding="utf-8"))
@@ -730,7 +761,7 @@ def pages() -> dict[Path, str]:
             "costs": cost_rows(),
         },
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
-        ROOT / "docs" / "models.md": {"SmolLM2": smollm2()},
+        ROOT / "docs" / "models.md": {"SmolLM2": smollm2(), "diagnosis": diagnosed()},
         ROOT / "docs" / "schemes.md": {
             f"{name} study": between(name, of[name], in_parts(of[name])) for name in ("schemes", "untie")
         }

@@ -206,7 +206,15 @@ def test_all_runs_what_applies_and_says_what_could_not_be_measured(runs, capsys)
     assert [r["inputs"][0]["name"] for r in found["align"]] == ["untied-0#input", "untied-0#output"]
     alone = json.loads(Path("all.json").read_text())["instruments"]["norms"]
     assert len(alone) == 1
-    of_text = {"hurdles", "lens", "blocks", "calibration", "diversity", "cooccurrence"}  # these runs' is nowhere
+    of_text = {
+        "hurdles",
+        "lens",
+        "blocks",
+        "calibration",
+        "diversity",
+        "rounding",
+        "cooccurrence",
+    }  # these runs' is nowhere
     for name in of_text:
         assert "not_measured" in found[name][0]
     measured = set(found) - of_text

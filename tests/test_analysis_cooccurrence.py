@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -259,3 +260,30 @@ def test_analyze_refuses_what_is_no_run(tmp_path):
     with pytest.raises(UserError, match="no such file or directory"):
         analyze("cooccurrence", tmp_path / "nowhere")
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_partial_correlations_are_those_of_residuals_and_order_the_planted_tables(counts, told):
+    """By hand: rank both sides, take the other similarity out of each by least squares, correlate what is left."""
+    table = planted(counts)["output"][:V, :5] + 0.3 * np.random.default_rng(14).normal(size=(V, 5))
+    found = cooccurrence(table, told, bootstrap=50).partial
+    own = 1 - pdist(table - table.mean(0), "cosine")
+    target, context = (squareform(m, checks=False) for m in (told.as_target_NN, told.as_context_NN))
+    ranked = [stats.rankdata(x) - (len(x) + 1) / 2 for x in (own, target, context)]
+    left = lambda x, fixed: x - fixed * (x @ fixed) / (fixed @ fixed)
+    for score, other, fixed in [(found.as_target, 1, 2), (found.as_context, 2, 1)]:
+        by_hand = np.corrcoef(left(ranked[0], ranked[fixed]), left(ranked[other], ranked[fixed]))[0, 1]
+        assert score.score == pytest.approx(by_hand, abs=1e-9)
+        assert abs(score.floor) < 0.1
+        assert score.low < score.score < score.high
+    assert found.position.mean == pytest.approx(found.as_target.score - found.as_context.score)
+    tables = {role: x + 0.1 * np.random.default_rng(16).normal(size=x.shape) for role, x in planted(counts).items()}
+    positions = {role: cooccurrence(tables[role], told, bootstrap=50).partial.position for role in tables}
+    assert positions["output"].low > 0 > positions["input"].high
+
+
+def test_a_text_whose_two_sides_are_one_leaves_no_partial_correlation(told):
+    one = replace(told, as_context_NN=told.as_target_NN)
+    found = cooccurrence(np.random.default_rng(15).normal(size=(V, 4)), one, bootstrap=20)
+    assert found.partial.as_target.score is None
+    assert found.partial.position.mean is None
+    json.dumps(to_plain(found), allow_nan=False)

@@ -26,7 +26,7 @@ from tiedjax.analysis.basis.ngrams import PREDICTORS, NGrams, ngrams_shown
 from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.lens import lens as lens_module
-from tiedjax.analysis.instruments.lens import section, training
+from tiedjax.analysis.instruments.lens import rotation, section, training
 from tiedjax.analysis.instruments.lens.baselines import beside
 from tiedjax.analysis.instruments.lens.lens import early_states, lens, published_translator, read, tuned_translator
 from tiedjax.analysis.instruments.lens.training import fit, teacher
@@ -376,3 +376,50 @@ def test_runs_whose_text_is_gone_are_not_measured():
     found["headline"] = {"arm": "tied", "reference": "untied"}
     assert list(section.plots(found)) == section.sentences(found) == section.rows(found) == section.verdict(found) == []
     assert len(section.not_measured(found)) == 1
+
+
+def test_the_inputs_lens_and_its_null_are_those_of_rotated_tables_by_hand(run):
+    model = FrozenModel(run)
+    tokens_WS = held_out_windows(data_of(run), T, 400)
+    found = rotation.input_lens(model, tokens_WS, draws=3)
+    x_ND = np.asarray(model.states(tokens_WS)[0], np.float64)
+    y_ND = np.asarray(model.normed(x_ND), np.float64)
+    target_N = tokens_WS[:, 1:].ravel()
+    rng = np.random.default_rng(0)
+    turns = [np.eye(D), *(rotation.rotation(rng, D) for _ in range(3))]
+    by_hand = []
+    for turn_DD in turns:
+        log_p_NV = scipy.special.log_softmax(y_ND @ (np.asarray(model.U_VD, np.float64) @ turn_DD.T).T, axis=1)
+        by_hand.append(-log_p_NV[np.arange(len(target_N)), target_N] / np.log(2))
+    means = [bits_N.mean() for bits_N in by_hand]
+    assert found.cross_entropy.score == pytest.approx(means[0], abs=1e-4)
+    assert found.cross_entropy.floor == pytest.approx(np.mean(means[1:]), abs=1e-4)
+    assert found.cross_entropy.floor_deviation == pytest.approx(np.std(means[1:], ddof=1), abs=1e-4)
+    assert found.less_rotated.mean == pytest.approx(means[0] - np.mean(means[1:]), abs=1e-4)
+    assert found.final.mean == pytest.approx(model.bits(tokens_WS).mean())
+    logit = read(model, tokens_WS, [np.zeros((D + 1, D))] * LAYERS)[0][0]
+    assert (found.kl.score, found.kl.low, found.kl.high) == pytest.approx(
+        (logit.kl.mean, logit.kl.low, logit.kl.high), abs=1e-6
+    ), "the number of the command"
+    assert (found.held_out_tokens, found.held_out_windows) == (400, len(tokens_WS))
+
+
+def test_a_rotation_leaves_norms_and_angles(run):
+    turn_DD = rotation.rotation(np.random.default_rng(1), 7)
+    np.testing.assert_allclose(turn_DD @ turn_DD.T, np.eye(7), atol=1e-12)
+    assert abs(turn_DD - np.eye(7)).max() > 0.1
+
+
+def test_the_command_prints_the_rotated_null(run, tmp_path, capsys):
+    words = ["lens", str(run.path), "--training-tokens", "1024", "--held-out-tokens", "400"]
+    analyze(*words, "--json", str(tmp_path / "o.json"))
+    of_input = json.loads((tmp_path / "o.json").read_text())["input"]
+    shown = capsys.readouterr().out
+    kl, ce, less = of_input["kl"], of_input["cross_entropy"], of_input["less_rotated"]
+    assert re.search(rf"^as it is +{kl['score']:.4f} +{ce['score']:.4f}$", shown, flags=re.M)
+    assert re.search(rf"^rotated +{kl['floor']:.4f} +{ce['floor']:.4f}$", shown, flags=re.M)
+    half = (less["high"] - less["low"]) / 2
+    assert (
+        "5 random rotations of the table's columns; CE as it is less rotated: "
+        f"{less['mean']:.4f} +- {half:.4f}, paired by window"
+    ) in shown

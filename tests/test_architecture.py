@@ -282,6 +282,8 @@ def test_the_rooms_of_analysis_import_one_way() -> None:
             assert others <= {BESIDE.get(inner[0])}, path
         elif room == "study":
             assert {names[0] for names in reached} <= {"basis", "instruments", "study"}, path
+        elif room == "diagnosis":
+            assert {names[0] for names in reached} <= {"basis", "instruments", "study", "diagnosis"}, path
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "notebooks").glob("*.py")), ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ from runs import arguments
 from tiedjax import cli
 from tiedjax.config import RunConfig, leaf_fields
 
-COMMANDS = ("study", "train", "bench", "compile", "data", "analyze", "sample", "report")
+COMMANDS = ("study", "train", "bench", "compile", "data", "analyze", "diagnose", "sample", "report")
 HEAVY = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax", "grain", "tensorflow", "tensorflow_datasets")
 HEAVY += ("matplotlib", "jinja2", "pydantic", "ruamel", "safetensors", "tokenizers", "tensorboardX")
 
@@ -139,10 +139,10 @@ def test_refusals_in_a_process_of_their_own(text: Path, tmp_path: Path) -> None:
 
 MISUSES = {
     "": "the following arguments are required: COMMAND; usage: tiedjax COMMAND ... (see tiedjax --help)",
-    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, inspect, "
-    "import, export, check, report; got 'trian'; did you mean 'train'?",
-    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, sample, inspect, "
-    "import, export, check, report; got 'frobnicate'",
+    "trian x": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, diagnose, sample, "
+    "inspect, import, export, check, report; got 'trian'; did you mean 'train'?",
+    "frobnicate": "COMMAND: must be one of study, decide, train, bench, compile, data, analyze, diagnose, sample, "
+    "inspect, import, export, check, report; got 'frobnicate'",
     "train": "the following arguments are required: CONFIG; usage: tiedjax train CONFIG [options] "
     "(see tiedjax train --help)",
     "train a b": "unexpected argument 'b'; usage: tiedjax train CONFIG [options] (see tiedjax train --help)",

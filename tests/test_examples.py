@@ -27,6 +27,7 @@ OF_RUNS = {
     "calibration",
     "diversity",
     "regret",
+    "rounding",
 }  # they take a trained model and its text; no docstring has one
 MEASURES = [name for name, place in analysis._HOMES.items() if place.endswith(":measure") and name not in OF_RUNS]
 

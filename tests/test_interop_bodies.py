@@ -368,6 +368,29 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "[[['global', 'random'], 2]]",
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act: must be silu, got 'gelu'"),
+    "activations": (
+        "gpt2",
+        {"activation_function": ["gelu"]},
+        "activation_function: must be gelu_new or gelu_pytorch_tanh or gelu, got ['gelu']",
+    ),
+    "kinds that are no list": (
+        "qwen2",
+        {"layer_types": 5},
+        "layer_types: must be full_attention in every layer, got 5",
+    ),
+    "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1.0, got 0.5"),
+    "part of a head, below": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "rope_parameters: partial_rotary_factor: must be 1.0, got 0.5",
+    ),
+    "huge number": ("llama", {"rms_norm_eps": 10**400}, f"rms_norm_eps: must be a number above 0, got {10**400}"),
+    "infinite": ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps: must be a number above 0, got inf"),
+    "many layers": (
+        "olmo3",
+        {"num_hidden_layers": 10**12},
+        "num_hidden_layers: must be at most 10000, got 1000000000000",
+    ),
     "window": ("qwen2", {"use_sliding_window": True}, "use_sliding_window: must be False, got True"),
     "layers with windows": (
         "qwen3",
@@ -395,6 +418,19 @@ def test_what_ours_does_not_have_is_refused_by_its_key(case: str, tmp_path: Path
     with pytest.raises(UserError) as error:
         tiedjax.load_model(tmp_path)
     assert str(error.value) == f"{path}: {line}"
+
+
+def test_what_is_said_of_a_scaled_rope_comes_first(tmp_path: Path) -> None:
+    """Before what is said of any rope, as transformers reads it; of first positions the top level does."""
+    write("llama", LLAMA, tmp_path)
+    path = tmp_path / "config.json"
+    plain = {key: value for key, value in json.loads(path.read_text()).items() if key != "rope_parameters"}
+    scaled = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 5e5, "original_max_position_embeddings": 24}
+    path.write_text(json.dumps({**plain, "rope_scaling": scaled, "original_max_position_embeddings": 16}))
+    model = tiedjax.load_model(tmp_path)
+    assert (model.config.rope_theta, model.config.rope_positions) == (5e5, 16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_close(model.logits(prompts()), reference(theirs, prompts())[0])
 
 
 def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:

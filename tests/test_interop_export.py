@@ -61,6 +61,27 @@ def test_a_tied_model_untied_has_two_equal_tables(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_a_second_table_is_stored_as_the_first_and_files_of_the_tokenizer_go_along(tmp_path: Path) -> None:
+    kind, config = FAMILIES["llama, tied"]
+    write(kind, config, tmp_path / "in")
+    path = tmp_path / "in" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: x if "embed" in name else x.astype(np.float16) for name, x in tensors.items()}, path)
+    (tmp_path / "in" / "chat_template.jinja").write_text("{{ messages }}")
+    export(str(tmp_path / "in"), tmp_path / "out", untie=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["lm_head.weight"].dtype == np.float32
+    np.testing.assert_array_equal(written["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "in" / "merges.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError) as error:
+        export(str(tmp_path / "in"), tmp_path / "other")
+    there = tmp_path / "in"
+    assert str(error.value) == f"{there}/merges.txt: is a link that leads out of {there}; copy the file there"
+    assert not (tmp_path / "other").exists()
+
+
 # ---- A run out ----
 
 RUNS: dict[str, tuple[dict[str, Any], str]] = {

@@ -199,6 +199,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "llama.attention.layer_norm_rms_epsilon must be a number above 0, got 0.0",
     ),
     "scaled": ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type must be none, got 'yarn'"),
+    "scaled by a factor": (
+        {"llama.rope.scaling.factor": 4.0},
+        "llama.rope.scaling.factor must be 1.0, got 4.0",
+    ),
+    "a window": (
+        {"llama.attention.sliding_window": 16},
+        "holds llama.attention.sliding_window, which no Llama that is known has",
+    ),
+    "one part of two": ({"split.count": 2}, "is one part of 2; merge them with llama-gguf-split"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count must be 0, got 8"),
     "part of a head": (
         {"llama.rope.dimension_count": 4},

@@ -33,6 +33,7 @@ WORDS: dict[str, list[str]] = {
     "cooccurrence": ["--least-count", "2", "--sample", "50", "--draws", "3"],
     "diversity": ["--texts", "9", "--tokens", "5"],
     "hurdles": [],
+    "rounding": ["--held-out-tokens", "400", "--draws", "2"],
     "regret": ["--fitting-tokens", "1024", "--held-out-tokens", "400", "--iterations", "3"],
     "norms": ["--draws", "3"],
     "knn": ["--draws", "2"],
@@ -105,7 +106,7 @@ def test_every_instrument_that_applies_to_a_model(
     found = json.loads((tmp_path / "o.json").read_text())["instruments"]
     refused = {name for name, results in found.items() for result in results if "not_measured" in result}
     assert refused == {"gradients", "account", "evolution"}
-    for name in ("lens", "blocks", "calibration", "diversity", "hurdles", "cooccurrence", "norms"):
+    for name in ("lens", "blocks", "calibration", "diversity", "hurdles", "rounding", "cooccurrence", "norms"):
         assert {result["measured_on"]["seq_len"] for result in found[name]} == {8}, name
     assert "account: not measured: " in capsys.readouterr().out
 

@@ -191,6 +191,9 @@ def test_what_cannot_be_read_is_one_line_and_nothing_outside_is_read(tmp_path: P
         lacking,
         f"DIR/one.safetensors: lacks {OUTPUT!r}, which model.safetensors.index.json says is in it",
     )
+    more = sharded(tmp_path / "h")
+    save_file({INPUT: A, "more": A}, more / "one.safetensors")
+    refused(more, "DIR/one.safetensors: holds 'more', which model.safetensors.index.json does not name")
     (lacking / "model.safetensors.index.json").write_text("{}")
     refused(lacking, "DIR/model.safetensors.index.json: has no 'weight_map' of tensors' names to files")
     cut = write_model(tmp_path / "d", {INPUT: A, OUTPUT: B})
@@ -214,6 +217,12 @@ def test_what_cannot_be_read_is_one_line_and_nothing_outside_is_read(tmp_path: P
     refused(other, "DIR/config.json: has no 'model_type'; it must be the config of a Hugging Face model")
     uneven = write_model(tmp_path / "f", {INPUT: A, OUTPUT: B[:-1]})
     refused(uneven, f"DIR: its tables differ in shape: {INPUT} [50, 8] and {OUTPUT} [49, 8]")
+    packed = write_model(tmp_path / "i", {INPUT: A.view(np.uint32), OUTPUT: B})
+    refused(
+        packed,
+        f"DIR: {INPUT!r} is stored as U32: quantised tables are not read; save the model in float32, bfloat16, float16 "
+        "or float64",
+    )
     none = write_model(tmp_path / "g", {"model.norm.weight": A[0]})
     refused(none, f"DIR: holds no table; a llama model has {INPUT} or {OUTPUT}")
 
@@ -408,6 +417,13 @@ def test_the_verdict_names_the_tables(case: str, tmp_path: Path) -> None:
     assert found.verdict == VERDICTS[case]
     assert found.parameters == (2 if case == "false, an equal head" else 1) * V * D
     assert found.lines()[-1] == "vocabulary: 50 rows; there is no tokenizer.json to say which are tokens"
+
+
+def test_biases_are_parameters_and_old_buffers_are_not(tmp_path: Path) -> None:
+    biases = {"h.0.attn.c_attn.bias": A[0], "h.0.attn.c_proj.bias": A[0]}
+    buffers = {"h.0.attn.bias": A, "h.0.attn.masked_bias": A}
+    tensors = {"wte.weight": A, **biases, **buffers}
+    assert inspect(write_model(tmp_path / "m", tensors, model_type="gpt2")).parameters == V * D + 2 * D
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

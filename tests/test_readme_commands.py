@@ -17,6 +17,7 @@ SHORT = "--train.steps 6 --train.eval_batches 1"
 STUDY = "tiedjax study STUDY.yaml --out study"
 PAIR = "study/runs/one-3 study/runs/two-3#output"
 MADE = {
+    "tiedjax diagnose MODEL [--text GLOB] [--out DIR]": ["diagnosed/diagnosis.html", "diagnosed/figures/position.png"],
     "tiedjax study [STUDY] [--out DIR]": [
         "study/report.html",
         "study/results.json",
@@ -43,6 +44,7 @@ RUN_HERE = {
     ),
     "tiedjax analyze INSTRUMENT ...": "tiedjax analyze norms study/runs/one-3 --json norms.json",
     "tiedjax analyze all RUN [--against RUN]": "tiedjax analyze all study/runs/one-3 --against study/runs/two-3",
+    "tiedjax diagnose MODEL [--text GLOB] [--out DIR]": "tiedjax diagnose study/runs/one-3 --no-regret --out diagnosed",
     "tiedjax sample RUN [--prompt TEXT]": "tiedjax sample study/runs/one-3@8 --prompt lies --tokens 9",
     "tiedjax check RUN [--json FILE]": "tiedjax check study/runs/one-3 --json check.json",
     "tiedjax report DIR": "tiedjax report study",
@@ -69,6 +71,7 @@ RUN_HERE = {
     "tiedjax analyze blocks RUN": "tiedjax analyze blocks study/runs/one-3",
     "tiedjax analyze calibration RUN": "tiedjax analyze calibration study/runs/one-3",
     "tiedjax analyze diversity RUN": "tiedjax analyze diversity study/runs/one-3",
+    "tiedjax analyze rounding RUN": "tiedjax analyze rounding study/runs/one-3",
     "tiedjax analyze regret RUN": "tiedjax analyze regret study/runs/one-3 --fitting-tokens 128 --held-out-tokens 128",
     "tiedjax analyze cooccurrence RUN": "tiedjax analyze cooccurrence study/runs/one-3",
     "launch/local.sh 2 configs/tiny.yaml --out runs/two": (

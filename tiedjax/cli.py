@@ -139,6 +139,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     data_command.add_arguments(command("data", "prepare text for training", data_command.run))
     analyze_command.add_arguments(command("analyze", "run one instrument on tables or runs", analyze_command.run))
 
+    _add_diagnose(command("diagnose", "what tying did to one model, without a twin", _diagnose))
+
     sample = command("sample", "print what a trained model writes", _sample)
     sample.add_argument("directory", metavar="RUN", help="a run directory, or RUN@STEP for an earlier checkpoint")
     sample.add_argument(
@@ -261,6 +263,24 @@ def _add_decide(decide: argparse.ArgumentParser) -> None:
         "the time that tied takes"
     )
     _add_overrides(decide)
+
+
+def _add_diagnose(diagnose: argparse.ArgumentParser) -> None:
+    diagnose.add_argument("directory", metavar="MODEL", help="a run directory, or a Hugging Face DIR")
+    diagnose.add_argument(
+        "--text",
+        metavar="GLOB",
+        help="text files (.txt, .jsonl) that a Hugging Face DIR is measured on, or a source as data.source names one "
+        "[embedded]; of a run, where its text lies now",
+    )
+    diagnose.add_argument(
+        "--seq-len", type=int, metavar="T", help="positions of a window of the text of a DIR [all it has, at most 512]"
+    )
+    diagnose.add_argument(
+        "--no-regret", action="store_true", help="leave out what takes minutes; of a DIR without --text it is left out"
+    )
+    diagnose.add_argument("--json", metavar="FILE", help="save the numbers here")
+    diagnose.add_argument("--out", metavar="DIR", help="write the page, diagnosis.html, and its figure here")
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
@@ -431,6 +451,25 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
 def _fail(line: str, status: int) -> int:
     print(f"tiedjax: {line}", file=sys.stderr, flush=True)
     return status
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    json_file = _json_file(args)
+    out = local_path(args.out, "--out") if args.out else None
+    if out and out.exists() and not out.is_dir():
+        raise UserError(f"--out: must be a folder, or the name of a new one; {out} is a file")
+    from tiedjax.analysis.basis.arguments import reporter
+    from tiedjax.analysis.diagnosis import page, words
+    from tiedjax.analysis.diagnosis.measure import diagnose, source_of
+
+    report, source = reporter("diagnose"), source_of(args.text)
+    found = diagnose(args.directory, source, args.seq_len, with_regret=not args.no_regret, report=report)
+    print("\n".join(words.lines(found)))
+    if json_file:
+        write_atomically(json_file, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if out:
+        print(f"\n{page.write(found, out)}")
+    return Status.DONE
 
 
 def _sample(args: argparse.Namespace) -> int:

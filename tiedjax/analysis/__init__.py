@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tiedjax.analysis.instruments.norms.norms import measure as norms
     from tiedjax.analysis.instruments.picture.projection import measure as picture
     from tiedjax.analysis.instruments.regret.regret import measure as regret
+    from tiedjax.analysis.instruments.rounding.rounding import measure as rounding
     from tiedjax.analysis.instruments.shape.space_similarity import measure as similarity
     from tiedjax.analysis.instruments.shape.table_shape import measure as spectrum
     from tiedjax.analysis.study.tasks import read_results
@@ -79,6 +80,7 @@ __all__ = [
     "published",
     "read_results",
     "regret",
+    "rounding",
     "seen_rows",
     "shared",
     "similarity",
@@ -123,6 +125,7 @@ _HOMES = {
     "published": "tiedjax.analysis.basis.published",
     "read_results": "tiedjax.analysis.study.tasks:read_results",
     "regret": f"{_INSTRUMENTS}.regret.regret:measure",
+    "rounding": f"{_INSTRUMENTS}.rounding.rounding:measure",
     "seen_rows": "tiedjax.analysis.basis.tables:seen_rows",
     "shared": f"{_INSTRUMENTS}.neighbours.overlap:shared",
     "similarity": f"{_INSTRUMENTS}.shape.space_similarity:measure",

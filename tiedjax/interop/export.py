@@ -26,14 +26,18 @@ from tiedjax.interop.families import FAMILIES, Family
 from tiedjax.interop.families.common import PLAIN
 from tiedjax.interop.folder import CONFIG, TABLE_NAMES, ModelFolder, is_model_folder
 from tiedjax.interop.model import Model, flat, load_model, nested
-from tiedjax.interop.tensors import Tensor, write_safetensors
+from tiedjax.interop.tensors import Tensor, inside, write_safetensors
 from tiedjax.lm import OUTPUT_BIAS
 from tiedjax.model import init_body
 from tiedjax.run import RunTables, load_run
 from tiedjax.text import binary
 
 TOLERANCE = 1e-5  # by which logits may differ, of the largest
-KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+# Of a model directory, beside its config and tensors, where they are there.
+KEPT = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
         model, stored = load_model(path), ModelFolder(path).tensors
         if FAMILIES[model.family].besides:
             raise UserError(f"{path}: a {model.family} model is read and not written: what is of no text would be lost")
-        family, kept = model.family, {name: path / name for name in KEPT if (path / name).exists()}
+        family, kept = model.family, {name: inside(path, name) for name in KEPT if (path / name).exists()}
     else:
         model, tokenizer_path = _of_run(place, step)
         family, model = _family(model)
@@ -86,7 +90,7 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
             folder.rmdir()
         temporary.rename(folder)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, family, tied, size, difference, largest)
@@ -183,8 +187,9 @@ def _write(
         tensors[short] = values, dtypes.get(short, usual)
     names, tables = TABLE_NAMES[name], model.tables
     for tensor, table_VD in [(names.inputs[0], tables.input)] + ([] if tied else [(names.outputs[0], tables.output)]):
-        short = _as_it_was(tensor, stored, family)
-        tensors[short] = table_VD, dtypes.get(short, usual)
+        short, first = (_as_it_was(each, stored, family) for each in (tensor, names.inputs[0]))
+        values = stored[short].whole if short in stored else table_VD
+        tensors[short] = values, dtypes.get(short, dtypes.get(first, usual))
     write_safetensors(folder / "model.safetensors", tensors)
     for file, source in kept.items():
         shutil.copyfile(source, folder / file)
@@ -201,7 +206,8 @@ def _write(
     if "generation_config.json" not in kept:
         _dump(folder / "generation_config.json", ids)
     said = ModelFolder(model.path).config if stored else _said(model, family) | ids
-    about = {"architectures": [family.architecture], "model_type": name, "torch_dtype": usual}
+    about = {"architectures": [family.architecture], "model_type": name}
+    about |= {} if "dtype" in said else {"torch_dtype": usual}
     _dump(folder / CONFIG, {**about, **said, "tie_word_embeddings": tied})
 
 

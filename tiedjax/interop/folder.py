@@ -12,6 +12,7 @@ from tiedjax.files import parse_json, read_text
 from tiedjax.interop.tensors import Tensor, equal, inside, read_tensors
 
 CONFIG = "config.json"
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 OnDisk = Literal["input alone", "output alone", "both, equal", "both, different"]
 
 
@@ -152,6 +153,11 @@ class ModelFolder:
                 f"{self.path}: holds no table; a {self.family} model has {' or '.join(family.inputs + family.outputs)}"
             )
         for name in found.values():
+            if self.tensors[name].dtype not in FLOATS:
+                raise UserError(
+                    f"{self.path}: {name!r} is stored as {self.tensors[name].dtype}: quantised tables are not read; "
+                    f"save the model in {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+                )
             if len(self.tensors[name].shape) != 2:
                 raise UserError(f"{self.path}: {name!r} must be [V, D], got {list(self.tensors[name].shape)}")
         if len({self.tensors[name].shape for name in found.values()}) > 1:

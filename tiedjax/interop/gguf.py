@@ -44,6 +44,22 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Keys of the architecture: those that are read, and those that must have this value.
+_READ = {
+    f"llama.{name}"
+    for name in (
+        *("vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length"),
+        *("rope.dimension_count", "rope.freq_base", "attention.head_count", "attention.head_count_kv"),
+        *("attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length"),
+    )
+}
+_FIXED: dict[str, Any] = {
+    "llama.rope.scaling.type": "none",
+    "llama.rope.scaling.factor": 1.0,
+    "llama.rope.scale_linear": 1.0,
+    "llama.expert_count": 0,
+    "llama.attention.causal": True,
+}
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 # How text is cut before it is merged, by llama.cpp's name of it.
 _CUTS: dict[str, Any] = {
@@ -148,6 +164,10 @@ class _File:
         except (ValueError, LookupError) as error:
             raise UserError(f"{self.path}: {key} cannot be read: {one_line(error)}") from None
 
+    def keys_of(self, prefix: str) -> list[str]:
+        """The metadata's keys that begin so."""
+        return [key for key in self._fields if key.startswith(prefix)]
+
     def text(self, key: str) -> str:
         """A text. UserError where there is none."""
         value = self.get(key)
@@ -195,14 +215,21 @@ class _File:
         for name, tensor in self.tensors.items():
             if name.startswith("blk."):
                 kinds[tensor.tensor_type.name] += int(tensor.n_elements)
+        if not kinds:
+            raise UserError(f"{self.path}: holds no 'blk.0', which a llama model has")
         return f"{kinds.most_common(1)[0][0]} body, {self.tensors[TABLE].tensor_type.name} table"
 
 
 def _config(file: _File) -> dict[str, Any]:
     """config.json. UserError for a form that a Llama of ours does not have."""
-    for key, allowed in {"llama.rope.scaling.type": "none", "llama.expert_count": 0}.items():
+    for key in file.keys_of("llama."):
+        if key not in _READ and key not in _FIXED:
+            raise UserError(f"{file.path}: holds {key}, which no Llama that is known has")
+    for key, allowed in _FIXED.items():
         if file.get(key, allowed) != allowed:
             raise UserError(f"{file.path}: {key} must be {allowed}, got {file.get(key)!r}")
+    if file.get("split.count", 1) > 1:
+        raise UserError(f"{file.path}: is one part of {file.get('split.count')}; merge them with llama-gguf-split")
     width, heads = file.whole("llama.embedding_length"), file.whole("llama.attention.head_count")
     head = file.whole("llama.attention.key_length", width // heads)
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):

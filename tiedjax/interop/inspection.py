@@ -13,7 +13,7 @@ from tiedjax.config import ModelConfig
 from tiedjax.data.tokenizer import parse_tokenizer
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, read_text
-from tiedjax.interop.families.common import BUFFERS
+from tiedjax.interop.families.common import is_buffer
 from tiedjax.interop.folder import (
     CONFIG,
     ModelFolder,
@@ -116,7 +116,7 @@ def inspect(path: str | Path) -> Inspection:
         raise UserError(f"{folder}: is no Hugging Face model: it holds no {CONFIG}")
     model = ModelFolder(folder)
     tie, tables = model.tie, model.tables()
-    counted = {name: t for name, t in model.tensors.items() if not name.endswith(BUFFERS)}
+    counted = {name: t for name, t in model.tensors.items() if not is_buffer(name)}
     if tie.tied and len(model.names) == 2:
         del counted[model.names["output"]]
     by_dtype: dict[str, int] = {}

@@ -20,7 +20,7 @@ from tiedjax.config import ModelConfig
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
 from tiedjax.interop.families import FAMILIES, Family
-from tiedjax.interop.families.common import BUFFERS, Settings
+from tiedjax.interop.families.common import Settings, is_buffer
 from tiedjax.interop.folder import CONFIG, ModelFolder, is_model_folder, missing_in_words
 from tiedjax.interop.tensors import Tensor
 from tiedjax.model import Transformer, capped, init_body
@@ -151,7 +151,7 @@ def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any
     """The body's variables: every tensor used, every parameter found."""
     shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
     wanted = {name: leaf.shape for name, leaf in flat(shapes).items()}
-    left = {name for name in model.tensors if not (name.endswith(BUFFERS) or name.startswith(family.besides))}
+    left = {name for name in model.tensors if not (is_buffer(name) or name.startswith(family.besides))}
     left -= set(model.names.values())
     found: dict[str, np.ndarray] = {}
     for held in family.held(cfg):
@@ -159,6 +159,8 @@ def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any
         if name is None:
             raise UserError(f"{model.path}: lacks {held.tensor!r}, which a {model.family} model has")
         left.discard(name)
+        if not model.tensors[name].shape:
+            raise UserError(f"{model.path}: {name!r} is a single number, which does not fit its config")
         try:
             parts = held.split(_read(model.tensors[name]))
         except ValueError:

@@ -76,14 +76,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not there.endswith(".index.json"):
         return _of_file(path)
     tensors: dict[str, Tensor] = {}
+    shards: dict[str, dict[str, Tensor]] = {}
     for name, shard in _weight_map(path).items():
-        if shard not in {tensor.file.name for tensor in tensors.values()}:
+        if shard not in shards:
             file = inside(folder, shard)
             if not file.exists():
                 raise UserError(f"{path}: names {shard}, which is not there; fetch the whole model")
-            tensors |= _of_file(file)
-        if name not in tensors:
+            shards[shard] = _of_file(file)
+        if name not in shards[shard]:
             raise UserError(f"{folder / shard}: lacks {name!r}, which {there} says is in it")
+        tensors[name] = shards[shard][name]
+    for shard, held in shards.items():
+        if more := sorted(held.keys() - tensors.keys()):
+            raise UserError(f"{folder / shard}: holds {more[0]!r}, which {there} does not name")
     return tensors
 
 
@@ -148,19 +153,22 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # what unpickling raises has many kinds
         raise UserError(f"{path}: not weights that can be read safely: {one_line(error)}") from None
 
-    def reader(value: Any) -> Callable[[int, int], np.ndarray]:
+    def reader(name: str, value: Any) -> Callable[[int, int], np.ndarray]:
         import ml_dtypes
 
         def rows(a: int, b: int) -> np.ndarray:
             part = value[a:b] if value.ndim else value
-            if part.dtype == torch.bfloat16:
-                return np.asarray(part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
-            return np.asarray(part.numpy())
+            try:
+                if part.dtype == torch.bfloat16:
+                    return np.asarray(part.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+                return np.asarray(part.numpy())
+            except (TypeError, RuntimeError) as error:  # of a dtype that NumPy does not know
+                raise UserError(f"{path}: {name!r} cannot be read: {one_line(error)}") from None
 
         return rows
 
     return {
-        name: Tensor(path, tuple(value.shape), str(value.dtype).removeprefix("torch."), reader(value))
+        name: Tensor(path, tuple(value.shape), str(value.dtype).removeprefix("torch."), reader(name, value))
         for name, value in found.items()
     }
 
@@ -171,7 +179,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[np.ndarray, str]])
     from safetensors.numpy import save_file
 
     # What is not contiguous it would write wrong, without a word.
-    whole = {name: np.ascontiguousarray(values.astype(np.dtype(dtype))) for name, (values, dtype) in tensors.items()}
+    whole = {
+        name: np.ascontiguousarray(values.astype(np.dtype(dtype), copy=False))
+        for name, (values, dtype) in tensors.items()
+    }
     save_file(whole, path, metadata={"format": "pt"})
 
 

@@ -201,14 +201,24 @@ def readings(
 
     A predictor gives log-probabilities in nats, [C, V] or [1, V], of a slice of the N = W T positions.
     """
+    bits = bits_by_predictor(model, last_ND, tokens_WS, predictors)
+    return {key: Reading(*(over_windows(b_N, len(tokens_WS)) for b_N in both)) for key, both in bits.items()}
+
+
+def bits_by_predictor(
+    model: FrozenModel,
+    last_ND: np.ndarray,
+    tokens_WS: np.ndarray,
+    predictors: Mapping[Key, Callable[[slice], jax.Array]],
+) -> dict[Key, np.ndarray]:
+    """As `readings`, position by position: KL and cross-entropy, float64 [2, N]."""
     target_N = np.asarray(tokens_WS)[:, 1:].reshape(-1)
     parts: dict[Key, list[Any]] = {key: [] for key in predictors}
     for chunk in chunks(len(target_N)):
         final_CV = model.log_probabilities(model.normed(last_ND[chunk]))
         for key, predictor in predictors.items():
             parts[key].append(jnp.stack(compare(final_CV, predictor(chunk), target_N[chunk])))
-    bits = {key: np.concatenate([np.asarray(b, np.float64) for b in part], axis=1) for key, part in parts.items()}
-    return {key: Reading(*(over_windows(b_N, len(tokens_WS)) for b_N in both)) for key, both in bits.items()}
+    return {key: np.concatenate([np.asarray(b, np.float64) for b in part], axis=1) for key, part in parts.items()}
 
 
 def over_windows(bits_N: np.ndarray, windows: int) -> Interval:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,29 +65,83 @@ def agreements(
     intervals (0: none), the same samples for all; both come from `numpy.random.default_rng(0)`.
     """
     n = len(similarity_NN)
-    ranking = Ranking(similarity_NN)
+    found = _correlations(Ranking(similarity_NN), rankings, draws, bootstrap)
+    return _beside_chance(found, n, rows_left_out)
+
+
+def partial_agreements(
+    similarity_NN: np.ndarray,
+    rankings: tuple[Ranking, Ranking],
+    *,
+    draws: int = DRAWS,
+    bootstrap: int = BOOTSTRAP_DRAWS,
+    rows_left_out: int = 0,
+) -> tuple[list[Score], Interval]:
+    """As `agreements` with two others, each correlation with the other of them held fixed.
+
+    (r_a - r_b r_ab) / sqrt((1 - r_b^2) (1 - r_ab^2)) (Smouse, Long and Sokal 1986, Systematic Zoology 35).
+    """
+    found = _correlations(Ranking(similarity_NN), rankings, draws, bootstrap)
+    if not np.isnan(found.value_M).any():
+        first, second = rankings
+        scale = math.sqrt(first.square_sum * second.square_sum)
+        between = float(np.vdot(first.ranks_NN, second.ranks_NN)) / scale
+        found = _Correlations(
+            _partial(found.value_M, between),
+            _partial(found.chance_MB, between),  # the table's tokens are permuted, those of the others are not
+            _partial(found.resampled_MB, _resampled(first, second, draws, bootstrap)),
+        )
+    return _beside_chance(found, len(similarity_NN), rows_left_out)
+
+
+class _Correlations(NamedTuple):
+    """Of one similarity with M others: their values [M], by chance and over samples [M, B]; NaN where there is none."""
+
+    value_M: np.ndarray
+    chance_MB: np.ndarray
+    resampled_MB: np.ndarray
+
+
+def _correlations(ranking: Ranking, rankings: Sequence[Ranking], draws: int, bootstrap: int) -> _Correlations:
+    n, M = len(ranking.ranks_NN), len(rankings)
     scales = [math.sqrt(ranking.square_sum * other.square_sum) for other in rankings]
-    comparable = n >= LEAST and all(scale > 0 for scale in scales)
-    chance_MB = resampled_MB = np.zeros((len(rankings), 0))
-    if comparable:
-        # take, not brackets: those give a transposed array, which every product would copy
-        permuted_ranks = (ranking.ranks_NN.take(order, 0).take(order, 1) for order in _drawn(n, draws, bootstrap)[0])
-        pairs = list(zip(rankings, scales, strict=True))
-        chance_MB = np.array([[np.vdot(p_NN, o.ranks_NN) / s for o, s in pairs] for p_NN in permuted_ranks]).T
-        resampled_MB = np.stack([_resampled(ranking, other, draws, bootstrap) for other in rankings])
+    if n < LEAST or not all(scale > 0 for scale in scales):
+        return _Correlations(np.full(M, np.nan), np.zeros((M, 0)), np.zeros((M, 0)))
+    # take, not brackets: those give a transposed array, which every product would copy
+    permuted_ranks = (ranking.ranks_NN.take(order, 0).take(order, 1) for order in _drawn(n, draws, bootstrap)[0])
+    pairs = list(zip(rankings, scales, strict=True))
+    chance_BM = [[np.vdot(p_NN, o.ranks_NN) / s for o, s in pairs] for p_NN in permuted_ranks]
+    return _Correlations(
+        np.array([np.vdot(ranking.ranks_NN, other.ranks_NN) / scale for other, scale in pairs]),
+        np.array(chance_BM).reshape(-1, M).T,
+        np.stack([_resampled(ranking, other, draws, bootstrap) for other in rankings]),
+    )
+
+
+def _partial(r_M: np.ndarray, between: np.ndarray | float) -> np.ndarray:
+    """Each of two correlations, along the first axis, with the other held fixed; NaN where that leaves nothing."""
+    other_M = r_M[::-1]
+    left_M = (1 - other_M**2) * (1 - between**2)
+    partial_M = np.full(r_M.shape, np.nan)
+    np.divide(r_M - other_M * between, np.sqrt(np.maximum(left_M, 0)), out=partial_M, where=left_M > 1e-12)
+    return partial_M
+
+
+def _beside_chance(found: _Correlations, n: int, rows_left_out: int) -> tuple[list[Score], Interval]:
+    values = [None if math.isnan(value) else float(value) for value in found.value_M]
     scores = [
         beside(
-            float(np.vdot(ranking.ranks_NN, rankings[i].ranks_NN)) / scale if comparable else None,
-            drawn_floor(chance_MB[i]),
+            value,
+            drawn_floor(found.chance_MB[i]),
             rows=n,
             rows_left_out=rows_left_out,
-            interval=_interval(resampled_MB[i]),
+            interval=_interval(found.resampled_MB[i]),
         )
-        for i, scale in enumerate(scales)
+        for i, value in enumerate(values)
     ]
-    first, last = scores[0].score, scores[-1].score
-    difference = None if first is None or last is None else first - last
-    return scores, Interval(difference, *_interval(resampled_MB[0] - resampled_MB[-1]), n, CONFIDENCE)
+    difference = None if values[0] is None or values[-1] is None else values[0] - values[-1]
+    gap_B = found.resampled_MB[0] - found.resampled_MB[-1]
+    return scores, Interval(difference, *_interval(gap_B), n, CONFIDENCE)
 
 
 @functools.lru_cache(maxsize=4)  # all tokens, and those of each stratum

@@ -47,6 +47,7 @@ _FOLDERS = {
     "blocks": "contribution",
     "calibration": "calibration",
     "diversity": "diversity",
+    "rounding": "rounding",
     "regret": "regret",
     "cooccurrence": "cooccurrence",
     "map": "picture",

@@ -6,6 +6,7 @@ Axes: D width, F a matrix's outputs, N heads laid flat.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -86,8 +87,13 @@ LIKE_LLAMA: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Ends of names of tensors that old models hold and nobody needs.
-BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+MOST_LAYERS = 10_000
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of this name is one that old models hold and nobody needs."""
+    return any(name == buffer or name.endswith(f".{buffer}") for buffer in _BUFFERS)
 
 
 class Settings:
@@ -108,17 +114,23 @@ class Settings:
         value = self._config.get(key)
         return default if value is None else value
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+    def whole(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """A whole number above 0, up to `most`."""
         value = self.get(key, default)
         if type(value) is not int or value < 1:
             self.refuse(key, "a whole number above 0")
+        if value > most:
+            self.refuse(key, f"at most {most}")
         return int(value)
+
+    def layers(self, key: str) -> int:
+        """How many layers there are."""
+        return self.whole(key, most=MOST_LAYERS)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self.get(key, default)
-        if type(value) not in (int, float) or not value > 0:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             self.refuse(key, "a number above 0")
         return float(value)
 
@@ -138,9 +150,9 @@ class Settings:
     def one_of(self, key: str, allowed: Mapping[str, str], default: str | None = None) -> str:
         """What one of these names means to us."""
         value = self.get(key, default)
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             self.refuse(key, " or ".join(allowed))
-        return allowed[value]
+        return allowed[str(value)]
 
     def must(self, key: str, *values: Any) -> None:
         """Refuses any other value than these, of which the first is what a missing key means."""
@@ -156,19 +168,32 @@ class Settings:
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 _FULL, _WINDOW = "full_attention", "sliding_attention"
+_FRACTION = "partial_rotary_factor"
 
 
-def rope(
-    settings: Settings, fraction_key: str = "partial_rotary_factor", theta_key: str = "rope_theta"
-) -> dict[str, Any]:
-    """Our options for rotary positions, of all layers alike, from the keys of transformers 4 or 5."""
+def rope(settings: Settings, theta_key: str = "rope_theta") -> dict[str, Any]:
+    """Our options for rotary positions of whole heads, of all layers alike, from the keys of transformers 4 or 5."""
+    told = _told(settings)
+    for part in (told, settings):
+        part.must(_FRACTION, 1.0)
+    theta = told.number("rope_theta", settings.number(theta_key, 10_000.0))
+    return {"position": "rope", "rope_theta": theta, **_scaled(told, settings)}
+
+
+def rope_of_part(settings: Settings, theta_key: str, fraction_key: str, fraction: float) -> dict[str, Any]:
+    """The same of a family that rotates a part of each head: `fraction` without the key."""
+    told = _told(settings)
+    share = told.number(_FRACTION, settings.number(fraction_key, fraction))
+    theta = told.number("rope_theta", settings.number(theta_key, 10_000.0))
+    return {"position": "rope", "rope_theta": theta, "rotary_fraction": share, **_scaled(told, settings)}
+
+
+def _told(settings: Settings) -> Settings:
+    """What is said of all layers' positions: by transformers 4 if they are scaled, or by 5."""
     new = settings.part("rope_parameters")
     if new.get(_FULL) or new.get(_WINDOW):
         settings.refuse("rope_parameters", "those of all layers alike")
-    theta = new.number("rope_theta", settings.number(theta_key, 10_000.0))
-    fraction = new.number("partial_rotary_factor", settings.number(fraction_key, 1.0))
-    scaling = settings.part("rope_scaling") if settings.get("rope_scaling") else new
-    return {"position": "rope", "rope_theta": theta, "rotary_fraction": fraction, **_scaled(scaling, settings)}
+    return settings.part("rope_scaling") if settings.get("rope_scaling") else new
 
 
 def rope_by_layer(
@@ -184,6 +209,8 @@ def rope_by_layer(
         settings.refuse("rope_parameters", f"those of {_FULL} and {_WINDOW}")
     full, windowed = new.part(_FULL), new.part(_WINDOW)
     windowed.must("rope_type", "default")
+    for part in (full, windowed, settings):
+        part.must(_FRACTION, 1.0)
     of_full = full.number("rope_theta", settings.number("rope_theta", theta))
     of_windowed = windowed.number("rope_theta", settings.number(theta_key, window_theta))
     scaling = settings.part("rope_scaling") if settings.get("rope_scaling") else full
@@ -206,8 +233,8 @@ def _scaled(told: Settings, settings: Settings) -> dict[str, Any]:
     found = {"rope_scaling": kind, "rope_factor": told.number("factor")}
     if kind == "linear":
         return found
-    positions = settings.whole("max_position_embeddings", 2048)
-    found["rope_positions"] = told.whole("original_max_position_embeddings", positions)
+    positions, key = settings.whole("max_position_embeddings", 2048), "original_max_position_embeddings"
+    found["rope_positions"] = settings.whole(key, told.whole(key, positions))
     if kind == "llama3":
         return found | {"rope_turns": (told.number("low_freq_factor"), told.number("high_freq_factor"))}
     told.must("truncate", True)
@@ -256,7 +283,7 @@ def written_rope_by_layer(cfg: ModelConfig) -> dict[str, Any]:
 
 def windows(settings: Settings, usual: tuple[str, ...]) -> dict[str, Any]:
     """Our options for layers with a window; `usual` are the layers' kinds, over and over, without a key for them."""
-    layers, key = settings.whole("num_hidden_layers"), "layer_types"
+    layers, key = settings.layers("num_hidden_layers"), "layer_types"
     kinds = settings.get(key) or [usual[i % len(usual)] for i in range(layers)]
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (_FULL, _WINDOW) for kind in kinds):
         settings.refuse(key, f"{_FULL} or {_WINDOW} for each layer")
@@ -281,7 +308,8 @@ def written_windows(cfg: ModelConfig) -> dict[str, Any]:
 
 def no_windows(settings: Settings) -> None:
     """UserError where some layers see the last positions alone."""
-    if any(kind != "full_attention" for kind in settings.get("layer_types", [])):
+    kinds = settings.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != _FULL for kind in kinds):
         settings.refuse("layer_types", "full_attention in every layer")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Family, Settings, rope_by_layer, without, written_rope_by_layer
+from tiedjax.interop.families.common import MOST_LAYERS, Family, Settings, rope_by_layer, without, written_rope_by_layer
 from tiedjax.interop.families.gemma import body_of_gemma
 from tiedjax.interop.families.gemma2 import FITS_2, like_gemma_2, written_gemma
 
 
 def _config(settings: Settings) -> dict[str, Any]:
     settings.must("attn_logit_softcapping", None)
-    usual = (*["sliding_attention"] * (settings.whole("sliding_window_pattern", 6) - 1), "full_attention")
+    usual = (
+        *["sliding_attention"] * (settings.whole("sliding_window_pattern", 6, most=MOST_LAYERS) - 1),
+        "full_attention",
+    )
     own = like_gemma_2(settings, usual, None)
     of_windows = {key: value for key, value in own.items() if key in ("window", "window_layers")}
     positions = rope_by_layer(settings, of_windows, 1_000_000.0, 10_000.0, "rope_local_base_freq")

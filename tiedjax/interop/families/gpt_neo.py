@@ -33,11 +33,11 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 def _kinds(settings: Settings) -> list[str]:
     """Each layer's kind in our words, from [[["global", "local"], 6]]: kinds, and how often they come."""
-    layers, key = settings.whole("num_layers"), "attention_types"
+    layers, key = settings.layers("num_layers"), "attention_types"
     kinds: list[str] = []
     try:
         for names, times in settings.get(key, [[["global", "local"], layers // 2]]):
-            kinds += [_KINDS[name] for name in names] * times
+            kinds += [_KINDS[name] for name in names] * min(times, layers + 1)
     except (KeyError, TypeError, ValueError):
         kinds = []
     if len(kinds) != layers:

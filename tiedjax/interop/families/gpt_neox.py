@@ -15,7 +15,7 @@ from tiedjax.interop.families.common import (
     Settings,
     biases,
     linear,
-    rope,
+    rope_of_part,
     sizes,
     vector,
     without,
@@ -31,7 +31,7 @@ def _config(settings: Settings) -> dict[str, Any]:
     attention = settings.flag("attention_bias", True)
     return {
         **sizes(settings),
-        **rope(settings, "rotary_pct", "rotary_emb_base"),
+        **rope_of_part(settings, "rotary_emb_base", "rotary_pct", 0.25),
         "norm": "layernorm",
         "norm_bias": True,
         "norm_eps": settings.number("layer_norm_eps", 1e-5),

@@ -58,6 +58,16 @@ def _text(name: str, text: Contexts, by_role: dict[str, Cooccurrence], width: in
         lines.append(
             [role, "all", "difference", *(getattr(agreement.difference, f) for f in ("mean", "low", "high")), 0, 0]
         )
+        assert agreement.partial
+        for kind, score in [
+            ("precedes, follows fixed", agreement.partial.as_target),
+            ("follows, precedes fixed", agreement.partial.as_context),
+        ]:
+            lines.append(
+                [role, "all", kind, score.score, score.low, score.high, score.floor, score.floor_standard_error]
+            )
+        position = agreement.partial.position
+        lines.append([role, "all", "position", position.mean, position.low, position.high, 0, 0])
         for stratum, part in agreement.strata.items():
             for kind, score in [("what precedes", part.as_target), ("what follows", part.as_context)]:
                 lines.append(
@@ -67,5 +77,6 @@ def _text(name: str, text: Contexts, by_role: dict[str, Cooccurrence], width: in
     return (
         f"{head}\n{table}\n"
         "score: Spearman over pairs of tokens, cosine in the centred table against cosine of PPMI contexts; "
-        "low, high: 95 % bootstrap over tokens; floor: tokens permuted, +- standard error"
+        "low, high: 95 % bootstrap over tokens; floor: tokens permuted, +- standard error; fixed: partial "
+        "correlations;\nposition: the first of these minus the second"
     )

@@ -24,7 +24,13 @@ from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.statistics import Interval
 from tiedjax.analysis.basis.strata import strata
-from tiedjax.analysis.basis.token_pairs import BOOTSTRAP_DRAWS, DRAWS, Ranking, agreements
+from tiedjax.analysis.basis.token_pairs import (
+    BOOTSTRAP_DRAWS,
+    DRAWS,
+    Ranking,
+    agreements,
+    partial_agreements,
+)
 from tiedjax.data.prepared import Prepared, Windows
 from tiedjax.errors import UserError
 
@@ -52,9 +58,9 @@ class Contexts:
     available: int
 
     @cached_property
-    def rankings(self) -> list[Ranking]:
+    def rankings(self) -> tuple[Ranking, Ranking]:
         """Both similarities as ranks."""
-        return [Ranking(self.as_target_NN), Ranking(self.as_context_NN)]
+        return Ranking(self.as_target_NN), Ranking(self.as_context_NN)
 
     @cached_property
     def parts(self) -> dict[str, Contexts]:
@@ -89,9 +95,22 @@ class Stratum:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """Both agreements, each with the other side of the contexts held fixed, and the first minus the second.
+
+    That difference is the table's position: above 0 where it follows what precedes a token.
+    """
+
+    as_target: Score
+    as_context: Score
+    position: Interval
+
+
+@dataclass(frozen=True)
 class Cooccurrence:
     """A table's agreement with the contexts as target (what precedes) and as context (what follows), and the first
-    minus the second. `rows_left_out`: sampled tokens whose centred row in the table is zero."""
+    minus the second. `rows_left_out`: sampled tokens whose centred row in the table is zero. `partial` is None in what
+    was saved before it was measured."""
 
     rows: int
     rows_left_out: int
@@ -100,6 +119,7 @@ class Cooccurrence:
     as_context: Score
     difference: Interval
     strata: dict[str, Stratum]
+    partial: Partial | None = None
 
 
 def bigram_counts(
@@ -226,6 +246,9 @@ def measure(
     (as_target, as_context), difference = agreements(
         cosine_NN, text.rankings, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(index_N)
     )
+    (target_alone, context_alone), position = partial_agreements(
+        cosine_NN, text.rankings, draws=draws, bootstrap=bootstrap, rows_left_out=len(norm_N) - len(index_N)
+    )
     parts = {}
     for name, part in text.parts.items():
         index_M = np.flatnonzero(text.strata[name])
@@ -239,6 +262,7 @@ def measure(
         as_context=as_context,
         difference=difference,
         strata=parts,
+        partial=Partial(target_alone, context_alone, position),
     )
 
 

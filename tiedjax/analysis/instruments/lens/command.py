@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     fitted_on = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
     from tiedjax.analysis.basis.held_out import FrozenModel
     from tiedjax.analysis.basis.plain_json import to_plain
+    from tiedjax.analysis.instruments.lens import rotation
     from tiedjax.analysis.instruments.lens.lens import measure
 
     run, prepared = arguments.read_text(args)
@@ -48,8 +49,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             del state["logit"], state["tuned"]
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
+    result["input"] = to_plain(rotation.measure(model, run, prepared, held_out_tokens=held_out_tokens))
     fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
-    return result, f"{head}\n{_states(result['states'])}\n{_baselines(result['baselines'], lens.step)}\n{fits}"
+    without = _baselines(result["baselines"], lens.step)
+    return result, f"{head}\n{_states(result['states'])}\n{_rotated(result['input'])}\n{without}\n{fits}"
 
 
 def _paper(states: list[dict[str, Any]]) -> str:
@@ -75,6 +78,21 @@ def _states(states: list[dict[str, Any]]) -> str:
     ]
     note = "bits; KL(final || lens), CE with the next token; +- half a 95 % interval over held-out windows"
     return f"{arguments.text_table(header, lines)}\n{note}; paper's form: translators read one state late\n"
+
+
+def _rotated(of_input: dict[str, Any]) -> str:
+    kl, ce, less = of_input["kl"], of_input["cross_entropy"], of_input["less_rotated"]
+    lines = [
+        ["as it is", kl["score"], ce["score"]],
+        ["rotated", kl["floor"], ce["floor"]],
+        ["+-, single rotations", kl["floor_deviation"], ce["floor_deviation"]],
+    ]
+    table = arguments.text_table(["input read by the output table", "KL", "CE"], lines)
+    size, half = arguments.cell(less["mean"]), arguments.cell(arguments.half_width(less))
+    return (
+        f"{table}\n{ce['floor_draws']} random rotations of the table's columns; CE as it is less rotated: {size} +- "
+        f"{half}, paired by window\n"
+    )
 
 
 def _baselines(baselines: dict[str, Any], step: int | None) -> str:

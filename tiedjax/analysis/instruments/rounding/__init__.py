@@ -1,0 +1,1 @@
+"""What rounding the rows of a table costs each of its uses."""
