@@ -15,7 +15,7 @@ from test_study_results import fake_study
 
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.plain_json import write_json
-from tiedjax.analysis.instruments import INSTRUMENTS, SLOW
+from tiedjax.analysis.instruments import SLOW, sections
 from tiedjax.analysis.study import beside_paper, sentences
 from tiedjax.analysis.study.page import CORE, draw, write_report
 from tiedjax.analysis.study.results import summarize
@@ -156,7 +156,7 @@ def test_the_first_screen_is_verdict_table_picture_and_contents(results, page):
     headings = re.findall(r'<h2 id="([^"]+)">(.*?)(?: <code>[^<]*</code>)?</h2>', page)
     assert linked == headings
     assert len(linked) == len(re.findall("<h2", page)) > 12
-    assert {name for name, _ in linked} >= set(INSTRUMENTS)
+    assert {name for name, _ in linked} >= set(sections())
 
 
 def test_every_sentence_of_the_answer_has_at_most_three_numbers(results):
