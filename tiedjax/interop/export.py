@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tiedjax.errors import TrainingError, UserError
 from tiedjax.files import local_path, place_and_step, read_text
 from tiedjax.interop.families import FAMILIES, Family
 from tiedjax.interop.families.common import PLAIN
-from tiedjax.interop.folder import CONFIG, TABLE_NAMES, ModelFolder, is_model_folder
+from tiedjax.interop.folder import CONFIG, TABLE_NAMES, ModelFolder, is_model_folder, refuse_filled, written_whole
 from tiedjax.interop.model import Model, flat, load_model, nested
 from tiedjax.interop.tensors import Tensor, inside, write_safetensors
 from tiedjax.lm import OUTPUT_BIAS
@@ -65,8 +64,7 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
     """
     place, step = place_and_step(source)
     folder = local_path(out, "--out")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; choose another --out")
+    refuse_filled(folder)
     path = local_path(place, "source")
     if is_model_folder(path):
         if step is not None:
@@ -80,19 +78,10 @@ def export(source: str, out: str | Path, *, untie: bool = False) -> Exported:
         family, model = _family(model)
         stored, kept = {}, {} if tokenizer_path is None else {"tokenizer.json": tokenizer_path}
     tied = model.tables.tied and not untie
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True)
+    with written_whole(folder) as temporary:
         _write(temporary, model, family, tied, stored, kept)
         difference, largest = _compared(model, load_model(temporary))
         size = sum(each.stat().st_size for each in temporary.iterdir())
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Exported(folder, family, tied, size, difference, largest)
 
 

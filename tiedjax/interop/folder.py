@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +96,28 @@ def missing_in_words(model: ModelFolder) -> str:
     missing = "output" if there == "input" else "input"
     says = config_in_words(model.tie, model.family)
     return f"it has no {missing} table, though its config says that it has two ({says}); only #{there} can be read"
+
+
+def refuse_filled(folder: Path) -> None:
+    """UserError where something is in the place of a directory that is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; choose another --out")
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A new directory beside `folder`, which gets its name when the block ends without an error, and goes otherwise."""
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_model_folder(path: Path) -> bool:

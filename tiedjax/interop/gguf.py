@@ -7,9 +7,7 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md. Axes: H heads, K head width, 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import numpy as np
 from tiedjax.data.tokenizer import parse_tokenizer
 from tiedjax.errors import UserError
 from tiedjax.files import local_path, refuse_irregular
-from tiedjax.interop.folder import CONFIG
+from tiedjax.interop.folder import CONFIG, refuse_filled, written_whole
 from tiedjax.interop.model import load_model
 from tiedjax.interop.tensors import write_safetensors
 from tiedjax.npy import one_line
@@ -94,14 +92,11 @@ def import_gguf(source: str | Path, out: str | Path) -> Imported:
     known, and where `out` is there already.
     """
     path, folder = local_path(source, "FILE"), local_path(out, "--out")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; choose another --out")
+    refuse_filled(folder)
     file = _File(path)
     config, tokenizer, about = _config(file), _tokenizer(file), _about_tokenizer(file)
     tensors = dict(_tensors(file, config))
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-    try:
-        temporary.mkdir(parents=True)
+    with written_whole(folder) as temporary:
         write_safetensors(temporary / "model.safetensors", {name: (x, "float32") for name, x in tensors.items()})
         trees = {CONFIG: config, "tokenizer.json": tokenizer, "tokenizer_config.json": about}
         for name, tree in trees.items():
@@ -111,13 +106,6 @@ def import_gguf(source: str | Path, out: str | Path) -> Imported:
         except UserError as error:
             raise UserError(f"{path}: {str(error).removeprefix(f'{temporary}: ')}") from None
         size = sum(each.stat().st_size for each in temporary.iterdir())
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     parameters = sum(values.size for values in tensors.values())
     return Imported(folder, config["tie_word_embeddings"], parameters, size, file.stored)
 
