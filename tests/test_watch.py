@@ -94,6 +94,16 @@ def test_the_first_failure_is_the_cause_and_later_ones_are_silent() -> None:
         assert line.count("\n") == 1
 
 
+def test_the_cause_is_the_last_line_whatever_other_threads_say() -> None:
+    """They fail of the same cause a moment later, each with a traceback of its own."""
+    chatter = (
+        "for _ in range(4): threading.Thread(target=lambda: [os.write(2, b'and so\\n') for _ in iter(int, 1)]).start()"
+    )
+    for status, error in ended(wire(f"{WAIT}", f"exec({chatter!r}); end.fail('no luck', 2)")):
+        assert status == 2
+        assert error.splitlines()[-1].endswith("no luck")
+
+
 def test_a_death_is_the_cause_of_what_was_reported_just_before() -> None:
     """The others' collectives fail when a process dies, and may say so before its end is seen."""
     says = f"{PATIENT}; end.fail('the collective failed', 1)"

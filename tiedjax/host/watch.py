@@ -327,9 +327,19 @@ def end(line: str, status: int) -> NoReturn:
         flush.join(1)  # whoever holds the stream may be what hangs
         if status == Status.STALLED:
             faulthandler.dump_traceback(file=2)
-        os.write(2, f"tiedjax: {line}\n".encode())
+        os.write(_the_last_word(), f"tiedjax: {line}\n".encode())
     finally:  # whatever has become of the terminal
         os._exit(status)
+
+
+def _the_last_word() -> int:
+    """A descriptor of standard error that is this thread's alone: what other threads still say is lost."""
+    try:
+        alone = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    except OSError:
+        return 2
+    return alone
 
 
 def _flush() -> None:
