@@ -87,6 +87,14 @@ LIKE_LLAMA: dict[str, tuple[Any, ...]] = {
 }
 
 
+LIKE_GPT: dict[str, tuple[Any, ...]] = {
+    "norm": ("layernorm",),
+    "norm_bias": (True,),
+    "mlp": ("gelu", "gelu_exact"),
+    "position": ("learned",),
+    "kv_heads": (None,),
+    "head_width": (None,),
+}
 _BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 MOST_LAYERS = 10_000
 
@@ -335,6 +343,24 @@ def like_llama(
     }
 
 
+def like_gpt(settings: Settings) -> dict[str, Any]:
+    """The options of a model of GPT-2's kind, but for its sizes and biases."""
+    activations = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
+    return {
+        "position": "learned",
+        "norm": "layernorm",
+        "norm_bias": True,
+        "norm_eps": settings.number("layer_norm_epsilon", 1e-5),
+        "mlp": settings.one_of("activation_function", activations, "gelu_new"),
+    }
+
+
+def written_like_gpt(cfg: ModelConfig) -> dict[str, Any]:
+    """What `like_gpt` reads."""
+    activation = {"gelu": "gelu_new", "gelu_exact": "gelu"}[cfg.mlp]
+    return {"vocab_size": cfg.vocab_size, "activation_function": activation, "layer_norm_epsilon": cfg.norm_eps}
+
+
 def sizes(settings: Settings, head: int | None = None) -> dict[str, Any]:
     """The sizes that most families call alike; a head without a width of its own has `head`, or D / H."""
     heads = settings.whole("num_attention_heads")
@@ -392,6 +418,20 @@ def linear(tensor: str, parameter: str) -> Held:
 def raised(tensor: str, parameter: str) -> Held:
     """A norm's scale, of which the tensor lacks 1."""
     return Held(tensor, (parameter,), lambda x: (x + 1,), lambda parts: parts[0] - 1)
+
+
+def entry_and_norms_of_gpt(cfg: ModelConfig) -> Iterator[Held]:
+    """Positions and norms in the way of GPT-2."""
+    yield vector("transformer.wpe.weight", "entry/positions")
+    norms = {"transformer.ln_f": "final_norm"}
+    for i in range(cfg.layers):
+        norms |= {
+            f"transformer.h.{i}.ln_1": f"layer_{i}/attention_norm",
+            f"transformer.h.{i}.ln_2": f"layer_{i}/mlp_norm",
+        }
+    for theirs, ours in norms.items():
+        yield vector(f"{theirs}.weight", f"{ours}/scale")
+        yield vector(f"{theirs}.bias", f"{ours}/bias")
 
 
 Scale = Callable[[str, str], Held]  # how a norm's scale is held

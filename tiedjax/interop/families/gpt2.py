@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Family, Held, Settings, vector
+from tiedjax.interop.families.common import (
+    LIKE_GPT,
+    Family,
+    Held,
+    Settings,
+    entry_and_norms_of_gpt,
+    like_gpt,
+    vector,
+    written_like_gpt,
+)
 
-_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 _QKV = ("query", "key", "value")
 
 
@@ -19,18 +27,13 @@ def _config(settings: Settings) -> dict[str, Any]:
     settings.must("scale_attn_by_inverse_layer_idx", False)
     settings.must("add_cross_attention", False)
     width = settings.whole("n_embd")
-    return {
+    return like_gpt(settings) | {
         "layers": settings.whole("n_layer"),
         "d_model": width,
         "heads": settings.whole("n_head"),
         "d_ff": settings.whole("n_inner", 4 * width),
         "seq_len": settings.whole("n_positions", 1024),
         "vocab_size": settings.whole("vocab_size"),
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_bias": True,
-        "norm_eps": settings.number("layer_norm_epsilon", 1e-5),
-        "mlp": settings.one_of("activation_function", _ACTIVATIONS, "gelu_new"),
         "biases": "qkv,out,mlp",
     }
 
@@ -39,7 +42,7 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
     def fused(tensor: str, parameters: tuple[str, ...]) -> Held:
         return Held(tensor, parameters, lambda x: tuple(np.split(x, 3, axis=-1)), lambda x: np.concatenate(x, axis=-1))
 
-    yield vector("transformer.wpe.weight", "entry/positions")
+    yield from entry_and_norms_of_gpt(cfg)
     for i in range(cfg.layers):
         there, here = f"transformer.h.{i}", f"layer_{i}"
         yield fused(f"{there}.attn.c_attn.weight", tuple(f"{here}/attention/{name}/kernel" for name in _QKV))
@@ -47,23 +50,15 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
         for theirs, ours in (("attn.c_proj", "attention/out"), ("mlp.c_fc", "mlp/up"), ("mlp.c_proj", "mlp/down")):
             yield vector(f"{there}.{theirs}.weight", f"{here}/{ours}/kernel")
             yield vector(f"{there}.{theirs}.bias", f"{here}/{ours}_bias/bias")
-        for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-            yield vector(f"{there}.{theirs}.weight", f"{here}/{ours}/scale")
-            yield vector(f"{there}.{theirs}.bias", f"{here}/{ours}/bias")
-    yield vector("transformer.ln_f.weight", "final_norm/scale")
-    yield vector("transformer.ln_f.bias", "final_norm/bias")
 
 
 def _written(cfg: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": cfg.vocab_size,
+    return written_like_gpt(cfg) | {
         "n_embd": cfg.d_model,
         "n_layer": cfg.layers,
         "n_head": cfg.heads,
         "n_inner": cfg.d_ff,
         "n_positions": cfg.seq_len,
-        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[cfg.mlp],
-        "layer_norm_epsilon": cfg.norm_eps,
     }
 
 
@@ -71,15 +66,7 @@ FAMILY = Family(
     "GPT2LMHeadModel",
     _config,
     _held,
-    {
-        "norm": ("layernorm",),
-        "norm_bias": (True,),
-        "mlp": ("gelu", "gelu_exact"),
-        "position": ("learned",),
-        "biases": ("qkv,out,mlp",),
-        "kv_heads": (None,),
-        "head_width": (None,),
-    },
+    {**LIKE_GPT, "biases": ("qkv,out,mlp",)},
     _written,
     ("transformer.", ""),
 )

@@ -6,29 +6,37 @@ from collections.abc import Iterator
 from typing import Any
 
 from tiedjax.config import ModelConfig
-from tiedjax.interop.families.common import Family, Held, Settings, linear, shortest, vector
+from tiedjax.interop.families.common import (
+    LIKE_GPT,
+    Family,
+    Held,
+    Settings,
+    entry_and_norms_of_gpt,
+    like_gpt,
+    linear,
+    shortest,
+    vector,
+    written_like_gpt,
+)
 
-_ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact"}
 _KINDS = {"global": "full", "local": "window"}
 
 
 def _config(settings: Settings) -> dict[str, Any]:
     width, kinds = settings.whole("hidden_size"), _kinds(settings)
+    windows = {"window": settings.whole("window_size", 256), "window_layers": shortest(kinds)}
     return {
+        **like_gpt(settings),
         "layers": settings.whole("num_layers"),
         "d_model": width,
         "heads": settings.whole("num_heads"),
         "d_ff": settings.whole("intermediate_size", 4 * width),
         "seq_len": settings.whole("max_position_embeddings", 2048),
         "vocab_size": settings.whole("vocab_size"),
-        "position": "learned",
-        "norm": "layernorm",
-        "norm_bias": True,
-        "norm_eps": settings.number("layer_norm_epsilon", 1e-5),
-        "mlp": settings.one_of("activation_function", _ACTIVATIONS, "gelu_new"),
         "biases": "out,mlp",
         "attention_scale": 1.0,
-    } | ({"window": settings.whole("window_size", 256), "window_layers": shortest(kinds)} if "window" in kinds else {})
+        **(windows if "window" in kinds else {}),
+    }
 
 
 def _kinds(settings: Settings) -> list[str]:
@@ -46,7 +54,7 @@ def _kinds(settings: Settings) -> list[str]:
 
 
 def _held(cfg: ModelConfig) -> Iterator[Held]:
-    yield vector("transformer.wpe.weight", "entry/positions")
+    yield from entry_and_norms_of_gpt(cfg)
     for i in range(cfg.layers):
         there, here = f"transformer.h.{i}", f"layer_{i}"
         for theirs, ours in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out")):
@@ -55,24 +63,16 @@ def _held(cfg: ModelConfig) -> Iterator[Held]:
         for theirs, ours in (("c_fc", "up"), ("c_proj", "down")):
             yield linear(f"{there}.mlp.{theirs}.weight", f"{here}/mlp/{ours}/kernel")
             yield vector(f"{there}.mlp.{theirs}.bias", f"{here}/mlp/{ours}_bias/bias")
-        for theirs, ours in (("ln_1", "attention_norm"), ("ln_2", "mlp_norm")):
-            yield vector(f"{there}.{theirs}.weight", f"{here}/{ours}/scale")
-            yield vector(f"{there}.{theirs}.bias", f"{here}/{ours}/bias")
-    yield vector("transformer.ln_f.weight", "final_norm/scale")
-    yield vector("transformer.ln_f.bias", "final_norm/bias")
 
 
 def _written(cfg: ModelConfig) -> dict[str, Any]:
     kinds = ["local" if window else "global" for window in cfg.windows]
-    return {
-        "vocab_size": cfg.vocab_size,
+    return written_like_gpt(cfg) | {
         "hidden_size": cfg.d_model,
         "num_layers": cfg.layers,
         "num_heads": cfg.heads,
         "intermediate_size": cfg.d_ff,
         "max_position_embeddings": cfg.seq_len,
-        "activation_function": {"gelu": "gelu_new", "gelu_exact": "gelu"}[cfg.mlp],
-        "layer_norm_epsilon": cfg.norm_eps,
         "attention_types": [[[kind], 1] for kind in kinds],
         "window_size": cfg.window or 256,
     }
@@ -82,17 +82,7 @@ FAMILY = Family(
     "GPTNeoForCausalLM",
     _config,
     _held,
-    {
-        "norm": ("layernorm",),
-        "norm_bias": (True,),
-        "mlp": ("gelu", "gelu_exact"),
-        "position": ("learned",),
-        "attention_scale": (1.0,),
-        "biases": ("out,mlp",),
-        "window": (),
-        "kv_heads": (None,),
-        "head_width": (None,),
-    },
+    {**LIKE_GPT, "attention_scale": (1.0,), "biases": ("out,mlp",), "window": ()},
     _written,
     ("transformer.", ""),
 )
