@@ -110,6 +110,16 @@ def random_tokens(cfg: RunConfig, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, cfg.model.vocab_size * 3 // 4, shape).astype(np.int32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Those of one module are forgotten before the next.
+
+    Each takes several maps of memory, of which Linux gives a process 65,530; XLA ends the process that has no more.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything in float64."""
