@@ -14,7 +14,7 @@ import fcntl
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in QUICK and "on_meshes" not in getattr(item, "fixturenames", ()):
             item.add_marker("quick")
+
+
+def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters of a test: these cases are run each time, the others by `-m slow`."""
+    parameters, left = [], set(quick)
+    for case in cases:
+        values = case if isinstance(case, tuple) else (case,)
+        parameters.append(pytest.param(*values, marks=() if case in quick else pytest.mark.slow))
+        left.discard(case)
+    assert not left
+    return parameters
 
 
 # Plain: of the tables at a constant rate, without decay and clipping.

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import slow_but
 from runs import arguments, rows
 from test_interop_bodies import FAMILIES, write
 
@@ -37,18 +38,14 @@ def begun(kind: str, text: Path, tmp_path: Path, out: str, seq_len: int = 16, **
 
 @pytest.mark.parametrize(
     ("kind", "seq_len", "scan"),
-    [
-        ("llama, tied", 16, False),
-        ("llama, tied", 16, True),
-        ("pythia", 16, False),
-        ("gpt2", 64, False),
-        ("gemma2", 16, False),
-        pytest.param("olmo2", 16, False, marks=pytest.mark.slow),
-        pytest.param("olmo2", 16, True, marks=pytest.mark.slow),
-        pytest.param("pythia", 16, True, marks=pytest.mark.slow),
-        pytest.param("gpt2", 64, True, marks=pytest.mark.slow),
-        pytest.param("gemma3", 16, False, marks=pytest.mark.slow),
-    ],
+    slow_but(
+        [
+            *((kind, 16, scan) for kind in ("llama, tied", "olmo2", "pythia") for scan in (False, True)),
+            *(("gpt2", 64, scan) for scan in (False, True)),
+            *((kind, 16, False) for kind in ("gemma2", "gemma3")),
+        ],
+        *(("llama, tied", 16, True), ("gpt2", 64, False), ("gemma2", 16, False)),
+    ),
 )
 def test_its_first_loss_is_that_of_the_model(kind: str, seq_len: int, scan: bool, text: Path, tmp_path: Path) -> None:
     model, out = begun(kind, text, tmp_path, "run", seq_len, **{"model.scan_layers": scan})

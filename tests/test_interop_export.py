@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import slow_but
 from runs import arguments
 from safetensors.numpy import load_file, save_file
 from test_interop_bodies import FAMILIES, assert_close, prompts, reference, write
@@ -179,7 +180,9 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", slow_but(RUNS, "tied", "untied", "scanned, padded", "grouped", "query norms", "learned positions")
+)
 def test_a_run_gives_transformers_its_logits(
     case: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +245,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", slow_but(REFUSED, "eps", "output bias"))
 def test_what_no_family_has_is_refused_by_its_key(case: str, text: Path, tmp_path: Path) -> None:
     changes, line = REFUSED[case]
     run = tmp_path / "run"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import slow_but
 from runs import arguments
 from test_analysis_command import analyze
 from test_interop_bodies import FAMILIES, LLAMA, write
@@ -41,7 +42,7 @@ WORDS: dict[str, list[str]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=slow_but(["tied", "untied"], "tied"))
 def pair(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
     """A run, the directory that it was exported to, and what follows `#` in a name of a table."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -203,7 +204,7 @@ def test_instruments_of_tables_read_no_body(tmp_path: Path, capsys: pytest.Captu
         analyze("lens", str(folder), *words)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAMILIES, "llama, tied", "gemma2", "gpt2", "pythia"))
 def test_every_family_predicts_through_instruments_what_it_predicts(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write(*FAMILIES[name], folder)

@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import slow_but
 from programs import TESTS, finish, start
 from runs import arguments, assert_same_run
 from stores import Store, served
@@ -45,12 +45,6 @@ def killed(argv: list[str], calls: list[Call], **environment: str) -> None:
     """Runs a command until it kills itself; that it ends by itself, as it never came there, is an error."""
     command = [TESTS / "kill_program.py", json.dumps(calls), *argv]
     finish(start(command, **environment), status=-signal.SIGKILL)
-
-
-def rows_of(table: Collection[str], quick: Collection[str] = ()) -> list[Any]:
-    """The moments of a table as parameters of a test, all but `quick` ones slow."""
-    assert set(quick) <= set(table)
-    return [pytest.param(name, id=name, marks=() if name in quick else pytest.mark.slow) for name in table]
 
 
 def assert_undisturbed(run: Path, whole: Path) -> None:
@@ -120,7 +114,7 @@ def undisturbed(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("moment", rows_of(RUN, QUICK_RUN))
+@pytest.mark.parametrize("moment", slow_but(RUN, *QUICK_RUN))
 def test_a_run_that_was_killed(moment: str, undisturbed: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     argv = arguments(out, text, CHANGES)
@@ -132,7 +126,7 @@ def test_a_run_that_was_killed(moment: str, undisturbed: Path, text: Path, tmp_p
     assert_undisturbed(out, undisturbed)
 
 
-@pytest.mark.parametrize("moment", rows_of(PREPARATION, ["shards are half written"]))
+@pytest.mark.parametrize("moment", slow_but(PREPARATION, "shards are half written"))
 def test_a_preparation_that_was_killed(
     moment: str, undisturbed: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +154,7 @@ ANALYSIS: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("moment", rows_of(TRAINING, ["between two runs"]))
+@pytest.mark.parametrize("moment", slow_but(TRAINING, "between two runs"))
 def test_the_training_of_a_study_that_was_killed(moment: str, study_folder: Path, tmp_path: Path) -> None:
     """Of one of its seeds; the runs are those of the study that nobody disturbed."""
     shutil.copy(study_folder / "CONFIG.yaml", tmp_path / "CONFIG.yaml")
@@ -173,7 +167,7 @@ def test_the_training_of_a_study_that_was_killed(moment: str, study_folder: Path
         assert_same_run(tmp_path / "out" / "runs" / name, study_folder / "study" / "runs" / name)
 
 
-@pytest.mark.parametrize("moment", rows_of(ANALYSIS))
+@pytest.mark.parametrize("moment", slow_but(ANALYSIS))
 def test_the_analysis_of_a_study_that_was_killed(moment: str, study_folder: Path, tmp_path: Path) -> None:
     """Of results and report either the old ones are there or the new ones."""
     for name in ("killed", "whole"):
@@ -208,7 +202,7 @@ def store() -> Iterator[Store]:
         yield store
 
 
-@pytest.mark.parametrize("moment", rows_of(STORE))
+@pytest.mark.parametrize("moment", slow_but(STORE))
 def test_a_run_in_a_store_that_was_killed(
     moment: str, undisturbed: Path, text: Path, store: Store, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_tokens, small_config
+from conftest import random_tokens, slow_but, small_config
 from programs import finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state
 
@@ -108,7 +108,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", slow_but(CONFIGS, "rows", "untied", "by_role_lazy", "muon", "controller", "regularised")
+)
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(name: str, poison: Poison) -> None:
     """Of three in a row the first is left out, the second is one too many, and the third, finite, comes too late."""
     cfg = small_config(**CONFIGS[name], train=TrainConfig(steps=10, skip_nonfinite=1))
@@ -162,7 +164,7 @@ def end_line(out: Path, failed: int, skipped: int = 0) -> str:
     )
 
 
-@pytest.mark.parametrize("failed", [5, 6, STEPS, 1])
+@pytest.mark.parametrize("failed", slow_but([5, 6, STEPS, 1], 5, 1))
 def test_a_run_ends_at_its_last_finite_state_and_goes_on_from_there(
     failed: int,
     text: Path,

@@ -12,6 +12,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 import pytest
+from conftest import slow_but
 from runs import STEPS, arguments, assert_same_run
 
 from tiedjax import cli, load_run, loop, saving
@@ -39,7 +40,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[str, int], bool]) 
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", full)
 
 
-@pytest.mark.parametrize("place", ["checkpoints/3", f"checkpoints/{STEPS}", f"snapshots/{STEPS}"])
+@pytest.mark.parametrize(
+    "place", slow_but(["checkpoints/3", f"checkpoints/{STEPS}", f"snapshots/{STEPS}"], "checkpoints/3")
+)
 def test_a_save_that_fails_is_made_again(
     place: str,
     finished: Path,
@@ -62,7 +65,7 @@ def test_a_save_that_fails_is_made_again(
     assert run.checkpoint_steps[-1] == STEPS
 
 
-@pytest.mark.parametrize("place", ["checkpoints/6", "snapshots/4"])
+@pytest.mark.parametrize("place", slow_but(["checkpoints/6", "snapshots/4"], "checkpoints/6"))
 def test_a_save_beside_training_that_fails_is_said_and_training_goes_on(
     place: str,
     finished: Path,

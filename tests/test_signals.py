@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import slow_but
 from programs import finish, start, tiedjax, until
 from runs import STEPS, arguments, assert_same_run, rows
 
@@ -89,15 +90,8 @@ ocp.PyTreeCheckpointHandler.finalize = slow
 """,
 }
 
+
 # Of all that is the product of these, what is tried at every change.
-QUICK = {
-    *((phase, signal.SIGTERM) for phase in PHASES if phase != "the last save"),  # see test_loop.py
-    *(("training", number) for number in SIGNALS),
-    ("evaluation", signal.SIGINT),
-    ("the last save", signal.SIGUSR1),
-}
-
-
 def program(tmp_path: Path, number: int, hook: str, argv: list[str]) -> subprocess.Popen[str]:
     prelude = PRELUDE.format(mark=str(tmp_path / "mark"), number=int(number))
     return start(["-c", f"{prelude}\n{hook}\nsys.exit(cli.main(sys.argv[1:]))", *argv])
@@ -112,10 +106,11 @@ def ended(process: subprocess.Popen[str], tmp_path: Path, number: signal.Signals
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [
-        pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
-        for pair in itertools.product(PHASES, SIGNALS)
-    ],
+    slow_but(
+        itertools.product(PHASES, SIGNALS),
+        *((phase, signal.SIGTERM) for phase in ("preparation", "compilation", "training")),
+        *(("training", signal.SIGINT), ("evaluation", signal.SIGINT), ("the last save", signal.SIGUSR1)),
+    ),
 )
 def test_a_signal_ends_a_run_in_every_phase_and_it_continues(
     phase: str, number: signal.Signals, finished: Path, text: Path, tmp_path: Path

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow_but
 from programs import finish, start
 from runs import STEPS, arguments, assert_same_run
 from stores import Fault, Store
@@ -569,12 +570,15 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("moment", "kind"),
-    [
-        ("checkpoints/6/tree/ocdbt", "cut"),  # while arrays are written
-        pytest.param("checkpoints/6/commit_success.txt", "lost", marks=pytest.mark.slow),  # all is there, and that too
-        pytest.param("checkpoints/6/commit_success.txt", "cut", marks=pytest.mark.slow),  # all but what says so
-        pytest.param("metrics.jsonl", "lost", marks=pytest.mark.slow),
-    ],
+    slow_but(
+        [
+            ("checkpoints/6/tree/ocdbt", "cut"),  # while arrays are written
+            ("checkpoints/6/commit_success.txt", "lost"),  # all is there, and that too
+            ("checkpoints/6/commit_success.txt", "cut"),  # all but what says so
+            ("metrics.jsonl", "lost"),
+        ],
+        ("checkpoints/6/tree/ocdbt", "cut"),
+    ),
 )
 def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     moment: str, kind: str, out: Path, store: Store, text: Path, uninterrupted: Path, tmp_path: Path

@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+from conftest import slow_but
 from programs import REPOSITORY, environment, finish, start
 from runs import STEPS, arguments, assert_same_run, rows
 
@@ -298,7 +298,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("moment", FAILURES)
+@pytest.mark.parametrize("moment", slow_but(FAILURES, "data", "save"))
 def test_a_failure_of_one_process_ends_all_with_its_cause(moment: str, text: Path, tmp_path: Path) -> None:
     failing, hook, status, cause = FAILURES[moment]
     hooks = {failing: hook}
@@ -342,12 +342,19 @@ INTERRUPTIONS = {
 }
 
 
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+
+
 @pytest.mark.parametrize(
     ("moment", "receiver", "number"),
-    [
-        *(("a step", i % 2, signal.Signals[name]) for i, name in enumerate(("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"))),
-        *(("a collective", receiver, signal.SIGINT) for receiver in range(2)),
-    ],
+    slow_but(
+        [
+            *(("a step", i % 2, signal.Signals[name]) for i, name in enumerate(SIGNALS)),
+            *(("a collective", receiver, signal.SIGINT) for receiver in range(2)),
+        ],
+        ("a step", 0, signal.SIGTERM),
+        ("a collective", 1, signal.SIGINT),
+    ),
 )
 def test_a_signal_to_one_process_stops_all_after_one_step(
     moment: str, receiver: int, number: signal.Signals, text: Path, tmp_path: Path
@@ -516,7 +523,6 @@ def waiting(self):
 loop.Checkpoints.wait = waiting
 """,
 }
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
 
 
 @pytest.fixture(scope="module")
@@ -532,11 +538,6 @@ def assert_completed(tmp_path: Path, text: Path, undisturbed: Path) -> None:
     results = ended(cluster(tmp_path, text, {}, more=SHORT), seconds=240)
     assert [status for status, _ in results] == [0, 0], results
     assert_same_run(tmp_path / "run", undisturbed)
-
-
-def some(table: Iterable[Any], quick: Collection[Any]) -> list[Any]:
-    """These parameters of a test, all but `quick` ones slow."""
-    return [pytest.param(*each, marks=() if each in quick else pytest.mark.slow) for each in table]
 
 
 def test_saves_of_two_kinds_do_not_wait_for_each_other(text: Path, tmp_path: Path, undisturbed: Path) -> None:
@@ -556,7 +557,7 @@ checkpoint_manager.CheckpointManager._finalize_checkpoint = finalizing
 
 
 @pytest.mark.parametrize(
-    ("cause", "rank"), some(itertools.product(CAUSES, range(2)), [("an exception", 0), ("a kill", 1)])
+    ("cause", "rank"), slow_but(itertools.product(CAUSES, range(2)), ("an exception", 0), ("a kill", 1))
 )
 def test_whatever_ends_a_process_ends_both_with_its_cause_and_the_run_completes(
     cause: str, rank: int, text: Path, tmp_path: Path, undisturbed: Path
@@ -582,7 +583,7 @@ def test_whatever_ends_a_process_ends_both_with_its_cause_and_the_run_completes(
 
 
 @pytest.mark.parametrize(
-    ("phase", "rank", "name"), some(itertools.product(PHASES, range(2), SIGNALS), [("an evaluation", 1, "SIGUSR1")])
+    ("phase", "rank", "name"), slow_but(itertools.product(PHASES, range(2), SIGNALS), ("an evaluation", 1, "SIGUSR1"))
 )
 def test_a_signal_to_one_process_in_every_phase_and_the_run_completes(
     phase: str, rank: int, name: str, text: Path, tmp_path: Path, undisturbed: Path

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow_but
 from programs import REPOSITORY, finish, start, until
 from runs import SHRUNK, STEPS, arguments, assert_same_run, rows, start_commands, write_config, write_text
 
@@ -189,7 +190,7 @@ def test_a_worker_prefers_what_it_has_compiled_and_nothing_begins_too_early(work
     assert begun[1 if workers == 2 else 3] == "c"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_a_signal_stops_every_run_with_its_state(number: signal.Signals, text: Path, tmp_path: Path) -> None:
     runs = {tmp_path / name: ENDLESS for name in ("a", "b", "c")}
     process = side_by_side(runs, text)
