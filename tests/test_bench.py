@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import slow_but, small_config
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from programs import REPOSITORY, environment, tiedjax
 
@@ -400,13 +400,27 @@ def test_kernels_are_told_apart_by_the_part_of_the_step(
     assert gpu_benchmark.kernels(stepper) == {"launches": 0}
 
 
-def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
-    """One part of each kind, as far as they need no PyTorch; each is a process."""
+# What holds of each kind of part, as far as it needs no PyTorch.
+GPU_PARTS: dict[str, Callable[[Any], bool]] = {
+    "correctness": lambda found: found["float32"]["holds"] and found["bfloat16"]["holds"],
+    "gradients": lambda found: found["float32"]["holds"] and found["bfloat16"]["holds"],
+    "resume": lambda found: found["float32"]["holds"] and 0 < found["float32"]["account_error"] < 1e-5,
+    "loss": lambda found: found["width 64"]["time"]["relative_difference_of_table_gradients"] < 1e-5,
+    "roles:olmo_1b": lambda found: (
+        found["config"]["model"]["remat"] == "none"
+        and set(found["sides"]) == {"tiedjax", "without_account", "without_roles"}
+    ),
+    "flags:olmo_60m": lambda found: found["as set"]["loss"] > 0,
+}
+
+
+@pytest.mark.parametrize("parts", slow_but(["gradients", " ".join(GPU_PARTS)], "gradients"))
+def test_the_program_for_gpus_runs_with_tiny_sizes(parts: str, tmp_path: Path) -> None:
+    """Each part is a process."""
     path = tmp_path / "gpu.json"
-    parts = ["correctness", "gradients", "resume", "loss", "roles:olmo_1b", "flags:olmo_60m"]
-    program = [REPOSITORY / "benchmarks" / "gpu.py", "--smoke", "--machine", "any", "--out", path, "--parts", *parts]
+    program = [REPOSITORY / "benchmarks" / "gpu.py", "--smoke", "--machine", "any", "--out", path]
     done = subprocess.run(
-        [sys.executable, *map(str, program)],
+        [sys.executable, *map(str, program), "--parts", *parts.split()],
         env=environment(),
         capture_output=True,
         text=True,
@@ -415,17 +429,10 @@ def test_the_program_for_gpus_runs_with_tiny_sizes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
-    assert list(found) == parts
-    assert found["correctness"]["float32"]["holds"]
-    assert found["correctness"]["bfloat16"]["holds"]
-    assert all(found["gradients"][dtype]["holds"] for dtype in ("float32", "bfloat16"))
-    assert found["resume"]["float32"]["holds"]
-    assert 0 < found["resume"]["float32"]["account_error"] < 1e-5
-    assert found["flags:olmo_60m"]["as set"]["loss"] > 0
-    assert found["loss"]["width 64"]["time"]["relative_difference_of_table_gradients"] < 1e-5
-    assert found["roles:olmo_1b"]["config"]["model"]["remat"] == "none"
-    assert set(found["roles:olmo_1b"]["sides"]) == {"tiedjax", "without_account", "without_roles"}
-    assert all(each["environment"]["machine"] == "any" for each in found.values())
+    assert list(found) == parts.split()
+    for part, of_part in found.items():
+        assert GPU_PARTS[part](of_part), part
+        assert of_part["environment"]["machine"] == "any"
 
 
 def test_losses_of_a_study_whose_tables_stayed_elsewhere(tmp_path: Path) -> None:
