@@ -131,6 +131,16 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "olmo3",
     ),
+    "late windows": (
+        {
+            "model.norm": "rmsnorm",
+            "model.biases": "qkv",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+        },
+        "qwen2",
+    ),
     "gates in gelu": ({"model.norm": "rmsnorm", "model.mlp": "geglu", "model.input_multiplier": "sqrt_d"}, "gemma"),
     "caps": (
         {
@@ -236,6 +246,18 @@ REFUSED = {
             "model.attention_scale": 0.3,
         },
         "model.attention_scale: Gemma has 1 / sqrt of a whole number, got 0.3",
+    ),
+    "windows that are not scaled": (
+        {
+            "model.norm": "rmsnorm",
+            "model.qk_norm": "head",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+            "model.rope_scaling": "linear",
+            "model.rope_factor": 3.0,
+        },
+        "model.rope_scaling: Qwen scales layers with a window too; it must be none beside model.window, got 'linear'",
     ),
     "output bias": (
         {"model.output_bias": "unigram"},
