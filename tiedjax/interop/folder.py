@@ -205,6 +205,15 @@ class ModelFolder:
         return path if path.exists() else None
 
     @cached_property
+    def begin_id(self) -> int | None:
+        """The token that its tokenizer puts before every text, None where it puts none or there is no tokenizer."""
+        from tiedjax.data.tokenizer import begin_id, parse_tokenizer
+
+        if self.tokenizer_path is None:
+            return None
+        return begin_id(parse_tokenizer(read_text(self.tokenizer_path), str(self.tokenizer_path)))
+
+    @cached_property
     def names(self) -> dict[str, str]:
         """The name of each role's table that is there; of a tied model perhaps one role alone."""
         family = TABLE_NAMES[self.family]
