@@ -14,9 +14,10 @@ from runs import arguments, rows
 from test_interop_bodies import FAMILIES, write
 
 import tiedjax
-from tiedjax import cli
+from tiedjax import beginning, cli
 from tiedjax.config_files import load_run_config
 from tiedjax.data.prepare import prepare
+from tiedjax.interop import tensors
 
 SHAPES = {f"--model.{name}" for name in ("layers", "d_model", "heads", "d_ff", "seq_len", "vocab_size")}
 STILL = {"optimizer.learning_rate": 1e-30, "train.steps": 1}  # so small that no parameter changes
@@ -96,3 +97,34 @@ def test_a_model_that_does_not_fit_is_refused_by_its_key(
     assert cli.main(arguments(tmp_path / "run", text, {"train.init": folder})) == 2
     line = f"tiedjax: train.init: {path}: hidden_act: must be silu, got 'gelu'\n"
     assert capfd.readouterr().err == line
+
+
+def test_a_config_for_it_reads_no_numbers_and_names_it_as_it_was_named(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tied model: where there are two tables they are compared, block by block."""
+    family, config = FAMILIES["llama, tied"]
+    write(family, {**config, "vocab_size": 320}, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    read: list[str] = []
+    whole = tensors.read_safetensors
+
+    def watched(path: Path) -> dict[str, tensors.Tensor]:
+        def rows(name: str, tensor: tensors.Tensor) -> tensors.Tensor:
+            return tensor._replace(rows=lambda a, b: read.append(name) or tensor.rows(a, b))  # type: ignore[func-returns-value]
+
+        return {name: rows(name, tensor) for name, tensor in whole(path).items()}
+
+    monkeypatch.setattr(tensors, "read_safetensors", watched)
+    assert cli.main(["inspect", "model", "--config", "written.yaml"]) == 0
+    origin = beginning.source("model")
+    assert origin.tying.scheme == "tied"
+    assert read == []
+    assert 'train:\n  init: "model"\n' in (tmp_path / "written.yaml").read_text()
+    words = arguments(tmp_path / "run", text, STILL)
+    pairs = [(name, value) for name, value in zip(words[2::2], words[3::2], strict=True) if name not in SHAPES]
+    assert cli.main(["train", "written.yaml", *[w for pair in pairs for w in pair], "--model.seq_len", "16"]) == 0
+    assert len(read) == len(set(read)) > 10  # each tensor once
+    np.testing.assert_array_equal(
+        tiedjax.load_run(tmp_path / "run").tables(0).input, tiedjax.load_model("model").tables.input
+    )

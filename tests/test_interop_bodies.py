@@ -16,7 +16,8 @@ import tiedjax
 from tiedjax.errors import UserError
 from tiedjax.interop import families
 from tiedjax.interop.export import export
-from tiedjax.interop.folder import TABLE_NAMES
+from tiedjax.interop.folder import TABLE_NAMES, ModelFolder
+from tiedjax.interop.model import config_of
 
 V, T = 61, 40
 LLAMA = {
@@ -126,6 +127,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
     "qwen3, biased": ("qwen3", {**LLAMA, "head_dim": 8, "num_key_value_heads": 4, "attention_bias": True}),
+    "qwen2, windows": (
+        "qwen2",
+        {**LLAMA, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen3, windows": (
+        "qwen3",
+        {
+            **WIDE,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "qwen3, windows in all": (
+        "qwen3",
+        {**WIDE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
+    ),
     "pythia": ("gpt_neox", NEOX),
     "gpt_neox, in turn, tanh": (
         "gpt_neox",
@@ -209,6 +227,7 @@ OLDER: dict[str, dict[str, Any]] = {
         "layer_types": None,
     },
     "gemma": {"hidden_act": "gelu"},
+    "qwen2, windows": {"layer_types": None},
     "gemma2": {"layer_types": None},
     "gemma3": {
         "rope_parameters": None,
@@ -267,6 +286,34 @@ def test_of_a_model_with_images_the_text_is_read(tmp_path: Path) -> None:
         export(str(tmp_path / "model"), tmp_path / "out")
     line = "a gemma3 model is read and not written: what is of no text would be lost"
     assert str(error.value) == f"{tmp_path / 'model'}: {line}"
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma3_text"])
+def test_what_a_config_of_gemma_3_leaves_out_is_what_transformers_takes(kind: str, tmp_path: Path) -> None:
+    """As published models with images leave out heads, key and value heads, widths of heads and positions."""
+    text = {"hidden_size": 2560, "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    for said in ({}, text, {"sliding_window": 1024, "num_attention_heads": 16}):
+        whole = {"model_type": "gemma3", "text_config": said} if kind == "gemma3" else {"model_type": kind, **said}
+        (tmp_path / "config.json").write_text(json.dumps(whole))
+        ours, theirs = config_of(ModelFolder(tmp_path)), transformers.Gemma3TextConfig(**said)
+        assert (ours.vocab_size, ours.d_model, ours.d_ff) == (
+            theirs.vocab_size,
+            theirs.hidden_size,
+            theirs.intermediate_size,
+        )
+        assert (ours.layers, ours.heads, ours.groups, ours.key_width) == (
+            theirs.num_hidden_layers,
+            theirs.num_attention_heads,
+            theirs.num_key_value_heads,
+            theirs.head_dim,
+        )
+        assert (ours.seq_len, ours.window) == (theirs.max_position_embeddings, theirs.sliding_window)
+        assert [window is not None for window in ours.windows] == [
+            layer == "sliding_attention" for layer in theirs.layer_types
+        ]
+        thetas = {layer: rope["rope_theta"] for layer, rope in theirs.rope_parameters.items()}
+        assert thetas == {"full_attention": ours.rope_theta, "sliding_attention": ours.window_theta}
+        assert (ours.rope_scaling, ours.rope_factor) == (("linear", 8.0) if "rope_scaling" in said else ("none", None))
 
 
 # ---- What is refused ----
@@ -376,7 +423,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "kinds that are no list": (
         "qwen2",
         {"layer_types": 5},
-        "layer_types: must be full_attention in every layer, got 5",
+        "layer_types: must be full_attention in every layer, where use_sliding_window is false, got 5",
     ),
     "part of a head": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1.0, got 0.5"),
     "part of a head, below": (
@@ -390,12 +437,28 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"num_hidden_layers": 10**12},
         "num_hidden_layers: must be at most 10000, got 1000000000000",
     ),
-    "window": ("qwen2", {"use_sliding_window": True}, "use_sliding_window: must be False, got True"),
+    "window": ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: must be true or false, got 1"),
+    "first window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": -1},
+        "max_window_layers: must be a whole number of at least 0, got -1",
+    ),
+    "windows that are scaled": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 2,
+            "layer_types": None,
+            "rope_parameters": LINEAR,
+        },
+        "rope of type 'linear' is not known in layers with a window",
+    ),
     "layers with windows": (
         "qwen3",
         {"layer_types": ["full_attention", "sliding_attention"] * 2},
-        "layer_types: must be full_attention in every layer, got ['full_attention', 'sliding_attention', "
-        "'full_attention', 'sliding_attention']",
+        "layer_types: must be full_attention in every layer, where use_sliding_window is false, got "
+        "['full_attention', 'sliding_attention', 'full_attention', 'sliding_attention']",
     ),
     "inverse scale": (
         "gpt2",

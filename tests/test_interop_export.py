@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import slow_but
+from programs import start
 from runs import arguments
 from safetensors.numpy import load_file, save_file
 from test_interop_bodies import FAMILIES, assert_close, prompts, reference, write
@@ -21,6 +22,7 @@ from tiedjax import cli
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.interop import export as exporting
 from tiedjax.interop.export import export
+from tiedjax.interop.folder import written_whole
 
 # ---- A model in and out ----
 
@@ -130,6 +132,16 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
         },
         "olmo3",
     ),
+    "late windows": (
+        {
+            "model.norm": "rmsnorm",
+            "model.biases": "qkv",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+        },
+        "qwen2",
+    ),
     "gates in gelu": ({"model.norm": "rmsnorm", "model.mlp": "geglu", "model.input_multiplier": "sqrt_d"}, "gemma"),
     "caps": (
         {
@@ -238,6 +250,18 @@ REFUSED = {
         },
         "model.attention_scale: Gemma has 1 / sqrt of a whole number, got 0.3",
     ),
+    "windows that are not scaled": (
+        {
+            "model.norm": "rmsnorm",
+            "model.qk_norm": "head",
+            "model.layers": 2,
+            "model.window": 4,
+            "model.window_layers": "full,window",
+            "model.rope_scaling": "linear",
+            "model.rope_factor": 3.0,
+        },
+        "model.rope_scaling: Qwen scales layers with a window too; it must be none beside model.window, got 'linear'",
+    ),
     "output bias": (
         {"model.output_bias": "unigram"},
         "model.output_bias: no family adds one to its logits; it must be none",
@@ -286,3 +310,39 @@ def test_an_export_replaces_nothing(tmp_path: Path, capfd: pytest.CaptureFixture
     with pytest.raises(UserError) as error:
         export(f"{tmp_path / 'in'}@7", tmp_path / "new")
     assert str(error.value) == f"{tmp_path / 'in'}@7: a model has no steps; name {tmp_path / 'in'}"
+
+
+UNFINISHED = """
+import sys, time
+from pathlib import Path
+from tiedjax.interop.folder import written_whole
+with written_whole(Path(sys.argv[1])) as temporary:
+    (temporary / "model.safetensors").write_bytes(b"half")
+    print(temporary, flush=True)
+    time.sleep(300)
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_and_a_live_one_s_is_not(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    killed, live = (start(["-c", UNFINISHED, target]) for _ in range(2))
+    try:
+        assert killed.stdout is not None
+        assert live.stdout is not None
+        left, held = (Path(process.stdout.readline().strip()) for process in (killed, live))
+        killed.kill()
+        killed.wait()
+        (tmp_path / ".model.beside.tmp").mkdir()
+        (tmp_path / ".another.12.tmp").mkdir()
+        (tmp_path / ".model.12.tmp").mkdir()  # by a process id, as it was called before
+        with written_whole(target) as temporary:
+            assert not left.exists()
+            assert (held / "model.safetensors").exists()
+            (temporary / "config.json").write_text("{}")
+        names = {".model.beside.tmp", ".another.12.tmp", held.name, "model"}
+        assert {entry.name for entry in tmp_path.iterdir()} == names
+        assert [entry.name for entry in target.iterdir()] == ["config.json"]
+    finally:
+        for process in (killed, live):
+            process.kill()
+            process.communicate()

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from conftest import slow_but
 from runs import arguments
 from test_analysis_command import analyze
 from test_interop_bodies import FAMILIES, LLAMA, write
+from tokenizers.processors import TemplateProcessing
 
 import tiedjax
 from tiedjax import cli
 from tiedjax.analysis import FrozenModel, ModelOnText, blocks, calibration, diversity
+from tiedjax.data.tokenizer import train_bpe
 from tiedjax.errors import UserError
+from tiedjax.interop import ModelFolder
 from tiedjax.interop.export import export
 
 CHANGES = {
@@ -110,6 +116,76 @@ def test_every_instrument_that_applies_to_a_model(
     for name in ("lens", "blocks", "calibration", "diversity", "hurdles", "rounding", "cooccurrence", "norms"):
         assert {result["measured_on"]["seq_len"] for result in found[name]} == {8}, name
     assert "account: not measured: " in capsys.readouterr().out
+
+
+# ---- The token before a text ----
+
+TEMPLATES = {"none": None, "before": "<bos> $A", "behind": "$A <eos>", "both": "<bos> $A <eos>"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "nothing said": {},
+    "added": {"add_bos_token": True},
+    "not added": {"add_bos_token": False},
+    "an end added": {"add_eos_token": True},
+}
+
+
+def with_tokenizer(folder: Path, template: str, said: dict[str, Any]) -> None:
+    tokenizer = train_bpe(["some text to be cut, some text"], 320)
+    tokenizer.add_special_tokens(["<bos>", "<eos>"])
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("<bos>", "<eos>")]
+    if single := TEMPLATES[template]:
+        tokenizer.post_processor = TemplateProcessing(single, pair=None, special_tokens=ids)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<eos>", **said}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("said", SETTINGS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_token_before_a_text_is_that_of_transformers(template: str, said: str, tmp_path: Path) -> None:
+    write("llama", {**LLAMA, "vocab_size": 400}, tmp_path)
+    with_tokenizer(tmp_path, template, SETTINGS[said])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    first = theirs("some text")["input_ids"][0]
+    begin = ModelFolder(tmp_path).begin_id
+    assert begin == (first if first == theirs.bos_token_id else None)
+    assert (begin is not None) == (template in ("before", "both"))
+
+
+def test_windows_begin_with_the_token_before_a_text(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses are those that transformers gives of the same tokens after it; what is predicted stays the same."""
+    theirs = write("llama", {**LLAMA, "vocab_size": 400}, tmp_path / "model")
+    with_tokenizer(tmp_path / "model", "before", {})
+    begin = transformers.AutoTokenizer.from_pretrained(tmp_path / "model").bos_token_id
+    subject = ModelOnText(tmp_path / "model", f"text:{text}", 20)
+    begun = subject.prepared.windows("eval", 20).read([0, 1, 2])
+    plain = dataclasses.replace(subject.prepared, begin_id=None).windows("eval", 20).read([0, 1, 2])
+    assert (begun[:, 0] == begin).all()
+    np.testing.assert_array_equal(begun[:, 1:], plain[:, 1:])
+    assert subject.token_counts[:, begin].tolist() == [0, 0]
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(begun[:, :-1].astype(np.int64))).logits
+    nats = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), torch.from_numpy(plain[:, 1:].astype(np.int64)), reduction="none"
+    )
+    np.testing.assert_allclose(FrozenModel(subject).bits(begun), nats.numpy() / np.log(2), rtol=1e-4, atol=1e-4)
+    analyze("hurdles", str(tmp_path / "model"), "--data", f"text:{text}", "--seq-len", "20", "--json", tmp_path / "o")
+    assert json.loads((tmp_path / "o").read_text())["measured_on"]["begin_id"] == begin
+    assert f" held-out tokens, windows of 20, each begun with token {begin})" in capsys.readouterr().out
+    analyze("diversity", str(tmp_path / "model"), "--data", f"text:{text}", "--texts", "3", "--tokens", "5")
+
+
+def test_a_token_before_a_text_that_has_no_row_is_refused(tmp_path: Path, text: Path) -> None:
+    write("llama", {**LLAMA, "vocab_size": 259}, tmp_path / "model")
+    with_tokenizer(tmp_path / "model", "before", {})
+    begin = ModelFolder(tmp_path / "model").begin_id
+    with pytest.raises(UserError) as error:
+        _ = ModelOnText(tmp_path / "model", f"text:{text}", 20).prepared
+    line = f"its tokenizer begins texts with token {begin}, and it has 259 rows"
+    assert str(error.value) == f"{tmp_path / 'model'}: {line}"
 
 
 # ---- What is refused ----

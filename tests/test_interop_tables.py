@@ -15,6 +15,7 @@ from programs import finish, start
 from safetensors.numpy import load_file, save_file
 
 from tiedjax import cli
+from tiedjax.analysis import instruments
 from tiedjax.analysis.basis.tables import read_table
 from tiedjax.errors import UserError
 from tiedjax.interop import ModelFolder, Rows, read_safetensors
@@ -268,7 +269,7 @@ class Evil:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
 def test_rows_are_what_the_array_is(dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiedjax.interop.tensors.BLOCK_BYTES", 7 * 4 * D)  # blocks of seven rows
+    monkeypatch.setattr("tiedjax.interop.rows._PIECE_BYTES", 7 * 4 * D)  # blocks of seven rows
     values = table(3).astype(dtype)
     save_file({"table": values}, tmp_path / "t.safetensors")
     rows: Any = Rows(read_safetensors(tmp_path / "t.safetensors")["table"])
@@ -369,6 +370,73 @@ def test_identity_takes_no_memory_for_tables_that_stay_in_their_files(tmp_path: 
     argv = ["analyze", "align", f"{folder}#input", f"{folder}#output", "--fit", "identity"]
     out, _ = finish(start(["-c", MEMORY, *argv]), seconds=280)
     assert float(out.splitlines()[-1]) < 150
+
+
+OF_TABLES: dict[str, list[list[str]]] = {  # by instrument: tables by their roles, and options
+    "align": [["input", "output", "--draws", "1", "--fit", "identity", "--fit", "orthogonal"]],
+    "knn": [["input", "output", "--draws", "1"]],
+    "spectral": [["input", "output", "--eigenpairs", "4"]],
+    "norms": [["input", "--draws", "1", "--counts", "COUNTS"], ["input", "--all-rows", "--counts", "COUNTS"]],
+    "spectrum": [["input", "output", "--draws", "1"]],
+    "map": [["input", "output"]],
+}
+# Not ru_maxrss, which begins at that of the process that started this one.
+PEAK = """
+import sys
+from pathlib import Path
+from tiedjax import cli
+assert cli.main(sys.argv[1:]) == 0
+print(next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+"""
+
+
+def test_the_memory_of_every_instrument_of_tables_is_measured() -> None:
+    assert OF_TABLES.keys() == {
+        name for name, module in instruments.INSTRUMENTS.items() if module.SUBJECT in ("table", "tables", "pair")
+    }
+
+
+@pytest.mark.parametrize("name", OF_TABLES)
+def test_no_instrument_of_tables_reads_one_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: table(seed, (400, 16), ml_dtypes.bfloat16) for seed, name in enumerate((INPUT, OUTPUT))}
+    folder = write_model(tmp_path / "m", tensors, vocab_size=400, hidden_size=16)
+    np.save(tmp_path / "counts.npy", np.arange(1, 401))
+    slices, places = Rows.__getitem__, {role: f"{folder}#{role}" for role in ("input", "output")}
+
+    def by_rows(rows: Rows, index: Any) -> Any:
+        assert not (isinstance(index, slice) and index == slice(None) and name != "align"), "all rows"
+        return slices(rows, index)
+
+    def whole(rows: Rows, dtype: Any = None, copy: bool | None = None) -> Any:
+        raise AssertionError("the whole table")
+
+    monkeypatch.setattr(Rows, "__getitem__", by_rows)
+    monkeypatch.setattr(Rows, "__array__", whole)
+    for words in OF_TABLES[name]:
+        of = places | {"COUNTS": str(tmp_path / "counts.npy")}
+        assert cli.main(["analyze", name, *(of.get(word, word) for word in words)]) == 0
+
+
+@pytest.mark.slow  # two processes for each, over 15 million numbers
+@pytest.mark.parametrize("name", OF_TABLES)
+def test_a_model_takes_no_more_memory_than_its_tables_do_as_arrays(name: str, tmp_path: Path) -> None:
+    """Of bfloat16 and float32; 61 MB each as the latter, and peaks of one program differ by a few from run to run."""
+    shape, places = (20_000, 768), {}
+    tensors = {name: table(seed, shape, ml_dtypes.bfloat16) for seed, name in enumerate((INPUT, OUTPUT))}
+    folder = write_model(tmp_path / "m", tensors, vocab_size=shape[0], hidden_size=shape[1])
+    places["model"] = {role: f"{folder}#{role}" for role in ("input", "output")}
+    places["arrays"] = {role: f"{tmp_path}/{role}.npy" for role in ("input", "output")}
+    for role, values in zip(("input", "output"), tensors.values(), strict=True):
+        np.save(tmp_path / f"{role}.npy", values.astype(np.float32))
+    np.save(tmp_path / "counts.npy", np.arange(1, shape[0] + 1))
+    for words in OF_TABLES[name]:
+        peaks = {}
+        for kind, names in places.items():
+            of = names | {"COUNTS": str(tmp_path / "counts.npy")}
+            out, _ = finish(start(["-c", PEAK, "analyze", name, *(of.get(word, word) for word in words)]), seconds=900)
+            peaks[kind] = float(out.splitlines()[-1])
+        print(name, words, peaks)
+        assert peaks["model"] < peaks["arrays"] + 8, words
 
 
 # ---- tiedjax inspect ----

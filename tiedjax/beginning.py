@@ -138,30 +138,34 @@ class _OfRun:
 
 
 class _OfModel:
-    """A Hugging Face directory."""
+    """A Hugging Face directory, whose numbers are read when they are asked for."""
 
     def __init__(self, path: Path):
-        from tiedjax.interop.model import load_model
+        from tiedjax.interop.model import checked_folder
 
-        self._model = load_model(path)
-        self.tying = TyingConfig(scheme=self._model.scheme)
-        self.tokenizer_path = self._model.tokenizer_path
+        folder, self._config = checked_folder(path)
+        self.path, self.tokenizer_path = path, folder.tokenizer_path
+        self.tying = TyingConfig(scheme="tied" if folder.tie.tied else "untied")
 
     def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
         run = decided(cfg, mesh).model
-        return dataclasses.replace(self._model.config, scan_layers=run.scan_layers, vocab_multiple=run.vocab_multiple)
+        return dataclasses.replace(self._config, scan_layers=run.scan_layers, vocab_multiple=run.vocab_multiple)
 
     def tokenizer(self) -> str | None:
         return None if self.tokenizer_path is None else tokenizer_hash(read_text(self.tokenizer_path))
 
     def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        from tiedjax.interop.model import load_model
+
+        model = load_model(self.path)
+
         def placed(leaf: jax.ShapeDtypeStruct, values: np.ndarray) -> jax.Array:
             rows = [(0, leaf.shape[0] - values.shape[0])] + [(0, 0)] * (values.ndim - 1)  # padding of the vocabulary
             whole = np.pad(values, rows).astype(leaf.dtype)
             return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: whole[index])
 
-        body: dict[str, Any] = {"params": self._model.layers_as(scanned="layers" in abstract["body"]["params"])}
-        tables = tying.as_roles(self._model.tables, abstract["tables"])
+        body: dict[str, Any] = {"params": model.layers_as(scanned="layers" in abstract["body"]["params"])}
+        tables = tying.as_roles(model.tables, abstract["tables"])
         return {
             "tables": jax.tree.map(placed, abstract["tables"], tables),
             "body": jax.tree.map(placed, abstract["body"], body),

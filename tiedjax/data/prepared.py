@@ -71,7 +71,8 @@ class Windows:
 
     Neighbours share one token, the last target of one being the first input of the next, so that every token is
     predicted once. No window spans two segments; fewer than T tokens at the end of each are left out. `check` is given
-    the number of an array and what is read of it, and raises where that cannot be.
+    the number of an array and what is read of it, and raises where that cannot be. `begin_id` stands in the place of
+    each window's first token, which is the input before the first target: what is predicted stays the same.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Windows:
         arrays: list[npt.NDArray[Any]],
         seq_len: int,
         check: Callable[[int, npt.NDArray[Any]], None] | None = None,
+        begin_id: int | None = None,
     ) -> None:
         self.seq_len = seq_len
-        self._arrays, self._check = arrays, check
+        self._arrays, self._check, self._begin_id = arrays, check, begin_id
         self._ends = np.cumsum([max(len(array) - 1, 0) // seq_len for array in arrays], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -101,12 +103,14 @@ class Windows:
         if self._check:
             for segment in np.unique(segments).tolist():
                 self._check(segment, rows[segments == segment])
+        if self._begin_id is not None:
+            rows[:, 0] = self._begin_id
         return rows
 
     def counts(self, rows: int) -> npt.NDArray[np.int64]:
         """How often each id 0 .. rows - 1 is an input and a target over all windows: int64 [2, rows].
 
-        Every token is checked, those too that are in no window.
+        They are those of the text, without `begin_id`. Every token is checked, those too that are in no window.
         """
         counts = np.zeros((2, rows), np.int64)
         for number, (array, covered) in enumerate(zip(self._arrays, self._covered(), strict=True)):
@@ -145,6 +149,7 @@ class Prepared:
     tokenizer_hash: str | None
     documents: dict[Split, int | None]  # None: not known
     segments: dict[Split, tuple[Segment, ...]]
+    begin_id: int | None = None  # in the place of each window's first token; None: that token itself
 
     def num_tokens(self, split: Split) -> int:
         """Tokens in a split."""
@@ -173,7 +178,7 @@ class Prepared:
         """The windows of a split, maybe none; ids are checked whenever they are read: files change and disks fail."""
         segments = [self._placed(segment) for segment in self.segments[split]]
         check = lambda number, tokens: segments[number].check(tokens, self.vocab_size)
-        return Windows(self.arrays(split), seq_len, check)
+        return Windows(self.arrays(split), seq_len, check, self.begin_id)
 
     def _placed(self, segment: Segment) -> Segment:
         """The segment with the whole path of its file, as an error is to name it."""

@@ -100,6 +100,16 @@ def end_id(tokenizer: Tokenizer, where: str) -> int:
     raise UserError(f"{where}: the tokenizer has no end marker; it needs one of {', '.join(_END_MARKERS)}")
 
 
+def begin_id(tokenizer: Tokenizer) -> int | None:
+    """The id that a tokenizer.json puts before every text for its model; None where it puts none.
+
+    Its post-processor decides: beside it transformers 5 too ignores `add_bos_token` of tokenizer_config.json.
+    """
+    encoded = tokenizer.encode("a b")
+    of_text = 0 in encoded.special_tokens_mask  # or what was added may stand behind a text of no tokens
+    return encoded.ids[0] if of_text and encoded.special_tokens_mask[0] else None
+
+
 def id_bound(tokenizer: Tokenizer) -> int:
     """One more than the largest id: the rows a table needs (ids may have gaps, so not the number of entries)."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

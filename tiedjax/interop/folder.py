@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,18 +109,52 @@ def refuse_filled(folder: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new directory beside `folder`, which gets its name when the block ends without an error, and goes otherwise."""
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    """A new directory beside `folder`, which gets its name when the block ends without an error, and goes otherwise.
+
+    What a killed process left in its place is removed. UserError where nothing can be written.
+    """
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _held(folder.parent, wait=True):  # so that none is removed between its making and its hold
+                _remove_unfinished(folder)
+                temporary.mkdir()
+                stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+                stack.enter_context(_held(temporary))
+            yield temporary
+            if folder.exists():
+                folder.rmdir()
+            temporary.rename(folder)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _held(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a directory until the block or the process ends.
+
+    False where another process holds it, unless it is waited for, or where the file system lets none be held.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:
+            held = False
+        yield held
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what processes that are no more left of `folder`; what lies where no directory can be held stays."""
+    for entry in list(folder.parent.iterdir()):
+        if re.fullmatch(rf"\.{re.escape(folder.name)}\.[0-9a-f]+\.tmp", entry.name):
+            with contextlib.suppress(OSError), _held(entry) as held:
+                if held:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def is_model_folder(path: Path) -> bool:
@@ -166,6 +203,15 @@ class ModelFolder:
         """tokenizer.json, if there is one."""
         path = inside(self.path, "tokenizer.json")
         return path if path.exists() else None
+
+    @cached_property
+    def begin_id(self) -> int | None:
+        """The token that its tokenizer puts before every text, None where it puts none or there is no tokenizer."""
+        from tiedjax.data.tokenizer import begin_id, parse_tokenizer
+
+        if self.tokenizer_path is None:
+            return None
+        return begin_id(parse_tokenizer(read_text(self.tokenizer_path), str(self.tokenizer_path)))
 
     @cached_property
     def names(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tiedjax.interop.folder import (
     missing_in_words,
     transformers_in_words,
 )
-from tiedjax.interop.model import load_model
+from tiedjax.interop.model import checked_folder
 
 # What families call a size: the first of these keys that a config has.
 SIZES = {
@@ -143,15 +143,18 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def config_for(path: str | Path) -> str:
-    """YAML of a run that begins with this model: `model`, `tying` and `train.init`. UserError where none can."""
-    model = load_model(path)
-    plain, cfg = ModelConfig(), model.config
+    """YAML of a run that begins with this model: `model`, `tying` and `train.init`. UserError where none can.
+
+    `train.init` is the path as it was given: like every path of a config it is one from the working directory.
+    """
+    model, cfg = checked_folder(path)
+    plain, scheme = ModelConfig(), "tied" if model.tie.tied else "untied"
     own = [f.name for f in dataclasses.fields(cfg) if f.name not in ("dtype", "scan_layers")]
     lines = [
         f"  {name}: {json.dumps(getattr(cfg, name))}" for name in own if getattr(cfg, name) != getattr(plain, name)
     ]
     return "\n".join(
-        ["model:", *lines, "tying:", f"  scheme: {model.scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
+        ["model:", *lines, "tying:", f"  scheme: {scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
     )
 
 

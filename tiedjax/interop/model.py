@@ -5,7 +5,7 @@ Axes: B batch, T position, V rows of a table, D width, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 from tiedjax.config import ModelConfig
 from tiedjax.errors import UserError
 from tiedjax.files import local_path
-from tiedjax.interop.families import FAMILIES, Family
-from tiedjax.interop.families.common import Settings, is_buffer
+from tiedjax.interop.families import FAMILIES
+from tiedjax.interop.families.common import Held, Settings, is_buffer
 from tiedjax.interop.folder import CONFIG, ModelFolder, is_model_folder, missing_in_words
 from tiedjax.interop.tensors import Tensor
 from tiedjax.model import Transformer, capped, init_body
@@ -115,6 +115,18 @@ def load_model(path: str | Path) -> Model:
 
     UserError for any other, for a form of it that ours does not have, and where a tensor is missing or left over.
     """
+    model, cfg = checked_folder(path)
+    by_role = {role: _read(table) for role, table in model.tables().items()}
+    one = by_role.get("shared")
+    tables = RunTables(*((by_role["input"], by_role["output"]) if one is None else (one, one)), tied=one is not None)
+    return Model(model.path, model.family, cfg, tables, _body(model, cfg))
+
+
+def checked_folder(path: str | Path) -> tuple[ModelFolder, ModelConfig]:
+    """A directory that `load_model` reads, and the model's shape and arithmetic; numbers stay in the files.
+
+    Two tables that may be one are compared block by block. UserError as of `load_model`.
+    """
     folder = local_path(path, "DIR")
     if not is_model_folder(folder):
         raise UserError(f"{folder}: is no Hugging Face model: it holds no {CONFIG}")
@@ -122,12 +134,11 @@ def load_model(path: str | Path) -> Model:
     cfg = config_of(model)
     if model.tie.tied is None:
         raise UserError(f"{folder}: {missing_in_words(model)}")
-    by_role = {role: _read(table) for role, table in model.tables().items()}
-    one = by_role.get("shared")
-    tables = RunTables(*((by_role["input"], by_role["output"]) if one is None else (one, one)), tied=one is not None)
-    if len(tables.input) != cfg.vocab_size:
-        raise UserError(f"{folder}: its tables have {len(tables.input)} rows, and its config says {cfg.vocab_size}")
-    return Model(folder, model.family, cfg, tables, _body(model, FAMILIES[model.family], cfg))
+    rows = next(iter(model.tables().values())).shape[0]
+    if rows != cfg.vocab_size:
+        raise UserError(f"{folder}: its tables have {rows} rows, and its config says {cfg.vocab_size}")
+    _refuse_misfit(model, cfg)
+    return model, cfg
 
 
 def config_of(model: ModelFolder) -> ModelConfig:
@@ -147,34 +158,49 @@ def _read(tensor: Tensor) -> np.ndarray:
     return whole
 
 
-def _body(model: ModelFolder, family: Family, cfg: ModelConfig) -> dict[str, Any]:
-    """The body's variables: every tensor used, every parameter found."""
-    shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
-    wanted = {name: leaf.shape for name, leaf in flat(shapes).items()}
-    left = {name for name in model.tensors if not (is_buffer(name) or name.startswith(family.besides))}
-    left -= set(model.names.values())
-    found: dict[str, np.ndarray] = {}
+def _held(model: ModelFolder, cfg: ModelConfig) -> Iterator[tuple[Held, str]]:
+    """The body's tensors, and what the directory calls each. UserError for one that is missing."""
+    family = FAMILIES[model.family]
     for held in family.held(cfg):
         name = next((name for name in family.names(held.tensor) if name in model.tensors), None)
         if name is None:
             raise UserError(f"{model.path}: lacks {held.tensor!r}, which a {model.family} model has")
+        yield held, name
+
+
+def _refuse_misfit(model: ModelFolder, cfg: ModelConfig) -> None:
+    """UserError unless every tensor is used and every parameter found, by their names and shapes."""
+    shapes = nn.unbox(jax.eval_shape(lambda: init_body(cfg, jax.random.key(0))))["params"]
+    wanted = {name: leaf.shape for name, leaf in flat(shapes).items()}
+    besides = FAMILIES[model.family].besides
+    left = {name for name in model.tensors if not (is_buffer(name) or name.startswith(besides))}
+    left -= set(model.names.values())
+    found: set[str] = set()
+    for held, name in _held(model, cfg):
         left.discard(name)
-        if not model.tensors[name].shape:
+        shape = model.tensors[name].shape
+        if not shape:
             raise UserError(f"{model.path}: {name!r} is a single number, which does not fit its config")
         try:
-            parts = held.split(_read(model.tensors[name]))
+            parts = held.split(np.broadcast_to(np.float32(0), shape))
         except ValueError:
             parts = ()
-        for parameter, part in zip(held.parameters, parts, strict=False):
-            if part.shape == wanted.get(parameter):
-                found[parameter] = np.ascontiguousarray(part)
-        if not found.keys() >= set(held.parameters):
-            shape = list(model.tensors[name].shape)
-            raise UserError(f"{model.path}: {name!r} has the shape {shape}, which does not fit its config")
+        fits = {key for key, part in zip(held.parameters, parts, strict=False) if part.shape == wanted.get(key)}
+        if fits != set(held.parameters):
+            raise UserError(f"{model.path}: {name!r} has the shape {list(shape)}, which does not fit its config")
+        found |= fits
     if left:
         raise UserError(f"{model.path}: holds {min(left)!r}, which a {model.family} model of its config does not have")
-    if missing := wanted.keys() - found.keys():
+    if missing := wanted.keys() - found:
         raise AssertionError(f"{model.family}: {min(missing)} is in no tensor")
+
+
+def _body(model: ModelFolder, cfg: ModelConfig) -> dict[str, Any]:
+    """The body's variables."""
+    found: dict[str, np.ndarray] = {}
+    for held, name in _held(model, cfg):
+        parts = held.split(_read(model.tensors[name]))
+        found |= {key: np.ascontiguousarray(part) for key, part in zip(held.parameters, parts, strict=True)}
     return {"params": nested(found)}
 
 

@@ -9,6 +9,8 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from tiedjax.interop.tensors import Tensor
 
+_PIECE_BYTES = 2**20  # of float32, read at once: what is read is small beside what it becomes
+
 
 class Rows(NDArrayOperatorsMixin):
     """A [V, D] tensor as float32 (float64 if it is that): indexing by rows reads these alone, all else reads the whole.
@@ -33,7 +35,9 @@ class Rows(NDArrayOperatorsMixin):
             return np.asarray(self)[index]
         if isinstance(rows, slice) and rows.step in (None, 1):
             start, stop, _ = rows.indices(len(self))
-            found = self._tensor.rows(start, max(start, stop)).astype(self.dtype)
+            found = np.empty((max(stop - start, 0), self.shape[1]), self.dtype)
+            for a, b in self._tensor.blocks(_PIECE_BYTES, start, stop):
+                found[a - start : b - start] = self._tensor.rows(a, b)
         elif isinstance(rows, slice):
             found = self[np.arange(*rows.indices(len(self)))]
         elif np.ndim(rows) == 0:
@@ -55,7 +59,7 @@ class Rows(NDArrayOperatorsMixin):
         chosen = np.empty((flat.size, self.shape[1]), self.dtype)
         order = np.argsort(flat, kind="stable")
         sorted_rows = flat[order]
-        for a, b in self._tensor.blocks():
+        for a, b in self._tensor.blocks(_PIECE_BYTES):
             first, last = np.searchsorted(sorted_rows, (a, b))
             if last > first:
                 chosen[order[first:last]] = self._tensor.rows(a, b)[sorted_rows[first:last] - a]
@@ -63,7 +67,7 @@ class Rows(NDArrayOperatorsMixin):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = np.empty(self.shape, dtype or self.dtype)
-        for a, b in self._tensor.blocks():
+        for a, b in self._tensor.blocks(_PIECE_BYTES):
             whole[a:b] = self._tensor.rows(a, b)
         return whole
 

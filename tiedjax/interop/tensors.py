@@ -19,7 +19,7 @@ from tiedjax.npy import one_line
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**24
 
 
 class Tensor(NamedTuple):
@@ -43,11 +43,13 @@ class Tensor(NamedTuple):
         """All of it, in its own dtype."""
         return self.rows(0, self.shape[0])
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of rows of at most 16 MiB of float32 each, that cover it."""
-        width = max(1, math.prod(self.shape[1:]))
-        step = max(1, BLOCK_BYTES // (4 * width))
-        yield from ((a, min(a + step, self.shape[0])) for a in range(0, self.shape[0], step))
+    def blocks(
+        self, block_bytes: int = _BLOCK_BYTES, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of at most so many bytes of float32 each, that cover it, or its rows `start` to `stop` - 1."""
+        width, end = max(1, math.prod(self.shape[1:])), self.shape[0] if stop is None else stop
+        step = max(1, block_bytes // (4 * width))
+        yield from ((a, min(a + step, end)) for a in range(start, end, step))
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -50,9 +50,11 @@ def unit_rows(rows_ND: np.ndarray) -> np.ndarray:
 
 def with_direction(table_VD: np.ndarray, mean_D: np.ndarray | None = None, least: float = 0.0) -> np.ndarray:
     """Boolean [V]: rows that have a direction; about the mean row with `mean_D` and `least`, as `centre` gives them."""
-    if mean_D is None:
-        return np.asarray(table_VD.any(axis=1))
     directed_V = np.empty(len(table_VD), bool)
     for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
-        directed_V[block] = np.linalg.norm(np.asarray(table_VD[block], np.float64) - mean_D, axis=1) > least
+        block_BD = table_VD[block]
+        if mean_D is None:
+            directed_V[block] = block_BD.any(axis=1)
+        else:
+            directed_V[block] = np.linalg.norm(np.asarray(block_BD, np.float64) - mean_D, axis=1) > least
     return directed_V

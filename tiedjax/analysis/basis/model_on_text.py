@@ -94,8 +94,16 @@ class ModelOnText:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """Its text as tokens, from the cache or prepared now."""
-        return prepared_text(self.data, self._rows)
+        """Its text as tokens, from the cache or prepared now; windows begin as the model's own tokenizer begins texts.
+
+        UserError where that is with a token that has no row.
+        """
+        begin_id = self._folder.begin_id
+        if begin_id is not None and begin_id >= self._rows:
+            raise UserError(
+                f"{self.path}: its tokenizer begins texts with token {begin_id}, and it has {self._rows} rows"
+            )
+        return dataclasses.replace(prepared_text(self.data, self._rows), begin_id=begin_id)
 
     @cached_property
     def token_counts(self) -> np.ndarray:
@@ -143,6 +151,7 @@ class ModelOnText:
             "source": self.source,
             "fingerprint": self.prepared.fingerprint,
             "seq_len": self.seq_len,
+            "begin_id": self._folder.begin_id,
             "training_tokens": self.prepared.num_tokens("train"),
             "held_out_tokens": self.prepared.num_tokens("eval"),
         }
@@ -150,9 +159,10 @@ class ModelOnText:
     def in_words(self) -> str:
         """The same as the texts of commands say it."""
         of = self.describe()
+        begun = "" if of["begin_id"] is None else f", each begun with token {of['begin_id']}"
         return (
             f"{self.source} ({of['training_tokens']:,} training and {of['held_out_tokens']:,} held-out tokens, windows "
-            f"of {self.seq_len:,})"
+            f"of {self.seq_len:,}{begun})"
         )
 
     @property

@@ -110,6 +110,10 @@ class Settings:
     def __init__(self, config: Mapping[str, Any], where: str):
         self._config, self.where = config, where
 
+    def or_else(self, defaults: Mapping[str, Any]) -> Settings:
+        """The same with what stands for keys that are missing."""
+        return Settings({**defaults, **self._config}, self.where)
+
     def part(self, key: str) -> Settings:
         """What is below a key, with nothing in it where the key is missing or null."""
         value = self.get(key, {})
@@ -314,11 +318,31 @@ def written_windows(cfg: ModelConfig) -> dict[str, Any]:
     return {"sliding_window": cfg.window, "layer_types": [_WINDOW if window else _FULL for window in cfg.windows]}
 
 
-def no_windows(settings: Settings) -> None:
-    """UserError where some layers see the last positions alone."""
-    kinds = settings.get("layer_types", [])
-    if not isinstance(kinds, list) or any(kind != _FULL for kind in kinds):
-        settings.refuse("layer_types", "full_attention in every layer")
+def late_windows(settings: Settings) -> dict[str, Any]:
+    """The same of a family whose layers have windows from a number on, where they are switched on."""
+    if not settings.flag("use_sliding_window", False) or settings.optional("sliding_window", 4096) is None:
+        kinds = settings.get("layer_types", [])
+        if not isinstance(kinds, list) or any(kind != _FULL for kind in kinds):
+            settings.refuse("layer_types", "full_attention in every layer, where use_sliding_window is false")
+        return {}
+    layers, first = settings.layers("num_hidden_layers"), settings.get("max_window_layers", 28)
+    if type(first) is not int or first < 0:
+        settings.refuse("max_window_layers", "a whole number of at least 0")
+    return windows(settings, tuple(_FULL if i < first else _WINDOW for i in range(layers)))
+
+
+def written_late_windows(cfg: ModelConfig) -> dict[str, Any]:
+    """What `late_windows` reads, nothing without a window."""
+    if cfg.window is None:
+        return {}
+    first = next((i for i, window in enumerate(cfg.windows) if window), cfg.layers)
+    return {"use_sliding_window": True, "max_window_layers": first, **written_windows(cfg)}
+
+
+def refuse_scaled_windows(options: Mapping[str, Any], where: str) -> None:
+    """UserError where layers with a window have a scaled rope: ours scales that of the others alone."""
+    if "window" in options and "rope_scaling" in options:
+        raise UserError(f"{where}: rope of type {options['rope_scaling']!r} is not known in layers with a window")
 
 
 def biases(**there: bool) -> str:

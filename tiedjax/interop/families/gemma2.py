@@ -7,7 +7,16 @@ from typing import Any
 
 from tiedjax.config import ModelConfig
 from tiedjax.errors import UserError
-from tiedjax.interop.families.common import Family, Settings, rope, windows, without, written_sizes, written_windows
+from tiedjax.interop.families.common import (
+    Family,
+    Settings,
+    refuse_scaled_windows,
+    rope,
+    windows,
+    without,
+    written_sizes,
+    written_windows,
+)
 from tiedjax.interop.families.gemma import FITS, body_of_gemma, like_gemma
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "geglu", "gelu_new": "geglu", "gelu": "geglu_exact"}
@@ -53,8 +62,7 @@ def written_gemma(cfg: ModelConfig) -> dict[str, Any]:
 
 def _config(settings: Settings) -> dict[str, Any]:
     own = like_gemma_2(settings, ("sliding_attention", "full_attention"), 30.0) | rope(settings)
-    if "window" in own and "rope_scaling" in own:
-        raise UserError(f"{settings.where}: rope of type {own['rope_scaling']!r} is not known in layers with a window")
+    refuse_scaled_windows(own, settings.where)
     return own | {"attention_cap": settings.optional("attn_logit_softcapping", 50.0)}
 
 

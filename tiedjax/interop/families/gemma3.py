@@ -9,8 +9,21 @@ from tiedjax.interop.families.common import MOST_LAYERS, Family, Settings, rope_
 from tiedjax.interop.families.gemma import body_of_gemma
 from tiedjax.interop.families.gemma2 import FITS_2, like_gemma_2, written_gemma
 
+# What transformers takes for keys that are missing: a config of a model with images has those alone that differ.
+_USUAL = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+}
+
 
 def _config(settings: Settings) -> dict[str, Any]:
+    settings = settings.or_else(_USUAL)
     settings.must("attn_logit_softcapping", None)
     usual = (
         *["sliding_attention"] * (settings.whole("sliding_window_pattern", 6, most=MOST_LAYERS) - 1),

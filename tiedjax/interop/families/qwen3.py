@@ -9,17 +9,24 @@ from tiedjax.interop.families.common import (
     Family,
     Settings,
     body_of_llama,
+    late_windows,
     like_llama,
-    no_windows,
+    refuse_scaled_windows,
     rope,
-    written_sizes,
 )
+from tiedjax.interop.families.qwen2 import written_of_qwen
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    settings.must("use_sliding_window", False)
-    no_windows(settings)
-    return like_llama(settings, head=128) | rope(settings) | {"qk_norm": "head"}
+    own = like_llama(settings, head=128) | rope(settings) | late_windows(settings) | {"qk_norm": "head"}
+    refuse_scaled_windows(own, settings.where)
+    return own
 
 
-FAMILY = Family("Qwen3ForCausalLM", _config, body_of_llama, {**LIKE_LLAMA, "qk_norm": ("head",)}, written_sizes)
+FAMILY = Family(
+    "Qwen3ForCausalLM",
+    _config,
+    body_of_llama,
+    {**LIKE_LLAMA, "qk_norm": ("head",), "window": ()},
+    written_of_qwen,
+)

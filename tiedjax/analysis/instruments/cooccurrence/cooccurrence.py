@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -206,7 +206,8 @@ def contexts_of(
     report: Callable[[str], None] = lambda line: None,
 ) -> Contexts:
     """`contexts` of a run's training text, in windows of `seq_len` tokens, for a table of so many rows."""
-    windows = prepared.windows("train", seq_len)
+    text = replace(prepared, begin_id=None)  # no text holds the token that a model is shown before each window
+    windows = text.windows("train", seq_len)
     counts = bigram_counts(windows, rows, report=report)
     return contexts(counts, available=len(windows) * seq_len, sample=sample, least_count=least_count)
 

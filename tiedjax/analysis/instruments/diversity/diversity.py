@@ -83,7 +83,7 @@ def measure(
     if not 1 <= tokens <= seq_len:
         raise UserError(f"tokens: must be 1 to {seq_len}, the positions of a window, got {tokens}")
     held_out_BS = held_out_windows(prepared, tokens, texts * tokens)
-    start, _ = text_start(run)
+    start = text_start(run)[0] if prepared.begin_id is None else prepared.begin_id
     written_BS = write(model, start, len(held_out_BS), tokens)
     rows, width = model.U_VD.shape
     return RunDiversity(

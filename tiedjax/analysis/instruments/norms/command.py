@@ -43,8 +43,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result = inputs.result(args, V) | {"counts": "as target", **paper}
         head = inputs.heading(f"{table.name}, L2 norm against count as target; paper's form", result)
         return result, f"{head}{inputs.note}\n{_published(published)}"
-    rows = slice(None) if args.all_rows else seen_rows(counts)
-    norms = measure(table.values[rows], count_V[rows], draws=draws)
+    if args.all_rows:
+        norms = measure(table.values, count_V, draws=draws)
+    else:
+        seen_V = seen_rows(counts)
+        norms = measure(table.values[seen_V], count_V[seen_V], draws=draws)
     result = inputs.result(args, norms.rows) | {"counts": "as target", **to_plain(norms), "paper": paper}
     head = inputs.heading(f"{table.name}, rows against their counts as target", result)
     return (
