@@ -255,6 +255,19 @@ def test_results_say_how_training_ended_on_both_texts(model, windows, translator
     assert "converged" in lines[0]
 
 
+def test_a_long_fit_says_where_it_is(model, windows, monkeypatch):
+    monkeypatch.setattr(lens_module, "REPORT_EVERY", 0)
+    lines: list[str] = []
+    found = lens(model, *windows, lines.append, [2])
+    *during, end = lines
+    assert len(during) == found.states[2].fit.evaluations > 1
+    for number, line in enumerate(during, start=1):
+        assert re.fullmatch(
+            rf"layer 2: \d+\.\d{{3}} bits on training text after {number} evaluations, not yet done", line
+        )
+    assert end.startswith("layer 2 (of 3 layers): ")
+
+
 def test_the_command_prints_and_writes_both_forms(run, tmp_path, capsys):
     words = ["lens", str(run.path), "--training-tokens", "1024", "--held-out-tokens", "400"]
     analyze(*words, "--json", str(tmp_path / "o.json"))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 from runs import arguments
 from test_interop_instruments import assert_alike
@@ -282,6 +283,14 @@ def test_the_page_says_what_the_command_prints_and_opens_offline(tmp_path: Path)
         assert label in text
     without = record(**{name: {"not_measured": "nothing"} for name in PARTS})
     assert "<svg" not in page.write(without, tmp_path / "other").read_text(encoding="utf-8")
+
+
+def test_a_small_position_is_drawn_on_the_scale_of_untied_tables() -> None:
+    for position, reach in ((span(0.03, 0.02), page.LEAST_REACH), (span(0.4, 0.1), 0.5)):
+        d = record(cooccurrence={"text": {}, "roles": {"shared": agreement(position)}})
+        ax = matplotlib.figure.Figure().add_subplot()
+        next(page.plots(d)).panels[0](ax, d)
+        assert ax.get_xlim() == pytest.approx((-1.15 * reach, 1.15 * reach))
 
 
 def test_references_come_with_the_package() -> None:

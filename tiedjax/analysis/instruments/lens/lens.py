@@ -11,6 +11,7 @@ same translators, each used one state late.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from tiedjax.errors import UserError
 MOST_TRAINING_TOKENS = 2**15
 HELD_OUT_TOKENS = 4096
 NATS = 1 / math.log(2)  # bits in a nat
+REPORT_EVERY = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def train(
         if fitted is not None and state not in fitted:
             minima.append(None)
             continue
-        minimum = fit(model, x_ND, lesson)
+        minimum = fit(model, x_ND, lesson, _progress(name_of(state), report))
         minima.append(minimum)
         ended = "converged" if minimum.converged else "not converged"
         report(
@@ -198,6 +200,19 @@ def train(
             f"after {minimum.iterations} iterations, {ended}"
         )
     return minima
+
+
+def _progress(name: str, report: Callable[[str], None]) -> Callable[[int, float], None]:
+    """Reports where a fit is that takes longer than REPORT_EVERY, as often."""
+    last = time.monotonic()
+
+    def progress(evaluations: int, value: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_EVERY:
+            last = time.monotonic()
+            report(f"{name}: {value * NATS:.3f} bits on training text after {evaluations} evaluations, not yet done")
+
+    return progress
 
 
 def read(
