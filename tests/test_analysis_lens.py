@@ -305,6 +305,21 @@ def test_some_translators_alone_are_fitted_and_change_nothing_else(run, tmp_path
     assert some["input"] == every["input"]
 
 
+def test_the_logit_lens_alone_fits_nothing(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lens_module, "fit", None)
+    monkeypatch.setattr(lens_module, "teacher", None)
+    analyze(
+        *("lens", str(run.path), "--held-out-tokens", "400", "--translators", "none"),
+        "--json",
+        str(tmp_path / "o.json"),
+    )
+    shown, out = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
+    assert shown.startswith(f"{run.path} at step 60: 400 held-out tokens, no translators\n")
+    assert "converged" not in shown
+    assert out["training_tokens"] == 0
+    assert [state["tuned"] is None for state in out["states"]] == [True, True, True, False]
+
+
 def test_the_inputs_lens_holds_two_states_and_passes_the_body_once(model, windows, monkeypatch):
     shapes, parts = [], FrozenModel.parts_of_states
 
@@ -321,8 +336,8 @@ def test_the_inputs_lens_holds_two_states_and_passes_the_body_once(model, window
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--translators", "0,x"], "--translators: must be numbers of states between commas, got '0,x'"),
-        (["--translators", ""], "--translators: must be numbers of states between commas, got ''"),
+        (["--translators", "0,x"], "--translators: must be none, or numbers of states between commas, got '0,x'"),
+        (["--translators", ""], "--translators: must be none, or numbers of states between commas, got ''"),
         (["--translators", "0,3"], "lens: the states with a translator are 0 to 2, got 0, 3"),
         (
             ["--translators", "0", "--paper"],

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--translators",
         metavar="STATES",
-        help="states whose translators are fitted, 0 the input, between commas; others are read by the logit lens "
-        "alone (default: all)",
+        help="states whose translators are fitted, 0 the input, between commas, or none; others are read by the logit "
+        "lens alone (default: all)",
     )
     arguments.add_paper(parser, "translators read one state late, KL only")
 
@@ -50,10 +50,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     name = arguments.subject_in_words(args, run, lens.step)
     which = "" if fitted is None else f" of {', '.join(state.name for state in lens.states if state.fit)}"
-    head = (
-        f"{name}: {lens.held_out_tokens} held-out tokens, translators{which} fitted on {lens.training_tokens} training "
-        "tokens"
-    )
+    fits = f"translators{which} fitted on {lens.training_tokens} training tokens" if fitted != [] else "no translators"
+    head = f"{name}: {lens.held_out_tokens} held-out tokens, {fits}"
     if args.paper:
         for state in result["states"]:
             state["score"] = {"kl": state.pop("published")["kl"]}
@@ -61,19 +59,19 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
     result["input"] = to_plain(rotation.measure(model, run, prepared, held_out_tokens=held_out_tokens))
-    fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
     without = _baselines(result["baselines"], lens.step)
-    return result, f"{head}\n{_states(result['states'])}\n{_rotated(result['input'])}\n{without}\n{fits}"
+    text = f"{head}\n{_states(result['states'])}\n{_rotated(result['input'])}\n{without}"
+    return result, text if fitted == [] else f"{text}\n{_fits(result['states'])}\nconverged: {lens.criterion}"
 
 
 def _states_named(args: argparse.Namespace) -> list[int] | None:
     if args.translators is None:
         return None
+    numbers = [] if args.translators == "none" else args.translators.split(",")
     if args.paper:
         raise UserError("--translators: the paper's form reads a state by that of the state before; leave it out")
-    numbers = args.translators.split(",")
     if not all(number.isascii() and number.isdigit() and len(number) < 5 for number in numbers):
-        raise UserError(f"--translators: must be numbers of states between commas, got {args.translators!r}")
+        raise UserError(f"--translators: must be none, or numbers of states between commas, got {args.translators!r}")
     return [int(number) for number in numbers]
 
 

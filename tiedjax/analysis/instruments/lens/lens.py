@@ -154,7 +154,8 @@ def lens(
     training_tokens, held_out_tokens = (
         windows_WS.shape[0] * (windows_WS.shape[1] - 1) for windows_WS in (training_WS, held_out_WS)
     )
-    return Lens(states, training_tokens, held_out_tokens, len(held_out_WS))
+    fits_any = any(state.fit for state in states)
+    return Lens(states, training_tokens if fits_any else 0, held_out_tokens, len(held_out_WS))
 
 
 def _fit_of(minimum: Minimum | None) -> Fit | None:
@@ -185,6 +186,8 @@ def train(
     fitted: Collection[int] | None = None,
 ) -> list[Minimum | None]:
     """The translators of the states 0 .. L - 1; None where a state is not among those `fitted`."""
+    if fitted is not None and not fitted:
+        return [None] * model.config.layers
     x_LND = model.states(training_WS)
     lesson = teacher(model, x_LND[-1])
     minima: list[Minimum | None] = []
