@@ -29,6 +29,7 @@ from tiedjax.analysis.basis.statistics import interval, paired
 from tiedjax.analysis.decision import page as decision_page
 from tiedjax.analysis.decision import rows as decision_rows
 from tiedjax.analysis.decision import verdicts as decision_verdicts
+from tiedjax.analysis.diagnosis import words as diagnosis_words
 from tiedjax.analysis.instruments.account import section as account
 from tiedjax.analysis.instruments.regret import section as regret
 from tiedjax.analysis.study import losses, sentences
@@ -39,6 +40,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 STUDIES = ("quick", "small", "rates", "mechanism", "schemes", "untie", "initialisation", "shape-512", "shape-8192")
 DECISION = RESULTS / "decision.json"
 WIDTH_HEADS = ("Width", "Parameters, tied", "The table’s share", "Held-out loss, tied", "untied less tied")
+OF_BOTH = "4-bit body, 8-bit table"  # of what numbers of SmolLM2 are
 PICTURE = ROOT / "docs" / "small_study.png"
 PEERS = {
     "torch_compiled": "PyTorch {torch}, compiled (default mode; {loss}), both role gradients by hooks",
@@ -659,7 +661,7 @@ def smollm2() -> str:
     """What `smollm2.py` found of a quantised SmolLM2, a row each, with what of the model it is about."""
     found = json.loads((RESULTS / "smollm2.json").read_text(encoding="utf-8"))
     by_name = found["instruments"]
-    quantised = {"body": "4-bit body, 8-bit table", "table": "8-bit table"}
+    quantised = {"body": OF_BOTH, "table": "8-bit table"}
     if found["stored"] != "Q4_1 body, Q8_0 table":
         raise SystemExit(f"smollm2.json: is of a {found['stored']}; say anew how many bits that is")
     rows = [["`inspect`", *_inspected(found["inspect"], quantised["body"])]]
@@ -674,6 +676,56 @@ def smollm2() -> str:
         f"{found['python']}, jax {found['jax']}). A number after ± is half a 95 % interval.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def smollm2_diagnosed() -> str:
+    """What `diagnose` says of it part by part, what every state predicts, and both pictures."""
+    found = json.loads((RESULTS / "smollm2.json").read_text(encoding="utf-8"))
+    d, lens = (found["instruments"][name] for name in ("diagnose", "lens"))
+    rows, lines = [], []
+    for part in diagnosis_words.parts(d):
+        of = OF_BOTH if part.name in ("lens", "rounding") else "8-bit table"
+        if part.not_measured:
+            rows.append([part.title, numbers.NONE, f"Not measured: {part.not_measured}", numbers.NONE])
+            continue
+        rows.append([part.title, of, " ".join(part.found), " ".join(part.null)])
+        lines.append(f"* {part.title}. It says {part.claims}. It cannot say {part.limits}.")
+    minutes = lambda name: f"{found['instruments'][name]['seconds'] / 60:.0f} minutes"
+    return "\n".join(
+        [
+            f"**{diagnosis_words.headline(d)}** (8-bit table)",
+            "",
+            "![The table's position, between tables that look up and tables that predict](smollm2_position.png)",
+            "",
+            *table(["Part", "Of", "Finds", "Null"], rows),
+            "",
+            *lines,
+            "",
+            "![Bits a held-out token that each hidden state costs by the logit lens](smollm2_lens.png)",
+            "",
+            *(f"* {sentence} ({OF_BOTH})" for sentence in _by_states(lens)),
+            "",
+            f"`diagnose` on {d['text']}; bits and nats on {d['lens']['held_out_windows']} held-out windows, over which "
+            f"an interval is rough. `lens` on {lens['held_out_windows']} windows of {lens['measured_on']['seq_len']}. "
+            f"They took {minutes('diagnose')} and {minutes('lens')} on a {found['machine']} that other programs "
+            f"shared ({found['date']}, Python {found['python']}, jax {found['jax']}).\n",
+        ]
+    )
+
+
+def _by_states(lens: dict[str, Any]) -> list[str]:
+    """What the logit lens reads, and from which layer on it is better than counting."""
+    states, without = lens["states"], lens["baselines"]
+    bits = lambda state: numbers.spread(state["logit"]["cross_entropy"], 2)
+    first = lambda span: next(s["name"] for s in states if s["logit"]["cross_entropy"]["mean"] < span["mean"])
+    unigram, trigram = without["unigram"]["cross_entropy"], without["trigram_cross_entropy"]
+    return [
+        f"By the logit lens a held-out token costs {bits(states[0])} bits at the input and {bits(states[-1])} in the "
+        "end.",
+        f"The first state that predicts better than the unigram ({numbers.number(unigram['mean'], 2)} bits) is that "
+        f"after {first(unigram)}, than the trigram ({numbers.number(trigram['mean'], 2)} bits) that after "
+        f"{first(trigram)}.",
+    ]
 
 
 def _inspected(about: dict[str, Any], quantised: str) -> list[str]:
@@ -761,7 +813,11 @@ def pages() -> dict[Path, str]:
             "costs": cost_rows(),
         },
         ROOT / "docs" / "instruments.md": {"regrets": regrets()},
-        ROOT / "docs" / "models.md": {"SmolLM2": smollm2(), "diagnosis": diagnosed()},
+        ROOT / "docs" / "models.md": {
+            "SmolLM2": smollm2(),
+            "SmolLM2 diagnosis": smollm2_diagnosed(),
+            "diagnosis": diagnosed(),
+        },
         ROOT / "docs" / "schemes.md": {
             f"{name} study": between(name, of[name], in_parts(of[name])) for name in ("schemes", "untie")
         }

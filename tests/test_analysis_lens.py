@@ -255,6 +255,19 @@ def test_results_say_how_training_ended_on_both_texts(model, windows, translator
     assert "converged" in lines[0]
 
 
+def test_a_long_fit_says_where_it_is(model, windows, monkeypatch):
+    monkeypatch.setattr(lens_module, "REPORT_EVERY", 0)
+    lines: list[str] = []
+    found = lens(model, *windows, lines.append, [2])
+    *during, end = lines
+    assert len(during) == found.states[2].fit.evaluations > 1
+    for number, line in enumerate(during, start=1):
+        assert re.fullmatch(
+            rf"layer 2: \d+\.\d{{3}} bits on training text after {number} evaluations, not yet done", line
+        )
+    assert end.startswith("layer 2 (of 3 layers): ")
+
+
 def test_the_command_prints_and_writes_both_forms(run, tmp_path, capsys):
     words = ["lens", str(run.path), "--training-tokens", "1024", "--held-out-tokens", "400"]
     analyze(*words, "--json", str(tmp_path / "o.json"))
@@ -275,9 +288,61 @@ def test_the_command_prints_and_writes_both_forms(run, tmp_path, capsys):
     assert all("tuned" not in s for s in paper["states"])
 
 
+def test_some_translators_alone_are_fitted_and_change_nothing_else(run, tmp_path, capsys):
+    words = ["lens", str(run.path), "--training-tokens", "1024", "--held-out-tokens", "400"]
+    analyze(*words, "--json", str(tmp_path / "all.json"))
+    capsys.readouterr()
+    analyze(*words, "--translators", "0,2", "--json", str(tmp_path / "some.json"))
+    shown = capsys.readouterr().out
+    every, some = (json.loads((tmp_path / name).read_text()) for name in ("all.json", "some.json"))
+    head = f"{run.path} at step 60: 400 held-out tokens, translators of input, layer 2 fitted on 1024 training tokens\n"
+    assert shown.startswith(head)
+    assert re.search(r"^layer 1 +- +- +[\d.]+ +- +- +[\d.]+ +[\d.]+$", shown, flags=re.M)
+    for state, whole in zip(some["states"], every["states"], strict=True):
+        assert state["logit"] == whole["logit"]
+        for name, fitted in (("tuned", (0, 2, 3)), ("published", (0, 1, 3)), ("fit", (0, 2, 3))):
+            assert state[name] == (whole[name] if state["state"] in fitted else None), (state["name"], name)
+    assert some["input"] == every["input"]
+
+
+def test_the_logit_lens_alone_fits_nothing(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lens_module, "fit", None)
+    monkeypatch.setattr(lens_module, "teacher", None)
+    analyze(
+        *("lens", str(run.path), "--held-out-tokens", "400", "--translators", "none"),
+        "--json",
+        str(tmp_path / "o.json"),
+    )
+    shown, out = capsys.readouterr().out, json.loads((tmp_path / "o.json").read_text())
+    assert shown.startswith(f"{run.path} at step 60: 400 held-out tokens, no translators\n")
+    assert "converged" not in shown
+    assert out["training_tokens"] == 0
+    assert [state["tuned"] is None for state in out["states"]] == [True, True, True, False]
+
+
+def test_the_inputs_lens_holds_two_states_and_passes_the_body_once(model, windows, monkeypatch):
+    shapes, parts = [], FrozenModel.parts_of_states
+
+    def counted(*args):
+        for x_LND in parts(*args):
+            shapes.append(x_LND.shape)
+            yield x_LND
+
+    monkeypatch.setattr(FrozenModel, "parts_of_states", counted)
+    rotation.input_lens(model, windows[1], draws=1)
+    assert shapes == [(2, windows[1][:, 1:].size, D)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--translators", "0,x"], "--translators: must be none, or numbers of states between commas, got '0,x'"),
+        (["--translators", ""], "--translators: must be none, or numbers of states between commas, got ''"),
+        (["--translators", "0,3"], "lens: the states with a translator are 0 to 2, got 0, 3"),
+        (
+            ["--translators", "0", "--paper"],
+            "--translators: the paper's form reads a state by that of the state before; leave it out",
+        ),
         (["--held-out-tokens", "0"], "--held-out-tokens: must be at least 1, got 0"),
         (["--training-tokens", "-3"], "--training-tokens: must be at least 1, got -3"),
         (["--data", "text:/nowhere/*.jsonl"], "nowhere"),

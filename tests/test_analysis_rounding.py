@@ -116,6 +116,14 @@ def test_one_table_has_one_noise_in_both_uses_and_two_have_two(monkeypatch: pyte
         assert np.array_equal(both_noised.input, both_noised.output) == same
 
 
+@pytest.mark.parametrize("scheme", ["tied", "untied"])
+def test_the_body_is_passed_once_for_each_change_of_what_it_reads(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, parts = [], FrozenModel.parts_of_states
+    monkeypatch.setattr(FrozenModel, "parts_of_states", lambda *args: passes.append(1) or parts(*args))
+    measured(toy(scheme), draws=2)
+    assert len(passes) == 1 + len(BITS) * (1 + 2)
+
+
 def fixed(shared: bool) -> Rounding:
     uses = enumerate(((bits, use) for bits in BITS for use in USES), start=1)
     span = lambda i: Interval(0.08 * i, 0.07 * i, 0.1 * i, 9, 0.95)

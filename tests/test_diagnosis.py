@@ -9,14 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 import pytest
 from runs import arguments
 from test_interop_instruments import assert_alike
 
+import tiedjax
 from tiedjax import cli
 from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.held_out import FrozenModel
 from tiedjax.analysis.basis.plain_json import to_plain
+from tiedjax.analysis.basis.run_data import data_of
 from tiedjax.analysis.basis.statistics import Interval
+from tiedjax.analysis.basis.tables import content_hash
 from tiedjax.analysis.diagnosis import measure as module
 from tiedjax.analysis.diagnosis import page, words
 from tiedjax.analysis.instruments.cooccurrence.cooccurrence import Cooccurrence, Partial
@@ -24,6 +29,7 @@ from tiedjax.analysis.instruments.lens.rotation import InputLens
 from tiedjax.analysis.instruments.norms.norms import Curve, Norms
 from tiedjax.analysis.instruments.regret.regret import RunRegret, Saving
 from tiedjax.analysis.instruments.rounding.rounding import Cost, Rounding
+from tiedjax.errors import UserError
 from tiedjax.interop.export import export
 
 N = "\u00a0"
@@ -279,6 +285,14 @@ def test_the_page_says_what_the_command_prints_and_opens_offline(tmp_path: Path)
     assert "<svg" not in page.write(without, tmp_path / "other").read_text(encoding="utf-8")
 
 
+def test_a_small_position_is_drawn_on_the_scale_of_untied_tables() -> None:
+    for position, reach in ((span(0.03, 0.02), page.LEAST_REACH), (span(0.4, 0.1), 0.5)):
+        d = record(cooccurrence={"text": {}, "roles": {"shared": agreement(position)}})
+        ax = matplotlib.figure.Figure().add_subplot()
+        next(page.plots(d)).panels[0](ax, d)
+        assert ax.get_xlim() == pytest.approx((-1.15 * reach, 1.15 * reach))
+
+
 def test_references_come_with_the_package() -> None:
     known = module.references()
     assert list(known) == ["2048"]
@@ -330,6 +344,48 @@ def test_a_run_and_its_export_are_diagnosed_alike(
         assert_alike(of_run[name], of_model[name], name)
 
 
+@pytest.fixture(scope="module")
+def saved_twice(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two states and more snapshots than these."""
+    out = tmp_path_factory.mktemp("saved") / "run"
+    changes = {"train.checkpoint_every": 4, "data.holdout": 0.02, "optimizer.learning_rate": 0.02}
+    assert cli.main(arguments(out, text, changes)) == 0
+    return out
+
+
+def test_an_earlier_step_is_diagnosed_by_its_own_tables_and_body(
+    saved_twice: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiedjax.load_run(saved_twice)
+    assert run.checkpoint_steps == [4, 8]
+    words_ = ["diagnose", f"{saved_twice}@4", "--no-regret", "--held-out-tokens", "64", "--json", tmp_path / "d.json"]
+    assert cli.main(list(map(str, words_))) == 0
+    d = json.loads((tmp_path / "d.json").read_text())
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-len(list(words.lines(d)))]
+        .startswith(f"{saved_twice} at step 4: one table for both roles, 320 rows of width 16; measured on ")
+    )
+    assert (d["step"], d["name"], d["inputs"][0]["name"]) == (4, str(saved_twice), f"{saved_twice}@4")
+    assert d["inputs"][0]["sha256"] == content_hash(run.tables(4).input) != content_hash(run.tables(8).input)
+    prepared = data_of(run)
+    for name, instrument in (("lens", module.rotation), ("rounding", module.rounding)):
+        of_step = to_plain(instrument.measure(FrozenModel(run, 4), run, prepared, held_out_tokens=64))
+        assert d[name] == json.loads(json.dumps(of_step))
+        assert d[name]["held_out_tokens"] == 64
+    last = module.diagnose(f"{saved_twice}@8", with_regret=False, held_out=64)
+    whole = module.diagnose(str(saved_twice), with_regret=False, held_out=64)
+    assert {**last, "inputs": []} == {**whole, "inputs": []}
+
+
+def test_a_step_with_tables_alone_is_not_measured_where_the_body_is_read(saved_twice: Path) -> None:
+    assert {2, 4, 8} <= set(tiedjax.load_run(saved_twice).snapshot_steps)
+    d = module.diagnose(f"{saved_twice}@2")
+    why = {"not_measured": f"{saved_twice}: no checkpoint of step 2; there are 4, 8"}
+    assert [d[name] for name in ("lens", "rounding", "regret")] == [why] * 3
+    assert (d["step"], "not_measured" in d["cooccurrence"], "not_measured" in d["norms"]) == (2, False, False)
+
+
 def test_regret_is_of_a_text_that_is_named(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, text: Path
 ) -> None:
@@ -358,6 +414,13 @@ def test_a_glob_is_a_source_of_text_files() -> None:
 
 # ---- What is refused ----
 
+
+def test_a_model_has_no_steps(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError) as error:
+        module.diagnose(f"{pair[1]}@3")
+    assert str(error.value) == f"{pair[1]}@3: a model has no steps; leave out @3"
+
+
 NAMED = "tables are named by a run directory, RUN@STEP, a Hugging Face directory, or a .npy, .npz or .safetensors file"
 LINES: dict[str, tuple[list[str], str]] = {
     "nothing": (["NOTHING"], f"NOTHING: no such file or directory; {NAMED}"),
@@ -367,6 +430,9 @@ LINES: dict[str, tuple[list[str], str]] = {
     ),
     "a file as --out": (["RUN", "--out", "FILE"], "--out: must be a folder, or the name of a new one; FILE is a file"),
     "a folder as --json": (["RUN", "--json", "DIR"], "--json: must be a file in a folder that exists, got DIR"),
+    "no such step": (["RUN@7"], "RUN: no snapshot of step 7; there are 0, 1, 2, 4, 6, 8"),
+    "no such run": (["NOTHING@7"], f"NOTHING: no such file or directory; {NAMED}"),
+    "no tokens": (["RUN", "--held-out-tokens", "0"], "--held-out-tokens: must be at least 1, got 0"),
     "windows of a run": (
         ["RUN", "--seq-len", "8"],
         "--seq-len: a run is read in windows of its model.seq_len; leave it out",
@@ -387,7 +453,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     words_, line = LINES[case]
     places = {"RUN": finished, "NOTHING": tmp_path / "nothing", "FILE": tmp_path / "file", "DIR": tmp_path}
     out = [] if "--out" in words_ else ["--out", str(tmp_path / "page")]
-    given = [str(places.get(word, word)) for word in words_]
+    given = [re.sub(r"^[A-Z]+(?=@|$)", lambda name: str(places[name[0]]), word) for word in words_]
     assert cli.main(["diagnose", *given, *out]) == 2
     for name, place in places.items():
         line = re.sub(rf"\b{name}\b(?=[:,;]| is|$)", str(place), line)
@@ -401,7 +467,8 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.startswith("usage: tiedjax diagnose MODEL [options] what tying did to one model, without a twin")
-    for option in ("--text GLOB", "--seq-len T", "--no-regret", "--json FILE", "--out DIR"):
+    options = ("--text GLOB", "--seq-len T", "--held-out-tokens N", "--no-regret", "--json FILE", "--out DIR")
+    for option in options:
         assert option in shown
 
 

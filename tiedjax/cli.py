@@ -266,7 +266,7 @@ def _add_decide(decide: argparse.ArgumentParser) -> None:
 
 
 def _add_diagnose(diagnose: argparse.ArgumentParser) -> None:
-    diagnose.add_argument("directory", metavar="MODEL", help="a run directory, or a Hugging Face DIR")
+    diagnose.add_argument("directory", metavar="MODEL", help="a run directory, RUN@STEP, or a Hugging Face DIR")
     diagnose.add_argument(
         "--text",
         metavar="GLOB",
@@ -277,7 +277,13 @@ def _add_diagnose(diagnose: argparse.ArgumentParser) -> None:
         "--seq-len", type=int, metavar="T", help="positions of a window of the text of a DIR [all it has, at most 512]"
     )
     diagnose.add_argument(
-        "--no-regret", action="store_true", help="leave out what takes minutes; of a DIR without --text it is left out"
+        "--held-out-tokens", type=int, metavar="N", help="held-out tokens that lens and rounding score [4096 each]"
+    )
+    diagnose.add_argument(
+        "--no-regret",
+        action="store_true",
+        help="leave out the re-fits: minutes of a small run, days of a large model on a CPU; of a DIR without --text "
+        "they are left out",
     )
     diagnose.add_argument("--json", metavar="FILE", help="save the numbers here")
     diagnose.add_argument("--out", metavar="DIR", help="write the page, diagnosis.html, and its figure here")
@@ -458,12 +464,15 @@ def _diagnose(args: argparse.Namespace) -> int:
     out = local_path(args.out, "--out") if args.out else None
     if out and out.exists() and not out.is_dir():
         raise UserError(f"--out: must be a folder, or the name of a new one; {out} is a file")
-    from tiedjax.analysis.basis.arguments import reporter
+    from tiedjax.analysis.basis.arguments import at_least, reporter
     from tiedjax.analysis.diagnosis import page, words
     from tiedjax.analysis.diagnosis.measure import diagnose, source_of
 
     report, source = reporter("diagnose"), source_of(args.text)
-    found = diagnose(args.directory, source, args.seq_len, with_regret=not args.no_regret, report=report)
+    if args.held_out_tokens is not None:
+        at_least(args, "held-out-tokens")
+    with_regret, held_out = not args.no_regret, args.held_out_tokens
+    found = diagnose(args.directory, source, args.seq_len, with_regret=with_regret, held_out=held_out, report=report)
     print("\n".join(words.lines(found)))
     if json_file:
         write_atomically(json_file, json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

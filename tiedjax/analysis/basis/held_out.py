@@ -104,10 +104,14 @@ class FrozenModel:
         target_N, parts = targets_WT.reshape(-1), []
         for x_1ND in self.parts_of_states(tokens_WS, slice(-1, None)):
             of_part_N, target_N = np.split(target_N, [x_1ND.shape[1]])
-            for chunk in chunks(len(of_part_N)):
-                bits_C = _model_bits(self.config, self.norm, x_1ND[0, chunk], self.U_VD, self.bias_V, of_part_N[chunk])
-                parts.append(np.asarray(bits_C, np.float64))
+            parts.append(self.bits_of(x_1ND[0], of_part_N))
         return np.concatenate(parts).reshape(targets_WT.shape)
+
+    def bits_of(self, last_ND: np.ndarray, target_N: np.ndarray) -> np.ndarray:
+        """What targets cost where the last states are known, which the output table alone reads: bits, float64 [N]."""
+        of = (self.config, self.norm)
+        parts = [_model_bits(*of, last_ND[c], self.U_VD, self.bias_V, target_N[c]) for c in chunks(len(target_N))]
+        return np.concatenate([np.asarray(bits_C, np.float64) for bits_C in parts])
 
     def embedded(self, tokens_BT: Any) -> jax.Array:
         """What enters the first layer for these tokens: float32 [B, T, D]."""

@@ -22,6 +22,7 @@ from tiedjax.analysis.instruments.regret import regret
 from tiedjax.analysis.instruments.rounding import rounding
 from tiedjax.data.prepared import Prepared
 from tiedjax.errors import UserError
+from tiedjax.files import place_and_step
 from tiedjax.tying import distinct
 
 SCHEMA = 1
@@ -36,32 +37,39 @@ def diagnose(
     seq_len: int | None = None,
     *,
     with_regret: bool = True,
+    held_out: int | None = None,
     report: Report = lambda line: None,
     **regret_options: int,
 ) -> dict[str, Any]:
-    """Every part of the run or model in a directory, as plain JSON; a part that cannot be measured says why.
+    """Every part of the run, RUN@STEP or model in a directory, as plain JSON; a part that cannot be measured says why.
 
-    `text` names the text of a model as `data.source` does, or where that of a run lies now. Regret is measured of a
-    run, and of a model whose text is named; `regret_options` are those of its `measure`. UserError where there is no
-    run and no model, or no text.
+    `text` names the text of a model as `data.source` does, or where that of a run lies now. `held_out` is about how
+    many held-out tokens `lens` and `rounding` score, by default as many as these do. Regret is measured of a run, and
+    of a model whose text is named; `regret_options` are those of its `measure`. Of a step with a snapshot and no
+    checkpoint, what reads the body is not measured. UserError where there is no run and no model, no step, or no text.
     """
+    named, (place, step) = place, place_and_step(place)
     subject = arguments.open_subject(place, text, seq_len)
     is_model = isinstance(subject, ModelOnText)
+    if is_model and step is not None:
+        raise UserError(f"{named}: a model has no steps; leave out @{step}")
     prepared = subject.prepared if is_model else data_of(subject, text)
-    tables, counts = distinct(subject.tables()), np.asarray(subject.token_counts)
+    scored = {} if held_out is None else {"held_out_tokens": held_out}
+    tables = distinct(subject.tables() if step is None else subject.tables(step))
+    counts = np.asarray(subject.token_counts)
     rows, width = next(iter(tables.values())).shape
     trained: dict[str, FrozenModel] = {}
 
     def model() -> FrozenModel:
         if not trained:
-            trained["model"] = FrozenModel(subject)
+            trained["model"] = FrozenModel(subject, step)
         return trained["model"]
 
     def of_lens() -> Any:
-        return rotation.measure(model(), subject, prepared)
+        return rotation.measure(model(), subject, prepared, **scored)
 
     def of_rounding() -> Any:
-        return rounding.measure(model(), subject, prepared, report=report)
+        return rounding.measure(model(), subject, prepared, **scored, report=report)
 
     def of_regret() -> Any:
         if not with_regret:
@@ -87,11 +95,11 @@ def diagnose(
     return {
         "kind": "diagnosis",
         "schema": SCHEMA,
-        "inputs": arguments.described_roles(place, tables),
+        "inputs": arguments.described_roles(named, tables),
         **({"measured_on": subject.describe()} if is_model else {}),
         "name": place,
         "text": subject.in_words() if is_model else prepared_in_words(subject, prepared),
-        "step": trained["model"].step if trained else None,
+        "step": trained["model"].step if trained else step,
         "shared": len(tables) == 1,
         "rows": rows,
         "width": width,

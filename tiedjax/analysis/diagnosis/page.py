@@ -12,6 +12,7 @@ from tiedjax.analysis.study import figures, html
 from tiedjax.host.storage import write_atomically
 
 PAGE = "diagnosis.html"
+LEAST_REACH = 0.25  # of the axis of positions: about where our own untied tables lie, so that a small one looks small
 
 
 def write(d: Diagnosis, out: Path) -> Path:
@@ -49,5 +50,5 @@ def _draw(ax: drawing.Axes, d: drawing.Results) -> None:
     ax.set_ylim(len(_rows(d)) - 0.5, -0.6)
     ax.grid(axis="y", visible=False)
     reach = max(abs(span[end] or 0) for _, span, _ in _rows(d) for end in ("mean", "low", "high"))
-    ax.set_xlim(-1.15 * reach or -1, 1.15 * reach or 1)
+    ax.set_xlim(-1.15 * max(reach, LEAST_REACH), 1.15 * max(reach, LEAST_REACH))
     ax.set_xlabel("what follows  ←  position  →  what precedes")

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from tiedjax.analysis.basis import arguments
+from tiedjax.errors import UserError
 
 HELP = "what each layer already predicts: logit lens and tuned lens"
 SUBJECT = "model"
@@ -17,11 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     meaning = "tokens of the training text that fit the translators"
     arguments.add_count(parser, "--training-tokens", None, meaning, default_in_words="64 D, at most 32,768")
     arguments.add_count(parser, "--held-out-tokens", 4_096, "held-out tokens that are scored")
+    parser.add_argument(
+        "--translators",
+        metavar="STATES",
+        help="states whose translators are fitted, 0 the input, between commas, or none; others are read by the logit "
+        "lens alone (default: all)",
+    )
     arguments.add_paper(parser, "translators read one state late, KL only")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measures; UserError for bad input."""
+    fitted = _states_named(args)
     held_out_tokens = arguments.at_least(args, "held-out-tokens")
     fitted_on = None if args.training_tokens is None else arguments.at_least(args, "training-tokens")
     from tiedjax.analysis.basis.held_out import FrozenModel
@@ -32,7 +40,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     run, prepared = arguments.read_text(args)
     model = FrozenModel(run)
     report = arguments.reporter("lens")
-    lens = measure(model, run, prepared, held_out_tokens=held_out_tokens, fitted_on=fitted_on, report=report)
+    of_text = {"held_out_tokens": held_out_tokens}
+    lens = measure(model, run, prepared, **of_text, fitted_on=fitted_on, fitted=fitted, report=report)
     plain = to_plain(lens)
     baselines = plain.pop("baselines")
     result = arguments.run_result(args, run, model.describe(args.a), lens.rows, lens.width) | {
@@ -40,9 +49,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **plain,
     }
     name = arguments.subject_in_words(args, run, lens.step)
-    head = (
-        f"{name}: {lens.held_out_tokens} held-out tokens, translators fitted on {lens.training_tokens} training tokens"
-    )
+    which = "" if fitted is None else f" of {', '.join(state.name for state in lens.states if state.fit)}"
+    fits = f"translators{which} fitted on {lens.training_tokens} training tokens" if fitted != [] else "no translators"
+    head = f"{name}: {lens.held_out_tokens} held-out tokens, {fits}"
     if args.paper:
         for state in result["states"]:
             state["score"] = {"kl": state.pop("published")["kl"]}
@@ -50,9 +59,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         return result, f"{head}\n{_paper(result['states'])}"
     result["baselines"] = baselines
     result["input"] = to_plain(rotation.measure(model, run, prepared, held_out_tokens=held_out_tokens))
-    fits = f"{_fits(result['states'])}\nconverged: {lens.criterion}"
     without = _baselines(result["baselines"], lens.step)
-    return result, f"{head}\n{_states(result['states'])}\n{_rotated(result['input'])}\n{without}\n{fits}"
+    text = f"{head}\n{_states(result['states'])}\n{_rotated(result['input'])}\n{without}"
+    return result, text if fitted == [] else f"{text}\n{_fits(result['states'])}\nconverged: {lens.criterion}"
+
+
+def _states_named(args: argparse.Namespace) -> list[int] | None:
+    if args.translators is None:
+        return None
+    numbers = [] if args.translators == "none" else args.translators.split(",")
+    if args.paper:
+        raise UserError("--translators: the paper's form reads a state by that of the state before; leave it out")
+    if not all(number.isascii() and number.isdigit() and len(number) < 5 for number in numbers):
+        raise UserError(f"--translators: must be none, or numbers of states between commas, got {args.translators!r}")
+    return [int(number) for number in numbers]
 
 
 def _paper(states: list[dict[str, Any]]) -> str:
@@ -66,18 +86,20 @@ def _states(states: list[dict[str, Any]]) -> str:
     lines = [
         [
             s["name"],
-            s["tuned"]["kl"]["mean"],
-            arguments.half_width(s["tuned"]["kl"]),
+            *_mean_and_half(s["tuned"], "kl"),
             s["logit"]["kl"]["mean"],
-            s["tuned"]["cross_entropy"]["mean"],
-            arguments.half_width(s["tuned"]["cross_entropy"]),
+            *_mean_and_half(s["tuned"], "cross_entropy"),
             s["logit"]["cross_entropy"]["mean"],
-            s["published"]["kl"]["mean"],
+            _mean_and_half(s["published"], "kl")[0],
         ]
         for s in states
     ]
     note = "bits; KL(final || lens), CE with the next token; +- half a 95 % interval over held-out windows"
     return f"{arguments.text_table(header, lines)}\n{note}; paper's form: translators read one state late\n"
+
+
+def _mean_and_half(reading: dict[str, Any] | None, score: str) -> tuple[float | None, float | None]:
+    return (None, None) if reading is None else (reading[score]["mean"], arguments.half_width(reading[score]))
 
 
 def _rotated(of_input: dict[str, Any]) -> str:

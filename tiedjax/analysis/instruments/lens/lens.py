@@ -11,7 +11,8 @@ same translators, each used one state late.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,12 @@ from tiedjax.analysis.basis.ngrams import ngrams_shown
 from tiedjax.analysis.instruments.lens.baselines import Baselines, beside
 from tiedjax.analysis.instruments.lens.training import CRITERION, fit, teacher, translated
 from tiedjax.data.prepared import Prepared
+from tiedjax.errors import UserError
 
 MOST_TRAINING_TOKENS = 2**15
 HELD_OUT_TOKENS = 4096
 NATS = 1 / math.log(2)  # bits in a nat
+REPORT_EVERY = 30  # seconds
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class State:
-    """One hidden state through every lens; `fit` is None at the last, which has no translator."""
+    """One hidden state through every lens; `fit` is None at the last, which has no translator.
+
+    Where only some translators were fitted, a lens whose translator is not among them is None too.
+    """
 
     state: int
     name: str
     logit: Reading
-    tuned: Reading
-    published: Reading
+    tuned: Reading | None
+    published: Reading | None
     fit: Fit | None
 
 
@@ -98,17 +104,19 @@ def measure(
     *,
     held_out_tokens: int = HELD_OUT_TOKENS,
     fitted_on: int | None = None,
+    fitted: Collection[int] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> RunLens:
     """Every state of a run's model through the lenses, and the predictors that its text makes.
 
-    Translators are fitted on the text that the run was shown, its first `fitted_on` tokens (default:
-    `training_tokens`), and read on about `held_out_tokens` that it was not.
+    Translators of the states `fitted` (default: all but the last) are fitted on the text that the run was shown, its
+    first `fitted_on` tokens (default: `training_tokens`), and read on about `held_out_tokens` that it was not.
+    UserError for a state that has no translator.
     """
     rows, width = model.U_VD.shape
     held_out_WS = held_out_windows(prepared, run.seq_len, held_out_tokens)
     training_WS = np.concatenate(list(training_windows(run, prepared, fitted_on or training_tokens(width))))
-    read_by_lenses = lens(model, training_WS, held_out_WS, report)
+    read_by_lenses = lens(model, training_WS, held_out_WS, report, fitted)
     ngrams = ngrams_shown(run, prepared, model.step, held_out_WS, rows)
     return RunLens(
         **vars(read_by_lenses),
@@ -125,25 +133,35 @@ def lens(
     training_WS: np.ndarray,
     held_out_WS: np.ndarray,
     report: Callable[[str], None] = lambda line: None,
+    fitted: Collection[int] | None = None,
 ) -> Lens:
-    """Fits a translator for every state but the last on training windows, and reads held-out windows with all lenses.
+    """Fits a translator for every state but the last, or for those `fitted`, on training windows, and reads held-out
+    windows with all lenses.
 
-    Windows are int [W, T + 1]. `report` is told of each state.
+    Windows are int [W, T + 1]. `report` is told of each state. UserError for a state that has no translator.
     """
-    translators = train(model, training_WS, report)
-    scores = read(model, held_out_WS, [translator.point for translator in translators])
-    names = [name_of(state) for state in range(len(translators) + 1)]
-    fits = [
-        Fit(minimum.iterations, minimum.evaluations, minimum.converged, minimum.value * NATS) for minimum in translators
-    ]
+    layers = model.config.layers
+    if fitted is not None and not set(fitted) <= set(range(layers)):
+        raise UserError(
+            f"lens: the states with a translator are 0 to {layers - 1}, got {', '.join(map(str, sorted(fitted)))}"
+        )
+    minima = train(model, training_WS, report, fitted)
+    scores = read(model, held_out_WS, [None if minimum is None else minimum.point for minimum in minima])
     states = [
-        State(state, name, *by_lens, fit)
-        for state, (name, by_lens, fit) in enumerate(zip(names, scores, [*fits, None], strict=True))
+        State(state, name_of(state), *by_lens, _fit_of(minimum))
+        for state, (by_lens, minimum) in enumerate(zip(scores, [*minima, None], strict=True))
     ]
     training_tokens, held_out_tokens = (
         windows_WS.shape[0] * (windows_WS.shape[1] - 1) for windows_WS in (training_WS, held_out_WS)
     )
-    return Lens(states, training_tokens, held_out_tokens, len(held_out_WS))
+    fits_any = any(state.fit for state in states)
+    return Lens(states, training_tokens if fits_any else 0, held_out_tokens, len(held_out_WS))
+
+
+def _fit_of(minimum: Minimum | None) -> Fit | None:
+    if minimum is None:
+        return None
+    return Fit(minimum.iterations, minimum.evaluations, minimum.converged, minimum.value * NATS)
 
 
 def training_tokens(width: int) -> int:
@@ -161,31 +179,56 @@ def name_of(state: int) -> str:
     return "input" if state == 0 else f"layer {state}"
 
 
-def train(model: FrozenModel, training_WS: np.ndarray, report: Callable[[str], None]) -> list[Minimum]:
-    """The translators of the states 0 .. L - 1."""
+def train(
+    model: FrozenModel,
+    training_WS: np.ndarray,
+    report: Callable[[str], None],
+    fitted: Collection[int] | None = None,
+) -> list[Minimum | None]:
+    """The translators of the states 0 .. L - 1; None where a state is not among those `fitted`."""
+    if fitted is not None and not fitted:
+        return [None] * model.config.layers
     x_LND = model.states(training_WS)
     lesson = teacher(model, x_LND[-1])
-    minima = []
+    minima: list[Minimum | None] = []
     for state, x_ND in enumerate(x_LND[:-1]):
-        minima.append(fit(model, x_ND, lesson))
-        ended = "converged" if minima[-1].converged else "not converged"
+        if fitted is not None and state not in fitted:
+            minima.append(None)
+            continue
+        minimum = fit(model, x_ND, lesson, _progress(name_of(state), report))
+        minima.append(minimum)
+        ended = "converged" if minimum.converged else "not converged"
         report(
-            f"{name_of(state)} (of {len(x_LND) - 1} layers): {minima[-1].value * NATS:.3f} bits on training text "
-            f"after {minima[-1].iterations} iterations, {ended}"
+            f"{name_of(state)} (of {len(x_LND) - 1} layers): {minimum.value * NATS:.3f} bits on training text "
+            f"after {minimum.iterations} iterations, {ended}"
         )
     return minima
 
 
+def _progress(name: str, report: Callable[[str], None]) -> Callable[[int, float], None]:
+    """Reports where a fit is that takes longer than REPORT_EVERY, as often."""
+    last = time.monotonic()
+
+    def progress(evaluations: int, value: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_EVERY:
+            last = time.monotonic()
+            report(f"{name}: {value * NATS:.3f} bits on training text after {evaluations} evaluations, not yet done")
+
+    return progress
+
+
 def read(
-    model: FrozenModel, tokens_WS: np.ndarray, translators: Sequence[np.ndarray]
-) -> list[tuple[Reading, Reading, Reading]]:
+    model: FrozenModel, tokens_WS: np.ndarray, translators: Sequence[np.ndarray | None]
+) -> list[tuple[Reading, Reading | None, Reading | None]]:
     """Readings of every state through the logit lens, the tuned lens and the published reading.
 
-    `translators` are [D + 1, D], W above b, of the states 0 .. L - 1.
+    `translators` are [D + 1, D], W above b, of the states 0 .. L - 1; None is of a state without one, and so is a
+    reading by it.
     """
     x_LND = model.states(tokens_WS)
-    thetas = [jnp.asarray(theta, jnp.float32) for theta in translators]
-    last = len(thetas)
+    thetas = {state: jnp.asarray(theta, jnp.float32) for state, theta in enumerate(translators) if theta is not None}
+    last = len(translators)
     lenses = [
         ((state, None), (state, tuned_translator(state, last)), (state, published_translator(state)))
         for state in range(last + 1)
@@ -200,6 +243,6 @@ def read(
 
         return predict
 
-    predictors = {pair: predictor(*pair) for pairs in lenses for pair in pairs}
-    by_predictor = readings(model, x_LND[-1], tokens_WS, predictors)
-    return [(by_predictor[logit], by_predictor[tuned], by_predictor[published]) for logit, tuned, published in lenses]
+    can_read = {pair for pairs in lenses for pair in pairs if pair[1] is None or pair[1] in thetas}
+    found = readings(model, x_LND[-1], tokens_WS, {pair: predictor(*pair) for pair in sorted(can_read, key=str)})
+    return [(found[logit], found.get(tuned), found.get(published)) for logit, tuned, published in lenses]

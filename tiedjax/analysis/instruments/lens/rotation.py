@@ -49,7 +49,7 @@ def measure(
 
 def input_lens(model: FrozenModel, tokens_WS: np.ndarray, *, draws: int = DRAWS) -> InputLens:
     """The same on windows int [W, T + 1]."""
-    x_ND, last_ND = model.states(tokens_WS)[[0, -1]]
+    x_ND, last_ND = model.states(tokens_WS, slice(None, None, model.config.layers))
     rng = np.random.default_rng(0)
     rotations = [rotation(rng, x_ND.shape[1]) for _ in range(draws)]
 
@@ -75,7 +75,7 @@ def input_lens(model: FrozenModel, tokens_WS: np.ndarray, *, draws: int = DRAWS)
         kl=score(0),
         cross_entropy=score(1),
         less_rotated=over_windows(by_window[0][1] - chance_K2W[:, 1].mean(axis=0), len(tokens_WS)),
-        final=over_windows(model.bits(tokens_WS), len(tokens_WS)),
+        final=over_windows(model.bits_of(last_ND, tokens_WS[:, 1:].reshape(-1)), len(tokens_WS)),
         held_out_tokens=tokens_WS[:, 1:].size,
         held_out_windows=len(tokens_WS),
     )

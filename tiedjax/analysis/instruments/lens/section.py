@@ -153,7 +153,7 @@ def baselines(results: drawing.Results) -> list[dict[str, str]]:
 def training(results: drawing.Results) -> str:
     """How the translators were fitted, in one sentence."""
     runs = _measured_runs(results)
-    fits = [(state.fit, state.tuned.kl.mean) for run in runs for state in run.states if state.fit]
+    fits = [(state.fit, _score(state, "tuned", "kl")) for run in runs for state in run.states if state.fit]
     if not fits:
         return ""
     converged = sum(fit.converged for fit, _ in fits)

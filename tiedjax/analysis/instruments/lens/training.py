@@ -15,6 +15,8 @@ Axes: N positions laid flat, C a chunk of them, M chunks, B rows of a block, E =
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,16 +67,26 @@ def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
     return Teacher(m_ND, constant_N, covariance_DD - m64_ND.T @ m64_ND / len(m64_ND))
 
 
-def fit(model: FrozenModel, x_ND: np.ndarray, lesson: Teacher) -> Minimum:
-    """The translator of the states x_ND: `point` is float64 [D + 1, D], W above b."""
+def fit(
+    model: FrozenModel,
+    x_ND: np.ndarray,
+    lesson: Teacher,
+    progress: Callable[[int, float], None] = lambda evaluations, value: None,
+) -> Minimum:
+    """The translator of the states x_ND: `point` is float64 [D + 1, D], W above b.
+
+    `progress` is told of every evaluation of the loss: how many there were, and this one's value in nats.
+    """
     N, D = x_ND.shape
     device_ND = jnp.asarray(x_ND)
+    evaluations = itertools.count(1)
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
         theta_ED = jnp.asarray(point.reshape(D + 1, D), jnp.float32)
         value, slope_ED = _loss_and_slope(
             model.config, model.norm, theta_ED, device_ND, *lesson[:2], model.U_VD, model.bias_V
         )
+        progress(next(evaluations), float(value))
         return float(value), np.asarray(slope_ED, np.float64).ravel()
 
     moments_EE = np.zeros((D + 1, D + 1))

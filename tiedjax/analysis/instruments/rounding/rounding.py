@@ -96,10 +96,11 @@ def measure(
     """
     rows, width = model.U_VD.shape
     held_out_WS = held_out_windows(prepared, run.seq_len, held_out_tokens)
-    trained_W = model.bits(held_out_WS).mean(axis=1) * math.log(2)
+    last_ND = model.last_states(held_out_WS)
+    trained_W = _nats(model, last_ND, held_out_WS)
     costs: list[Cost] = []
     for bits in BITS:
-        costs += _costs(model, held_out_WS, trained_W, bits, draws)
+        costs += _costs(model, held_out_WS, last_ND, trained_W, bits, draws)
         report(f"{bits} bits: {costs[-1].cost.score:.4f} nats a held-out token, both uses rounded")
     return Rounding(
         step=model.step,
@@ -114,33 +115,42 @@ def measure(
     )
 
 
-def _costs(model: FrozenModel, held_out_WS: np.ndarray, trained_W: np.ndarray, bits: int, draws: int) -> Iterator[Cost]:
-    """Of every use."""
-    trained = Tables(*(np.asarray(table_VD, np.float64) for table_VD in (model.tables.input, model.tables.output)))
-    error = Tables(*(rounded(table_VD, bits) - table_VD for table_VD in trained))
+def _costs(
+    model: FrozenModel, held_out_WS: np.ndarray, last_ND: np.ndarray, trained_W: np.ndarray, bits: int, draws: int
+) -> Iterator[Cost]:
+    """Of every use; `last_ND` are the last states as trained.
+
+    The body reads the input's table alone: each change of that takes one pass, and one of the output's table none.
+    """
+    trained = model.tables
+    error = _of_each(lambda table_VD: np.subtract(rounded(table_VD, bits), table_VD, dtype=np.float64), trained)
+
+    def costs_W(added: Tables) -> dict[str, np.ndarray]:
+        changed = _of_each(lambda table_VD, of_VD: np.asarray(table_VD + of_VD, np.float32), trained, added)
+        of_input = model.with_tables(Tables(changed.input, trained.output))
+        moved_ND = of_input.last_states(held_out_WS)
+        costs = {"input": _nats(of_input, moved_ND, held_out_WS)}
+        of_output = model.with_tables(Tables(trained.input, changed.output))
+        costs["output"] = _nats(of_output, last_ND, held_out_WS)
+        costs[BOTH] = _nats(model.with_tables(changed), moved_ND, held_out_WS)
+        return {use: nats_W - trained_W for use, nats_W in costs.items()}
+
+    rounding_W = costs_W(error)
     rng = np.random.default_rng(0)
-    noises = [_noise(error, model.tables.tied, rng) for _ in range(draws)]
-
-    def cost_W(use: str, added: Tables) -> np.ndarray:
-        changed = (
-            np.asarray(table_VD + added_VD, np.float32) if use in (role, BOTH) else table_VD
-            for role, table_VD, added_VD in zip(ROLES, trained, added, strict=True)
-        )
-        between = model.with_tables(Tables(*changed))
-        return np.asarray(between.bits(held_out_WS).mean(axis=1) * math.log(2) - trained_W)
-
+    of_noises = [costs_W(_of_each(lambda error_VD: noise_like(error_VD, rng), error)) for _ in range(draws)]
+    norm = _of_each(lambda table_VD: np.linalg.norm(np.asarray(table_VD, np.float64)), trained)
+    error_norm = _of_each(np.linalg.norm, error)
     for use in USES:
-        rounding_W = cost_W(use, error)
-        noise_KW = np.stack([cost_W(use, noise) for noise in noises])
-        span = bootstrap_mean(rounding_W)
+        noise_KW = np.stack([of_noise[use] for of_noise in of_noises])
+        span = bootstrap_mean(rounding_W[use])
         roles = ROLES if use == BOTH else (use,)
-        error_norm, table_norm = (
-            math.hypot(*(float(np.linalg.norm(getattr(side, role))) for role in roles)) for side in (error, trained)
+        of_error, of_table = (
+            math.hypot(*(float(getattr(side, role)) for role in roles)) for side in (error_norm, norm)
         )
         yield Cost(
             bits=bits,
             use=use,
-            error=error_norm / table_norm,
+            error=of_error / of_table,
             cost=beside(
                 span.mean,
                 drawn_floor(list(noise_KW.mean(axis=1))),
@@ -148,11 +158,18 @@ def _costs(model: FrozenModel, held_out_WS: np.ndarray, trained_W: np.ndarray, b
                 rows=len(trained.input),
                 interval=(span.low, span.high),
             ),
-            less_noise=bootstrap_mean(rounding_W - noise_KW.mean(axis=0)),
+            less_noise=bootstrap_mean(rounding_W[use] - noise_KW.mean(axis=0)),
         )
 
 
-def _noise(error: Tables, shared: bool, rng: np.random.Generator) -> Tables:
-    """One noise for each use; one for both of a table that they share."""
-    of_input_VD = noise_like(error.input, rng)
-    return Tables(of_input_VD, of_input_VD if shared else noise_like(error.output, rng))
+def _nats(model: FrozenModel, last_ND: np.ndarray, tokens_WS: np.ndarray) -> np.ndarray:
+    """The loss of every window, nats a token, where its last states are known: float64 [W]."""
+    bits_N = model.bits_of(last_ND, tokens_WS[:, 1:].reshape(-1))
+    return np.asarray(bits_N.reshape(len(tokens_WS), -1).mean(axis=1) * math.log(2))
+
+
+def _of_each(make: Callable[..., Any], *sides: Any) -> Tables:
+    """What `make` gives of each role's table, or once of one that both share."""
+    of_input = make(*(side.input for side in sides))
+    shared = all(side.input is side.output for side in sides)
+    return Tables(of_input, of_input if shared else make(*(side.output for side in sides)))
