@@ -19,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import tiedjax
 from tiedjax import cli
+from tiedjax.analysis.diagnosis import words
 from tiedjax.errors import UserError
 from tiedjax.interop.gguf import import_gguf
 from tiedjax.interop.inspection import inspect
@@ -315,14 +316,21 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / FILE
 
 
+@pytest.fixture(scope="module")
+def imported(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that it becomes."""
+    folder = tmp_path_factory.mktemp("imported") / "smollm2"
+    about = import_gguf(smollm2, folder)
+    assert (about.tied, about.parameters, about.stored) == (True, 134_515_008, "Q4_1 body, Q8_0 table")
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_smollm2_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
-    imported = import_gguf(smollm2, tmp_path / "out")
-    assert (imported.tied, imported.parameters, imported.stored) == (True, 134_515_008, "Q4_1 body, Q8_0 table")
+def test_smollm2_is_that_of_transformers(smollm2: Path, imported: Path) -> None:
     where = {"pretrained_model_name_or_path": smollm2.parent, "gguf_file": smollm2.name}
     theirs = transformers.AutoTokenizer.from_pretrained(**where)
-    ours = tiedjax.load_model(tmp_path / "out")
+    ours = tiedjax.load_model(imported)
     for text in TEXTS:
         ids = ours.tokenizer.encode(text, add_special_tokens=False).ids
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids, text
@@ -339,3 +347,48 @@ def test_smollm2_is_that_of_transformers(smollm2: Path, tmp_path: Path) -> None:
     expected, _ = reference(model, tokens)
     assert np.abs(expected).max() > 20
     assert_close(ours.logits(tokens), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_smollm2_is_inspected_and_diagnosed(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(imported)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{imported}: llama, 134,515,008 parameters in float32, imported from SmolLM2-135M-Instruct.Q4_1.gguf: Q4_1 "
+        "body, Q8_0 table",
+        "layers 30, width 576, heads 9, kv heads 3, mlp width 1,536, positions 8,192",
+        "tied: one table [49152, 576], model.embed_tokens.weight",
+        "config.json: tie_word_embeddings: true; on disk: input alone; transformers ties them",
+        "tables: 28,311,552 of the parameters, 21.0%",
+        "vocabulary: 49,152 rows for 49,152 tokens, 0 of them padding",
+    ]
+    small = ["--seq-len", "64", "--held-out-tokens", "512"]
+    assert cli.main(["diagnose", str(imported), *small, "--json", str(tmp_path / "d.json")]) == 0
+    d = json.loads((tmp_path / "d.json").read_text())
+    assert capsys.readouterr().out.endswith("\n".join(words.lines(d)) + "\n")
+    assert (d["shared"], d["rows"], d["width"], d["step"], d["references"]) == (True, 49_152, 576, None, None)
+    assert [name for name, of in d.items() if isinstance(of, dict) and "not_measured" in of] == ["regret"]
+    assert abs(d["cooccurrence"]["roles"]["shared"]["partial"]["position"]["mean"]) < 0.2
+    assert d["norms"]["roles"]["shared"]["log_frequency"]["score"] > 0.4
+    lens = d["lens"]
+    assert (lens["held_out_tokens"], lens["held_out_windows"]) == (512, 8)
+    assert 3 < lens["final"]["mean"] < 6 < lens["cross_entropy"]["score"]
+    assert d["rounding"]["loss"]["mean"] == pytest.approx(lens["final"]["mean"] * np.log(2), rel=1e-5)
+    cost = {(of["bits"], of["use"]): of["cost"]["score"] for of in d["rounding"]["costs"]}
+    assert abs(cost[8, "both"]) < 0.05 < cost[4, "both"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_smollm2_is_read_by_lenses(imported: Path, tmp_path: Path) -> None:
+    small = ["--seq-len", "64", "--held-out-tokens", "512", "--translators", "none"]
+    assert cli.main(["analyze", "lens", str(imported), *small, "--json", str(tmp_path / "l.json")]) == 0
+    found = json.loads((tmp_path / "l.json").read_text())
+    states, last = found["states"], found["states"][-1]
+    assert [state["state"] for state in states] == list(range(31))
+    assert (found["training_tokens"], [state for state in states if state["fit"]]) == (0, [])
+    assert last["logit"] == last["tuned"]
+    assert last["tuned"]["kl"]["mean"] == 0
+    assert last["logit"]["cross_entropy"]["mean"] == pytest.approx(found["input"]["final"]["mean"], rel=1e-5)
+    kl = [state["logit"]["kl"]["mean"] for state in states]
+    assert kl[29] < kl[15] < kl[0]
