@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +246,8 @@ def test_the_section_counts_shared_text_once_and_says_what_is_missing(finished, 
     counted = []
     count = section.contexts_of
     monkeypatch.setattr(section, "contexts_of", lambda *args: counted.append(1) or count(*args))
-    prepared = type("Prepared", (), {"fingerprint": "same", "windows": lambda *_: Windows([text() % 200], 50)})()
+    of_text = {"fingerprint": "same", "windows": lambda *_: Windows([text() % 200], 50)}
+    prepared = make_dataclass("Prepared", [("begin_id", int | None, None)], namespace=of_text)()
     records = section.collect(StudyRuns(study, runs, lambda run: prepared))
     assert counted == [1]
     results = to_plain({"cooccurrence": records})

@@ -350,14 +350,20 @@ def test_a_model_measures_as_the_same_tables_do(
     assert found[0] == found[1]
 
 
-MEMORY = """
-import resource, sys
+# Not ru_maxrss, which begins at that of the process that started this one.
+PEAK = """
+import sys
+from pathlib import Path
+from tiedjax import cli
+def peak():
+    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+"""
+BEYOND_IMPORTS = """
 import numpy, scipy.linalg, tiedjax.analysis.basis.arguments, safetensors, ml_dtypes
 import tiedjax.analysis.instruments.alignment.command, tiedjax.analysis.instruments.alignment.align
-from tiedjax import cli
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 assert cli.main(sys.argv[1:]) == 0
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(peak() - before)
 """
 
 
@@ -368,7 +374,7 @@ def test_identity_takes_no_memory_for_tables_that_stay_in_their_files(tmp_path: 
     tensors = {name: rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for name in (INPUT, OUTPUT)}
     folder = write_model(tmp_path / "m", tensors, vocab_size=shape[0], hidden_size=shape[1])
     argv = ["analyze", "align", f"{folder}#input", f"{folder}#output", "--fit", "identity"]
-    out, _ = finish(start(["-c", MEMORY, *argv]), seconds=280)
+    out, _ = finish(start(["-c", PEAK + BEYOND_IMPORTS, *argv]), seconds=280)
     assert float(out.splitlines()[-1]) < 150
 
 
@@ -380,13 +386,9 @@ OF_TABLES: dict[str, list[list[str]]] = {  # by instrument: tables by their role
     "spectrum": [["input", "output", "--draws", "1"]],
     "map": [["input", "output"]],
 }
-# Not ru_maxrss, which begins at that of the process that started this one.
-PEAK = """
-import sys
-from pathlib import Path
-from tiedjax import cli
+IN_ALL = """
 assert cli.main(sys.argv[1:]) == 0
-print(next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").open() if line.startswith("VmHWM")))
+print(peak())
 """
 
 
@@ -433,7 +435,9 @@ def test_a_model_takes_no_more_memory_than_its_tables_do_as_arrays(name: str, tm
         peaks = {}
         for kind, names in places.items():
             of = names | {"COUNTS": str(tmp_path / "counts.npy")}
-            out, _ = finish(start(["-c", PEAK, "analyze", name, *(of.get(word, word) for word in words)]), seconds=900)
+            out, _ = finish(
+                start(["-c", PEAK + IN_ALL, "analyze", name, *(of.get(word, word) for word in words)]), seconds=900
+            )
             peaks[kind] = float(out.splitlines()[-1])
         print(name, words, peaks)
         assert peaks["model"] < peaks["arrays"] + 8, words

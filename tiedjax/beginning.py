@@ -145,7 +145,7 @@ class _OfModel:
 
         folder, self._config = checked_folder(path)
         self.path, self.tokenizer_path = path, folder.tokenizer_path
-        self.tying = TyingConfig(scheme="tied" if folder.tie.tied else "untied")
+        self.tying = TyingConfig(scheme=folder.tie.scheme)
 
     def model(self, cfg: RunConfig, mesh: Mesh) -> ModelConfig:
         run = decided(cfg, mesh).model

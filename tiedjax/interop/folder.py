@@ -62,6 +62,11 @@ class Tie(NamedTuple):
     default: bool
     on_disk: OnDisk
 
+    @property
+    def scheme(self) -> Literal["tied", "untied"]:
+        """The scheme of a run that begins with such tables."""
+        return "tied" if self.tied else "untied"
+
     @classmethod
     def of(cls, flag: bool | None, default: bool, on_disk: OnDisk) -> Tie:
         """By what is there first, then by what the config says of it."""

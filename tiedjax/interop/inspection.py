@@ -148,13 +148,13 @@ def config_for(path: str | Path) -> str:
     `train.init` is the path as it was given: like every path of a config it is one from the working directory.
     """
     model, cfg = checked_folder(path)
-    plain, scheme = ModelConfig(), "tied" if model.tie.tied else "untied"
+    plain = ModelConfig()
     own = [f.name for f in dataclasses.fields(cfg) if f.name not in ("dtype", "scan_layers")]
     lines = [
         f"  {name}: {json.dumps(getattr(cfg, name))}" for name in own if getattr(cfg, name) != getattr(plain, name)
     ]
     return "\n".join(
-        ["model:", *lines, "tying:", f"  scheme: {scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
+        ["model:", *lines, "tying:", f"  scheme: {model.tie.scheme}", "train:", f"  init: {json.dumps(str(path))}", ""]
     )
 
 

@@ -5,6 +5,7 @@ Names of files come from the directory's index and are not trusted: nothing is r
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -121,10 +122,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable .safetensors file: {one_line(error)}") from None
 
+    begins = _begins(path)
+
     def reader(name: str, one: Any) -> Callable[[int, int], np.ndarray]:
+        shape, dtype = one.get_shape(), _SAFETENSORS_DTYPES.get(one.get_dtype())
+        width = math.prod(shape[1:])
+
         def rows(a: int, b: int) -> np.ndarray:
             try:
-                values: np.ndarray = one[a:b] if one.get_shape() else file.get_tensor(name)
+                if dtype is None or not shape:
+                    return np.asarray(one[a:b] if shape else file.get_tensor(name))
+                # Through the library pages of the file would count as memory of this process once they were read.
+                at = begins[name] + a * width * np.dtype(dtype).itemsize
+                values = np.fromfile(path, dtype, (b - a) * width, offset=at).reshape(b - a, *shape[1:])
             except Exception as error:  # of a dtype that NumPy does not know, or a file cut off since: of several kinds
                 raise UserError(f"{path}: {name!r} cannot be read: {one_line(error)}") from None
             return values
@@ -140,6 +150,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         )
         for name, one in slices.items()
     }
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where in a .safetensors file, which can be read, the numbers of each tensor begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))
+    return {name: 8 + size + of["data_offsets"][0] for name, of in about.items() if name != "__metadata__"}
 
 
 def _of_torch(path: Path) -> dict[str, Tensor]:

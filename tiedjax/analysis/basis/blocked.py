@@ -14,11 +14,12 @@ import numpy as np
 
 T = TypeVar("T")
 
-BLOCK_BYTES = 2**25
+SCANNED = 2**23  # bytes of a block that is read once
+MULTIPLIED = 2**25  # of one whose product is added to a large sum, which itself takes a pass
 SMALL = 2**22  # numbers of a table for which nothing is worth sharing out or rounding
 
 
-def row_blocks(rows: int, width: int, itemsize: int = 4, block_bytes: int = BLOCK_BYTES) -> Iterator[slice]:
+def row_blocks(rows: int, width: int, itemsize: int = 4, block_bytes: int = SCANNED) -> Iterator[slice]:
     """Slices that cover `rows` rows of `width` numbers, each of at most `block_bytes` (at least one row)."""
     step = max(1, block_bytes // max(1, width * itemsize))
     for start in range(0, rows, step):
@@ -71,7 +72,7 @@ def gram(table_VD: np.ndarray, mean_D: np.ndarray | None = None) -> np.ndarray:
     """(X - mean)' (X - mean), float64 [D, D]."""
     width = table_VD.shape[1]
     total_DD = np.zeros((width, width))
-    for block in row_blocks(len(table_VD), width, itemsize=8):
+    for block in row_blocks(len(table_VD), width, itemsize=8, block_bytes=MULTIPLIED):
         x_BD = np.asarray(table_VD[block], np.float64) - (0.0 if mean_D is None else mean_D)
         total_DD += x_BD.T @ x_BD
     return total_DD

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 
 from tiedjax.analysis.basis import linear_maps
-from tiedjax.analysis.basis.blocked import SMALL, at_once, in_turn, matmul, row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, SCANNED, SMALL, at_once, in_turn, matmul, row_blocks
 from tiedjax.analysis.basis.directions import rounding
 from tiedjax.errors import UserError
 
@@ -198,7 +198,8 @@ class Fitter:
     def _blocks(self, part: np.ndarray | None, order: np.ndarray | None) -> Iterator[_Block]:
         """The rows of a part beside those of Y[order]."""
         rows, width = self.rows if part is None else len(part), max(self._x.shape[1], self._y.shape[1])
-        for block in row_blocks(rows, width, self._dtype.itemsize):
+        block_bytes = SCANNED if set(self.fits) == {"identity"} else MULTIPLIED
+        for block in row_blocks(rows, width, self._dtype.itemsize, block_bytes):
             positions = block if part is None else part[block]
             partners = positions if order is None else order[positions]
             reads = (

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse
 
-from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, row_blocks
 from tiedjax.analysis.basis.chance import Score
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.statistics import Interval
@@ -272,7 +272,7 @@ def _cosines(rows_NV: scipy.sparse.csr_array) -> np.ndarray:
     used_U = np.flatnonzero(np.bincount(rows_NV.indices, minlength=rows_NV.shape[1]))
     columns_NU = rows_NV[:, used_U].tocsc()
     product_NN = np.zeros((rows_NV.shape[0],) * 2)
-    for block in row_blocks(len(used_U), rows_NV.shape[0], itemsize=8):
+    for block in row_blocks(len(used_U), rows_NV.shape[0], itemsize=8, block_bytes=MULTIPLIED):
         dense_NB = columns_NU[:, block].toarray()
         product_NN += dense_NB @ dense_NB.T
     norm_N = np.sqrt(np.diagonal(product_NN))

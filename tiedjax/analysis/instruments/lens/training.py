@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tiedjax.analysis.basis.blocked import row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, row_blocks
 from tiedjax.analysis.basis.held_out import CHUNK, FrozenModel, chunks, final_norm
 from tiedjax.analysis.basis.minimisation import MOST_ITERATIONS, SPAN, TOLERANCE, Minimum, damped_inverse, minimise
 from tiedjax.config import ModelConfig
@@ -60,7 +60,7 @@ def teacher(model: FrozenModel, last_ND: np.ndarray) -> Teacher:
     m_ND, constant_N = (jnp.concatenate(part) for part in zip(*parts, strict=True))
     p_V, U_VD = total_V / len(y_ND), np.asarray(model.tables.output)
     covariance_DD = np.zeros((U_VD.shape[1],) * 2)
-    for block in row_blocks(len(U_VD), U_VD.shape[1], itemsize=8):
+    for block in row_blocks(len(U_VD), U_VD.shape[1], itemsize=8, block_bytes=MULTIPLIED):
         u_BD = np.asarray(U_VD[block], np.float64)
         covariance_DD += (u_BD * p_V[block, None]).T @ u_BD
     m64_ND = np.asarray(m_ND, np.float64)
@@ -90,7 +90,7 @@ def fit(
         return float(value), np.asarray(slope_ED, np.float64).ravel()
 
     moments_EE = np.zeros((D + 1, D + 1))
-    for block in row_blocks(N, D + 1, itemsize=8):
+    for block in row_blocks(N, D + 1, itemsize=8, block_bytes=MULTIPLIED):
         x1_BE = np.concatenate([np.asarray(x_ND[block], np.float64), np.ones((len(x_ND[block]), 1))], axis=1)
         moments_EE += x1_BE.T @ x1_BE / N
     left_inverse, right_inverse = damped_inverse(moments_EE), damped_inverse(lesson.covariance_DD)

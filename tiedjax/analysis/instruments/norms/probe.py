@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiedjax.analysis.basis.blocked import column_means, row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, column_means, row_blocks
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.linear_maps import Ridge
 
@@ -91,7 +91,7 @@ def _fold_sums(table_VD: np.ndarray, y_VN: np.ndarray, fold_V: np.ndarray) -> li
         0, np.zeros(width), np.zeros((width, width)), np.zeros((width, targets)), np.zeros(targets), np.zeros(targets)
     )
     folds = [zeros() for _ in range(FOLDS)]
-    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8):
+    for block in row_blocks(len(table_VD), table_VD.shape[1], itemsize=8, block_bytes=MULTIPLIED):
         x_BD = np.asarray(table_VD[block], np.float64) - mean_D
         for label, fold in enumerate(folds):
             inside_B = fold_V[block] == label

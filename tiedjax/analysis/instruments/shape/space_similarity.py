@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from tiedjax.analysis.basis import token_pairs
-from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, gram, matmul, row_blocks
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor
 from tiedjax.analysis.basis.directions import centre, with_direction
 from tiedjax.analysis.basis.tables import check
@@ -119,7 +119,7 @@ class _Centred:
 def _cross(x: _Centred, y: _Centred, order: np.ndarray, dtype: type) -> np.ndarray:
     """X' Y[order], centred; the products of a block in `dtype`, their sum in float64."""
     product_DE = np.zeros((x.table.shape[1], y.table.shape[1]))
-    for block in row_blocks(len(order), sum(product_DE.shape), itemsize=8):
+    for block in row_blocks(len(order), sum(product_DE.shape), itemsize=8, block_bytes=MULTIPLIED):
         product_DE += matmul(x.rows(block).astype(dtype).T, y.rows(order[block]).astype(dtype))
     return product_DE
 

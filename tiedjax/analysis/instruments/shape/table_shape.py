@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.special
 
-from tiedjax.analysis.basis.blocked import gram, matmul, row_blocks
+from tiedjax.analysis.basis.blocked import MULTIPLIED, gram, matmul, row_blocks
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import centre
 from tiedjax.analysis.basis.tables import check
@@ -186,7 +186,7 @@ def _isotropic_log_partitions(s_D: np.ndarray, rows: int, centred: bool, rng: np
     imposed; it moves no Z by more than a share of 1 / rows.
     """
     log_Z_2D = np.empty((2, len(s_D)))
-    for block in row_blocks(len(s_D), rows, itemsize=8):
+    for block in row_blocks(len(s_D), rows, itemsize=8, block_bytes=MULTIPLIED):
         u_BV = rng.standard_normal((block.stop - block.start, rows), np.float32)
         if centred:
             u_BV -= u_BV.mean(axis=1, keepdims=True)
