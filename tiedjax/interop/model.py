@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -44,11 +44,6 @@ class Model:
     config: ModelConfig
     tables: RunTables
     body: dict[str, Any]
-
-    @property
-    def scheme(self) -> Literal["tied", "untied"]:
-        """How its tables come from parameters, as `tying.scheme` names it."""
-        return "tied" if self.tables.tied else "untied"
 
     @property
     def tokenizer_path(self) -> Path | None:
