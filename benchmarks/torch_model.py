@@ -37,7 +37,7 @@ def make_model(cfg: RunConfig, params: Any, device: str) -> OlmoForCausalLM:
     """OLMo of the config's shape with these parameters of ours (NumPy, tied); raises if it is another model."""
     m = cfg.model
     if (m.norm, m.mlp, m.position, m.qk_norm, cfg.tying.scheme) != (
-        *("nonparametric_layernorm", "swiglu", "rope", False),
+        *("nonparametric_layernorm", "swiglu", "rope", "none"),
         "tied",
     ):
         raise ValueError("OLMo has nonparametric LayerNorm, SwiGLU, RoPE and no QK-norm; tied")

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import slow_but, small_config
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from programs import REPOSITORY, environment, tiedjax
+from programs import REPOSITORY, environment, finish, start, tiedjax
 
 from tiedjax import cli, gradients, lm, sharding, step, tying
 from tiedjax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -398,6 +398,18 @@ def test_kernels_are_told_apart_by_the_part_of_the_step(
     assert (found["step_milliseconds"], found["between_kernels"], found["launches"]) == (10.0, 1.0, 7 / 4)
     monkeypatch.setattr(gpu_benchmark, "device_events", lambda path: iter(()))
     assert gpu_benchmark.kernels(stepper) == {"launches": 0}
+
+
+def test_the_peer_in_pytorch_trains_the_same_model(tmp_path: Path) -> None:
+    """A side whose first losses are others than ours is named as failed."""
+    path = tmp_path / "step.json"
+    program = [REPOSITORY / "benchmarks" / "step.py", TINY, "--machine", "any", "--out", path, "--starts", 1]
+    program += ["--rounds", 1, "--window-seconds", 0.01, "--sides", "tiedjax", "torch_eager"]
+    shrunk = ["--set", "model.layers=2", "model.d_model=32", "model.d_ff=48", "model.vocab_size=320"]
+    finish(start([*map(str, program), *shrunk]))
+    (found,) = json.loads(path.read_text()).values()
+    assert found["failed"] == {}
+    assert set(found["sides"]) == {"tiedjax", "torch_eager"}
 
 
 # What holds of each kind of part, as far as it needs no PyTorch.
