@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -292,7 +292,7 @@ def cost_rows() -> str:
         )
         rows.append([f"`{config}`", machine, f"{1e3 * seconds:.1f}", mfu, *cells])
 
-    for name, measured in json.loads((RESULTS / "step_cpu.json").read_text(encoding="utf-8")).items():
+    for name, measured in steps_on_cpus():
         sides = measured["sides"]
         machine = measured["environment"]["machine"]
         add(name, machine, sides["tiedjax"]["step_seconds"]["median"], "–", sides)
@@ -311,6 +311,12 @@ def cost_rows() -> str:
                 mfu = f"{measured['mfu_causal']:.1%}{bound(name, card)}"
                 add(name, card, measured["step_seconds"]["median"], mfu, sides)
     return "\n".join(table(heads, rows)) + "\n"
+
+
+def steps_on_cpus() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Configs and what was measured of their steps, machine by machine: what is fastest depends on the processor."""
+    for path in sorted(RESULTS.glob("step_cpu*.json")):
+        yield from json.loads(path.read_text(encoding="utf-8")).items()
 
 
 def other_than(step: dict[str, Any], part: dict[str, Any]) -> str:
@@ -412,9 +418,9 @@ def gpu_bounds() -> str:
 def costs() -> str:
     """What the benchmarks on a CPU measured and what was compiled for TPUs, a line each."""
     read = lambda name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    steps, loss, data, compiled = (read(name) for name in ("step_cpu", "loss_cpu", "data", "compile"))
-    lines = []
-    for name, measured in steps.items():
+    loss, data, compiled = (read(name) for name in ("loss_cpu", "data", "compile"))
+    lines, usual = [], read("step_cpu")["quick"]["environment"]["machine"]
+    for name, measured in steps_on_cpus():
         sides = measured["sides"]
         milliseconds = span({q: 1e3 * value for q, value in sides["tiedjax"]["step_seconds"].items()}, 1)
         ours = sides["tiedjax"]
@@ -423,18 +429,17 @@ def costs() -> str:
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
         )
         roles = f"without role split, account and their metrics {times(sides['without_roles'], ours)}"
+        machine = measured["environment"]["machine"]
         lines.append(
             f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}; {roles}: means over "
-            f"{len(measured['window_steps'])} starts, with 95 % intervals."
+            f"{len(measured['window_steps'])} starts, with 95 % intervals{'' if machine == usual else f'; {machine}'}."
         )
-    again = read("update_metrics_cpu")
     for name, measured in read("account_cpu").items():
-        alone, starts = again.get(name, measured), len(measured["window_steps"])
         lines.append(
             f"* Of a step of `{name}.yaml` the account of updates takes "
             f"{part_of_step(measured['sides']['without_account'])} with what metrics.jsonl has of updates, that alone "
-            f"{part_of_step(alone['sides']['without_update_metrics'])}: means over {starts} starts of "
-            f"{measured['rounds']} and {alone['rounds']} rounds, with 95 % intervals."
+            f"{part_of_step(measured['sides']['without_update_metrics'])}: means over {len(measured['window_steps'])} "
+            f"starts of {measured['rounds']} rounds, with 95 % intervals; {measured['environment']['machine']}."
         )
     memory = loss["memory"]
     lines.append(
@@ -451,7 +456,7 @@ def costs() -> str:
     batches = ", ".join(f"{rate(timed)} (T = {timed['seq_len']:,})" for timed in data["batches"])
     lines.append(f"* Millions of tokens per second prepared: {prepared}; read in batches: {batches}.")
     lines += spectral_costs()
-    lines.append(f"* Above: {steps['quick']['environment']['machine']}, medians with 10 % and 90 % quantiles.")
+    lines.append(f"* Above, where nothing else is said: {usual}, medians with 10 % and 90 % quantiles.")
     gib = lambda count: f"{count / 2**30:.1f}"
     rows = [
         [

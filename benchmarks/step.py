@@ -2,10 +2,8 @@ r"""The whole train step beside PyTorch's, and beside itself without the role sp
 
     python benchmarks/step.py --machine "2-core x86-64 virtual machine"           # configs quick and tiny
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
-    python benchmarks/step.py --machine "2-core x86-64 virtual machine" --starts 12 --window-seconds 0.3 \
+    python benchmarks/step.py --machine "2-core x86-64 virtual machine" --rounds 36 --window-seconds 0.3 \
         --sides tiedjax without_update_metrics without_account --out benchmarks/results/account_cpu.json
-    python benchmarks/step.py --machine "2-core x86-64 virtual machine" --starts 12 --rounds 48 --window-seconds 0.3 \
-        --sides tiedjax without_update_metrics --out benchmarks/results/update_metrics_cpu.json configs/tiny.yaml
 
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
 the config says. `without_account` keeps no account of the updates; `without_update_metrics` keeps it, and leaves out
