@@ -116,24 +116,24 @@ class CentredTables:
 
 @dataclass
 class _Sums:
-    """Sums over some of the rows, centred at the mean of all: of x, y, x'y, y'y and, once, x'x."""
+    """Sums over some of the rows, centred at the mean of all: of x, y, x'y if a fit needs it, y'y and, once, x'x."""
 
     rows: int
     x_D: np.ndarray
     y_E: np.ndarray
-    xy_DE: np.ndarray
+    xy_DE: Any
     yy: float
     xx_DD: Any
 
     def __add__(self, other: _Sums) -> _Sums:
-        xx_DD = None if self.xx_DD is None or other.xx_DD is None else self.xx_DD + other.xx_DD
+        added = lambda a, b: None if a is None or b is None else a + b
         return _Sums(
             self.rows + other.rows,
             self.x_D + other.x_D,
             self.y_E + other.y_E,
-            self.xy_DE + other.xy_DE,
+            added(self.xy_DE, other.xy_DE),
             self.yy + other.yy,
-            xx_DD,
+            added(self.xx_DD, other.xx_DD),
         )
 
     def centred(self) -> _Sums:
@@ -141,7 +141,8 @@ class _Sums:
         n = max(1, self.rows)
         x_D, y_E = self.x_D / n, self.y_E / n
         xx_DD = None if self.xx_DD is None else self.xx_DD - n * np.outer(x_D, x_D)
-        return _Sums(self.rows, x_D, y_E, self.xy_DE - n * np.outer(x_D, y_E), self.yy - n * float(y_E @ y_E), xx_DD)
+        xy_DE = None if self.xy_DE is None else self.xy_DE - n * np.outer(x_D, y_E)
+        return _Sums(self.rows, x_D, y_E, xy_DE, self.yy - n * float(y_E @ y_E), xx_DD)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Fitter:
         self._x, self._y = x, y
         self._x_least, self._y_least = x.least(self._dtype), y.least(self._dtype)
         (self.rows, self.width), self.target_width, self.fits = x.shape, y.shape[1], fits
+        self._fits_maps = set(fits) != {"identity"}
         self._halves: list[np.ndarray] = []
         if halves:
             shuffled_N = np.random.default_rng(1).permutation(self.rows)
@@ -198,7 +200,7 @@ class Fitter:
     def _blocks(self, part: np.ndarray | None, order: np.ndarray | None) -> Iterator[_Block]:
         """The rows of a part beside those of Y[order]."""
         rows, width = self.rows if part is None else len(part), max(self._x.shape[1], self._y.shape[1])
-        block_bytes = SCANNED if set(self.fits) == {"identity"} else MULTIPLIED
+        block_bytes = MULTIPLIED if self._fits_maps else SCANNED
         for block in row_blocks(rows, width, self._dtype.itemsize, block_bytes):
             positions = block if part is None else part[block]
             partners = positions if order is None else order[positions]
@@ -211,7 +213,8 @@ class Fitter:
     def _sums(self, part: np.ndarray | None, order: np.ndarray | None) -> _Sums:
         D, E = self._x.shape[1], self._y.shape[1]
         with_xx = order is None and not {"linear", "ridge"}.isdisjoint(self.fits)
-        total = _Sums(0, np.zeros(D), np.zeros(E), np.zeros((D, E)), 0.0, np.zeros((D, D)) if with_xx else None)
+        xy_DE, xx_DD = np.zeros((D, E)) if self._fits_maps else None, np.zeros((D, D)) if with_xx else None
+        total = _Sums(0, np.zeros(D), np.zeros(E), xy_DE, 0.0, xx_DD)
         for _, _, x_BD, y_BE in self._blocks(part, order):
             total.rows += len(x_BD)
             if part is not None:  # the rows of all are read about their means
@@ -219,7 +222,7 @@ class Fitter:
                 total.y_E += y_BE.sum(axis=0, dtype=np.float64)
             if "ridge" in self.fits:
                 total.yy += float(np.vecdot(y_BE, y_BE).sum(dtype=np.float64))
-            if set(self.fits) != {"identity"}:
+            if self._fits_maps:
                 total.xy_DE += matmul(x_BD.T, y_BE)
             if with_xx:
                 total.xx_DD += matmul(x_BD.T, x_BD)
