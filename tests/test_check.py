@@ -430,7 +430,7 @@ def test_data_that_was_prepared_from_two_sources_is_read_twice(
     run: Path, cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The run may have been shown either."""
-    shutil.copytree(cache, cache.with_name("0" + cache.name[1:]))
+    shutil.copytree(cache, cache.with_name(("1" if cache.name[0] == "0" else "0") + cache.name[1:]))
     flipped(cache / "train-00000.npy")
     assert said(run, capfd, 78).splitlines()[4:] == [
         "files of its data: 7 of 8 are whole",

