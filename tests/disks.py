@@ -12,10 +12,13 @@ import pytest
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A disk of its own, of so many KiB, at a folder that is made; skips the test where none can be mounted."""
+def small_disk(folder: Path, size: int, files: int = 0) -> Iterator[Path]:
+    """A disk of its own, of so many KiB, at a folder that is made; skips the test where none can be mounted.
+
+    It holds so many files and folders, itself one of them; 0: any number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}k,nr_inodes={files}", "none", str(folder)]
     mounted = subprocess.run(command, capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")

@@ -348,7 +348,11 @@ def test_each_kind_of_damage_is_found_and_named(case: str, run: Path, capfd: pyt
 
 
 @pytest.mark.parametrize(
-    "cases", [(), ("values of another step", "shapes of arrays", "half a line", "no counts")], ids=["whole", "damaged"]
+    "cases",
+    [
+        pytest.param((), id="whole", marks=pytest.mark.slow),
+        pytest.param(("values of another step", "shapes of arrays", "half a line", "no counts"), id="damaged"),
+    ],
 )
 def test_a_run_in_a_store_is_checked_as_on_a_disk(cases: tuple[str, ...], run: Path, out: Path, store: Store) -> None:
     for case in cases:

@@ -163,6 +163,7 @@ def test_counting_beside_training_gives_the_same_run(
     assert counts_path.exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_waits_for_its_counts_until_it_is_asked_to_stop(
     finished: Path, text: Path, tmp_path: Path, counts_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

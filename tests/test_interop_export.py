@@ -192,9 +192,7 @@ RUNS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", slow_but(RUNS, "tied", "untied", "scanned, padded", "grouped", "query norms", "learned positions")
-)
+@pytest.mark.parametrize("case", slow_but(RUNS, "untied", "scanned, padded", "grouped", "learned positions"))
 def test_a_run_gives_transformers_its_logits(
     case: str, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -517,6 +517,7 @@ def test_a_run_is_the_same_up_to_rounding_as_users_compile_it(finished: Path, te
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), ours.params(), plain.params())
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_compilation_cache(finished: Path, text: Path, tmp_path: Path) -> None:
     """Filled, used, and with entries that a killed process left incomplete: always the same bits."""
     cache = tmp_path / "cache"
@@ -555,7 +556,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-@pytest.mark.parametrize("obstacle", ["full disk", "file"])
+@pytest.mark.parametrize("obstacle", [pytest.param("file", marks=pytest.mark.slow), "full disk"])
 def test_a_run_goes_on_without_tensorboard(
     finished: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
 ) -> None:
@@ -576,7 +577,7 @@ def test_a_run_goes_on_without_tensorboard(
     assert_same_run(out, finished)
 
 
-@pytest.mark.parametrize("obstacle", ["full disk", "folder"])
+@pytest.mark.parametrize("obstacle", [pytest.param("folder", marks=pytest.mark.slow), "full disk"])
 def test_a_run_goes_on_without_metrics_and_says_the_hole_when_it_is_continued(
     finished: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, obstacle: str
 ) -> None:

@@ -44,7 +44,8 @@ def test_shapes_differ_in_the_tables_share_at_equal_compute() -> None:
         assert len(plan.study.seeds) == 5
 
 
-@pytest.mark.parametrize("name", ["shape-512", pytest.param("shape-8192", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shape-512", "shape-8192"])
 def test_a_shape_study_trains_and_reports(name: str, tmp_path: Path) -> None:
     out = few_steps(name, tmp_path, **{"model.vocab_size": "320"})
     results = json.loads((out / "results.json").read_text())

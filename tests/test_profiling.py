@@ -22,7 +22,9 @@ def traced_steps(trace: Path) -> set[int]:
     return {int(event["args"]["step_num"]) for event in events if event.get("name") == "train" and event.get("args")}
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.stop_at": 5}], ids=["within", "to the end"])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"train.stop_at": 5}, marks=pytest.mark.slow)], ids=["within", "to the end"]
+)
 def test_a_trace_holds_just_these_steps_and_changes_nothing(
     finished: Path, text: Path, tmp_path: Path, changes: dict[str, int]
 ) -> None:

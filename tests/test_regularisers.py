@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import penalties
 import pytest
-from conftest import GRADIENT_DESCENT, random_tokens, small_config
+from conftest import GRADIENT_DESCENT, random_tokens, slow_but, small_config
 from programs import OPTIMIZED
 from runs import arguments, assert_same_run, write_text
 
@@ -248,7 +248,7 @@ def test_weights_of_zero_change_no_bit_and_add_no_array(monkeypatch: pytest.Monk
     assert "/regularisers/" not in without.steps.train.lower(*given).as_text(debug_info=True)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "coupled", "sgd"])
+@pytest.mark.parametrize("kind", slow_but(["adamw", "coupled", "sgd"], "adamw"))
 @pytest.mark.parametrize("scheme", ["tied", "untied"])
 def test_keeping_an_account_changes_parameters_by_rounding_alone(kind: str, scheme: str) -> None:
     tables = TableOptimizerConfig(kind=kind)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_tokens, small_config
+from conftest import random_tokens, slow_but, small_config
 from programs import finish
 from runs import STEPS, arguments, assert_same_run, start_commands, write_text
 
@@ -74,7 +74,7 @@ def test_untying_changes_no_number_of_the_tables_and_not_the_loss(moments: str) 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("moments", ["copy", "split"])
-@pytest.mark.parametrize("account", ["whole", "checked", "off"])
+@pytest.mark.parametrize("account", slow_but(["whole", "checked", "off"], "whole"))
 def test_the_moments_after_untying_are_those_of_a_hand_written_adamw(moments: str, account: str) -> None:
     """All updates of the tables from gradients alone, in NumPy: one v before; then each role's own, from its rule."""
     cfg = config(untie_at=CHANGE, untie_moments=moments, account=account)
@@ -121,7 +121,7 @@ def test_copied_and_split_moments_take_different_ways() -> None:
         assert np.abs(np.asarray(ends[0][role]) - np.asarray(ends[1][role])).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["sgd", "coupled", "by_role", "lion"])
+@pytest.mark.parametrize("kind", slow_but(["sgd", "coupled", "by_role", "lion"], "coupled", "by_role"))
 def test_every_kind_whose_state_can_be_carried_goes_on(kind: str) -> None:
     tables = TableOptimizerConfig(kind=kind)  # type: ignore[arg-type]
     account = "off" if kind == "lion" else "auto"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_tokens, small_config
+from conftest import random_tokens, slow_but, small_config
 from programs import OPTIMIZED
 from runs import STEPS, arguments, assert_same_run, write_text
 
@@ -338,7 +338,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "words.jsonl")
 
 
-@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme not in ("tied", "untied")])
+@pytest.mark.parametrize(
+    "scheme", slow_but([scheme for scheme in SCHEMES if scheme not in ("tied", "untied")], "low_rank", "partial_tokens")
+)
 def test_a_run_of_any_scheme_continues_bit_for_bit_and_is_read_by_every_instrument(
     scheme: str, text: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import json
 
 import jax
 import pytest
-from conftest import small_config
+from conftest import slow_but, small_config
 from programs import TESTS, finish, start
 
 from tiedjax import sharding, step, tying
@@ -14,7 +14,7 @@ from tiedjax.config import DataConfig, MeshConfig
 from tiedjax.errors import UserError
 
 
-@pytest.mark.parametrize("subject", [*tying.SCHEMES, "muon", "regularised"])
+@pytest.mark.parametrize("subject", slow_but([*tying.SCHEMES, "muon", "regularised"], "tied", "low_rank", "muon"))
 def test_every_mesh_gives_the_loss_and_gradients_of_one_device(subject: str) -> None:
     out, _ = finish(start([TESTS / "mesh_program.py", subject], devices=8))
     differences = json.loads(out.splitlines()[-1])

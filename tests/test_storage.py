@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import itertools
 import os
 import re
 import subprocess
@@ -160,6 +162,27 @@ def test_what_is_not_complete_is_cleared(out: Path, tmp_path: Path) -> None:
     storage.uncommit(tmp_path / "2")
     storage.clear_unfinished(tmp_path)
     assert storage.saved_steps(tmp_path) == [2]
+
+
+def test_what_a_save_has_left_is_cleared_while_its_threads_still_write(tmp_path: Path) -> None:
+    left, made = tmp_path / "3.orbax-checkpoint-tmp", threading.Event()
+    left.mkdir()
+
+    def write() -> None:
+        until = time.monotonic() + 0.3
+        for number in itertools.count():
+            if time.monotonic() > until:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                (left / str(number)).touch()
+            made.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert made.wait(10)
+    storage.clear_unfinished(tmp_path)
+    writer.join()
+    assert not left.exists()
 
 
 def test_a_damaged_save_is_set_aside(out: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_trained_here_and_analysed_there_is_the_whole_study(place: Path, study_f
     assert results(there / "moved") == results(study_folder / "study")
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_a_time_limit_ends_between_steps_and_the_same_command_goes_on(
     place: Path, study_folder: Path, workers: str
 ) -> None:
@@ -93,6 +93,7 @@ def test_stop_at_ends_each_run_and_the_study_goes_on_to_the_next(place: Path, st
         assert own[name] == whole[name], name
 
 
+@pytest.mark.slow
 def test_an_arm_that_stop_at_ends_is_named_as_missing(place: Path) -> None:
     """The other arm is trained and reported; what a crew analyses beside training has none of the runs that ended."""
     study = (place / "STUDY.yaml").read_text()

@@ -376,7 +376,7 @@ def test_a_signal_to_one_process_stops_all_after_one_step(
         assert [row["step"] for row in rows(run)] == list(range(1, step + 1))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", slow_but([0, 1], 1))
 def test_a_killed_process_ends_the_other(killed: int, text: Path, tmp_path: Path) -> None:
     results = ended(cluster(tmp_path, text, {killed: "at_step_3(lambda: dies(signal.SIGKILL))"}), seconds=240)
     assert time.time() - (tmp_path / "mark").stat().st_mtime < 30
@@ -390,7 +390,7 @@ def test_a_killed_process_ends_the_other(killed: int, text: Path, tmp_path: Path
 GONE = "process {} ended without a word: it was killed, or its machine is lost"
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", slow_but([0, 1], 1))
 def test_a_process_that_is_stopped_ends_the_other(stopped: int, text: Path, tmp_path: Path) -> None:
     hooks = {stopped: "at_step_3(lambda: dies(signal.SIGSTOP))"}
     processes = cluster(tmp_path, text, hooks, heartbeat=10)
@@ -540,6 +540,7 @@ def assert_completed(tmp_path: Path, text: Path, undisturbed: Path) -> None:
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_saves_of_two_kinds_do_not_wait_for_each_other(text: Path, tmp_path: Path, undisturbed: Path) -> None:
     """Process 1 is slow to end the save of a state, while both have begun that of the next snapshot."""
     slow = """

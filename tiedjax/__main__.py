@@ -1,7 +1,5 @@
 """`python -m tiedjax`."""
 
-import sys
+from tiedjax.cli import command
 
-from tiedjax.cli import main
-
-sys.exit(main())
+command()

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +100,7 @@ class Checkpoints:
         policy = None if keep is None else _Preserved(keep, self.directory)
         # Orbax's threads wait for those of other processes under names that must not be another manager's.
         named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
-        _hush_waiting()
+        _hush_waits()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, multiprocessing_options=named)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -233,9 +234,14 @@ def _agreed(where: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _hush_waiting() -> None:
-    """From here on Orbax does not print that a save has waited for the one before: metrics say how fast a run is."""
-    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith("Waiting for previous save"))
+def _hush_waits() -> None:
+    """From here on Orbax does not print that a save has waited for the one before: metrics say how fast a run is.
+
+    Nor that threads have waited in vain for folders that a save could not make: it has failed long before, and said so.
+    """
+    waits = re.compile("Waiting for previous save|.* Timeout waiting for key ")
+    logging.getLogger("absl").addFilter(lambda record: not waits.match(record.getMessage()))
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 @functools.cache

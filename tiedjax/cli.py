@@ -21,7 +21,7 @@ from tiedjax.config_files import find_config, load_run_config, packaged_configs
 from tiedjax.data import command as data_command
 from tiedjax.errors import Status, TrainingError, UserError
 from tiedjax.files import local_path, place_and_step, write_atomically
-from tiedjax.host import platform_flags, signals, storage
+from tiedjax.host import ending, platform_flags, signals, storage
 from tiedjax.text import nearest, seconds
 
 
@@ -70,6 +70,11 @@ class _Parser(argparse.ArgumentParser):
         meant = meant_key(name, options)
         hint = f"did you mean '--{meant}'?" if meant else f"{self.prog} --help lists all"
         return UserError(f"unknown option {written!r}; {hint}")
+
+
+def command() -> NoReturn:
+    """The process of a command line: `main`, and the end."""
+    ending.leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

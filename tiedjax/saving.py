@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import jax
 
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.errors import TrainingError, UserError
-from tiedjax.host import process, storage
+from tiedjax.host import ending, process, storage
 from tiedjax.saves import Saves
 from tiedjax.text import binary
 
@@ -67,11 +68,13 @@ def settle(checkpoints: Checkpoints) -> None:
     except Exception as error:  # as above
         if jax.process_count() > 1:
             raise
-        storage.clear_unfinished(checkpoints.directory)
+        with contextlib.suppress(OSError):  # what cannot be removed now is before the next save that fails
+            storage.clear_unfinished(checkpoints.directory)
         process.say(f"{_failed(checkpoints, checkpoints.begun, error)}; the run goes on without it")
 
 
 def _failed(checkpoints: Checkpoints, step: int | None, error: Exception) -> str:
+    ending.abandon_threads()
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{checkpoints.directory}: step {step} cannot be saved: {reason}"
 

@@ -23,7 +23,8 @@ from jax.experimental import multihost_utils
 
 from tiedjax.errors import NotJoinedError, Status, TrainingError, UserError
 from tiedjax.host import launched, platform_flags, signals, storage
-from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch, end
+from tiedjax.host.ending import end
+from tiedjax.host.watch import HEARTBEAT, Hub, Spoke, Watch
 
 _watch: Watch | None = None  # of this process's cluster, once it has joined one
 _called: WeakSet[Any] = WeakSet()  # functions that have compiled

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from tiedjax.errors import Status
-from tiedjax.host.watch import end
+from tiedjax.host.ending import end
 
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 PATIENCE = 10.0  # seconds in which a program that is not saving must have ended by itself

@@ -327,12 +327,21 @@ def clear_unfinished(folder: Path) -> None:
     """
     if not is_remote(folder):
         for left in folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left)
+            _remove_folder(left)
     else:
         steps = {name for name in names(folder) if re.fullmatch(STEP, name)}
         for name in sorted(steps - {str(step) for step in saved_steps(folder)}):
             with contextlib.suppress(FileNotFoundError), _as_os_errors(folder / name):
                 _store(folder).rm(str(folder / name), recursive=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Removes a folder to which threads of a save that has failed may still write for a moment."""
+    for pause in (0.1, 0.3, 1.0):
+        with contextlib.suppress(OSError):
+            return shutil.rmtree(folder)
+        time.sleep(pause)
+    return shutil.rmtree(folder)
 
 
 def uncommit(save: Path) -> None:

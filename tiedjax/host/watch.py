@@ -8,13 +8,10 @@ processes, nothing of JAX.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
-import os
 import queue
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tiedjax.errors import Status
+from tiedjax.host.ending import end
 
 GRACE = 15.0  # seconds in which a process that fails may finish what it is saving before all are ended
 SETTLING = 1.0  # seconds in which the death of a process may show that caused a failure reported before it
@@ -314,37 +312,6 @@ class Spoke(Watch):
                 self._over.set()
         if not self._over.is_set():
             end(Failure(0, Status.AGAIN, None).sentence(None), Status.AGAIN)
-
-
-def end(line: str, status: int) -> NoReturn:
-    """Says why and ends this process at once: an orderly exit would wait for others, threads and processes.
-
-    If it has stalled, what every thread is at comes first.
-    """
-    try:
-        flush = threading.Thread(target=_flush, daemon=True)
-        flush.start()
-        flush.join(1)  # whoever holds the stream may be what hangs
-        if status == Status.STALLED:
-            faulthandler.dump_traceback(file=2)
-        os.write(_the_last_word(), f"tiedjax: {line}\n".encode())
-    finally:  # whatever has become of the terminal
-        os._exit(status)
-
-
-def _the_last_word() -> int:
-    """A descriptor of standard error that is this thread's alone: what other threads still say is lost."""
-    try:
-        alone = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    except OSError:
-        return 2
-    return alone
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
 
 
 def _send(wire: socket.socket, message: dict[str, Any]) -> None:
