@@ -13,6 +13,7 @@ steps alternate between the sides, in turn forwards and backwards. PyTorch runs 
 its allocator would slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken
 within a round: seconds of the side / seconds of tiedjax. A process keeps its luck, of where its memory lies, through
 all of its rounds: everything is begun `--starts` times in new processes, and a ratio's interval is one over starts.
+Where that leaves open what is asked, more of them are measured, and counted together by `--pool`.
 PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results
 by config to benchmarks/results/step_DEVICE.json.
 """
@@ -40,7 +41,7 @@ from jax.sharding import Mesh
 from tiedjax import sharding, tying
 from tiedjax.analysis.basis.statistics import interval
 from tiedjax.config import BodyOptimizerConfig, RunConfig, TableOptimizerConfig
-from tiedjax.config_files import to_tree
+from tiedjax.config_files import flatten, to_tree
 from tiedjax.cost import bench
 from tiedjax.gradients import accumulated
 from tiedjax.host import platform_flags, process
@@ -348,11 +349,7 @@ def answer(there: Any, *asked: Any) -> None:
 def compare(
     cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: float, starts: int = 1
 ) -> dict[str, Any]:
-    """Seconds per step of each side, and each side's ratio to tiedjax, over rounds and over starts.
-
-    One start is in this process, several are in one of their own each. `interval`: mean of the starts' median ratios
-    with its 95 % t interval, null of one start. A side that failed in one start is among `failed`.
-    """
+    """What `together` says of so many starts: one is in this process, several are in one of their own each."""
     if cfg.mesh.data == -1:
         cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, data=1))
     found = []
@@ -361,6 +358,15 @@ def compare(
         windows = found[-1]["windows"]
         medians = {name: float(np.median(np.array(each) / windows["tiedjax"])) for name, each in windows.items()}
         print(f"  start {i + 1}: {', '.join(f'{name} {ratio:.3f}' for name, ratio in medians.items())}", flush=True)
+    return together(cfg, names, rounds, found)
+
+
+def together(cfg: RunConfig, names: Sequence[str], rounds: int, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Seconds per step of each side, and each side's ratio to tiedjax, over the rounds and over the starts `found`.
+
+    `interval`: mean of the starts' median ratios with its 95 % t interval, null of one start. A side that failed in one
+    start is among `failed`.
+    """
     mesh = sharding.make_mesh(cfg.mesh)
     tokens = cfg.data.batch_size * cfg.model.seq_len
     report = {}
@@ -394,6 +400,40 @@ def compare(
     }
 
 
+def starts_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The starts of a saved result in which no side failed, as `together` takes them."""
+    sides, per_start = result["sides"], zip(result["window_steps"], result["load_average"], strict=True)
+    return [
+        {
+            "windows": {name: side["windows"][i] for name, side in sides.items()},
+            "about": {},
+            "failed": {},
+            "losses": result["losses"],
+            "window_steps": steps,
+            "load_average": load,
+        }
+        for i, (steps, load) in enumerate(per_start)
+    ]
+
+
+def pooled(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One result of the starts of two, which only their dates and load may tell apart."""
+    dated = [{**each["environment"], "date": None} for each in (first, second)]
+    same = [
+        (dated[0], dated[1]),
+        *((first[key], second[key]) for key in ("rounds", "losses", "parameters")),
+        (first["failed"], {}),
+        (second["failed"], {}),
+    ]
+    if any(one != other for one, other in same):
+        raise SystemExit("these starts cannot be counted together: their machines, versions, rounds or losses differ")
+    cfg = structured(RunConfig, dict(flatten(second["config"])))
+    found = [*starts_of(first), *starts_of(second)]
+    dates = sorted({date for each in (first, second) for date in each["environment"]["date"].split(" and ")})
+    environment = {**second["environment"], "date": " and ".join(dates)}
+    return together(cfg, list(second["sides"]), second["rounds"], found) | {"environment": environment}
+
+
 def slug(mesh_or_kind: str) -> str:
     """A device's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "_", mesh_or_kind.lower()).strip("_")
@@ -421,10 +461,19 @@ def main() -> None:
     parser.add_argument("--window-seconds", type=float, default=2.0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step_DEVICE.json")
+    parser.add_argument(
+        "--pool", nargs=2, type=Path, metavar="FILE", help="measure nothing: --out has the starts of these two results"
+    )
     args = parser.parse_args()
     platform_flags.apply()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share a GPU
     keep_freed_memory()
+    if args.pool:
+        first, second = (json.loads(path.read_text(encoding="utf-8")) for path in args.pool)
+        for name in second:
+            print(name)
+            save(args.out, name, pooled(first[name], second[name]))
+        return
     changes = {key: scalar(value) for key, _, value in (each.partition("=") for each in args.set)}
     environment = about(args.machine, pytorch=any(name.startswith("torch") for name in args.sides))
     path = args.out or HERE / "results" / f"step_{slug(environment['device']['kind'])}.json"

@@ -192,7 +192,7 @@ HOMES: dict[str, set[str]] = {
 }
 # What the command line reaches before it knows its command: it may load none of the heavy ones.
 LIGHT = {"__init__", "__main__", "cli", "config", "config_errors", "config_files", "errors", "files", "text"}
-LIGHT |= {"host/__init__", "host/platform_flags", "host/signals", "host/storage", "host/watch"}
+LIGHT |= {"host/__init__", "host/ending", "host/platform_flags", "host/signals", "host/storage", "host/watch"}
 NEVER = {"tensorflow", "absl", "clu"}
 
 

@@ -332,6 +332,21 @@ def test_the_split_costs_no_matrix_product_and_at_most_one_more_table(
 # ---- The programs in benchmarks/ ----
 
 
+def test_starts_of_two_measurements_are_counted_together_if_nothing_else_differs(step_benchmark: ModuleType) -> None:
+    saved = json.loads((REPOSITORY / "benchmarks" / "results" / "account_cpu.json").read_text())["tiny"]
+    later = {**saved, "environment": {**saved["environment"], "date": "2030-01-01"}}
+    both, side = step_benchmark.pooled(saved, later), "without_account"
+    once = saved["sides"][side]["interval"]
+    twice = both["sides"][side]["interval"]
+    assert twice["starts"] == 2 * once["starts"] == len(both["window_steps"])
+    assert twice["mean"] == pytest.approx(once["mean"], abs=1e-12)
+    assert twice["high"] - twice["low"] < 0.75 * (once["high"] - once["low"])
+    assert both["environment"]["date"] == f"{saved['environment']['date']} and 2030-01-01"
+    for other in ({"rounds": 1}, {"failed": {side: "no memory"}}, {"environment": {"machine": "another", "date": ""}}):
+        with pytest.raises(SystemExit, match="cannot be counted together"):
+            step_benchmark.pooled(saved, {**later, **other})
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_benchmarks_read_configs_as_the_command_line_does(path: Path, step_benchmark: ModuleType) -> None:
     """They need neither pydantic nor ruamel.yaml, which a machine with a GPU may lack."""

@@ -319,6 +319,7 @@ def test_of_two_processes_one_counts(
     np.testing.assert_array_equal(load_run(out).token_counts, load_run(finished).token_counts)
 
 
+@pytest.mark.slow
 def test_a_signal_to_either_of_two_processes_ends_their_wait_for_the_counts(
     finished: Path, text: Path, tmp_path: Path, counts_path: Path, pairs: Pairs
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.special
-from conftest import GRADIENT_DESCENT, random_tokens, small_config
+from conftest import GRADIENT_DESCENT, random_tokens, slow_but, small_config
 from loss_program import inputs, powers
 from programs import TESTS, finish, start
 from runs import STEPS, arguments, assert_same_run, rows
@@ -279,7 +279,7 @@ def test_what_the_gate_leaves_is_the_output_roles_part_of_the_update(account: st
     np.testing.assert_allclose(change, output_VD - 0.3 * found.roles.input, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "coupled", "by_role", "by_role_lazy"])
+@pytest.mark.parametrize("kind", slow_but(["adamw", "coupled", "by_role", "by_role_lazy"], "adamw", "by_role_lazy"))
 @pytest.mark.parametrize("account", ["checked", "rows"])
 def test_the_account_adds_up_to_the_table(kind: str, account: str) -> None:
     cfg = gated_config(

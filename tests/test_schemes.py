@@ -252,7 +252,7 @@ def trained(cfg: RunConfig, count: int, dtype: Any = jnp.float32, optimized: boo
     return states
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(FORMS, *SCHEMES))
 def test_every_array_of_a_scheme_is_trained_and_none_of_indices_moves(form: str) -> None:
     cfg = config(form)
     first, *_, last = trained(cfg, 3)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import slow_but
 
 from tiedjax import sinks
 from tiedjax.config import TrainConfig
@@ -199,9 +200,13 @@ def with_library(folder: Path, moment: str, does: str) -> dict[str, str]:
         ),
         ("2", HANGS, "lost 2 of 3 lines; it did not answer within 5 s"),
         ("END", "raise RuntimeError('half sent')", "cannot be written: half sent; GOES_ON"),
-        ("END", HANGS, "did not end within 5 s; nothing waits for it"),
-        ("END", f"atexit.register(lambda: {HANGS})", "did not end within 5 s; nothing waits for it"),
-        ("END", NEVER_STOPS, "did not end within 5 s; nothing waits for it"),
+        *slow_but(
+            [
+                ("END", does, "did not end within 5 s; nothing waits for it")
+                for does in (HANGS, f"atexit.register(lambda: {HANGS})", NEVER_STOPS)
+            ],
+            ("END", NEVER_STOPS, "did not end within 5 s; nothing waits for it"),
+        ),
     ],
 )
 def test_a_library_can_neither_stop_a_run_nor_keep_it_from_ending(

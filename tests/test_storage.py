@@ -616,6 +616,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     assert_same_run(store.download(out.name, tmp_path / "run"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_set_aside_and_an_older_one_is_used(
     out: Path, store: Store, text: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
