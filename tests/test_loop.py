@@ -501,6 +501,7 @@ def test_an_argument_that_is_still_on_the_host_is_an_error(
         cli.main(arguments(tmp_path / "run", text))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_up_to_rounding_as_users_compile_it(finished: Path, text: Path, tmp_path: Path) -> None:
     """With XLA's optimisations, which no other run of these tests has."""
     out = tmp_path / "run"

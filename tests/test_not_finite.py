@@ -283,6 +283,7 @@ def two_processes(argv: Sequence[str], poisonous: Sequence[int]) -> list[subproc
     return [start(["-c", program, *argv, *flags, str(number)]) for number in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_end_at_one_state_and_go_on_from_there(text: Path, tmp_path: Path, batches: Batches) -> None:
     out, whole, skips = tmp_path / "run", tmp_path / "whole", {"train.skip_nonfinite": 1}
     bad = sums(batches, 5)

@@ -392,6 +392,7 @@ def _left_by_another_machine(out: Path, seconds: float) -> Holder:
     return holder
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_a_machine_that_is_lost_and_goes_on(out: Path, store: Store, text: Path) -> None:
     _left_by_another_machine(out, 20)
     told, said = finish(start(["-m", "tiedjax", *arguments(out, text)], **store.environment))

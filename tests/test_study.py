@@ -33,6 +33,7 @@ def place(study_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_trained_here_and_analysed_there_is_the_whole_study(place: Path, study_folder: Path) -> None:
     out, _ = tiedjax("study", "STUDY.yaml", "--out", "trained", "--train-only", cwd=place)
     assert "analysing" not in out
@@ -172,6 +173,7 @@ arm_sweeps:
 """
 
 
+@pytest.mark.slow
 def test_each_arm_is_trained_at_its_best_of_the_sweep(place: Path) -> None:
     """Also in two goes, with a point that diverges; the best is that of the even windows, reports are of the odd."""
     (place / "STUDY.yaml").write_text(SWEEP)
