@@ -74,6 +74,7 @@ def settle(checkpoints: Checkpoints) -> None:
 
 
 def _failed(checkpoints: Checkpoints, step: int | None, error: Exception) -> str:
+    """What is to be said of a save that failed; its threads, which may wait for minutes, are left to themselves."""
     ending.abandon_threads()
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{checkpoints.directory}: step {step} cannot be saved: {reason}"
