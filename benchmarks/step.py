@@ -2,7 +2,7 @@ r"""The whole train step beside PyTorch's, and beside itself without the role sp
 
     python benchmarks/step.py --machine "2-core x86-64 virtual machine"           # configs quick and tiny
     python benchmarks/step.py --machine "one H100" configs/olmo_60m.yaml --set data.batch_size=32
-    python benchmarks/step.py --machine "2-core x86-64 virtual machine" --rounds 36 --window-seconds 0.3 \
+    python benchmarks/step.py --machine "2-core x86-64 virtual machine" --rounds 216 --window-seconds 0.05 \
         --sides tiedjax without_update_metrics without_account --out benchmarks/results/account_cpu.json
 
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
@@ -309,11 +309,12 @@ def measure(cfg: RunConfig, names: Sequence[str], rounds: int, window_seconds: f
             print(f"  {name}: {failed[name]}", flush=True)
     steps = max(1, round(window_seconds / (sides["tiedjax"].run(3) / 3)))
     windows: dict[str, list[float]] = {name: [] for name in sides}
-    load = []
+    load, apart = [], any(isinstance(side, Apart) for side in sides.values())
     for i in range(rounds):
         load.append(os.getloadavg()[0])
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
-            time.sleep(0.1)  # until the threads of the side before have gone to sleep
+            if apart:
+                time.sleep(0.1)  # until the threads of the side before have gone to sleep
             windows[name].append(round(sides[name].run(steps) / steps, 7))
     return {
         "windows": windows,

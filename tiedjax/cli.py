@@ -103,16 +103,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"tiedjax {importlib.metadata.version('tiedjax')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, meaning: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def new(name: str, meaning: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = commands.add_parser(name, help=meaning, description=meaning)
         sub.set_defaults(run=run)
         return sub
 
-    _add_study(command("study", "train every run of a study, analyse them, write the report", _study))
+    _add_study(new("study", "train every run of a study, analyse them, write the report", _study))
 
-    _add_decide(command("decide", "should I tie, when, at what cost: train a ladder, write the answer page", _decide))
+    _add_decide(new("decide", "should I tie, when, at what cost: train a ladder, write the answer page", _decide))
 
-    train = command("train", "train one run, or continue it", _train)
+    train = new("train", "train one run, or continue it", _train)
     named = ", ".join(packaged_configs("run"))
     train.add_argument("config", metavar="CONFIG", help=f"run config: a file, or a name of these: {named}")
     train.add_argument("--out", metavar="DIR", help="run directory; default: runs/NAME")
@@ -122,14 +122,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     _add_cluster(train)
     _add_overrides(train)
 
-    bench = command("bench", "measure a config's train step: tokens per second, FLOP utilisation, memory", _bench)
+    bench = new("bench", "measure a config's train step: tokens per second, FLOP utilisation, memory", _bench)
     bench.add_argument("config", metavar="CONFIG", help="run config, as for train; its data is not read")
     bench.add_argument("--steps", type=int, default=50, metavar="N", help="steps measured, after a warm-up [50]")
     bench.add_argument("--json", metavar="FILE", help="save the result here")
     _add_cluster(bench)
     _add_overrides(bench)
 
-    compile_ = command("compile", "compile a train step for TPUs or GPUs that are not there: memory, traffic", _compile)
+    compile_ = new("compile", "compile a train step for TPUs or GPUs that are not there: memory, traffic", _compile)
     compile_.add_argument("config", metavar="CONFIG", help="run config, as for train; its data is not read")
     compile_.add_argument(
         "--topology",
@@ -141,12 +141,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     compile_.add_argument("--json", metavar="FILE", help="save the result here")
     _add_overrides(compile_)
 
-    data_command.add_arguments(command("data", "prepare text for training", data_command.run))
-    analyze_command.add_arguments(command("analyze", "run one instrument on tables or runs", analyze_command.run))
+    data_command.add_arguments(new("data", "prepare text for training", data_command.run))
+    analyze_command.add_arguments(new("analyze", "run one instrument on tables or runs", analyze_command.run))
 
-    _add_diagnose(command("diagnose", "what tying did to one model, without a twin", _diagnose))
+    _add_diagnose(new("diagnose", "what tying did to one model, without a twin", _diagnose))
 
-    sample = command("sample", "print what a trained model writes", _sample)
+    sample = new("sample", "print what a trained model writes", _sample)
     sample.add_argument("directory", metavar="RUN", help="a run directory, or RUN@STEP for an earlier checkpoint")
     sample.add_argument(
         "--prompt", default="", metavar="TEXT", help="how the document begins; needs a run with a tokenizer [nothing]"
@@ -161,27 +161,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     sample.add_argument("--seed", type=int, default=0, metavar="S", help="of the draws: the same, the same text [0]")
 
-    inspect = command("inspect", "what a Hugging Face model directory holds, and whether its tables are one", _inspect)
+    inspect = new("inspect", "what a Hugging Face model directory holds, and whether its tables are one", _inspect)
     inspect.add_argument("directory", metavar="DIR", help="a local directory with config.json and weights")
     inspect.add_argument("--json", metavar="FILE", help="save the result here")
     inspect.add_argument("--config", metavar="FILE", help="write the config of a run that begins with this model here")
 
-    import_ = command("import", "write a GGUF file of llama.cpp as a Hugging Face directory", _import)
+    import_ = new("import", "write a GGUF file of llama.cpp as a Hugging Face directory", _import)
     import_.add_argument("file", metavar="FILE.gguf", help="a Llama with a byte-level BPE; needs tiedjax[gguf]")
     import_.add_argument("--out", metavar="DIR", required=True, help="a new directory")
 
-    export = command("export", "write a run's model as a Hugging Face directory", _export)
+    export = new("export", "write a run's model as a Hugging Face directory", _export)
     export.add_argument(
         "source", metavar="RUN[@STEP]", help="a run, at its last checkpoint or another; or a model's DIR"
     )
     export.add_argument("--out", metavar="DIR", required=True, help="a new directory")
     export.add_argument("--untie", action="store_true", help="write both tables, equal now, where there is one")
 
-    check = command("check", "read everything that a run has saved, and say what of it is damaged", _check)
+    check = new("check", "read everything that a run has saved, and say what of it is damaged", _check)
     check.add_argument("directory", metavar="RUN", help="a run directory; nothing in it is changed")
     check.add_argument("--json", metavar="FILE", help="save what was found here")
 
-    report = command("report", "redraw the report of a study, or the page of a decision, from saved results", _report)
+    report = new("report", "redraw the report of a study, or the page of a decision, from saved results", _report)
     report.add_argument("directory", metavar="DIR", help="directory of a study or a decision")
 
     args, unknown = parser.parse_known_args(list(_joined(argv)))
@@ -538,7 +538,7 @@ def _check(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     directory = storage.place(args.directory, "DIR")
     decided = storage.exists(directory / "decision.json")
-    name, command = ("decision.json", "decide") if decided else ("results.json", "study")
+    name, writer = ("decision.json", "decide") if decided else ("results.json", "study")
     try:
         if decided:
             from tiedjax.decide import draw_decision
@@ -553,6 +553,6 @@ def _report(args: argparse.Namespace) -> int:
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:  # of values of other kinds
         what = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{directory / name}: does not hold what this version draws ({what}); `tiedjax {command}` writes it anew"
+            f"{directory / name}: does not hold what this version draws ({what}); `tiedjax {writer}` writes it anew"
         ) from error
     return 0
