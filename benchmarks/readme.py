@@ -429,6 +429,8 @@ def costs() -> str:
             for side, words in [("torch_eager", "in PyTorch eager with hooks"), ("torch_compiled", "compiled")]
         )
         roles = f"without role split, account and their metrics {times(sides['without_roles'], ours)}"
+        if "by_hand" in sides:
+            roles += f", in plain JAX by hand, with the loss as only metric, {times(sides['by_hand'], ours)}"
         machine = measured["environment"]["machine"]
         lines.append(
             f"* A step of `{name}.yaml` under AdamW, role metrics on: {milliseconds} ms; {others}; {roles}: means over "

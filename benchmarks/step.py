@@ -7,7 +7,8 @@ r"""The whole train step beside PyTorch's, and beside itself without the role sp
 
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
 the config says. `without_account` keeps no account of the updates; `without_update_metrics` keeps it, and leaves out
-what metrics.jsonl has of it; `without_roles` does not split the gradient either. A side's first losses are compared
+what metrics.jsonl has of it; `without_roles` does not split the gradient either; `by_hand` is a floor, the same
+training in plain JAX (by_hand.py; one device, not for GPUs). A side's first losses are compared
 with ours: one that computes something else is reported as failed, whatever its speed. Then windows of equally many
 steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and
 its allocator would slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 from unittest import mock
 
+import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,8 @@ from tiedjax.tying import Tables
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 CURVE = 20  # steps whose losses are compared, which are also the warm-up
-SIDES = ("tiedjax", "without_update_metrics", "without_account", "without_roles", "torch_eager", "torch_compiled")
+OURS = ("tiedjax", "without_update_metrics", "without_account", "without_roles", "by_hand")
+SIDES = (*OURS, "torch_eager", "torch_compiled")
 # How far the losses of a side may be from ours over those steps, relative; only rounding differs.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
@@ -194,6 +197,8 @@ def make_side(name: str, cfg: RunConfig, mesh: Mesh) -> Any:
         cfg = without_account(cfg)
         steps = make_steps(cfg, mesh)
         return bench.Stepper(cfg, mesh, steps if name == "without_account" else without_roles(cfg, mesh, steps))
+    if name == "by_hand":
+        return by_hand.Stepper(cfg, steps)
     import torch_model
 
     params = jax.device_get(bench.start(cfg, steps).params)

@@ -415,16 +415,16 @@ def test_kernels_are_told_apart_by_the_part_of_the_step(
     assert gpu_benchmark.kernels(stepper) == {"launches": 0}
 
 
-def test_the_peer_in_pytorch_trains_the_same_model(tmp_path: Path) -> None:
+def test_the_peers_in_pytorch_and_by_hand_train_the_same_model(tmp_path: Path) -> None:
     """A side whose first losses are others than ours is named as failed."""
     path = tmp_path / "step.json"
     program = [REPOSITORY / "benchmarks" / "step.py", TINY, "--machine", "any", "--out", path, "--starts", 1]
-    program += ["--rounds", 1, "--window-seconds", 0.01, "--sides", "tiedjax", "torch_eager"]
+    program += ["--rounds", 1, "--window-seconds", 0.01, "--sides", "tiedjax", "by_hand", "torch_eager"]
     shrunk = ["--set", "model.layers=2", "model.d_model=32", "model.d_ff=48", "model.vocab_size=320"]
     finish(start([*map(str, program), *shrunk]))
     (found,) = json.loads(path.read_text()).values()
     assert found["failed"] == {}
-    assert set(found["sides"]) == {"tiedjax", "torch_eager"}
+    assert set(found["sides"]) == {"tiedjax", "by_hand", "torch_eager"}
 
 
 # What holds of each kind of part, as far as it needs no PyTorch.
