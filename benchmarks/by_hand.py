@@ -108,10 +108,13 @@ def make_train(cfg: RunConfig) -> Callable[[Any, jax.Array], tuple[Any, jax.Arra
 class Stepper:
     """That train step with its state and batches, run as `tiedjax.cost.bench.Stepper` is.
 
-    ValueError for a config of another model than OLMo's, of a scheme other than tied, or without clipping.
+    ValueError on other than CPUs, and for a config of another model than OLMo's, of a scheme other than tied, with
+    microbatches or without clipping.
     """
 
     def __init__(self, cfg: RunConfig, steps: Steps):
+        if jax.default_backend() != "cpu":
+            raise ValueError("by hand there is only a step for CPUs")
         m, body = cfg.model, bench.start(cfg, steps).params
         wanted = {"norm": "nonparametric_layernorm", "norm_eps": EPS, "mlp": "swiglu", "position": "rope"}
         wanted |= {"qk_norm": "none", "groups": m.heads, "key_width": m.d_model // m.heads}

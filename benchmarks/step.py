@@ -8,15 +8,15 @@ r"""The whole train step beside PyTorch's, and beside itself without the role sp
 Every side starts from the same parameters, sees the same batches and has AdamW of one rate for all parameters, whatever
 the config says. `without_account` keeps no account of the updates; `without_update_metrics` keeps it, and leaves out
 what metrics.jsonl has of it; `without_roles` does not split the gradient either; `by_hand` is a floor, the same
-training in plain JAX (by_hand.py; one device, not for GPUs). A side's first losses are compared
-with ours: one that computes something else is reported as failed, whatever its speed. Then windows of equally many
-steps alternate between the sides, in turn forwards and backwards. PyTorch runs in a process of its own: its threads and
-its allocator would slow ours down, and ours them; both processes keep the memory that they free. A ratio is taken
-within a round: seconds of the side / seconds of tiedjax. A process keeps its luck, of where its memory lies, through
-all of its rounds: everything is begun `--starts` times in new processes, and a ratio's interval is one over starts.
-Where that leaves open what is asked, more of them are measured, and counted together by `--pool`.
-PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not wanted. Prints, and adds the results
-by config to benchmarks/results/step_DEVICE.json.
+training in plain JAX (by_hand.py), on CPUs. A side's first losses are compared with ours: one that computes something
+else is reported as failed, whatever its speed. Then windows of equally many steps alternate between the sides, in turn
+forwards and backwards. PyTorch runs in a process of its own: its threads and its allocator would slow ours down, and
+ours them; both processes keep the memory that they free. A ratio is taken within a round: seconds of the side / seconds
+of tiedjax. Short windows and many rounds take out what the machine's other guests do meanwhile. A process keeps its
+luck, of where its memory lies, through all of its rounds: everything is begun `--starts` times in new processes, and a
+ratio's interval is one over starts. Where that leaves open what is asked, more of them are measured, and counted
+together by `--pool`. PyTorch (`pip install torch transformers`) is left out of `--sides` where it is not wanted.
+Prints, and adds the results by config to benchmarks/results/step_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 from unittest import mock
 
-import by_hand
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +56,15 @@ from tiedjax.tying import Tables
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "configs"
 CURVE = 20  # steps whose losses are compared, which are also the warm-up
-OURS = ("tiedjax", "without_update_metrics", "without_account", "without_roles", "by_hand")
-SIDES = (*OURS, "torch_eager", "torch_compiled")
+SIDES = (
+    "tiedjax",
+    "without_update_metrics",
+    "without_account",
+    "without_roles",
+    "by_hand",
+    "torch_eager",
+    "torch_compiled",
+)
 # How far the losses of a side may be from ours over those steps, relative; only rounding differs.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
@@ -187,7 +193,7 @@ def without_roles(cfg: RunConfig, mesh: Mesh, steps: Steps) -> Steps:
 
 
 def make_side(name: str, cfg: RunConfig, mesh: Mesh) -> Any:
-    """The contestant of this name, ready to run; PyTorch is imported for its own sides only."""
+    """The contestant of this name, ready to run; what only its side needs, PyTorch too, is imported for that."""
     steps = make_steps(cfg, mesh)
     if name == "tiedjax":
         return bench.Stepper(cfg, mesh, steps)
@@ -198,6 +204,8 @@ def make_side(name: str, cfg: RunConfig, mesh: Mesh) -> Any:
         steps = make_steps(cfg, mesh)
         return bench.Stepper(cfg, mesh, steps if name == "without_account" else without_roles(cfg, mesh, steps))
     if name == "by_hand":
+        import by_hand
+
         return by_hand.Stepper(cfg, steps)
     import torch_model
 
