@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.metadata import checkpoint as notes
 from programs import finish, start
 from programs import tiedjax as tiedjax_command
 from runs import STEPS, arguments, assert_same_run
@@ -420,3 +421,22 @@ def test_a_save_that_waits_for_the_one_before_says_nothing(tmp_path: Path, caplo
     log.warning("Waiting for previous save to complete took %f seconds. If this number is high, ...", 1.5)
     log.warning("Something else")
     assert [record.getMessage() for record in caplog.records if record.name == "absl"] == ["Something else"]
+
+
+def test_notes_that_orbax_makes_late_are_not_missed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of its own begins its notes of a save: what is added to them may come before, and is then lost."""
+    late: list[Path] = []
+    kind = notes._NonBlockingMetadataStore
+    monkeypatch.setattr(kind, "write", lambda _, file_path, metadata: late.append(file_path))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, some_tree(), {"said": 1})
+    checkpoints.close()
+    assert [path.parent.name for path in late] == ["1.orbax-checkpoint-tmp"]
+    assert [record.getMessage() for record in caplog.records if record.name == "absl"] == []
+    (tmp_path / "1" / late[0].name).write_text('{"init_timestamp_nsecs": 1}')
+    reader = Checkpoints(tmp_path, create=False)
+    assert reader.about(1)["said"] == 1
+    jax.tree.map(np.testing.assert_array_equal, reader.restore(1, shapes(some_tree())), some_tree())
+    reader.close()

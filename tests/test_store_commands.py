@@ -54,6 +54,7 @@ seeds: [3]
 """
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_twice_is_the_study_of_a_disk(
     out: Path, store: Store, text: Path, tmp_path: Path
 ) -> None:

@@ -238,9 +238,12 @@ def _hush_waits() -> None:
     """From here on Orbax does not print that a save has waited for the one before: metrics say how fast a run is.
 
     Nor that threads have waited in vain for folders that a save could not make: it has failed long before, and said so.
+    Nor that what Orbax notes of a save was not there yet when it added to it: nothing here reads those notes.
     """
-    waits = re.compile("Waiting for previous save|.* Timeout waiting for key ")
-    logging.getLogger("absl").addFilter(lambda record: not waits.match(record.getMessage()))
+    waits = "Waiting for previous save|.* Timeout waiting for key "
+    early = r"Metadata file does not exist: .*\.orbax-checkpoint-tmp/"
+    unsaid = re.compile(f"{waits}|{early}")
+    logging.getLogger("absl").addFilter(lambda record: not unsaid.match(record.getMessage()))
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 
