@@ -100,7 +100,7 @@ class Checkpoints:
         policy = None if keep is None else _Preserved(keep, self.directory)
         # Orbax's threads wait for those of other processes under names that must not be another manager's.
         named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
-        _hush_waits()
+        _hush_saves()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, multiprocessing_options=named)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -234,7 +234,7 @@ def _agreed(where: Path) -> Iterator[None]:
 
 
 @functools.cache
-def _hush_waits() -> None:
+def _hush_saves() -> None:
     """From here on Orbax does not print that a save has waited for the one before: metrics say how fast a run is.
 
     Nor that threads have waited in vain for folders that a save could not make: it has failed long before, and said so.
