@@ -15,7 +15,7 @@ import pytest
 from conftest import slow_but
 from runs import STEPS, arguments, assert_same_run
 
-from tiedjax import cli, load_run, loop, saving
+from tiedjax import cli, load_run, saving
 from tiedjax.host import process
 
 FULL = "[Errno 28] No space left on device"
@@ -154,14 +154,14 @@ def test_states_are_saved_by_the_clock_too(
 
     times: Iterator[float] = iter(range(0, 10**6, 10))
     saved: list[int] = []
-    save = loop.save
+    save = saving.save
 
     def observed(checkpoints: Any, step: int, *args: Any, **kwargs: Any) -> None:
         if checkpoints.directory.name == "checkpoints":
             saved.append(step)
         save(checkpoints, step, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "save", observed)
+    monkeypatch.setattr(saving, "save", observed)
     monkeypatch.setattr(process, "Requests", partial(process.Requests, clock=clock))
     out = tmp_path / "run"
     changes = {"train.checkpoint_minutes": 0.5, "train.checkpoint_every": 5, "train.eval_batches": 1}

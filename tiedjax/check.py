@@ -24,13 +24,13 @@ from tiedjax.beginning import BODY_UPDATE
 from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, leaf_names
 from tiedjax.config import MeshConfig, RunConfig
 from tiedjax.config_files import flatten, load_run_config, structure, to_tree
+from tiedjax.continuing import MAY_CHANGE, SAVED_STATE
 from tiedjax.counting import TOKEN_COUNTS
 from tiedjax.data.counts import COUNTED_AT_ONCE
 from tiedjax.data.tokenizer import parse_tokenizer, tokenizer_hash
 from tiedjax.data.verification import find_prepared, searched, verify
 from tiedjax.errors import StoreError, UserError
 from tiedjax.host import storage
-from tiedjax.loop import MAY_CHANGE, SAVED_STATE
 from tiedjax.run import CHANGED, OWED, change_of, without_sharding
 from tiedjax.step import make_steps
 

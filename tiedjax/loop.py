@@ -20,49 +20,41 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tiedjax import sharding, tying
-from tiedjax.beginning import BODY_UPDATE, begin, data_begun_with, refuse_another_anchor, refuse_another_model
-from tiedjax.checkpoint import ROUNDED_TO, Checkpoints, failed_saves
+from tiedjax.beginning import begin, data_begun_with, refuse_another_anchor, refuse_another_model
+from tiedjax.checkpoint import Checkpoints, failed_saves
 from tiedjax.config import RunConfig
-from tiedjax.config_files import flatten, load_run_config, to_tree, to_yaml
+from tiedjax.config_files import to_tree
+from tiedjax.continuing import (
+    SAVED_STATE,
+    as_begun,
+    describe,
+    forget,
+    known_change,
+    log_every_before,
+    record,
+    refuse_another_run,
+    refuse_lost_states,
+)
 from tiedjax.counting import TOKEN_COUNTS, Counting
 from tiedjax.data import counts
 from tiedjax.data.batches import Batches
 from tiedjax.data.folders import cache_folder
 from tiedjax.data.prepare import prepare
-from tiedjax.data.prepared import Prepared, save_array
+from tiedjax.data.prepared import Prepared
 from tiedjax.errors import NotFiniteError, UserError
 from tiedjax.evaluation import Evaluation
 from tiedjax.host import platform_flags, process, profiling, signals, storage
-from tiedjax.host.storage import sole_writer, write_atomically
+from tiedjax.host.storage import sole_writer
 from tiedjax.host.watchdog import Watchdog
 from tiedjax.left_out import NOT_FINITE, LeftOut
 from tiedjax.metrics import frequency_deciles
 from tiedjax.recording import Recorder
-from tiedjax.run import CHANGED, OWED, change_of, owed
+from tiedjax.run import CHANGED, OWED, owed
 from tiedjax.saves import Kept, Saves, Sizes
-from tiedjax.saving import refuse_what_cannot_fit, save, settle
+from tiedjax.saving import RunSaver, refuse_what_cannot_fit, settle
 from tiedjax.step import Steps, TrainState, decided, make_change, make_steps
 from tiedjax.step_metrics import StepMetrics
 
-# What may differ between the command that began a run and the one that continues it: none of it changes the training.
-MAY_CHANGE = {
-    *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
-    *("train.stop_at", "train.log_every", "train.sinks", "train.eval_every", "train.eval_batches"),
-    *(
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.stall_seconds",
-        "train.checkpoint_minutes",
-        "train.keep_every",
-        "train.skip_nonfinite",
-        "tying.untie_at",
-        "tying.tie_at",
-    ),
-    *("train.snapshot_every", "train.snapshot_gib", "train.early_snapshots_dtype", "train.anatomy"),
-}
-
-
-SAVED_STATE = "saved_state.json"  # says that a state was committed, and at which step
 _compiled: WeakSet[jax.stages.Wrapped] = WeakSet()  # train steps of which it was said that they are compiled
 
 
@@ -125,7 +117,7 @@ def _train(
     process.refuse_unshared(out)
     trace.check(0, last)
     mesh = sharding.make_mesh(cfg.mesh)
-    cfg = decided(_as_begun(cfg, out), mesh)
+    cfg = decided(as_begun(cfg, out), mesh)
     make_steps(cfg, mesh)
     if not storage.saved_steps(out / "checkpoints"):
         refuse_another_model(cfg, mesh)
@@ -135,9 +127,9 @@ def _train(
         may_write = held.enter_context(sole_writer(out)).check
         for name in ("checkpoints", "snapshots"):
             storage.clear_unfinished(out / name)
-    _refuse_another_run(cfg, out)
-    _refuse_lost_states(out)
-    changed = process.from_main(lambda: {"after": _change_of(cfg, out)})["after"]
+    refuse_another_run(cfg, out)
+    refuse_lost_states(out)
+    changed = process.from_main(lambda: {"after": known_change(cfg, out)})["after"]
 
     # ---- Data ----
     prepared = prepare(data_begun_with(cfg, out), cfg.model.vocab_size, report=process.say)
@@ -157,17 +149,16 @@ def _train(
     about = {"data": batches.fingerprint, "tokenizer": prepared.tokenizer_hash, "config": to_tree(cfg)}
     state, body_update, start = begin(cfg, mesh, checkpoints, about, counts_2V, changed)
     trace.check(start, last)
-    recorded = start > 0
-    if recorded:
-        _record_state(out, start)  # the process may have been killed between the state's commit and its record
+    if start > 0:
+        record(SAVED_STATE, out, start)  # the process may have been killed between the state's commit and its record
     elif storage.exists(out / "config.yaml"):
         process.say(f"{label}: ended before it had saved a state; it starts again from step 0")
     if changed is not None and cfg.tying.untie_when is not None and start < changed:
         changed = None  # found after this state: the steps that come find it again, or do not
-        _forget_change(out)
+        forget(CHANGED, out)
     owes = start > 0 and process.main_says(lambda: owed(out) == start)
-    if not owes and process.is_main():
-        storage.remove(out / OWED)  # after a step whose state was not saved, or is damaged
+    if not owes:
+        forget(OWED, out)  # after a step whose state was not saved, or is damaged
     if start >= last and not owes:
         process.say(f"{label}: nothing to do, {start} of {cfg.train.steps} steps are done")
         if start >= cfg.train.steps and process.main_says(lambda: not storage.exists(out / TOKEN_COUNTS)):
@@ -178,35 +169,32 @@ def _train(
     later = _sizes(make_steps(cfg, mesh, 1)) if tying.changes(cfg) else None
     saves = Saves.of(cfg.train, _sizes(make_steps(cfg, mesh)), tying.earliest_change(cfg), later)
     refuse_what_cannot_fit(out, saves, start, last)
-    logged_every = _logged_every(cfg, out)
-    if process.is_main():
-        _describe(cfg, out, prepared, counts_2V if at_once else None)
+    logged_every = log_every_before(cfg, out)
+    describe(cfg, out, prepared, counts_2V if at_once else None)
     if not at_once:
         counting.begin()
     snapshots.delete_from(start + 1 if start else 0)
-    if process.is_main():
-        storage.remove(out / NOT_FINITE)
+    forget(NOT_FINITE, out)
+    saver = RunSaver(out, checkpoints, snapshots, about, recorded=start > 0)
     if start == 0:
         if cfg.train.init:
             process.say(f"{label}: begins with the parameters of {cfg.train.init}")
         process.say(f"{label}: {saves}")
-        save(snapshots, 0, _snapshot(state), about)
+        saver.save_snapshot(0, state)
 
     # ---- Steps ----
     begins = changed if changed is not None and start > changed else 0
-    steps, stage = make_steps(cfg, mesh, begins), tying.stage(cfg, begins > 0)
-    everywhere = partial(jax.device_put, device=steps.replicated)
     decile_V = frequency_deciles(counts_2V.sum(0))
+    stage = _Stage(cfg, mesh, begins, decile_V)
+    everywhere = partial(jax.device_put, device=stage.steps.replicated)
     deciles = everywhere(decile_V)
-    role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
-    role_scale = everywhere(role_scales(start + 1))
     gate = tying.rare_gate(cfg, counts_2V.sum(0))
     gates = [] if cfg.tying.rare_gate is None else [everywhere(gate)]
     if gates:
         process.say(f"{label}: {tying.gate_in_words(cfg, gate)}")
-    evaluation = Evaluation(cfg, mesh, steps, prepared, second)
+    evaluation = Evaluation(cfg, mesh, stage.steps, prepared, second)
     if start != changed:
-        _say_if_it_compiles(steps, label)
+        _say_if_it_compiles(stage.steps, label)
     recorder = Recorder(cfg, out, label, start, logged_every, may_write, int(state.skipped))
     held.callback(recorder.close)
     watchdog = held.enter_context(Watchdog(cfg.train.stall_seconds, process.end_all))
@@ -219,26 +207,23 @@ def _train(
     observed, step = saves.snapshots if tying.anatomy_wanted(cfg) else {}, start
     for step, tokens_BS in zip(range(start + 1, last + 1), on_devices, strict=False):
         if changed is not None and step == changed + 1:
-            steps, stage = make_steps(cfg, mesh, changed), tying.stage(cfg, changed=True)
             with signals.brief():
                 state = _changed(cfg, mesh, changed, state, tokens_BS, label)
-            role_scales = partial(tying.role_scale, stage.tying, steps=cfg.train.steps, decile_V=decile_V)
-            role_scale = everywhere(role_scales(step))
-            evaluation = Evaluation(cfg, mesh, steps, prepared, second)
-        about_step = _observed(steps, state, tokens_BS, body_update, step) if step in observed else {}
+            stage = _Stage(cfg, mesh, changed, decile_V)
+            evaluation = Evaluation(cfg, mesh, stage.steps, prepared, second)
+        about_step = _observed(stage.steps, state, tokens_BS, body_update, step) if step in observed else {}
         before = _copied(state.params["body"]) if step + 1 in observed else None
         last_update, body_update = body_update, None
-        if stage.tying.grad_scale_schedule != "constant":
-            role_scale = everywhere(role_scales(step))
+        role_scale, first_call = stage.role_scale(step), process.first_call(stage.steps.train)
         # The guard makes an error of what would delay every step: an argument that is still on the host.
-        with process.first_call(steps.train) as train_step, trace.step(step, state), jax.transfer_guard("disallow"):
+        with first_call as train_step, trace.step(step, state), jax.transfer_guard("disallow"):
             state, metrics = train_step(state, tokens_BS, role_scale, deciles, *gates)
         if before is not None:
             body_update = _difference(state.params["body"], before)
         counting.check()
         if changed is None and tying.unties_now(cfg, step, partial(_number, metrics, "untie_watched")):
             changed = step
-            _record_change(out, step)
+            record(CHANGED, out, step)
         ends = stop.stops() or step == last
         evaluates = step == cfg.train.steps or bool(cfg.train.eval_every and step % cfg.train.eval_every == 0)
         checks = ends or stop.save or bool(cfg.train.checkpoint_every and step % cfg.train.checkpoint_every == 0)
@@ -253,63 +238,60 @@ def _train(
             recorder.sync()
             settle(snapshots)
             last_update = last_update if left_out.step == step else None
-            raise _ended(left_out, state, last_update, checkpoints, about, out, batches)
+            raise _ended(left_out, state, last_update, saver, batches)
         if (checks or snaps) and not _all_finite(state):
             raise NotFiniteError(f"step {step}: the update is not finite; try a lower optimizer.learning_rate")
         if checks or snaps:
             may_write()
             recorder.sync()  # a state without the metrics of its steps would leave a hole in them
             if not evaluated:
-                _record_owed(out, step)
+                record(OWED, out, step)
         if snaps:
-            if saves.snapshots[step]:
-                tables = _rounded(state.params["tables"])
-                rounded = {**about, ROUNDED_TO: "bfloat16"}
-                save(snapshots, step, _snapshot(state) | {"tables": tables}, rounded, wait=ends)
-            else:
-                save(snapshots, step, _snapshot(state), about, wait=ends)
+            saver.save_snapshot(step, state, rounded=saves.snapshots[step], wait=ends)
         if checks:
-            settle(snapshots)  # or a crash could leave a checkpoint from which an older snapshot is never made again
             stop.saved()
-            save(checkpoints, step, _whole(state, body_update), about, wait=ends or not recorded)
-            if not recorded:  # the first one, which was waited for: what is recorded must be there
-                _record_state(out, step)
-                recorded = True
+            saver.save_state(step, state, body_update, wait=ends)
         if ends:
             counting.needed = step == cfg.train.steps
             break
     return step
 
 
-def _whole(state: TrainState, body_update: Any) -> dict[str, Any]:
-    """What a checkpoint holds."""
-    return state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+class _Stage:
+    """What the steps before the scheme's change, or those after it, are made with.
+
+    `begins` is the update that they come after, 0 for those before; `decile_V` is the frequency decile of each row.
+    """
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, begins: int, decile_V: np.ndarray):
+        self.steps = make_steps(cfg, mesh, begins)
+        options = tying.stage(cfg, begins > 0).tying
+        self._constant = options.grad_scale_schedule == "constant"
+        self._scale = partial(tying.role_scale, options, steps=cfg.train.steps, decile_V=decile_V)
+        self._placed: tying.Tables | None = None
+
+    def role_scale(self, step: int) -> tying.Tables:
+        """The factors on the role gradients in this update, where the devices have them."""
+        if self._placed is None or not self._constant:
+            self._placed = jax.device_put(self._scale(step), self.steps.replicated)
+        return self._placed
 
 
-def _ended(
-    left_out: LeftOut,
-    state: TrainState,
-    last_update: Any,
-    checkpoints: Checkpoints,
-    about: dict[str, Any],
-    out: Path,
-    batches: Batches,
-) -> NotFiniteError:
+def _ended(left_out: LeftOut, state: TrainState, last_update: Any, saver: RunSaver, batches: Batches) -> NotFiniteError:
     """What to raise where a run ends with this step, once the state before it and the windows it saw are saved."""
     step = left_out.step - 1
     state = state._replace(skipped=_last_skipped(state.skipped))
     finite = bool(_all_finite(state))
     if finite and step > 0:
-        settle(checkpoints)
-        there = checkpoints.steps()
+        settle(saver.checkpoints)
+        there = saver.checkpoints.steps()
         if process.main_says(lambda: step not in there):
-            save(checkpoints, step, _whole(state, last_update), about, wait=True)
-            _record_state(out, step)
+            saver.save_state(step, state, last_update, wait=True)
     last = step if finite else None
     if process.is_main():
-        left_out.write(out, last, batches.windows(step))
+        left_out.write(saver.out, last, batches.windows(step))
     process.main_says(lambda: True)  # another process that failed before would end the main one, which writes
-    return NotFiniteError(left_out.ends(out, last, int(state.skipped)))
+    return NotFiniteError(left_out.ends(saver.out, last, int(state.skipped)))
 
 
 def _save_failed(stop: process.Requests, error: BaseException) -> None:
@@ -324,8 +306,8 @@ def _evaluated_late(evaluate: Callable[[], dict[str, float] | None], recorder: R
     if losses is None:
         return False
     recorder.complete(step, losses)
-    if recorder.sync() and process.is_main():
-        storage.remove(out / OWED)
+    if recorder.sync():
+        forget(OWED, out)
     return True
 
 
@@ -393,17 +375,6 @@ def _observed(steps: Steps, state: TrainState, tokens_BS: jax.Array, body_update
     return {name: value for name, value in metrics.items() if step > 1 or name != "body_loss_change"}
 
 
-@jax.jit
-def _rounded(tables: Any) -> Any:
-    rounded = lambda array: array.astype(jnp.bfloat16) if jnp.issubdtype(array.dtype, jnp.floating) else array
-    return jax.tree.map(rounded, tables)
-
-
-def _snapshot(state: TrainState) -> dict[str, Any]:
-    """What is saved for analysis alone: the tables and, where they have one, their account."""
-    return {"tables": state.params["tables"]} | ({"account": state.account} if state.account else {})
-
-
 def _sizes(steps: Steps) -> Sizes:
     """Of what is saved, every array counted once however many devices hold parts of it."""
     parts = steps.abstract.params["tables"], steps.abstract.account, steps.abstract
@@ -418,104 +389,6 @@ def _refuse_other_threads(cfg: RunConfig) -> None:
             f"train.threads: {threads} cannot be had in a process that runs JAX already; start it with NPROC={threads} "
             "in its environment"
         )
-
-
-def _as_begun(cfg: RunConfig, out: Path) -> RunConfig:
-    """The config with `model.scan_layers`, where it is left open, as the run in `out` has it, whatever its platform."""
-    path = out / "config.yaml"
-    if cfg.model.scan_layers is not None or not storage.exists(path):
-        return cfg
-    scan = load_run_config(path).model.scan_layers
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=scan))
-
-
-def _logged_every(cfg: RunConfig, out: Path) -> int:
-    """`train.log_every` of the command before; what metrics.jsonl should hold goes by it."""
-    path = out / "config.yaml"
-    return (load_run_config(path) if storage.exists(path) else cfg).train.log_every
-
-
-def _refuse_another_run(cfg: RunConfig, out: Path) -> None:
-    path = out / "config.yaml"
-    # A run that saved nothing has nothing to lose.
-    if not storage.exists(path) or not storage.saved_steps(out / "snapshots"):
-        return
-    begun = load_run_config(path)
-    _refuse_passed_changes(begun, cfg, out)
-    old, new = (dict(flatten(to_tree(config))) for config in (begun, cfg))
-    for key in sorted(old.keys() - MAY_CHANGE):
-        if old[key] != new[key]:
-            raise UserError(
-                f"{out}: holds a run with {key} = {old[key]!r}, not {new[key]!r}; choose another --out or go back to it"
-            )
-
-
-def _refuse_passed_changes(begun: RunConfig, cfg: RunConfig, out: Path) -> None:
-    """A change of scheme may be put off, or decided on, while it lies ahead of the newest state."""
-    done = max(storage.saved_steps(out / "checkpoints"), default=0)
-    was, now = tying.changes_after(begun), tying.changes_after(cfg)
-    if was == now:
-        return
-    if was is not None and was < done:
-        raise UserError(
-            f"{out}: holds a run whose scheme changed after step {was}; choose another --out or go back to it"
-        )
-    if now is not None and now < done:
-        name = "untie_at" if cfg.tying.untie_at is not None else "tie_at"
-        raise UserError(
-            f"tying.{name}: step {now} lies behind step {done}, which the run has reached; give a later one"
-        )
-
-
-def _refuse_lost_states(out: Path) -> None:
-    """A run whose states are gone must not begin again unasked: it would remove its metrics and snapshots."""
-    record = out / SAVED_STATE
-    if storage.exists(record) and not storage.saved_steps(out / "checkpoints"):
-        step = storage.read_step(record)
-        raise UserError(
-            f"{out}: a state was saved at step {step}, but checkpoints/ holds none; bring it back, or choose another "
-            "--out to begin anew"
-        )
-
-
-def _change_of(cfg: RunConfig, out: Path) -> int | None:
-    """The step after which the scheme changes, where it is set, or was found before the newest state was saved."""
-    changed = change_of(out, cfg)
-    done = max(storage.saved_steps(out / "checkpoints"), default=0)
-    if cfg.tying.untie_when is None or changed is None or changed <= done:
-        return changed
-    storage.remove(out / CHANGED)  # found, but lost with the states since
-    return None
-
-
-def _forget_change(out: Path) -> None:
-    if process.is_main():
-        storage.remove(out / CHANGED)
-
-
-def _record_change(out: Path, step: int) -> None:
-    if process.is_main():  # before the state of this step is saved
-        write_atomically(out / CHANGED, json.dumps({"step": step}) + "\n")
-
-
-def _record_owed(out: Path, step: int) -> None:
-    if process.is_main():  # before the state of this step is saved
-        write_atomically(out / OWED, json.dumps({"step": step}) + "\n")
-
-
-def _record_state(out: Path, step: int) -> None:
-    if process.is_main():
-        write_atomically(out / SAVED_STATE, json.dumps({"step": step}) + "\n")
-
-
-def _describe(cfg: RunConfig, out: Path, prepared: Prepared, counts_2V: np.ndarray | None) -> None:
-    if counts_2V is None:
-        storage.remove(out / TOKEN_COUNTS)  # until these are counted
-    else:
-        save_array(out / TOKEN_COUNTS, counts_2V)
-    if prepared.tokenizer_path:
-        write_atomically(out / "tokenizer.json", prepared.tokenizer_path.read_bytes())
-    write_atomically(out / "config.yaml", to_yaml(cfg))
 
 
 def _say_if_it_compiles(steps: Steps, label: str) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from tiedjax.checkpoint import Checkpoints
+from tiedjax.beginning import BODY_UPDATE
+from tiedjax.checkpoint import ROUNDED_TO, Checkpoints
+from tiedjax.continuing import SAVED_STATE, record
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.host import ending, process, storage
 from tiedjax.saves import Saves
+from tiedjax.step import TrainState
 from tiedjax.text import binary
 
 PAUSES = (1.0, 5.0, 25.0)  # seconds before a save that failed is made again
@@ -30,6 +35,43 @@ def refuse_what_cannot_fit(out: Path, saves: Saves, done: int, last: int) -> Non
             f"{out}: there is room for {binary(free)}, and up to {binary(needed)} will be written; free some, choose "
             "another --out, or see train.keep_checkpoints and train.snapshot_gib"
         )
+
+
+@dataclass
+class RunSaver:
+    """Saves the states and the snapshots of the run in `out`, with `about` beside each.
+
+    `recorded` says whether its folder tells that a state was committed.
+    """
+
+    out: Path
+    checkpoints: Checkpoints
+    snapshots: Checkpoints
+    about: dict[str, Any]
+    recorded: bool
+
+    def save_snapshot(self, step: int, state: TrainState, *, rounded: bool = False, wait: bool = False) -> None:
+        """What is for analysis alone: the tables, `rounded` to bfloat16 if asked, and their account if there is one."""
+        tables, about = state.params["tables"], self.about
+        if rounded:
+            tables, about = _rounded(tables), {**about, ROUNDED_TO: "bfloat16"}
+        account = {"account": state.account} if state.account else {}
+        save(self.snapshots, step, {"tables": tables, **account}, about, wait=wait)
+
+    def save_state(self, step: int, state: TrainState, body_update: Any, *, wait: bool = False) -> None:
+        """All that the next step needs, once the snapshots before it are complete."""
+        settle(self.snapshots)  # or a crash could leave a state after which an older snapshot is never made again
+        whole = state._asdict() | ({BODY_UPDATE: body_update} if body_update else {})
+        save(self.checkpoints, step, whole, self.about, wait=wait or not self.recorded)
+        if not self.recorded:  # the first one, which was waited for: what is recorded must be there
+            record(SAVED_STATE, self.out, step)
+            self.recorded = True
+
+
+@jax.jit
+def _rounded(tables: Any) -> Any:
+    rounded = lambda array: array.astype(jnp.bfloat16) if jnp.issubdtype(array.dtype, jnp.floating) else array
+    return jax.tree.map(rounded, tables)
 
 
 def save(checkpoints: Checkpoints, step: int, tree: Any, about: dict[str, Any], *, wait: bool = False) -> None:
