@@ -738,3 +738,46 @@ def test_the_logarithm_of_what_is_kept_loses_nothing_in_many_small_additions() -
     many = jax.jit(lambda a: jax.lax.fori_loop(0, 100_000, lambda _, a: tying.advanced(a, parts), a))
     log_kept = float(many(account).log_kept["shared"][0])
     assert log_kept == pytest.approx(100_000 * np.log1p(-np.float64(decay)), rel=3e-7)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("form", ["whole", "checked"])
+def test_the_account_of_a_centred_table_adds_up_to_it(form: str) -> None:
+    """Whose initial mean row the first update takes away: no role wrote that."""
+    tables = TableOptimizerConfig(centered=True)
+    cfg = small_config(optimizer=OptimizerConfig(learning_rate=0.1, weight_decay=0.2, tables=tables))
+    run = trained(with_account(cfg, form), 5, jnp.float64)
+    for metrics in run.metrics:
+        assert float(metrics["account_error"]) < 1e-6  # the table was drawn in float32, less its mean too
+    start, end = (np.asarray(run.states[i].params["tables"]["shared"]) for i in (0, -1))
+    assert np.abs(start.mean(axis=0)).max() > 1e-3
+    account = run.states[-1].account
+    rows = np.asarray(account.rows.check)
+    centred = (start - start.mean(axis=0))[rows]
+    kept = np.exp(float(account.log_kept["shared"][0]))
+    written = account.written["shared"]
+    output = np.asarray(written.output)[rows] if form == "checked" else np.asarray(written.output)
+    np.testing.assert_allclose(kept * centred + np.asarray(written.input)[rows] + output, end[rows], atol=1e-6)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_sample_of_rows_has_no_share_of_a_mean_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coupled Adam's second moment is one row for all, of which 8 rows, the most frequent among them, have no share."""
+    monkeypatch.setattr(tying.account, "MOST_FREQUENT", 3)
+    monkeypatch.setattr(tying, "SAMPLE_ROWS", 8)
+    cfg = small_config(optimizer=OptimizerConfig(tables=TableOptimizerConfig(kind="coupled")))
+    assert "input_step_share" not in trained(with_account(cfg, "rows"), 2, jnp.float64).metrics[1]
+    assert "input_step_share" in trained(with_account(cfg, "whole"), 2, jnp.float64).metrics[1]
+
+
+@pytest.mark.parametrize(("tables", "where"), [
+    (TableOptimizerConfig(kind="lion"), "optimizer.tables.kind"),
+    (TableOptimizerConfig(output=RoleOptimizerConfig(kind="lion")), "optimizer.tables.output.kind"),
+])  # fmt: skip
+def test_lion_on_one_roles_table_is_refused_with_an_account(tables: TableOptimizerConfig, where: str) -> None:
+    cfg = small_config("untied", optimizer=OptimizerConfig(tables=tables))
+    assert refused(cfg) == (
+        f"{where}: lion's update is a sign that no state keeps, so that what is told of an update would be of another; "
+        "set tying.account off, or take another kind"
+    )
+    assert "output_update_norm" not in trained(with_account(cfg, "off"), 2).metrics[1]

@@ -533,14 +533,6 @@ def test_what_is_saved_is_foreseen(scheme: str) -> None:
             "regularisers.cosine: by_role_lazy has moments of the roles alone, and this is of neither; set "
             "optimizer.tables.input.kind to adamw, coupled or sgd",
         ),
-        (
-            {
-                "tying": TyingConfig(scheme="untied"),
-                "optimizer": OptimizerConfig(tables=TableOptimizerConfig(kind="lion")),
-            },
-            "regularisers.cosine: lion's update is the sign of a sum, of which it has no part of its own; set "
-            "tying.account off, or optimizer.tables.input.kind to adamw, coupled or sgd",
-        ),
     ],
 )
 def test_where_regularisers_have_no_part_they_are_refused(changes: dict[str, Any], says: str) -> None:

@@ -22,6 +22,7 @@ from tiedjax.analysis.basis.tables import read_table
 from tiedjax.config import OptimizerConfig, RoleOptimizerConfig, RunConfig, TableOptimizerConfig, TyingConfig
 from tiedjax.errors import UserError
 from tiedjax.sharding import make_mesh
+from tiedjax.table_rules import TableRule, united, with_decay
 from tiedjax.tying import Tables
 
 CHANGE = 4  # of 10 updates
@@ -427,3 +428,36 @@ def test_a_role_may_have_options_for_the_time_when_it_has_a_table() -> None:
     first = [states[CHANGE + 2].params["tables"] for states in (plain, other)]
     np.testing.assert_array_equal(first[0]["input"], first[1]["input"])
     assert np.abs(np.asarray(first[0]["output"]) - np.asarray(first[1]["output"])).max() > 1e-4
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ["adamw", "coupled", "by_role"])
+@pytest.mark.parametrize("ties", [False, True])
+def test_another_decay_of_second_moments_changes_no_direction_at_the_change(kind: str, ties: bool) -> None:
+    """Of a constant gradient Adam's direction is 1 before the change and after it, whatever b2 each side has."""
+
+    def rule(role: str | None, b2: float) -> TableRule:
+        writers = (role,) if role else ROLES
+        return TableRule(kind, 0.9, b2, 0.0, None, writers, "off")
+
+    one, both = jnp.ones((3, 2)), Tables(jnp.ones((3, 2)), jnp.ones((3, 2)))
+    shared, apart = rule(None, 0.95), {role: rule(role, b2) for role, b2 in zip(ROLES, (0.95, 0.999), strict=True)}
+    made = jnp.asarray(True)
+    if ties:
+        states = {role: apart[role].init(one, None) for role in ROLES}
+        for _ in range(30):
+            states = {role: apart[role].update(one, both, states[role], None, made=made)[1] for role in ROLES}
+        own = Tables(*(with_decay(states[role], apart[role].b2, shared.b2) for role in ROLES))
+        direction, _ = shared.update(2 * one, both, united(shared, own, None), None, made=made)
+        # v of the sum of two equal gradients is four times each; united sums them, for gradients that do not correlate.
+        before = {"adamw": 2 / np.sqrt(2), "coupled": 2 / np.sqrt(2), "by_role": 2.0}[kind]
+        np.testing.assert_allclose(direction, before, rtol=0.03)
+        return
+    state = shared.init(one, None)
+    for _ in range(30):
+        gradient = one if kind != "by_role" else 2 * one
+        state = shared.update(gradient, both, state, None, made=made)[1]
+    for role, divided in shared.divided(state)._asdict().items():
+        divided = with_decay(divided, shared.b2, apart[role].b2)
+        direction, _ = apart[role].update(one, both, divided, None, made=made)
+        np.testing.assert_allclose(direction, 1, rtol=1e-9)

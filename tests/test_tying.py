@@ -294,3 +294,10 @@ def test_role_metrics_agree_with_numpy() -> None:
     for decile in range(10):
         expected = np.linalg.norm(b[decile_V == decile])
         np.testing.assert_allclose(got["output_grad_norm_deciles"][decile], expected, rtol=1e-6)
+
+
+def test_scales_may_be_numbers_of_python() -> None:
+    E_VD = jnp.ones((3, 2))
+    of_scaled = jax.grad(lambda E: sum(jnp.sum(t) for t in tying.split_gradient(Tables(E, E), None, Tables(5.0, 1))))
+    np.testing.assert_array_equal(of_scaled(E_VD), np.full((3, 2), 6.0))
+    np.testing.assert_array_equal(jax.jit(of_scaled)(E_VD), np.full((3, 2), 6.0))

@@ -92,7 +92,7 @@ def _new(cfg: RunConfig, mesh: Mesh, about: dict[str, Any], counts_2V: np.ndarra
     if origin.tokenizer() not in (None, about["tokenizer"]):
         raise UserError(f"data.tokenizer: is not that of train.init {cfg.train.init}; leave it out to take that")
     params = {**state.params, **_begun(cfg, mesh, origin)}
-    account = state.account and state.account.reopened(params["tables"])
+    account = state.account and state.account.reopened(params["tables"], cfg.optimizer.tables.centered)
     state = state._replace(params=params, account=account)
     return state if state.anchor is None else state._replace(anchor=_anchor(cfg, mesh, params["tables"], about))
 

@@ -15,7 +15,7 @@ from tiedjax import tying
 from tiedjax.config import ROLES, OptimizerConfig, role_of
 from tiedjax.muon import scale_by_muon
 from tiedjax.sharding import ONE_DEVICE, Layout
-from tiedjax.table_rules import TableRule, TableState, adam_direction, moment, selected, united
+from tiedjax.table_rules import TableRule, TableState, adam_direction, moment, selected, united, with_decay
 from tiedjax.tying import SHARED, Tables
 
 
@@ -203,18 +203,25 @@ class Optimizer:
             if self.tables[name].follows
         }
 
-    def divided(self, states: Mapping[str, TableState]) -> dict[str, TableState]:
-        """The tables' states from which on the shared one is two: by `TableRule.divided`."""
-        return dict(self.tables[SHARED].divided(states[SHARED])._asdict())
+    def divided(self, states: Mapping[str, TableState], before: Optimizer) -> dict[str, TableState]:
+        """The tables' states from which on the one that `before` had shared is two: by `TableRule.divided`."""
+        shared = before.tables[SHARED]
+        return {
+            role: with_decay(state, shared.b2, self.tables[role].b2)
+            for role, state in shared.divided(states[SHARED])._asdict().items()
+        }
 
-    def united(self, states: Mapping[str, TableState], arrays: Mapping[str, Any]) -> dict[str, TableState]:
-        """Those from which on the roles' two are `arrays`, one of them shared: by `united`.
+    def united(
+        self, states: Mapping[str, TableState], arrays: Mapping[str, Any], before: Optimizer
+    ) -> dict[str, TableState]:
+        """Those from which on the two tables that the roles had in `before` are `arrays`, one of them shared.
 
-        The others have had as many updates as that, all without a gradient: they share its schedule.
+        By `united`. The others have had as many updates as that, all without a gradient: they share its schedule.
         """
-        done = states["input"].updates
+        done, shared = states["input"].updates, self.tables[SHARED]
         new = {name: rule.init(arrays[name], None)._replace(updates=done) for name, rule in self.tables.items()}
-        return new | {SHARED: united(self.tables[SHARED], Tables(**states), None)}
+        own = {role: with_decay(state, before.tables[role].b2, shared.b2) for role, state in states.items()}
+        return new | {SHARED: united(shared, Tables(**own), None)}
 
     def _rates(self, name: str, done: jax.Array) -> _Rates:
         rate = self._rate(self.parts[name], done)

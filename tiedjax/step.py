@@ -115,8 +115,8 @@ def make_change(cfg: RunConfig, mesh: Mesh, begins: int) -> Callable[[TrainState
     def of_tables(arrays: dict[str, jax.Array], states: dict[str, TableState]) -> Any:
         carried = tying.carried(cfg.tying, arrays)
         if cfg.tying.tie_at is None:
-            return carried, before.divided(states)
-        return carried, now.united(states, carried)
+            return carried, now.divided(states, before)
+        return carried, now.united(states, carried, before)
 
     def change(state: TrainState) -> TrainState:
         arrays, states = of_tables(state.params["tables"], state.opt_state.tables)
@@ -221,7 +221,7 @@ def _make_steps(cfg: RunConfig, mesh: Mesh, begins: int) -> Steps:
         params = init_params(cfg, root, unshared_S)
         zero = jnp.zeros((), jnp.int32)
         rows = tying.rows_of(form, cfg.model.table_rows, sample_S) if followed else None
-        account = tying.opened(params["tables"], followed, form, rows, weights)
+        account = tying.opened(params["tables"], followed, form, rows, weights, cfg.optimizer.tables.centered)
         held = None if wanted_share is None else jnp.zeros(())
         watched = None if cfg.tying.untie_when is None else jnp.zeros(2)
         anchor = None

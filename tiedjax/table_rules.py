@@ -10,6 +10,7 @@ Axes: V rows of the table, D its width, S the rows that are followed (all of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -171,6 +172,8 @@ class TableRule:
         follows = self.shared and self.follow != "off" and rows is not None
         role_input = zeros() if self._whole_input else zeros(rows.sample) if follows and rows else None
         role_output = (zeros() if self._both else zeros(rows.check)) if follows and rows else None
+        of_sample = self.kind == "coupled" and rows is not None and rows.sample is not None
+        squares = follows and rows is not None and nu is not None and not of_sample
         return TableState(
             updates,
             mu=None if self._both else zeros(),
@@ -178,7 +181,7 @@ class TableRule:
             role_mu=Tables(role_input, role_output),
             role_nu=Tables(zeros(), zeros()) if self.squares else Tables(None, None),
             regulariser_mu=self._regulariser_zeros(zeros, rows),
-            input_square=_rows_of(table, None, rows.sample) if follows and rows and nu is not None else None,
+            input_square=_rows_of(table, None, rows.sample) if squares and rows else None,
         )
 
     def _regulariser_zeros(self, zeros: Callable[..., Any], rows: Rows | None) -> Any:
@@ -263,6 +266,7 @@ class TableRule:
         if state.input_square is None or rows is None:
             return None
         nu = state.nu.astype(state.input_square.dtype)
+        # Of one row for all it is the mean over all, and so are the squares: `init` keeps none of a sample of rows.
         size = len(state.input_square) * jnp.sum(nu) if nu.ndim == 1 else jnp.sum(taken(nu, rows.sample))
         return jnp.sum(state.input_square) / size
 
@@ -375,6 +379,19 @@ class TableRule:
 def _total(by_regulariser: Mapping[str, jax.Array]) -> jax.Array:
     first, *rest = by_regulariser.values()
     return sum(rest, first)
+
+
+def with_decay(state: TableState, was: float, now: float) -> TableState:
+    """The state whose second moment, corrected for its start under the decay `now`, is what it was under `was`.
+
+    The average over t updates of a constant 1 is 1 - b^t: divided by that of another b it would be another size.
+    """
+    if state.nu is None or was == now:
+        return state
+    wide = jnp.promote_types(state.nu.dtype, jnp.float32)
+    updates = jnp.maximum(state.updates, 1).astype(wide)
+    factor = jnp.expm1(updates * math.log(now)) / jnp.expm1(updates * math.log(was))
+    return state._replace(nu=(factor * state.nu.astype(wide)).astype(state.nu.dtype))
 
 
 def united(rule: TableRule, own: Tables, rows: Rows | None) -> TableState:

@@ -80,7 +80,7 @@ class Account(NamedTuple):
     Attributes:
       rows: the rows that are followed.
       written: {name: `Tables` of C}: the input role's [S, D], the output role's as `Parts.check`.
-      initial: {name: E_0 of the check rows}.
+      initial: {name: E_0 of the check rows, less the mean row where the first update takes that away}.
       log_kept: {name: [2]}, the logarithm of A_t, and what is to be taken off the next addition to it.
       regulariser: {name: {a regulariser's name: its C [S, D]}}; None without any.
     """
@@ -91,9 +91,10 @@ class Account(NamedTuple):
     log_kept: dict[str, Any]
     regulariser: dict[str, dict[str, Any]] | None = None
 
-    def reopened(self, tables: Mapping[str, Any]) -> Account:
+    def reopened(self, tables: Mapping[str, Any], centered: bool) -> Account:
         """The account before the first update of other tables of these names."""
-        return self._replace(initial={name: tables[name][self.rows.check] for name in self.initial})
+        initial = {name: _started(tables[name], centered)[self.rows.check] for name in self.initial}
+        return self._replace(initial=initial)
 
 
 def follow(cfg: RunConfig) -> Follow:
@@ -120,7 +121,7 @@ def anatomy_wanted(cfg: RunConfig) -> bool:
 
 
 def sampled_rows(counts_V: np.ndarray, rows: int = SAMPLE_ROWS) -> np.ndarray:
-    """int32, ascending: the `MOST_FREQUENT` tokens, and of the others as many of each tenth by frequency.
+    """int32, ascending: the `MOST_FREQUENT` tokens and others evenly spaced by frequency, `rows` in all.
 
     Tokens that never occur are the rarest.
     """
@@ -142,12 +143,17 @@ def rows_of(form: Follow, table_rows: int, sample: Any = None) -> Rows | None:
 
 
 def opened(
-    tables: Mapping[str, Any], names: Iterable[str], form: Follow, rows: Rows | None, regularisers: Iterable[str] = ()
+    tables: Mapping[str, Any],
+    names: Iterable[str],
+    form: Follow,
+    rows: Rows | None,
+    regularisers: Iterable[str] = (),
+    centered: bool = False,
 ) -> Account | None:
     """The account before the first update of those of these tables that have the names.
 
     Tables may be boxed with their logical axes, which the sums then have. `regularisers` are the names of those that
-    write them too. None where nothing is followed.
+    write them too; `centered` is whether each update takes the mean row away. None where nothing is followed.
     """
     names, kinds = tuple(names), tuple(regularisers)
     if rows is None or not names:
@@ -160,10 +166,15 @@ def opened(
     return Account(
         rows,
         {name: Tables(zeros(name, rows.sample), zeros(name, check)) for name in names},
-        {name: taken(tables[name], rows.check) for name in names},
+        {name: taken(_started(tables[name], centered), rows.check) for name in names},
         {name: jnp.zeros(2, jax.tree.leaves(tables[name])[0].dtype) for name in names},
         {name: {kind: zeros(name, rows.sample) for kind in kinds} for name in names} if kinds else None,
     )
+
+
+def _started(table: Any, centered: bool) -> Any:
+    """What an update adds to: the initial table, which may be boxed, as the first update leaves its mean row."""
+    return jax.tree.map(lambda E_VD: E_VD - jnp.mean(E_VD, axis=0, keepdims=True), table) if centered else table
 
 
 def taken(table: Any, rows: Any) -> Any:

@@ -368,6 +368,14 @@ def refuse_options_of_roles(cfg: RunConfig) -> None:
                 "optimizer.tables.kind: lion's update is the sign of a sum, of which no role has a bounded part; set "
                 "tying.account off and give the roles no learning rates, or take another kind"
             )
+    for role in ROLES:
+        told = role in own and options.account != "off" and scheme.account != "none"
+        if told and tables.of(role).kind == "lion":
+            where = "optimizer.tables.kind" if getattr(tables, role).kind is None else f"optimizer.tables.{role}.kind"
+            raise UserError(
+                f"{where}: lion's update is a sign that no state keeps, so that what is told of an update would be of "
+                "another; set tying.account off, or take another kind"
+            )
     _refuse_options_of_schemes(cfg)
     _refuse_regularisers(cfg)
 
@@ -390,11 +398,6 @@ def _refuse_regularisers(cfg: RunConfig) -> None:
                 raise UserError(
                     f"regularisers.{name}: {kind} has moments of the roles alone, and this is of neither; set {where} "
                     "to adamw, coupled or sgd"
-                )
-            if kind == "lion" and options.account != "off":
-                raise UserError(
-                    f"regularisers.{name}: lion's update is the sign of a sum, of which it has no part of its own; set "
-                    f"tying.account off, or {where} to adamw, coupled or sgd"
                 )
 
 

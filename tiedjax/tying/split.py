@@ -67,7 +67,7 @@ def _split_forward(tables: Tables, taps: Tables | None, scale: Tables | None) ->
 
 def _split_backward(residuals: Any, raw: Tables) -> tuple[Tables, Tables | None, None]:
     scale, observed = residuals
-    passed = raw if scale is None else jax.tree.map(lambda s, g: s.astype(g.dtype) * g, scale, raw)
+    passed = raw if scale is None else jax.tree.map(lambda s, g: jnp.asarray(s, g.dtype) * g, scale, raw)
     return passed, None if observed is None else raw, None
 
 
