@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -450,3 +451,13 @@ def test_the_raw_cosine_does_not_depend_on_size_or_blocks(monkeypatch, size, blo
     monkeypatch.setattr(blocked.row_blocks, "__defaults__", (4, blocks))
     X, Y = tables(90, 5)
     assert raw_cosine(size * X, Y).score == pytest.approx(raw_by_numpy(X, Y), abs=1e-12)
+
+
+@pytest.mark.parametrize("kept_V", [np.arange(30, 60), np.ones(40, bool), np.ones(90, bool)])
+def test_what_is_no_mask_of_the_rows_is_refused(kept_V):
+    X, Y = tables(60, 5)
+    given = f"{kept_V.dtype} [{len(kept_V)}]"
+    with pytest.raises(UserError, match=rf"^kept_V: must be a mask, bool \[60\], got {re.escape(given)}$"):
+        align(X, Y, kept_V=kept_V, draws=2)
+    with pytest.raises(UserError, match=r"^align: no fit is named 'orthogonal'; "):
+        align(X, Y, fits="orthogonal")

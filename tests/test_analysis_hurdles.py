@@ -20,7 +20,7 @@ from tiedjax import cli
 from tiedjax.analysis.basis.held_out import FrozenModel, evaluated_windows, training_windows
 from tiedjax.analysis.basis.ngrams import PREDICTORS, NGrams
 from tiedjax.analysis.basis.run_data import data_of
-from tiedjax.analysis.basis.statistics import Interval
+from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean
 from tiedjax.analysis.basis.study_runs import StudyRuns
 from tiedjax.analysis.instruments.hurdles import hurdles as hurdles_module
 from tiedjax.analysis.instruments.hurdles import section
@@ -98,6 +98,21 @@ def test_a_part_of_the_windows_is_measured_alone(run: Run) -> None:
         measure(model, run, prepared, windows=slice(99, None))
 
 
+def test_intervals_are_over_the_documents_that_windows_begin_in(wholly_evaluated: Run) -> None:
+    """By the documents of the held-out part, found by going through its tokens one after another."""
+    prepared = data_of(wholly_evaluated)
+    tokens_WS = prepared.windows("eval", T)
+    text = np.concatenate([tokens_WS.read([number])[0][:-1] for number in range(len(tokens_WS))])
+    before = np.concatenate([[0], np.cumsum(text == prepared.end_id)])[: len(text) : T]
+    numbers_W = [*range(0, len(before), 2), *range(1, len(before), 2)]
+    found = text_of(wholly_evaluated, prepared, STEPS, V)
+    np.testing.assert_array_equal(found.document_W, before[numbers_W])
+    measured = measure(FrozenModel(wholly_evaluated), wholly_evaluated, prepared)
+    assert 1 < measured.held_out_documents == len(set(before)) < len(before)
+    assert measured.losses["bigram"].bits == bootstrap_mean(found.bits_W["bigram"], groups=found.document_W)
+    assert measured.losses["bigram"].bits.n == measured.held_out_documents
+
+
 # ---- what is counted
 
 
@@ -162,6 +177,7 @@ def fixed(**changes: Any) -> Hurdles:
     for i, name in enumerate(PREDICTORS, start=2):
         losses[name] = Hurdle(4.1 + i, span(5.915 + i, i / 100), 1.71 + i, span(-float(i), i / 50))
     return Hurdles(**{
+        "held_out_documents": None,
         "step": 400, "rows": V, "width": 16, "held_out_windows": 1320, "held_out_tokens": 20480, "losses": losses,
         "held_out_bytes": 70123, "training_tokens": 409600, "beta": 32.0, "gamma": 0.5,
     } | changes)  # fmt: skip
@@ -180,6 +196,12 @@ def test_what_the_command_prints(run: Run, monkeypatch: pytest.MonkeyPatch, caps
         "trigram          9.1000       10.9150  0.0500       6.7100              -5.0000  0.1000\n"
         "+- half a 95 % interval over held-out windows; the others count the first 409,600 training tokens\n"
         "that the run was shown; strength of the bigram's prior 32, of the trigram's 0.5\n"
+    )
+    monkeypatch.setattr(hurdles_module, "measure", lambda model, run, prepared: fixed(held_out_documents=14))
+    analyze("hurdles", str(run.path))
+    assert capsys.readouterr().out.splitlines()[7] == (
+        "+- half a 95 % interval over the 14 documents that the windows begin in; the others count the first 409,600 "
+        "training tokens"
     )
     one = Interval(5.915, None, None, 1, 0.95)
     alone = {"model": Hurdle(4.1, one, None, None), "bigram": Hurdle(4.2, one, None, one)}
@@ -200,7 +222,8 @@ def test_what_the_command_writes(run: Run, tmp_path: Path) -> None:
     assert [table["role"] for table in out["inputs"]] == ["shared"]
     assert out["losses"]["model"]["nats"] == pytest.approx(last_eval_loss(run), rel=2e-6)
     assert out["losses"]["uniform"]["bits"]["mean"] == pytest.approx(math.log2(V))
-    assert out["losses"]["trigram"]["model_less"]["n"] == out["held_out_windows"] == 3 * BATCH
+    assert out["held_out_windows"] == 3 * BATCH
+    assert out["losses"]["trigram"]["model_less"]["n"] == out["held_out_documents"] == 2
 
 
 def test_bad_input_is_one_line(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from tiedjax import analysis
 from tiedjax.analysis.basis.chance import Score, beside, drawn_floor, exact_floor
 from tiedjax.analysis.basis.directions import centre, unit_rows, with_direction
 from tiedjax.analysis.basis.plain_json import Measurement, from_plain, measured, not_measured, to_plain, write_json
-from tiedjax.analysis.basis.statistics import Interval, interval, paired, spearman
+from tiedjax.analysis.basis.statistics import Interval, bootstrap_mean, interval, over_steps, paired, spearman
 from tiedjax.analysis.basis.tokens import most_frequent, token_texts
 from tiedjax.analysis.instruments import INSTRUMENTS
 from tiedjax.analysis.study.examples import token_rows
@@ -186,3 +186,43 @@ def test_records_hold_no_nan_and_no_numpy(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "missing" / "y.json", odd)
+
+
+def test_few_groups_have_an_interval_that_covers_as_often_as_it_says():
+    """Of 4 groups a percentile bootstrap holds the mean in four cases of five."""
+    rng = np.random.default_rng(0)
+    for n in (2, 4, 8):
+        draws = rng.normal(1, 1, (2000, n, 3)) + rng.normal(0, 2, (2000, n, 1))
+        labels = np.repeat(np.arange(n), 3)
+        found = [bootstrap_mean(values.ravel(), groups=labels) for values in draws]
+        assert np.mean([one.low <= 1 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+        means = draws[0].mean(axis=1)
+        assert (found[0].low, found[0].high) == pytest.approx((interval(means).low, interval(means).high))
+
+
+def test_groups_of_unequal_size_have_the_interval_of_a_ratio():
+    values, labels = np.array([1.0, 2.0, 4.0, 8.0, 3.0]), np.array([0, 0, 1, 2, 2])
+    residuals = np.array([3 - 2 * 3.6, 4 - 3.6, 11 - 2 * 3.6])
+    error = np.sqrt(3 / 2 * np.sum(residuals**2)) / 5
+    found = bootstrap_mean(values, groups=labels)
+    assert (found.mean, found.n) == (pytest.approx(3.6), 3)
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 2) * error)
+
+
+@pytest.mark.parametrize(("low", "high", "excludes"), [(-0.003, 0.95, False), (0.001, 2.0, True), (-2.0, -0.1, True)])
+def test_an_interval_that_is_not_symmetric_excludes_0_where_0_lies_outside(low, high, excludes):
+    assert Interval(0.493 if low < 0.5 and high > 0 else -1.0, low, high, 8, 0.95).excludes_zero == excludes
+
+
+def test_means_over_steps_do_not_hang_on_which_steps_were_logged():
+    """Of a curve whose early steps are logged more often."""
+    every = np.arange(1, 1001)
+    curve = 1 / np.sqrt(every)
+    logged = np.array(sorted({1, 2, 4, 8, 16, 32, 64, *range(10, 1001, 10)}))
+    assert over_steps(every, curve, 1, 1000) == pytest.approx(curve.mean())
+    assert over_steps(logged, curve[logged - 1], 1, 1000) == pytest.approx(curve.mean(), rel=0.02)
+    assert curve[logged - 1].mean() > 1.1 * curve.mean()
+    holed = np.where(every == 5, np.nan, curve)
+    assert over_steps(every, holed, 5, 5) == pytest.approx((curve[3] + curve[5]) / 2)
+    assert over_steps(every, np.full(1000, np.nan), 1, 1000) is None
+    assert over_steps(np.array([5, 9]), np.ones(2), 1, 4) is None

@@ -401,22 +401,25 @@ def test_the_sections_words_say_which_side_is_higher(results):
 
 
 @pytest.mark.parametrize(
-    ("spans", "verdict"),
+    ("decided", "verdict"),
     [
-        ([(0.1, 0.3), (0.2, 0.4)], "farther from the final prediction at input and layer 1 than"),
-        ([(-0.3, -0.1), (0.2, 0.4)], "farther from the final prediction at layer 1 but nearer to it at input than"),
-        ([(-0.1, 0.1), (-0.4, -0.2)], "nearer to it at layer 1 than"),
-        ([(-0.1, 0.1), (-0.2, 0.4)], "nowhere measurably farther from the final prediction than"),
+        (("holds", "holds"), "farther from the final prediction at input and layer 1 than"),
+        (("the opposite", "holds"), "farther from the final prediction at layer 1 but nearer to it at input than"),
+        (("undecided", "the opposite"), "nearer to it at layer 1 than"),
+        (("undecided", "undecided"), "nowhere measurably farther from the final prediction than"),
     ],
 )
-def test_the_verdict_counts_only_intervals_without_zero(spans, verdict):
-    ends = lambda low, high: {"mean": (low + high) / 2, "low": low, "high": high}
+def test_the_verdict_is_that_of_the_studys_statements(decided, verdict):
+    """Which are tested together: intervals by themselves find a difference in one study of two that have none."""
+    ends = {"mean": 0.2, "low": 0.1, "high": 0.3}
     twins = [
-        {"arm": "tied", "name": name, "early": early, "tuned_kl": ends(*span), "beyond_last": ends(-0.1, 0.2)}
-        for name, early, span in zip(["input", "layer 1", "layer 2"], [1, 1, 0], [*spans, (0.5, 0.6)], strict=True)
+        {"arm": "tied", "name": name, "state": state, "early": state < 2, "tuned_kl": ends, "beyond_last": ends}
+        for state, name in enumerate(["input", "layer 1", "layer 2"])
     ]
+    statements = {f"tied_lens_farther_at_{state}": {"verdict": said} for state, said in enumerate(decided)}
+    statements |= {f"tied_lens_worse_at_{state}": {"verdict": "undecided"} for state in (0, 1)}
     results = {"headline": {"arm": "tied", "reference": "untied"}, "lens": {"runs": [], "twins": twins}}
-    (found,) = section.verdict(results)
+    (found,) = section.verdict(results | {"statements": statements})
     assert verdict in found
     assert found.endswith("and nowhere measurably behind at the next token by more than in the end.")
     twins[0]["tuned_kl"] = {"mean": 0.1, "low": None, "high": None}

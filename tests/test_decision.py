@@ -467,11 +467,28 @@ def test_what_the_output_roles_gradient_is_made_of_at_the_end() -> None:
 
 def test_the_rates_that_were_tried_and_were_best() -> None:
     assert rows.rates(decision()) == (
-        "Of optimizer.tables.learning_rate, 0.02, 0.04, 0.08 were tried on 1 other seeds and on the held-out windows "
-        "with even numbers: best are 0.02 for untied, 0.04 for tied, 0.08 for until-200, 0.02 for tied-wide, 0.04 for "
-        "untied-in-time. Losses are of the odd windows."
+        "At width 64, of optimizer.tables.learning_rate, 0.02, 0.04, 0.08 were tried on 1 other seeds and on the "
+        "held-out windows with even numbers: best are 0.02 for untied, 0.04 for tied, 0.08 for until-200, 0.02 for "
+        "tied-wide, 0.04 for untied-in-time. Losses are of the odd windows."
     )
     alike = decision()
     for choice in alike["results"]["64"]["sweep"].values():
         choice["best"] = 1
     assert "with even numbers: every arm is best with 0.04. Losses" in rows.rates(alike)
+
+
+@pytest.mark.parametrize(("between", "choice"), [("the opposite", "until"), ("undecided", "untie")])
+def test_a_choice_between_two_better_arms_is_as_near_the_edge_as_what_decides_between_them(
+    between: str, choice: str
+) -> None:
+    stated = {
+        "untied less tied": statement(-0.062, 0.02, BETTER),
+        "until less tied": statement(-0.082, 0.02, BETTER),
+        "until less untied": statement(-0.02, 0.02, between, near_edge=True),
+    }
+    compared = Comparison("at equal width and FLOPs", "tied", "untied", "until", says_when=True)
+    verdict = verdicts.verdict_of(compared, stated, 200)
+    assert (verdict.choice, verdict.near_edge) == (choice, True)
+    assert verdict.sentence.endswith(" This verdict is near the edge.")
+    stated["until less untied"]["near_edge"] = False
+    assert not verdicts.verdict_of(compared, stated, 200).near_edge

@@ -142,7 +142,8 @@ def test_what_was_swept_is_said_of_every_arm() -> None:
 def test_missing_runs_are_named() -> None:
     assert losses.missing({"runs": [{}, {}], "missing": []}) == ""
     assert losses.missing({"runs": [{}, {}], "missing": ["tied-1", "x5-1"]}) == (
-        "Not finished: 2 of 4 runs are trained. Missing are tied-1, x5-1; the same command without a limit trains them."
+        "Not finished: 2 of 4 runs are trained. Missing are tied-1, x5-1; the same command trains "
+        "them without --time-limit and --analyse-only."
     )
 
 

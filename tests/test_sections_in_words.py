@@ -269,13 +269,13 @@ def test_how_a_lens_differs_from_the_twin(divergence: dict[str, Any], sentence: 
 
 def test_early_layers_that_do_not_differ_and_one_seed() -> None:
     results = small_study()
-    for twin in results["lens"]["twins"]:
-        twin |= {"tuned_kl": few(0.1, 0.3), "beyond_last": few(-0.1, 0.3)}
+    for name, statement in results["statements"].items():
+        statement["verdict"] = "undecided" if "_lens_" in name else statement["verdict"]
     assert lens.verdict(results) == [
         "In the first third (input and layer 1), tied lenses are nowhere measurably farther from the final prediction "
         "than those of the untied twins, and nowhere measurably behind at the next token by more than in the end."
     ]
-    results["lens"]["twins"][0]["tuned_kl"] = few(-0.7, 0.3)
+    results["statements"]["tied_lens_farther_at_0"]["verdict"] = "the opposite"
     assert "tied lenses are nearer to it at input than those" in lens.verdict(results)[0]
     results["lens"]["twins"][0]["tuned_kl"] = few(0.1, None)
     assert lens.verdict(results) == []

@@ -74,6 +74,7 @@ def small_results(**statements: Any) -> dict[str, Any]:
             "early_steps": [1, 50],
         },
         "changes": {"x5": {}},
+        "runs": [{"arm": arm, "steps": 300} for arm in losses],
         "between_seeds": {},
         "reproducible_share": {
             "tied": {"shared": {"vs_output": span(0.923, 0.01), "vs_input": span(0.583, 0.06)}},
@@ -195,19 +196,49 @@ def test_the_loss_of_the_reference_is_no_intervention() -> None:
     assert sentences.against_baseline(small_results(untied_costs=untied)) == sentences.against_baseline(small_results())
 
 
-@pytest.mark.parametrize(("output", "input_", "more"), [(0.263, 0.144, "output"), (0.101, 0.202, "input")])
-def test_how_much_of_each_table_training_repeats(output: float, input_: float, more: str) -> None:
-    cell = lambda mean: {"orthogonal": {"beyond_frequency": span(mean)}}
+REPEATS = "Between two untied runs of different seeds, the {} tables score {} and the {} tables {}{}."
+
+
+@pytest.mark.parametrize(
+    ("output", "input_", "said"),
+    [
+        ((0.263, 0.265, 0.261), (0.144, 0.148, 0.143), ": training repeats more of the output table"),
+        ((0.101, 0.103, 0.102), (0.202, 0.207, 0.203), ": training repeats more of the input table"),
+        ((0.2, 0.3, 0.1), (0.19, 0.21, 0.17), ": which of them training repeats more of is undecided"),
+        ((0.2, None, None), (0.1, None, None), ""),
+    ],
+)
+def test_how_much_of_each_table_training_repeats(
+    output: tuple[float | None, ...], input_: tuple[float | None, ...], said: str
+) -> None:
+    """By pairs of three seeds, whose margin has the interval of a jackknife over seeds."""
+
+    def mean(scores: tuple[float | None, ...]) -> float:
+        known = [score for score in scores if score is not None]
+        return sum(known) / len(known)
+
+    def cell(scores: tuple[float | None, ...]) -> dict[str, Any]:
+        pairs = dict(zip(("1 to 0", "2 to 0", "2 to 1"), scores, strict=True))
+        return {"orthogonal": {"beyond_frequency": span(mean(scores)), "by_seed": pairs}}
+
     repeated = {"output": {"vs_output": cell(output)}, "input": {"vs_input": cell(input_)}}
-    scores = f"the output tables score {output} and the input tables {input_}"
-    if more == "input":
-        scores = f"the input tables score {input_} and the output tables {output}"
-    sentence = f"Between two untied runs of different seeds, {scores}: training repeats more of the {more} table."
+    scores = sorted([(mean(output), "output"), (mean(input_), "input")], reverse=True)
+    (more, first), (less, second) = scores
+    sentence = REPEATS.format(first, f"{more:.3f}", second, f"{less:.3f}", said)
     results = small_results() | {"between_seeds": {"untied": repeated}}
     assert sentences.what_repeats(results) == [sentence]
     assert sentences.answer(results)[2] == sentence
     assert sentences.what_repeats(small_results()) == []
     assert sentences.what_repeats(small_results() | {"between_seeds": {"untied": {"output": {}}}}) == []
+
+
+def test_a_run_that_is_no_longer_than_its_start_has_one_share() -> None:
+    results = small_results()
+    results["runs"] = [run | {"steps": 40} for run in results["runs"]]
+    assert sentences.gradient_share(results) == [
+        f"The output role supplies 61.6{N}±{N}0.6{N}% of the tied table’s gradient (sum of both norms) over the whole "
+        "run."
+    ]
 
 
 def test_what_is_shared_of_what_repeats_is_said_where_it_is_measured() -> None:

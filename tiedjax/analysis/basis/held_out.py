@@ -157,6 +157,8 @@ def training_windows(run: Any, prepared: Prepared, tokens: int) -> Iterator[np.n
 
 def held_out_windows(prepared: Prepared, seq_len: int, tokens: int) -> np.ndarray:
     """About `tokens` held-out tokens in windows evenly spaced over their split, int32 [W, T + 1]."""
+    if tokens < 1:
+        raise UserError(f"held_out_tokens: must be at least 1, got {tokens}")
     windows = prepared.windows("eval", seq_len)
     count = min(max(1, tokens // seq_len), len(windows))
     return windows.read(np.arange(count) * len(windows) // count)
@@ -226,7 +228,7 @@ def bits_by_predictor(
 
 
 def over_windows(bits_N: np.ndarray, windows: int) -> Interval:
-    """The mean with its bootstrap interval over whole windows, which are equally long."""
+    """The mean with its interval over whole windows, which are equally long, by `bootstrap_mean`."""
     return bootstrap_mean(np.reshape(bits_N, (windows, -1)).mean(axis=1))
 
 

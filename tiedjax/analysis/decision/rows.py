@@ -138,7 +138,7 @@ def command(decision: Decision) -> str:
 
 
 def rates(decision: Decision) -> str:
-    """Which rate of the tables each arm had, of those that it tried."""
+    """Which rate of the tables each arm of the own width had, of those that it tried."""
     results = own(decision)
     best = {arm: f"{_best(results, arm):g}" for arm in results["arms"]}
     points = next(iter(results["sweep"].values()))["tried"]
@@ -149,8 +149,8 @@ def rates(decision: Decision) -> str:
     else:
         chosen = f"best are {', '.join(f'{rate} for {arm}' for arm, rate in best.items())}"
     return (
-        f"Of {option}, {tried} were tried on {len(points[0]['losses'])} other seeds and on the held-out windows with "
-        f"even numbers: {chosen}. Losses are of the odd windows."
+        f"At width {decision['own']}, of {option}, {tried} were tried on {len(points[0]['losses'])} other seeds and on "
+        f"the held-out windows with even numbers: {chosen}. Losses are of the odd windows."
     )
 
 

@@ -148,6 +148,8 @@ def verdict_of(compared: Comparison, stated: Mapping[str, Any], until: int) -> V
         choice, sentence = UNDECIDED, _undecided(compared, to_tied)
     decided_by = {UNTIE: compared.untied, UNTIL: compared.until}.get(choice)
     deciding = [to_tied[decided_by]] if decided_by else list(to_tied.values())
+    if between and {compared.until, compared.untied} <= set(better):
+        deciding.append(between)  # which says which of the two it is
     near = any(said["near_edge"] for said in deciding)
     said = f"{_capital(compared.where)}: {sentence}{edge({'near_edge': near})}"
     return Verdict(compared.where, choice, said, near)

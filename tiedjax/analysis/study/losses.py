@@ -107,7 +107,7 @@ def missing(results: Results) -> str:
     whole = len(results["runs"]) + len(names)
     return (
         f"Not finished: {len(results['runs'])} of {whole} runs are trained. Missing are {', '.join(names)}; the same "
-        "command without a limit trains them."
+        "command trains them without --time-limit and --analyse-only."
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tiedjax.analysis.basis import numbers
 from tiedjax.analysis.basis.statistics import CONFIDENCE
 from tiedjax.analysis.basis.tables import ROLES
 from tiedjax.analysis.study.claims import of_layers_or_calibration
+from tiedjax.analysis.study.reproducibility import jackknife, mean_of
 from tiedjax.tying import SHARED
 
 Results = Mapping[str, Any]
@@ -185,15 +187,29 @@ def _between_seeds(results: Results) -> list[str]:
     repeated = results.get("between_seeds", {}).get(head["reference"], {})
     if not all(role in repeated for role in ROLES):
         return []
-    means = {role: repeated[role][f"vs_{role}"][head["fit"]][head["measure"]]["mean"] for role in ROLES}
+    cells = {role: repeated[role][f"vs_{role}"][head["fit"]] for role in ROLES}
+    means = {role: cell[head["measure"]]["mean"] for role, cell in cells.items()}
     if None in means.values():
         return []
     more, less = sorted(ROLES, key=means.__getitem__, reverse=True)
+    pairs = {role: _pairs_of_seeds(cell["by_seed"]) for role, cell in cells.items()}
+    both = {pair: pairs[more][pair] - pairs[less][pair] for pair in pairs[more].keys() & pairs[less].keys()}
+    margin = jackknife(partial(mean_of, both), sorted({seed for pair in both for seed in pair}))
+    said = ""
+    if margin.excludes_zero:
+        said = f": training repeats more of the {more} table"
+    elif margin.low is not None:
+        said = ": which of them training repeats more of is undecided"
     return [
         f"Between two {head['reference']} runs of different seeds, the {more} tables score "
-        f"{numbers.number(means[more])} and the {less} tables {numbers.number(means[less])}: training repeats more of "
-        f"the {more} table."
+        f"{numbers.number(means[more])} and the {less} tables {numbers.number(means[less])}{said}."
     ]
+
+
+def _pairs_of_seeds(scores: Mapping[str, float | None]) -> dict[tuple[int, int], float]:
+    """Of scores by "SEED to SEED" those that are known, by the two seeds."""
+    pairs = {tuple(map(int, name.split(" to "))): score for name, score in scores.items() if score is not None}
+    return {(first, second): score for (first, second), score in pairs.items()}
 
 
 def _settings(results: Results, arm: str) -> str:
@@ -215,6 +231,11 @@ def gradient_share(results: Results) -> list[str]:
     if head["early_output_share"]["mean"] is None:
         return []
     early, overall = head["early_output_share"], results["arms"][head["arm"]]["overall_output_share"]
+    if max(run["steps"] for run in results["runs"] if run["arm"] == head["arm"]) <= head["early_steps"][1]:
+        return [
+            f"The output role supplies {numbers.percent(overall)} of the {head['arm']} table’s gradient (sum of both "
+            "norms) over the whole run."
+        ]
     return [
         f"The output role supplies {numbers.percent(early)} of the {head['arm']} table’s gradient (sum of both norms) "
         f"up to step {head['early_steps'][1]}. Over the whole run it supplies {numbers.percent(overall)}."

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tiedjax.analysis.basis.chance import Score
+from tiedjax.analysis.basis.statistics import over_steps
 from tiedjax.analysis.basis.strata import strata
 from tiedjax.analysis.instruments.account.reading import PARTS, TableReading, grouped, parts_of, readings
 from tiedjax.analysis.instruments.alignment.align import measure as alignment
@@ -209,24 +210,20 @@ def _rate_share(metrics: Mapping[str, np.ndarray], first: int, last: int, final:
 
 
 def _changes(metrics: Mapping[str, np.ndarray], first: int, last: int) -> LossChange:
-    inside_S = (metrics["step"] > first) & (metrics["step"] <= last)
-
     def mean(name: str) -> float | None:
-        values = _column(metrics, name)[inside_S]
-        finite = values[np.isfinite(values)]
-        return float(finite.mean()) if len(finite) else None
+        return over_steps(metrics["step"], _column(metrics, name), first + 1, last)
 
     logged_as = {name: f"m_{name}" for name in CHANGES} | {"decay": "decay_loss_change", "body": "body_loss_change"}
     logged_as |= {"output_update_share": "output_update_share", "cosine": "role_update_cosine"}
     logged_as |= {"input_step_share": "input_step_share"}
     changed_by = {name: f"regulariser_{name}_loss_change" for name in REGULARISERS}
-    factor_S = _column(metrics, "clip_factor")[inside_S]
-    clipped = float(np.mean(factor_S < 1)) if len(factor_S) and np.isfinite(factor_S).all() else None
+    factor_S = _column(metrics, "clip_factor")
+    clipped_S = np.where(np.isfinite(factor_S), factor_S < 1, np.nan)
     return LossChange(
         first,
         last,
         **{field: mean(name) for field, name in logged_as.items()},
-        clipped=clipped,
+        clipped=over_steps(metrics["step"], clipped_S, first + 1, last),
         regularisers={kind: mean(name) for kind, name in changed_by.items() if name in metrics},
     )
 

@@ -53,6 +53,10 @@ class CentredRows:
     """
 
     def __init__(self, table_VD: np.ndarray, kept_V: np.ndarray | None):
+        if kept_V is not None and (np.shape(kept_V) != (len(table_VD),) or kept_V.dtype != np.bool_):
+            raise UserError(
+                f"kept_V: must be a mask, bool [{len(table_VD)}], got {kept_V.dtype} {list(np.shape(kept_V))}"
+            )
         self._table, self._index = table_VD, None if kept_V is None or kept_V.all() else np.flatnonzero(kept_V)
         self.shape = (len(table_VD) if self._index is None else len(self._index), table_VD.shape[1])
         self.small, self.dtype = table_VD.size <= SMALL, table_VD.dtype
@@ -302,8 +306,8 @@ def check_fits(x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str]) -> None:
             raise UserError(f"align: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")
     if len(x_VD) != len(y_VE):
         raise UserError(f"align: the tables must have the same rows, got {len(x_VD)} and {len(y_VE)}")
-    for fit in fits:
-        if fit not in FITS:
+    for fit in [fits] if isinstance(fits, str) else fits:
+        if fit not in FITS or isinstance(fits, str):
             raise UserError(f"align: no fit is named {fit!r}; the fits are {', '.join(FITS)}")
         if fit in SQUARE and x_VD.shape[1] != y_VE.shape[1]:
             raise UserError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiedjax.analysis.basis.statistics import over_steps
 from tiedjax.errors import UserError
 
 # The windows of Figure 4 of arXiv 2603.26663, first and last step included; the gap 2001-5000 is filled.
@@ -184,16 +185,18 @@ def _makeup(metrics: Mapping[str, np.ndarray]) -> Makeup | None:
 
 
 def _noise(metrics: Mapping[str, np.ndarray]) -> Noise | None:
-    sums = {
-        f"{role}_{part}": np.nansum(np.asarray(metrics[f"{role}_grad_{part}"], np.float64))
+    step_S = metrics["step"]
+    means = {
+        f"{role}_{part}": over_steps(step_S, np.asarray(metrics[f"{role}_grad_{part}"], np.float64), 1, int(step_S[-1]))
+        or 0.0
         for role in ("input", "output")
         for part in ("signal", "noise")
         if f"{role}_grad_{part}" in metrics
     }
-    if not sums:
+    if not means:
         return None
-    wholes = {role: sums[f"{role}_signal"] + sums[f"{role}_noise"] for role in ("input", "output")}
-    shares = {role: float(sums[f"{role}_noise"] / whole) if whole > 0 else None for role, whole in wholes.items()}
+    wholes = {role: means[f"{role}_signal"] + means[f"{role}_noise"] for role in ("input", "output")}
+    shares = {role: means[f"{role}_noise"] / whole if whole > 0 else None for role, whole in wholes.items()}
     return Noise(int(np.isfinite(np.asarray(metrics["output_grad_noise"], np.float64)).sum()), **shares)
 
 
@@ -203,12 +206,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _window(first: int, last: int, step_S: np.ndarray, columns: tuple[np.ndarray, ...]) -> Window:
     inside_S = (step_S >= first) & (step_S <= last)
-    return Window(first, last, int(inside_S.sum()), *(_mean(column[inside_S]) for column in columns))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else None
+    return Window(first, last, int(inside_S.sum()), *(over_steps(step_S, column, first, last) for column in columns))
 
 
 def _deciles(metrics: Mapping[str, np.ndarray]) -> list[Deciles]:

@@ -30,8 +30,10 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     name = arguments.subject_in_words(args, run, hurdles.step)
     which = "windows that are held out" if hurdles.step is None else "windows of the run's own evaluation"
     head = f"{name}: {hurdles.held_out_tokens:,} held-out tokens{size}, the {hurdles.held_out_windows:,} {which}"
+    documents = hurdles.held_out_documents
+    over = "held-out windows" if documents is None else f"the {documents:,} documents that the windows begin in"
     foot = (
-        "+- half a 95 % interval over held-out windows; the others count the first "
+        f"+- half a 95 % interval over {over}; the others count the first "
         f"{hurdles.training_tokens:,} training tokens\n{arguments.text_in_words(hurdles.step)}; "
         f"strength of the bigram's prior {hurdles.beta:g}, of the trigram's {hurdles.gamma:g}"
     )

@@ -29,12 +29,14 @@ _BLOCK = 2**16  # positions whose counts are held at once
 class Text:
     """A run's held-out windows [W, T + 1], and each one's bits a token by predictor, float64 [W].
 
-    `bytes_W` is the text that its targets stand for; None where that is not known.
+    `bytes_W` is the text that its targets stand for; `document_W` numbers the document that it begins in. None where
+    that is not known.
     """
 
     tokens_WS: np.ndarray
     bits_W: dict[str, np.ndarray]
     bytes_W: np.ndarray | None
+    document_W: np.ndarray | None
     training_tokens: int
     beta: float
     gamma: float
@@ -42,7 +44,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Hurdle:
-    """A loss in three units, and the model's bits a token less it, None of the model itself; intervals over windows."""
+    """A loss in three units, and the model's bits a token less it, None of the model itself.
+
+    Intervals are over documents, since windows of one document are alike; over windows where documents are not known.
+    """
 
     nats: float
     bits: Interval
@@ -61,6 +66,7 @@ class Hurdles:
     rows: int
     width: int
     held_out_windows: int
+    held_out_documents: int | None
     held_out_tokens: int
     held_out_bytes: int | None
     training_tokens: int
@@ -82,6 +88,7 @@ def measure(
     tokens_WS = text.tokens_WS[windows]
     if not len(tokens_WS):
         raise UserError(f"hurdles: {windows} selects none of the {len(text.tokens_WS)} held-out windows")
+    document_W = None if text.document_W is None else text.document_W[windows]
     bits_W = {MODEL: model.bits(tokens_WS).mean(axis=1)} | {name: text.bits_W[name][windows] for name in PREDICTORS}
     bytes_of_all = math.nan if text.bytes_W is None else float(text.bytes_W[windows].sum())
     known = math.isfinite(bytes_of_all) and bytes_of_all > 0
@@ -89,9 +96,9 @@ def measure(
     losses = {
         name: Hurdle(
             nats=float(of_W.mean() * math.log(2)),
-            bits=bootstrap_mean(of_W),
+            bits=bootstrap_mean(of_W, groups=document_W),
             bits_per_byte=float(of_W.mean() * targets / bytes_of_all) if known else None,
-            model_less=None if name == MODEL else bootstrap_mean(bits_W[MODEL] - of_W),
+            model_less=None if name == MODEL else bootstrap_mean(bits_W[MODEL] - of_W, groups=document_W),
         )
         for name, of_W in bits_W.items()
     }
@@ -100,6 +107,7 @@ def measure(
         rows=rows,
         width=width,
         held_out_windows=len(tokens_WS),
+        held_out_documents=None if document_W is None else len(np.unique(document_W)),
         held_out_tokens=targets,
         held_out_bytes=int(bytes_of_all) if known else None,
         training_tokens=text.training_tokens,
@@ -119,8 +127,8 @@ def text_of(run: Any, prepared: Prepared, step: int | None, V: int) -> Text:
     rows = max(1, _BLOCK // (tokens_WS.shape[1] - 1))
     blocks = [ngrams.bits(tokens_WS[start : start + rows]) for start in range(0, len(tokens_WS), rows)]
     bits_W = {name: np.concatenate([block[name].mean(axis=1) for block in blocks]) for name in PREDICTORS}
-    bytes_W = _bytes(run, tokens_WS[:, 1:])
-    return Text(tokens_WS, bits_W, bytes_W, ngrams.training_tokens, ngrams.beta, ngrams.gamma)
+    bytes_W, document_W = _bytes(run, tokens_WS[:, 1:]), _documents(tokens_WS, prepared.end_id)
+    return Text(tokens_WS, bits_W, bytes_W, document_W, ngrams.training_tokens, ngrams.beta, ngrams.gamma)
 
 
 def name_of_text(run: Any, prepared: Prepared, step: int | None, V: int) -> Hashable:
@@ -128,6 +136,16 @@ def name_of_text(run: Any, prepared: Prepared, step: int | None, V: int) -> Hash
     cfg = run.config
     held_out = cfg.data.batch_size, cfg.train.eval_batches
     return prepared.fingerprint, cfg.model.seq_len, cfg.train.seed, held_out, step, V
+
+
+def _documents(tokens_WS: np.ndarray, end_id: int | None) -> np.ndarray | None:
+    """Of each of the windows of `evaluated_windows` how many documents end before it, int [W]; None without ends."""
+    if end_id is None:
+        return None
+    numbers_W = np.concatenate([np.arange(half, len(tokens_WS), 2) for half in (0, 1)])  # where it lies in the text
+    ends_W = np.empty(len(tokens_WS), np.int64)
+    ends_W[numbers_W] = np.sum(tokens_WS[:, :-1] == end_id, axis=1)  # its last token is the next one's first
+    return (np.cumsum(ends_W) - ends_W)[numbers_W]
 
 
 def _bytes(run: Any, target_WT: np.ndarray) -> np.ndarray | None:

@@ -110,23 +110,33 @@ def _difference_in_words(span: Mapping[str, Any], reference: str) -> str:
 
 
 def verdict(results: drawing.Results) -> list[str]:
-    """Whether tying hurts early layers, in the paper's sense (a higher divergence there) and in the next token's."""
+    """Whether tying hurts early layers, in the paper's sense (a higher divergence there) and in the next token's.
+
+    As the study's statements say, which are tested together.
+    """
     arm = results["headline"]["arm"]
     early = [t for t in results["lens"]["twins"] if t["arm"] == arm and t["early"]]
     if not early or any(t["tuned_kl"]["low"] is None for t in early):
         return []
-    farther = _places_in_words(early, "tuned_kl", "farther from the final prediction", "nearer to it")
-    worse = _places_in_words(early, "beyond_last", "behind at the next token by more than in the end", "by less")
+    farther, worse = (
+        _places_in_words(
+            {t["name"]: results["statements"][f"{arm}_lens_{claim}_at_{t['state']}"]["verdict"] for t in early}, *sides
+        )
+        for claim, *sides in [
+            ("farther", "farther from the final prediction", "nearer to it"),
+            ("worse", "behind at the next token by more than in the end", "by less"),
+        ]
+    )
     states = " and ".join(t["name"] for t in early)
     twins = f"{results['headline']['reference']} twins"
     return [f"In the first third ({states}), {arm} lenses are {farther} than those of the {twins}, and {worse}."]
 
 
-def _places_in_words(early: Sequence[Mapping[str, Any]], name: str, higher: str, lower: str) -> str:
-    """Where among the early states the twins differ measurably, and which way."""
+def _places_in_words(verdicts: Mapping[str, str], higher: str, lower: str) -> str:
+    """Where among the early states, of which there are these verdicts, the twins differ measurably, and which way."""
     sides = [
-        (higher, [t["name"] for t in early if t[name]["low"] > 0]),
-        (lower, [t["name"] for t in early if t[name]["high"] < 0]),
+        (side, [name for name, verdict in verdicts.items() if verdict == wanted])
+        for side, wanted in [(higher, "holds"), (lower, "the opposite")]
     ]
     placed = [f"{side} at {' and '.join(names)}" for side, names in sides if names]
     return " but ".join(placed) or f"nowhere measurably {higher}"
