@@ -16,7 +16,7 @@ import pytest
 from programs import REPOSITORY
 
 from tiedjax import config, lm
-from tiedjax.config import RunConfig, StudyConfig, leaf_fields
+from tiedjax.config import ModelConfig, RunConfig, StudyConfig, TyingConfig, leaf_fields
 from tiedjax.config_errors import SYNONYMS, meant_key
 from tiedjax.config_files import Kind, find_config, load_run_config, parse_overrides, read_yaml, structure, to_yaml
 from tiedjax.errors import UserError
@@ -501,3 +501,32 @@ def test_a_study_that_cannot_answer_is_refused_before_it_trains(tmp_path: Path, 
     (tmp_path / "study.yaml").write_text(arms + changes)
     with pytest.raises(UserError, match=says):
         load_study(tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ModelConfig(norm="RMSNorm"),  # type: ignore[arg-type]
+            "norm: must be 'nonparametric_layernorm' or 'layernorm' or 'rmsnorm', got 'RMSNorm'",
+        ),
+        (lambda: ModelConfig(layers=2.5), "layers: must be a whole number, got 2.5"),
+        (lambda: ModelConfig(layers=True), "layers: must be a whole number, got True"),
+        (lambda: ModelConfig(d_model=None), "d_model: must be a whole number, got None"),
+        (lambda: ModelConfig(kv_heads="2"), "kv_heads: must be a whole number or None, got '2'"),
+        (lambda: TyingConfig(scheme="foo"), "scheme: must be "),
+        (
+            lambda: TyingConfig(input_grad_scale_deciles=[1.0] * 10),  # type: ignore[arg-type]
+            "input_grad_scale_deciles: must be tuple[float, ...] or None, got [",
+        ),
+        (lambda: RunConfig(model={}), "model: must be a ModelConfig, got {}"),
+        (
+            lambda: ModelConfig(d_model=10**9, heads=4),
+            "heads: must have at most 16,384 columns each, got d_model / heads = 250,000,000",
+        ),
+    ],
+)
+def test_configs_made_in_python_are_checked_as_those_of_files_are(make: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        make()
+    assert str(error.value).startswith(message)

@@ -21,6 +21,7 @@ import tiedjax
 from tiedjax import cli
 from tiedjax.errors import TrainingError, UserError
 from tiedjax.interop import export as exporting
+from tiedjax.interop import tensors
 from tiedjax.interop.export import export
 from tiedjax.interop.folder import written_whole
 
@@ -344,3 +345,9 @@ def test_what_a_killed_export_left_is_removed_by_the_next_and_a_live_one_s_is_no
         for process in (killed, live):
             process.kill()
             process.communicate()
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_other_files(tmp_path: Path) -> None:
+    (tmp_path / "beside").touch()
+    tensors.write_safetensors(tmp_path / "model.safetensors", {"E": (np.ones((2, 2), np.float32), "float32")})
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "beside").stat().st_mode

@@ -11,7 +11,9 @@ import pytest
 from layout_program import MESHES, METHODS
 from programs import TESTS, finish, start
 
+from tiedjax.errors import UserError
 from tiedjax.lookup import lookup, row_sums
+from tiedjax.loss import cross_entropy
 
 
 def test_rows_are_gathered_and_their_gradient_is_summed_in_float32() -> None:
@@ -78,3 +80,19 @@ def test_on_every_mesh_it_is_the_lookup_of_one_device() -> None:
     assert max(found["lookup"].values()) < 1e-5
     assert len(found["attention"]) == 4
     assert max(found["attention"].values()) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "V"), [("uint8", 256), ("int8", 128), ("uint16", 65_536)])
+def test_ids_may_be_of_a_type_that_does_not_hold_the_number_of_rows(dtype: str, V: int) -> None:
+    E_VD = jnp.arange(2.0 * V).reshape(V, 2)
+    tokens_BT = np.array([[1, 2, V - 1]], dtype)
+    np.testing.assert_array_equal(lookup(E_VD, tokens_BT, jnp.float32)[0], np.asarray(E_VD)[[1, 2, V - 1]])
+    h_BTD, weights_BT = jnp.ones((1, 3, 2)), jnp.ones((1, 3))
+    narrow, wide = (cross_entropy(h_BTD, E_VD / V, ids, weights_BT) for ids in (tokens_BT, tokens_BT.astype(np.int32)))
+    assert np.isfinite(wide[0])
+    np.testing.assert_array_equal(narrow, wide)
+
+
+def test_a_method_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"^gradient: must be auto, scatter, sorted or deterministic, got 'sort'$"):
+        row_sums("sort", "cpu")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +28,7 @@ from programs import REPOSITORY, finish, start
 from runs import STEPS, arguments, assert_same_run, rows, saved_state, start_commands, write_text
 
 import tiedjax
-from tiedjax import cli, load_run, loop, metrics, recording, sinks
+from tiedjax import cli, continuing, load_run, loop, metrics, recording, sinks
 from tiedjax.checkpoint import Checkpoints
 from tiedjax.config import ModelConfig, RunConfig, TrainConfig
 from tiedjax.config_files import load_run_config, to_tree, to_yaml
@@ -94,7 +97,7 @@ def test_a_tokenizer_appears_whole_or_not_at_all(
     monkeypatch.setattr(os, "replace", replace)
     prepared = SimpleNamespace(tokenizer_path=finished / "tokenizer.json")
     with pytest.raises(UserError) as caught:
-        loop._describe(RunConfig(), tmp_path, prepared, np.zeros((2, 3), np.int64))  # type: ignore[arg-type]
+        continuing.describe(RunConfig(), tmp_path, prepared, np.zeros((2, 3), np.int64))  # type: ignore[arg-type]
     assert str(caught.value) == f"{tmp_path / 'tokenizer.json'}: cannot be written: No space left on device"
     assert [path.name for path in tmp_path.iterdir()] == ["token_counts.npy"]
 
@@ -775,9 +778,65 @@ def test_the_resolved_config_is_saved(finished: Path, text: Path) -> None:
 def test_layers_left_open_are_those_of_the_run_that_began(tmp_path: Path) -> None:
     """A run begun on an accelerator, where its layers were scanned, goes on anywhere."""
     cfg = RunConfig(model=ModelConfig(layers=2))
-    assert loop._as_begun(cfg, tmp_path).model.scan_layers is None
+    assert continuing.as_begun(cfg, tmp_path).model.scan_layers is None
     begun = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=True))
     (tmp_path / "config.yaml").write_text(to_yaml(begun))
-    assert loop._as_begun(cfg, tmp_path) == begun
+    assert continuing.as_begun(cfg, tmp_path) == begun
     unrolled = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, scan_layers=False))
-    assert loop._as_begun(unrolled, tmp_path) == unrolled  # refused later: what was asked for is not what is there
+    assert continuing.as_begun(unrolled, tmp_path) == unrolled  # refused later: what was asked for is not what is there
+
+
+def test_a_run_that_was_read_can_be_copied_and_sent_to_another_process(finished: Path) -> None:
+    run = load_run(finished)
+    table = run.tables().input
+    for again in (pickle.loads(pickle.dumps(run)), copy.deepcopy(run)):
+        np.testing.assert_array_equal(again.tables().input, table)
+
+
+@pytest.mark.parametrize("step", [4.0, True, "4"])
+def test_a_step_that_is_no_whole_number_is_no_damage(step: Any, finished: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_run(finished).tables(step)
+    assert str(error.value) == f"step: must be a whole number, got {step!r}"
+    assert type(error.value) is UserError
+
+
+def test_a_run_whose_metrics_are_gone_says_so(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError) as error:
+        load_run(tmp_path / "run").metrics  # noqa: B018
+    assert str(error.value) == (
+        f"{tmp_path}/run/metrics.jsonl: has no line of steps 1 to 8; bring it back (tiedjax check {tmp_path}/run says "
+        "what else is missing)"
+    )
+
+
+def test_reading_a_run_leaves_the_programs_own_errors_alone(finished: Path) -> None:
+    """A task that nobody awaits is still told of; those of Orbax are not."""
+    program = f"""
+import asyncio, gc, tiedjax
+tiedjax.load_run({str(finished)!r}).tables()
+async def fails():
+    raise ValueError("mine")
+async def main():
+    task = asyncio.create_task(fails())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del task
+    gc.collect()
+asyncio.run(main())
+fails()
+"""
+    _, err = finish(start(["-c", program]))
+    assert "Task exception was never retrieved" in err
+    assert "ValueError: mine" in err
+    assert "coroutine 'fails' was never awaited" in err
+
+
+def test_operations_name_every_option_that_may_change() -> None:
+    page = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    promised = page[page.index("The command that continues a run may change") :].split("\n* ")[0]
+    missing = [key for key in continuing.MAY_CHANGE if not re.search(rf"[`.]{key.split('.')[1]}`|{key}", promised)]
+    assert [key for key in missing if not key.startswith("mesh.")] == []
+    assert "`--mesh.*`" in promised

@@ -296,3 +296,19 @@ def test_lines_may_break_after_each_white_space() -> None:
     run = {"arm": "a", "seed": 4, "name": "a-4", "eval_loss": 4.25}
     (row,) = samples.rows({"samples": {"arms": arms}, "runs": [run | {"seed": 5, "eval_loss": 9.0}, run]})
     assert row == {"arm": "a", "run": "a-4", "loss": "4.250", "pieces": ["␣", "one␣", "␣", "two⏎", "⏎", "three"]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (np.array([[2**32 + 5]]), "prompt: token id 4294967301 does not fit model.vocab_size 16"),
+        ([[1.9]], "prompt: must be ids [B, P], got float64 [1, 1]"),
+        ([[True]], "prompt: must be ids [B, P], got bool [1, 1]"),
+        ([1, 2], "prompt: must be ids [B, P], got int64 [2]"),
+        ([[1, 2], [3]], "prompt: must be ids [B, P], prompts of equal length"),
+    ],
+)
+def test_a_prompt_that_is_no_ids_is_refused_and_never_rounded(prompt: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        continue_tokens(ModelConfig(vocab_size=16), None, None, prompt, 1, key=jax.random.key(0))  # type: ignore[arg-type]
+    assert str(error.value) == message

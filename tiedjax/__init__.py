@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(run if hasattr(run, name) else model, name)
     raise AttributeError(f"module 'tiedjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

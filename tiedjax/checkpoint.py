@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,8 @@ class Checkpoints:
         policy = None if keep is None else _Preserved(keep, self.directory)
         # Orbax's threads wait for those of other processes under names that must not be another manager's.
         named = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
-        _hush_saves()
+        if create:
+            _hush_saves()
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, create=create, multiprocessing_options=named)
         with _damage(self.directory, "cannot be opened"):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -251,9 +253,13 @@ def _hush_saves() -> None:
 def _hush() -> None:
     """From here on nothing is printed of reads and writes that went on when the first had failed: they fail alike.
 
-    TensorStore's threads tell Python's hooks of them.
+    TensorStore's threads tell Python's hooks of them. What the program's own tasks raise is printed as ever.
     """
-    logging.getLogger("asyncio").addFilter(lambda record: "never retrieved" not in record.getMessage())
+
+    def told_by_others(record: logging.LogRecord) -> bool:
+        return "never retrieved" not in record.getMessage() or not _is_of_orbax(record)
+
+    logging.getLogger("asyncio").addFilter(told_by_others)
     unraisable_hook, hook = sys.unraisablehook, sys.excepthook
 
     def unraisable_told(unraisable: Any) -> None:
@@ -265,6 +271,14 @@ def _hush() -> None:
             hook(kind, error, where)
 
     sys.unraisablehook, sys.excepthook = unraisable_told, told
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether the task that asyncio logs, or what it raised, is of Orbax or TensorStore."""
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.walk_tb(error.__traceback__) if error else ()
+    places = [record.getMessage(), *(frame.f_code.co_filename for frame, _ in frames)]
+    return any("orbax" in place or "tensorstore" in place for place in places)
 
 
 def _digest(record: dict[str, Any]) -> str:

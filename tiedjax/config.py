@@ -7,16 +7,20 @@ A value outside its limits and an impossible combination raise `UserError` with 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+import numbers
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tiedjax.errors import UserError
 
 ROLES = ("input", "output")  # of a table
 TRACKERS = ("wandb", "trackio", "mlflow")  # services that a run can tell its numbers
 REGULARISERS = ("cosine", "orthogonality", "mean", "anchor")
+WIDEST_HEAD = 2**14  # columns: angles of rotary embedding are made for them before anyone asks whether arrays fit
 
 _STRICT = {"extra": "forbid", "strict": True}
 
@@ -42,15 +46,55 @@ def role_of(parameter: str) -> str | None:
     return first if first in ROLES else None
 
 
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value is what the hint of an option says; a whole number is a number, and a truth value is none."""
+    kind, given = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return any(_is_of(value, each) for each in given)
+    if kind is Literal:
+        return value in given and type(value) in map(type, given)
+    if kind is tuple:
+        of = given[:1] * len(value) if isinstance(value, tuple) and given[1:] == (...,) else given
+        return isinstance(value, tuple) and len(value) == len(of) and all(map(_is_of, value, of))
+    if kind is list:
+        return isinstance(value, list) and all(_is_of(each, given[0]) for each in value)
+    if kind is not None:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return hint is Any or value is hint or isinstance(value, type(None) if hint is None else hint)
+
+
+def _in_words(hint: Any) -> str:
+    """What a value must be."""
+    kind, given = get_origin(hint), get_args(hint)
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_in_words, given))
+    if kind is Literal:
+        return " or ".join(map(repr, given))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    return names.get(hint) or (str(hint) if kind else f"a {hint.__name__}")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
 class _Checked:
-    """Checks every field's limits; a subclass adds what involves several fields in `_check`."""
+    """Checks every field's type and limits; a subclass adds what involves several fields in `_check`."""
 
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
         holds = {">=": lambda v, b: v >= b, ">": lambda v, b: v > b, "<": lambda v, b: v < b, "<=": lambda v, b: v <= b}
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
+        kind: Any = type(self)
+        hints = _hints(kind)
+        for f in dataclasses.fields(kind):
+            value, hint = getattr(self, f.name), hints[f.name]
+            if not _is_of(value, hint):
+                raise UserError(f"{f.name}: must be {_in_words(hint)}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{f.name}: must be finite, got {value}")
             for sign, bound in f.metadata.get("limits", {}).items():
@@ -220,6 +264,9 @@ class ModelConfig(_Checked):
     def _check(self) -> None:
         if self.head_width is None and self.d_model % self.heads:
             raise UserError(f"heads: {self.heads} does not divide d_model {self.d_model}")
+        if self.key_width > WIDEST_HEAD:
+            given = "head_width" if self.head_width else "d_model / heads"
+            raise UserError(f"heads: must have at most {WIDEST_HEAD:,} columns each, got {given} = {self.key_width:,}")
         if self.heads % self.groups:
             raise UserError(f"kv_heads: {self.groups} does not divide heads {self.heads}")
         if self.position == "rope" and (self.rotary_width % 2 or not self.rotary_width):

@@ -67,6 +67,8 @@ def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
     textual = {field.key: field.type for field in leaf_fields(RunConfig) if field.type.startswith(("str", "Literal"))}
     tree: dict[str, Any] = {}
     for key, text in pairs.items():
+        if not text.isascii() and (shown := ascii(text)) and not _is_text(text):
+            raise UserError(f"--{key}: must be text in UTF-8, got {shown}")
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
@@ -76,6 +78,13 @@ def parse_overrides(pairs: Mapping[str, str]) -> dict[str, Any]:
         else:
             node[leaf] = None if text == "null" and textual[key].endswith("None") else text
     return tree
+
+
+def _is_text(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        return False
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def refuse_impossible(text: str, option: str) -> None:
     """UserError for a path that the system refuses before it looks for it."""
     shown = repr(text if len(text) <= 60 else f"{text[:57]}...")
     try:
-        encoded = os.fsencode(text)
+        encoded = text.encode()  # Python reads others, TensorStore does not write them
     except UnicodeEncodeError:
         raise UserError(f"{option}: must be a path, got {shown}, which is not text") from None
     if b"\0" in encoded:

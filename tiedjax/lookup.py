@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tiedjax.errors import UserError
 from tiedjax.sharding import ONE_DEVICE, Layout
 
 # ([N, D] of N tokens, their ids from 0 to rows, rows) -> [rows, D]; the id `rows` is dropped.
@@ -34,7 +35,7 @@ def lookup(
     `row_sums`. `tap` is a float32 zero that the forward pass never reads; its gradient is the sum of squares of the
     gradient of what is returned. None observes nothing.
     """
-    return _lookup(E_VD, tokens_BT, tap, dtype, layout, row_sums(gradient, layout.platform))
+    return _lookup(E_VD, wide_ids(tokens_BT), tap, dtype, layout, row_sums(gradient, layout.platform))
 
 
 def sums_by_token(
@@ -44,7 +45,13 @@ def sums_by_token(
 
     Ids outside the table are left out. `gradient` names the method of summing: see `row_sums`.
     """
-    return _table_gradient(x_BTD, tokens_BT, E_VD, layout, row_sums(gradient, layout.platform))
+    return _table_gradient(x_BTD, wide_ids(tokens_BT), E_VD, layout, row_sums(gradient, layout.platform))
+
+
+def wide_ids(tokens_BT: jax.Array) -> jax.Array:
+    """Ids that can be compared with the number of rows, which uint8 or uint16 may not hold."""
+    ids_BT = jnp.asarray(tokens_BT)
+    return ids_BT.astype(jnp.int32) if ids_BT.dtype.itemsize < 4 else ids_BT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -153,4 +160,7 @@ def row_sums(method: str, platform: str) -> RowSums:
     """
     if method == "auto":
         method = "sorted" if platform == "tpu" else "scatter"
-    return {"scatter": _scattered, "sorted": _sorted, "deterministic": _deterministic}[method]
+    methods: dict[str, RowSums] = {"scatter": _scattered, "sorted": _sorted, "deterministic": _deterministic}
+    if method not in methods:
+        raise UserError(f"gradient: must be auto, {', '.join(list(methods)[:-1])} or deterministic, got {method!r}")
+    return methods[method]

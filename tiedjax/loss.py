@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tiedjax.errors import UserError
 from tiedjax.exp_product import ExpProduct, kernel_for
-from tiedjax.lookup import RowSums, own_rows, row_sums
+from tiedjax.lookup import RowSums, own_rows, row_sums, wide_ids
 from tiedjax.sharding import ONE_DEVICE, Axes, Layout
 
 # Of a chunk's logits. On a CPU they should stay in its cache; an accelerator wants products large enough to
@@ -55,7 +56,9 @@ def cross_entropy(
     added back by it. `push_RD` are zeros that no forward pass reads; their gradient is the part of the gradient of the
     rows `rare_R`, int32 and all different, that comes from tokens whose target is none of these rows.
     """
-    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    wide, targets_BT = jnp.promote_types(h_BTD.dtype, jnp.float32), wide_ids(targets_BT)
+    if not targets_BT.size:
+        raise UserError(f"cross_entropy: needs at least one target, got {list(targets_BT.shape)}")
     weights_BT = jnp.where(targets_BT < 0, 0, jnp.where(targets_BT < len(U_VD), weights_BT, jnp.nan)).astype(wide)
     spec = _Spec(z_loss, soft_cap, chunk, layout, row_sums(gradient, layout.platform))
     total = _summed(h_BTD, U_VD, jnp.maximum(targets_BT, 0), weights_BT, bias_V, rare_R, push_RD, spec)

@@ -69,6 +69,9 @@ class Run:
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Run, (str(self.path),)  # what was read is read again: Orbax's readers cannot be copied
+
     @cached_property
     def config(self) -> RunConfig:
         """The resolved config."""
@@ -91,6 +94,11 @@ class Run:
         Columns of deciles are [steps, 10].
         """
         rows = read_metrics(self.path / "metrics.jsonl")
+        if not rows and self.snapshot_steps and (last := self.snapshot_steps[-1]):
+            raise UserError(
+                f"{self.path / 'metrics.jsonl'}: has no line of steps 1 to {last}; bring it back (tiedjax check "
+                f"{self.path} says what else is missing)"
+            )
         columns = {}
         for name in dict.fromkeys(key for row in rows for key in row):
             values = [row.get(name) for row in rows]
@@ -122,7 +130,8 @@ class Run:
         except StoreError:
             raise
         except UserError as error:
-            raise UserError(f"{error}; the command that trained the run writes it") from None
+            hint = "remove it, and the command that trained the run writes it again" if storage.exists(path) else ""
+            raise UserError(f"{error}; {hint or 'the command that trained the run writes it'}") from None
         if counts.dtype.kind not in "iu" or counts.ndim != 2 or len(counts) != 2 or (counts.size and counts.min() < 0):
             raise UserError(
                 f"{path}: is damaged: it holds no counts [2, V]; "
@@ -183,7 +192,10 @@ class Run:
         written, log_kept = saved.written[names[0]], float(saved.log_kept[names[0]][0])
         rows = np.arange(cfg.model.table_rows) if saved.rows.sample is None else saved.rows.sample
         if self._started is None:  # a run follows the same rows from its first step to its last
-            self._started = self._restored(0)[0][names[0]][rows]
+            self._started = self._restored(0)[0][names[0]]
+            if cfg.optimizer.tables.centered:
+                self._started = self._started - self._started.mean(axis=0)
+            self._started = self._started[rows]
         initial = np.asarray(np.exp(log_kept) * self._started, np.float32)
         others = {} if saved.regulariser is None else saved.regulariser[names[0]]
         if form == "checked":
@@ -234,6 +246,8 @@ class Run:
         steps = saves.steps() if saves else []
         if saves is None or not steps:
             raise UserError(f"{self.path}: holds no {kind}")
+        if step is not None and (isinstance(step, bool) or not isinstance(step, (int, np.integer))):
+            raise UserError(f"step: must be a whole number, got {step!r}")
         if step is not None and step not in steps:
             raise UserError(f"{self.path}: no {kind} of step {step}; there are {', '.join(map(str, steps))}")
         return (steps[-1] if step is None else step), saves

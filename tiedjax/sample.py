@@ -95,13 +95,19 @@ def continue_tokens(
     UserError for no prompt, for ids that the model does not know, and for options out of range.
     """
     _refuse(count, temperature)
-    tokens_BN = np.asarray(prompt_BP, np.int32)
-    B, P = tokens_BN.shape
+    try:
+        tokens_BN = np.asarray(prompt_BP)
+    except ValueError:  # of NumPy, for rows of several lengths
+        raise UserError("prompt: must be ids [B, P], prompts of equal length") from None
+    if tokens_BN.size and (tokens_BN.ndim != 2 or tokens_BN.dtype.kind not in "iu"):
+        raise UserError(f"prompt: must be ids [B, P], got {tokens_BN.dtype} {list(tokens_BN.shape)}")
     if not tokens_BN.size:
         raise UserError("prompt: must hold at least one token")
     if tokens_BN.min() < 0 or tokens_BN.max() >= cfg.vocab_size:
         wrong = tokens_BN[(tokens_BN < 0) | (tokens_BN >= cfg.vocab_size)][0]
         raise UserError(f"prompt: token id {wrong} does not fit model.vocab_size {cfg.vocab_size}")
+    tokens_BN = tokens_BN.astype(np.int32)
+    B, P = tokens_BN.shape
     cfg = dataclasses.replace(cfg, dtype="float32", remat="none")
     body, tables = jax.device_put(body), Tables(*map(jnp.asarray, tables))
     bias_V = jnp.zeros(len(tables.output)) if bias_V is None else jnp.asarray(bias_V)

@@ -27,7 +27,7 @@ from tiedjax.model import Transformer, capped, init_body
 from tiedjax.run import RunTables
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """Another's model in our form.
 
@@ -83,6 +83,8 @@ class Model:
         rows = len(self.tables.input)
         if tokens.ndim != 2 or tokens.dtype.kind not in "iu":
             raise UserError(f"tokens: must be ids of shape [B, T], got {tokens.dtype} {list(tokens.shape)}")
+        if not tokens.shape[1]:
+            raise UserError(f"tokens: must hold at least one position, got {list(tokens.shape)}")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < rows:
             raise UserError(f"tokens: must be from 0 to {rows - 1}, got {tokens.min()} to {tokens.max()}")
         if tokens.shape[1] > self.config.seq_len:

@@ -203,7 +203,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, tuple[np.ndarray, str]])
         name: np.ascontiguousarray(values.astype(np.dtype(dtype), copy=False))
         for name, (values, dtype) in tensors.items()
     }
+    path.touch()  # as other files are made: its own would be for nobody but its owner
+    mode = path.stat().st_mode
     save_file(whole, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
