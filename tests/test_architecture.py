@@ -61,10 +61,12 @@ ALLOWED: dict[str, set[str]] = {
     "left_out": set(),
     "recording": {"config", "host", "left_out", "metrics", "sinks", "step_metrics"},
     "beginning": {"config", "tying", "checkpoint", "data", "host", "interop", "lm", "run", "step"},
-    "saving": {"checkpoint", "host", "saves"},
+    "continuing": {"config", "config_files", "counting", "data", "host", "run", "tying"},
+    "saving": {"beginning", "checkpoint", "continuing", "host", "saves", "step"},
     "loop": {
         "run",
         "beginning",
+        "continuing",
         "counting",
         "evaluation",
         "left_out",
@@ -105,9 +107,9 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "config",
         "config_files",
+        "continuing",
         "counting",
         "data",
-        "loop",
         "run",
         "sharding",
         "step",
@@ -164,7 +166,7 @@ ALLOWED: dict[str, set[str]] = {
         "cost",
         "interop",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "host"},
     "__init__": {"interop", "run"},
 }
 

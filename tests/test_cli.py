@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import REPOSITORY, finish, start, tiedjax
+from programs import REPOSITORY, environment, finish, start, tiedjax
 from runs import arguments
 
 from tiedjax import cli
@@ -297,3 +300,50 @@ def test_an_error_of_the_file_system_is_one_line(
     monkeypatch.setattr(cli, "find_config", refuses)
     assert cli.main(["train", "/root/c.yaml"]) == 1
     assert capsys.readouterr().err == "tiedjax: /root/c.yaml: Permission denied\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_or_that_has_no_room_ends_a_command_quietly_or_in_one_line(
+    unbuffered: str, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "table.npy", np.eye(8, 4))
+    words = ["-m", "tiedjax", "analyze", "spectrum", str(tmp_path / "table.npy")]
+    child = environment(PYTHONUNBUFFERED=unbuffered)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed, open("/dev/full", "w") as full:
+        for stream, said in (
+            (closed, ""),
+            (full, "tiedjax: standard output: cannot be written: No space left on device\n"),
+        ):
+            command = [sys.executable, *words]
+            ended = subprocess.run(command, stdout=stream, stderr=subprocess.PIPE, env=child, text=True, timeout=120)
+            assert ended.stderr == said
+            assert ended.returncode == (1 if said or unbuffered else 0)
+
+
+def test_a_run_trains_without_a_standard_output(text: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tiedjax", *arguments(tmp_path / "run", text)]
+    line = f"{shlex.join(words)} >&-"
+    ended = subprocess.run(["bash", "-c", line], env=environment(), capture_output=True, text=True, timeout=240)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "run" / "checkpoints" / "8").is_dir()
+
+
+def test_what_a_terminal_cannot_write_is_replaced(tmp_path: Path) -> None:
+    np.save(tmp_path / "tablé.npy", np.eye(8, 4))
+    table = str(tmp_path / "tablé.npy")
+    out, err = tiedjax("analyze", "spectrum", table, PYTHONIOENCODING="ascii")
+    assert "tabl?.npy" in out
+    assert err == ""
+
+
+def test_text_that_is_no_utf_8_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiny = str(REPOSITORY / "configs" / "tiny.yaml")
+    for option, given, what in (
+        ("--data.source", "text:d\udcff/*.txt", "must be text in UTF-8, got 'text:d\\udcff/*.txt'"),
+        ("--out", "bad\udcff", "must be a path, got 'bad\\udcff', which is not text"),
+    ):
+        assert cli.main(["train", tiny, "--out", str(tmp_path / "run"), option, given]) == 2
+        assert capfd.readouterr().err == f"tiedjax: {option}: {what}\n"
+    assert not (tmp_path / "run").exists()

@@ -442,3 +442,26 @@ def test_the_command_counts_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[
         tokens_NS = windows.read(range(len(windows)))
         expected = [np.bincount(part.ravel(), minlength=300) for part in (tokens_NS[:, :-1], tokens_NS[:, 1:])]
         np.testing.assert_array_equal(np.load(out / f"counts-{seq_len}.npy"), expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["prepared:pf"],
+            "SOURCE: prepared:pf is prepared already; give the text that it was made of: embedded, tfds:, text: or "
+            "tokens:\n",
+        ),
+        (["text:nowhere/*"], "SOURCE: missing corpus: no file matches 'nowhere/*'; give a path or a glob of files"),
+        (["embedded", "--holdout", "2"], "--holdout: must be < 1, got 2.0"),
+        (["embedded", "--workers", "-3"], "--workers: must be >= 1, got -3"),
+        (["embedded", "--vocab-size", "0"], "--vocab-size: "),
+        (["embedded", "--max-documents", "0"], "--max-documents: must be "),
+    ],
+)
+def test_the_command_names_its_own_options(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["data", "prepare", *words, "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"tiedjax: {message.rstrip()}")
+    assert not (tmp_path / "out").exists()

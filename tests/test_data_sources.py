@@ -75,6 +75,12 @@ BAD_TEXT = {
     "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON: Expecting value at column 1"),
     "list.jsonl": (b"[1]\n", "line 1: no text in field 'text'; it is not an object (see data.text_field)"),
     "field.jsonl": (b'{"body": "a"}\n', "line 1: no text in field 'text'; its fields are body (see data.text_field)"),
+    "number.jsonl": (b'{"text": 3}\n', "line 1: no text in field 'text'; what is there is 3 (see data.text_field)"),
+    "open.jsonl": (b'{"text": "a\n', "line 1: not JSON: Invalid control character at column 12"),
+    "wide.jsonl": (
+        json.dumps({f"k{i}": 1 for i in range(5000)}).encode() + b"\n",
+        "line 1: no text in field 'text'; its fields are k0, k1, k2, k3, k4, k5, k6, k7 ... (see data.text_field)",
+    ),
     "latin.txt": ("ok\nä".encode("latin-1"), "line 2: not UTF-8 text: unexpected end of data at byte 0"),
     "not.txt.gz": (b"hello", "cannot be read after line 0: Not a gzipped file (b'he')"),
 }

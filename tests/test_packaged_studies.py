@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import tiedjax
+from programs import REPOSITORY, tiedjax
 from runs import write_text
 
-from tiedjax import load_run
+from tiedjax import load_run, loop
 from tiedjax.config_files import packaged_configs
 from tiedjax.flops import model_flops
 from tiedjax.plan import in_tables, load_study, parameters
+from tiedjax.saves import Saves
+from tiedjax.sharding import make_mesh
+from tiedjax.step import make_steps
 
 STUDIES = packaged_configs("study")
 
@@ -95,3 +99,28 @@ def test_the_shape_for_one_gpu_has_the_parameters_of_the_others_and_a_third_of_t
     assert ours == pytest.approx(theirs, rel=0.02)
     assert in_tables(other.runs["tied", 0]) / ours == pytest.approx(0.12, abs=0.005)
     assert in_tables(usual.runs["tied", 0]) / theirs == pytest.approx(0.39, abs=0.01)
+
+
+def blocks(page: str) -> list[str]:
+    """The YAML of a page of docs/."""
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("page", "base", "arms"), [("studies.md", "quick", 5), ("deciding.md", "olmo_1b", 4)])
+def test_the_studies_that_the_pages_show_are_studies(page: str, base: str, arms: int, tmp_path: Path) -> None:
+    """The pieces of a page make one file; its base is the packaged config."""
+    text = "".join(block for block in blocks(page) if "tiedjax" not in block)
+    text = re.sub(r"^base: \S+", f"base: {packaged_configs('run')[base]}", text, flags=re.MULTILINE)
+    (tmp_path / "study.yaml").write_text(text)
+    study = load_study(tmp_path / "study.yaml").study
+    assert len(study.arms) == arms
+    assert study.equal_parameters["tied-wide"] == "mlp"
+    assert study.sweep
+
+
+def test_the_formats_page_tells_what_the_quick_study_says_before_its_first_step() -> None:
+    cfg = load_study(STUDIES["quick"]).runs["tied", 0]
+    page = " ".join((REPOSITORY / "docs" / "formats.md").read_text(encoding="utf-8").split())
+    sizes = loop._sizes(make_steps(cfg, make_mesh(cfg.mesh)))
+    assert f"`tied-0: {Saves.of(cfg.train, sizes)}`" in page

@@ -212,3 +212,50 @@ def test_what_is_held_takes_its_time_but_not_what_must_be_brief(monkeypatch: pyt
 
 def test_help_of_a_command_hears_nothing() -> None:
     assert tiedjax("--version")[0].startswith("tiedjax ")
+
+
+IMPORTING = """
+import os, signal, sys, tempfile, pathlib
+from tiedjax.host import signals
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "half.py").write_text(
+    "import os, signal, time\\nos.kill(os.getpid(), signal.SIGTERM)\\ntime.sleep(0.3)\\nwhole = True\\n"
+)
+sys.path.insert(0, folder)
+def _xla_gc_callback():
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(10**6))
+    print("collected")
+try:
+    with signals.hearing():
+        {act}
+        sum(range(10**8))
+except signals.Stopped as stopped:
+    print(stopped, "half" not in sys.modules or sys.modules["half"].whole)
+"""
+
+
+@pytest.mark.parametrize("act", ["import half", "_xla_gc_callback()"])
+def test_a_signal_waits_where_an_exception_would_be_lost_or_leave_a_module_half_made(act: str) -> None:
+    out, err = finish(start(["-c", IMPORTING.format(act=act)]))
+    said = "stopped by SIGTERM; the same command continues from there True\n"
+    assert (out, err) == (said if "half" in act else f"collected\n{said}", "")
+
+
+EARLY = """
+import os, runpy, signal, sys
+class Killing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tiedjax.cli":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Killing())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["tiedjax", "report", "nowhere"]
+runpy.run_module("tiedjax", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_while_the_command_line_is_imported(number: signal.Signals) -> None:
+    out, err = finish(start(["-c", EARLY.format(number=int(number))]), status=75)
+    assert (out, err) == ("", SENTENCE.format(number.name) + "\n")

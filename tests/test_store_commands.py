@@ -281,7 +281,7 @@ def test_text_in_a_store_is_what_it_is_on_a_disk(
     with pytest.raises(UserError) as error:
         prepare(data, 320, report=quiet)
     assert str(error.value) == (
-        f"{out}/deep/a.jsonl: line 40: no text in field 'text'; its fields are text (see data.text_field)"
+        f"{out}/deep/a.jsonl: line 40: no text in field 'text'; what is there is 1 (see data.text_field)"
     )
     with pytest.raises(UserError) as error:
         prepare(DataConfig(source=f"text:{out}/*.md"), 320, report=quiet)

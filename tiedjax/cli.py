@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -72,13 +74,10 @@ class _Parser(argparse.ArgumentParser):
         return UserError(f"unknown option {written!r}; {hint}")
 
 
-def command() -> NoReturn:
-    """The process of a command line: `main`, and the end."""
-    ending.leave(main())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit `Status`. Signals are heard from before JAX is imported."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not have the characters that a model writes
     try:
         with signals.hearing():
             args = _parse(sys.argv[1:] if argv is None else list(argv))
@@ -88,13 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             (platform_flags.apply_for_absent if args.run is _compile else platform_flags.apply)()
             status: int = args.run(args)
             return status
-    except (UserError, TrainingError, signals.Stopped) as error:
+    except signals.Stopped as stopped:
+        ending.abandon_threads()
+        return _fail(str(stopped), stopped.status)
+    except (UserError, TrainingError) as error:
         return _fail(" ".join(str(error).split()), error.status)
+    except BrokenPipeError:  # who reads what is printed has seen enough
+        return Status.FAILED
     except Exception as error:
         if line := storage.failure(error):
             return _fail(line, Status.FAILED)
         if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
             return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}", Status.FAILED)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # what has a name says it
+            return _fail(f"standard output: cannot be written: {error.strerror}", Status.FAILED)
         raise
 
 
@@ -315,7 +321,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
             groups[section] = parser.add_argument_group(f"{section} (override the config file)")
         default = "null" if field.default is None else str(field.default).lower()
         meaning = f"{field.meaning} [{default}]".replace("%", "%%")
-        kind = field.type.removeprefix("Literal[").removesuffix("]").replace('"', "")
+        kind = re.sub(r"Literal\[(.*?)\]", r"\1", field.type).replace('"', "")
         groups[section].add_argument(
             f"--{field.key}", dest=f"set {field.key}", metavar=f"<{kind}>", default=argparse.SUPPRESS, help=meaning
         )
@@ -451,7 +457,7 @@ def _with_cluster(args: argparse.Namespace, work: Callable[[Any], Any], unfinish
         if not why.enough and jax.process_count() > 1:
             traceback.print_exc()
         process.end_cluster_if_any(why)
-        if not why.enough:
+        if isinstance(error, signals.Stopped) or not why.enough:
             raise
         return _fail(why.line, why.status)
     if outcome and outcome.stopped:

@@ -283,8 +283,8 @@ class Progress:
 
     def __init__(self, label: str, total: int, *, stream: TextIO | None = None):
         self._label, self._total = label, total
-        self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
+        self._stream: TextIO | None = stream or sys.stdout  # None where the process was started without one
+        self._live = self._stream is not None and self._stream.isatty()
         self._every = 0.2 if self._live else 5.0
         self._shown_at = float("-inf")
         self._unshown: str | None = None
@@ -311,6 +311,8 @@ class Progress:
         self._unshown = None
 
     def _write(self, text: str) -> None:
+        if self._stream is None:
+            return
         with contextlib.suppress(OSError, ValueError):  # the terminal may be gone: no reason not to save
             self._stream.write(text)
             self._stream.flush()

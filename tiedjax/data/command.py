@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +23,8 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="embedded | tfds:NAME[/CONFIG] | text:GLOB (.txt, .jsonl, each also .gz or .zst) | "
-        "tokens:GLOB (.npy, raw uint16 or uint32)",
+        help="embedded | tfds:NAME[/CONFIG] | text:GLOB (.jsonl line by line, every other file as text, also .gz and "
+        ".zst) | tokens:GLOB (.npy, raw uint16 or uint32)",
     )
     parser.add_argument(
         "--out",
@@ -62,9 +63,34 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares args.source into args.out, with progress on standard error; prints the folder's summary. UserError."""
+    try:
+        return _run(args)
+    except UserError as error:
+        if type(error) is not UserError:
+            raise
+        raise UserError(_by_option(str(error))) from None
+
+
+def _by_option(message: str) -> str:
+    """What is wrong by the name of this command's option, instead of by that of the config's."""
+    named = {"data.source": "SOURCE", "model.vocab_size": "--vocab-size", "model.seq_len": "--seq-len"}
+    message = re.sub(r"\b(?:data|model)\.[a-z_]+(?!:DIR)", lambda key: named.get(key[0], _option(key[0])), message)
+    return re.sub(r"^(?:tokenizer|text_field|max_documents|holdout|workers)(?=:)", lambda key: _option(key[0]), message)
+
+
+def _option(key: str) -> str:
+    return f"--{key.rpartition('.')[2].replace('_', '-')}"
+
+
+def _run(args: argparse.Namespace) -> int:
     from tiedjax.config import DataConfig
     from tiedjax.data.prepare import prepare
 
+    if args.source.startswith("prepared:"):
+        raise UserError(
+            f"SOURCE: {args.source} is prepared already; give the text that it was made of: embedded, tfds:, text: or "
+            "tokens:"
+        )
     data = DataConfig(
         source=args.source,
         tokenizer=args.tokenizer,

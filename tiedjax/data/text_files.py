@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tiedjax.data.tokenizer import END_MARKER
 from tiedjax.errors import UserError
@@ -59,14 +59,25 @@ def _json_documents(path: Path, text_field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number}: not JSON: {error.msg} at column {error.colno}") from None
+            said = error.msg.removesuffix(" at")
+            raise UserError(f"{path}: line {number}: not JSON: {said} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
             reason = str(error).partition(";")[0].partition(" while")[0]
             raise UserError(f"{path}: line {number}: not JSON that can be read: {reason}") from None
         if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-            has = f"its fields are {', '.join(record)}" if isinstance(record, dict) else "it is not an object"
+            has = _held(record, text_field)
             raise UserError(f"{path}: line {number}: no text in field {text_field!r}; {has} (see data.text_field)")
         yield _without_lone_surrogates(record[text_field])
+
+
+def _held(record: Any, text_field: str) -> str:
+    """What a line holds that has no text in the field."""
+    if not isinstance(record, dict):
+        return "it is not an object"
+    if text_field in record:
+        return f"what is there is {json.dumps(record[text_field])[:40]}"
+    names = ", ".join(list(record)[:8])
+    return f"its fields are {names[:200]}{' ...' if len(record) > 8 or len(names) > 200 else ''}"
 
 
 def _plain_documents(lines: Iterable[str]) -> Iterator[str]:

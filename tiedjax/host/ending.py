@@ -26,18 +26,41 @@ def end(line: str, status: int) -> NoReturn:
 
 
 def abandon_threads() -> None:
-    """From here on `leave` waits for no thread: those of a save that failed wait for minutes, for each other."""
+    """From here on `leave` waits for no thread.
+
+    Those of a save that failed wait for minutes, for each other; where a signal has stopped a library, one of its own
+    may be left, as that with which JAX would warn of a slow start after a minute.
+    """
     _abandoned.set()
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process of a command that has said all it has to say; SystemExit unless threads are abandoned."""
+    """Ends the process of a command that has said all it has to say; SystemExit unless threads are abandoned.
+
+    What nobody reads any more is no failure. What cannot be written to a file is: then the status is 1.
+    """
     if not _abandoned.is_set():
-        sys.exit(status)
+        sys.exit(_without_output(status))
     try:
         _flush()
     finally:
         os._exit(status)
+
+
+def _without_output(status: int) -> int:
+    """The status with what is still to be printed written; where it cannot be, Python would end with its own, 120."""
+    if sys.stdout is None:
+        return status
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) or status:
+            return status
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"tiedjax: standard output: cannot be written: {reason}", file=sys.stderr)
+        return Status.FAILED
+    return status
 
 
 def _flush() -> None:

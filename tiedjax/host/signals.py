@@ -2,7 +2,8 @@
 
 What the first of them does depends on what the process is at:
 
-* `Stopped` is raised where the program is; nothing that it leaves is half-written.
+* `Stopped` is raised where the program is; nothing that it leaves is half-written. While it imports a module, which
+  would be left half-made (XLA's then ends the process), that waits until the import is done.
 * While a part of the program has signals `held`, they are remembered, and it asks for them (`heard`) when it can save.
 * Where neither helps, as Python runs no handler inside a compiler, a thread ends the process after `PATIENCE`.
 
@@ -26,6 +27,7 @@ from tiedjax.host.ending import end
 
 HEARD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 PATIENCE = 10.0  # seconds in which a program that is not saving must have ended by itself
+AGAIN_AFTER = 0.02  # seconds until a place is looked at again where no exception may be raised
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -46,6 +48,16 @@ def sentence(reason: str) -> str:
 
 def _remember(number: int) -> None:
     """What most do with a signal while they hold it."""
+
+
+def _must_go_on(frame: FrameType | None) -> bool:
+    """Whether an exception would leave a module half-made, or be lost in JAX's callback of the garbage collector."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == "_xla_gc_callback":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Hearing:
@@ -73,17 +85,33 @@ class _Hearing:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if signal.SIGALRM in self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writing)  # which ends the thread
 
-    def _receive(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first, self.first = self.first is None, self.first or self.elsewhere or signal.Signals(number)
         if self.holds:
             self.holds[-1](number)
         elif is_first:
-            raise Stopped(self.first)
+            self._stop(self.first, frame)
+
+    def _stop(self, first: signal.Signals, frame: FrameType | None) -> None:
+        if not _must_go_on(frame):
+            raise Stopped(first)
+
+        def again(_: int, frame: FrameType | None) -> None:
+            if self.holds:
+                self.holds[-1](first)
+            else:
+                self._stop(first, frame)
+
+        self._previous.setdefault(signal.SIGALRM, signal.getsignal(signal.SIGALRM))
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_AFTER)
 
     def _listen(self) -> None:
         interrupts, reason, deadline = 0, "", 0.0
@@ -93,7 +121,7 @@ class _Hearing:
                 if not number:
                     break
                 if number[0] not in HEARD:
-                    continue
+                    continue  # that of `again`, which gives up before these could keep this from looking at the time
                 interrupts += number[0] == signal.SIGINT
                 if interrupts > 1:
                     self.end("interrupted", INTERRUPTED)
