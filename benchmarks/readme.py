@@ -119,14 +119,27 @@ def decided() -> str:
 
 
 def answer(results: dict[str, Any]) -> str:
-    """The verdict in one sentence, and the picture."""
+    """The verdict in one sentence, the picture, and what must be known beside them."""
     caption = "Nearness of the shared tables to the input and the output table of their untied twins"
-    return f"**{sentences.verdict(results)}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n"
+    beside = " ".join(beside_answer(results))
+    return f"**{sentences.verdict(results)}**\n\n![{caption}]({PICTURE.relative_to(ROOT)})\n\n{beside}\n"
+
+
+def beside_answer(results: dict[str, Any]) -> list[str]:
+    """What the interventions do, and how much of either table training repeats, which nearness hangs on too."""
+    baseline = results["headline"]["arm"]
+    repeats = [
+        said for said in sentences.what_repeats(results) if said.startswith("Between") or f" {baseline} " in said
+    ]
+    return [*sentences.against_baseline(results), *repeats]
 
 
 def findings(name: str, results: dict[str, Any], made: str) -> str:
     """The table of arms, the other findings, how sure they are, and what the study was."""
-    found = [*losses.verdicts(results), *sentences.answer(results)[1 if name == "small" else 0 :]]
+    found = [*losses.verdicts(results), *sentences.answer(results)]
+    if name == "small":  # which README begins with
+        told = {sentences.verdict(results), *beside_answer(results)}
+        found = [finding for finding in found if finding not in told]
     lines = [
         *table(list(sentences.arm_columns(results).values()), [list(r.values()) for r in sentences.arm_rows(results)]),
         "",
@@ -273,6 +286,11 @@ def part_of_step(side: dict[str, Any]) -> str:
     return f"{mean} % ({low} to {high})".replace("-", "−")
 
 
+def over(side: dict[str, Any]) -> float:
+    """How many times as long as ours a side's step takes: the mean over starts, or the median where there is one."""
+    return float(side["interval"]["mean"] if "interval" in side else side["over_tiedjax"]["median"])
+
+
 def cost_rows() -> str:
     """A row for each step that was timed: its time, MFU, PyTorch's time, and what the role split costs."""
     heads = [
@@ -283,13 +301,10 @@ def cost_rows() -> str:
         "compiled PyTorch, times ours",
         "without role split and account, times ours",
     ]
-    rows = []
+    rows, shapes = [], []
 
     def add(config: str, machine: str, seconds: float, mfu: str, sides: dict[str, Any]) -> None:
-        cells = (
-            f"{sides[side]['over_tiedjax']['median']:.2f}{sides[side].get('under', '')}" if side in sides else "–"
-            for side in PEERS
-        )
+        cells = (f"{over(sides[side]):.2f}{sides[side].get('under', '')}" if side in sides else "–" for side in PEERS)
         rows.append([f"`{config}`", machine, f"{1e3 * seconds:.1f}", mfu, *cells])
 
     for name, measured in steps_on_cpus():
@@ -310,7 +325,10 @@ def cost_rows() -> str:
                 card = measured["environment"]["device"]["kind"]
                 mfu = f"{measured['mfu_causal']:.1%}{bound(name, card)}"
                 add(name, card, measured["step_seconds"]["median"], mfu, sides)
-    return "\n".join(table(heads, rows)) + "\n"
+                model, batch = measured["config"]["model"], measured["config"]["data"]["batch_size"]
+                shapes.append(f"`{name}` {batch} sequences of {model['seq_len']:,} tokens, remat {model['remat']}")
+    on_gpus = [f"\nOn GPUs a step has other sizes than the config files: {'; '.join(shapes)}."] if shapes else []
+    return "\n".join(table(heads, rows) + on_gpus) + "\n"
 
 
 def steps_on_cpus() -> Iterator[tuple[str, dict[str, Any]]]:

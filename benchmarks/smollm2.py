@@ -36,7 +36,7 @@ COMMANDS: dict[str, list[str]] = {
     "norms": [],
     "cooccurrence": [],
     "map": ["--tokens", " king, London, seven, because, def"],
-    "blocks": ["--held-out-tokens", "1024"],
+    "blocks": ["--seq-len", "128", "--held-out-tokens", "1024"],
     "hurdles": [],
     "lens": ["--seq-len", "128", "--held-out-tokens", "1024", "--translators", "none"],
     "diagnose": ["--held-out-tokens", "2048"],

@@ -49,7 +49,8 @@ def over_seeds(ax, arm, values, **style):
 
 # %% [markdown]
 # ## Norms
-# L2 norms of the two role gradients of the baseline's table, before any role scaling, summed over the whole batch.
+# L2 norms of the two role gradients of the baseline's and of the reference's tables, before any role scaling, summed
+# over the whole batch.
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)

@@ -141,7 +141,7 @@ for role in colour:
         ax.axhline(np.mean(again), color=colour[role], linestyle=":", label=f"{role} tables of two seeds")
 ax.axhline(0, color="gray", linestyle="--", label="chance")
 ax.set_xticks(range(len(subjects) + 1), [*(f"{a}\n({o})" for a, o in subjects), reference])
-ax.set(ylabel="corrected nearness (orthogonal)", xlim=(-0.5, len(subjects) + 0.5))
+ax.set(ylabel="corrected score (orthogonal)", xlim=(-0.5, len(subjects) + 0.5))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
 plt.show()
 
@@ -163,7 +163,7 @@ for role, values in course.items():
     ax.plot(steps, values.mean(axis=0), "o-", color=colour[role], label=f"to {role}")
     ax.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour[role], alpha=0.2, linewidth=0)
 ax.axhline(0, color="gray", linestyle="--", label="chance")
-ax.set(xlabel="step", ylabel="corrected nearness (orthogonal)", title=f"{baseline}: mean and range over seeds")
+ax.set(xlabel="step", ylabel="corrected score (orthogonal)", title=f"{baseline}: mean and range over seeds")
 ax.set_xscale("symlog", linthresh=1)
 ax.set_xlim(left=-0.2)
 ax.legend()
