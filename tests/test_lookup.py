@@ -14,6 +14,7 @@ from programs import TESTS, finish, start
 from tiedjax.errors import UserError
 from tiedjax.lookup import lookup, row_sums
 from tiedjax.loss import cross_entropy
+from tiedjax.sharding import Layout
 
 
 def test_rows_are_gathered_and_their_gradient_is_summed_in_float32() -> None:
@@ -96,3 +97,8 @@ def test_ids_may_be_of_a_type_that_does_not_hold_the_number_of_rows(dtype: str, 
 def test_a_method_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match=r"^gradient: must be auto, scatter, sorted or deterministic, got 'sort'$"):
         row_sums("sort", "cpu")
+
+
+def test_a_mesh_of_other_axes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^mesh: must have the axes data, fsdp, tensor, got x$"):
+        Layout(jax.make_mesh((1,), ("x",)))

@@ -18,7 +18,7 @@ from tiedjax.host import process, storage
 from tiedjax.host.storage import write_atomically
 from tiedjax.run import CHANGED, change_of
 
-# What may differ between the command that began a run and the one that continues it: none of it changes the training.
+# What may differ between the command that began a run and the one that continues it: it changes no step that was made.
 MAY_CHANGE = {
     *("data.cache", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tensor", "train.threads"),
     *("train.stop_at", "train.log_every", "train.sinks", "train.eval_every", "train.eval_batches"),

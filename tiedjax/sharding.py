@@ -41,6 +41,10 @@ class Layout:
 
     mesh: Mesh | None = None
 
+    def __post_init__(self) -> None:
+        if self.mesh is not None and set(self.mesh.axis_names) != {*MESH_AXES}:
+            raise UserError(f"mesh: must have the axes {', '.join(MESH_AXES)}, got {', '.join(self.mesh.axis_names)}")
+
     @property
     def platform(self) -> str:
         """ "cpu", "gpu" or "tpu": of the mesh's devices."""

@@ -59,11 +59,6 @@ class Batches:
             "first_windows": self._order.windows(range(min(count, 8))),  # notices another shuffle in Grain
         }
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches until every training window was seen once."""
-        return len(self._windows) / self._batch_size
-
     def at(self, step: int) -> npt.NDArray[np.int32]:
         """This process's rows of batch `step` (0 is the first): int32 [rows, T + 1]."""
         first = step * self._batch_size
