@@ -730,8 +730,8 @@ def smollm2_diagnosed() -> str:
             "",
             *(f"* {sentence} ({OF_BOTH})" for sentence in _by_states(lens)),
             "",
-            f"`diagnose` on {d['text']}; bits and nats on {d['lens']['held_out_windows']} held-out windows, over which "
-            f"an interval is rough. `lens` on {lens['held_out_windows']} windows of {lens['measured_on']['seq_len']}. "
+            f"`diagnose` on {d['text']}; bits and nats on {d['lens']['held_out_windows']} held-out windows, of which "
+            f"intervals are wide. `lens` on {lens['held_out_windows']} windows of {lens['measured_on']['seq_len']}. "
             f"They took {minutes('diagnose')} and {minutes('lens')} on a {found['machine']} that other programs "
             f"shared ({found['date']}, Python {found['python']}, jax {found['jax']}).\n",
         ]

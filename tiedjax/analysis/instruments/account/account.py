@@ -69,7 +69,7 @@ class Span:
 
 @dataclass(frozen=True)
 class LossChange:
-    """Means over the logged steps after `first` up to `last`, in nats a token and update.
+    """Means over the steps after `first` up to `last`, by `over_steps`, in nats a token and update.
 
     `in_in`, `in_out`, `out_in` and `out_out` are M, the reader before the writer. `body` is over the steps at which it
     was measured, None where there are none; `output_update_share` is of both norms, and `cosine` of both updates;

@@ -37,7 +37,7 @@ PAPER_NEEDS = "activation_grad_norm"
 
 @dataclass(frozen=True)
 class Window:
-    """Means over the logged steps from `first` to `last`, both included.
+    """Means over the steps from `first` to `last`, both included, by `over_steps`.
 
     `paper_output_share` has the activations' norm for the input norm; `activation_ratio` is that norm over the input
     norm. Both are None where the run did not log it.
