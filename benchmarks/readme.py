@@ -715,7 +715,7 @@ def smollm2_diagnosed() -> str:
             continue
         rows.append([part.title, of, " ".join(part.found), " ".join(part.null)])
         lines.append(f"* {part.title}. It says {part.claims}. It cannot say {part.limits}.")
-    minutes = lambda name: f"{found['instruments'][name]['seconds'] / 60:.0f} minutes"
+    seconds = lambda name: f"{found['instruments'][name]['seconds']:.0f} s"
     return "\n".join(
         [
             f"**{diagnosis_words.headline(d)}** (8-bit table)",
@@ -732,8 +732,8 @@ def smollm2_diagnosed() -> str:
             "",
             f"`diagnose` on {d['text']}; bits and nats on {d['lens']['held_out_windows']} held-out windows, of which "
             f"intervals are wide. `lens` on {lens['held_out_windows']} windows of {lens['measured_on']['seq_len']}. "
-            f"They took {minutes('diagnose')} and {minutes('lens')} on a {found['machine']} that other programs "
-            f"shared ({found['date']}, Python {found['python']}, jax {found['jax']}).\n",
+            f"They took {seconds('diagnose')} and {seconds('lens')} on a {found['machine']} ({found['date']}, Python "
+            f"{found['python']}, jax {found['jax']}).\n",
         ]
     )
 
