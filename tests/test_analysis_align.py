@@ -459,5 +459,5 @@ def test_what_is_no_mask_of_the_rows_is_refused(kept_V):
     given = f"{kept_V.dtype} [{len(kept_V)}]"
     with pytest.raises(UserError, match=rf"^kept_V: must be a mask, bool \[60\], got {re.escape(given)}$"):
         align(X, Y, kept_V=kept_V, draws=2)
-    with pytest.raises(UserError, match=r"^align: no fit is named 'orthogonal'; "):
+    with pytest.raises(UserError, match=r"^align: fits must be a list of names, got 'orthogonal'$"):
         align(X, Y, fits="orthogonal")

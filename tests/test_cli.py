@@ -295,11 +295,11 @@ def test_an_error_of_the_file_system_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuses(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "/root/c.yaml")
+        raise PermissionError(13, "Permission denied", "/elsewhere/c.yaml")
 
     monkeypatch.setattr(cli, "find_config", refuses)
-    assert cli.main(["train", "/root/c.yaml"]) == 1
-    assert capsys.readouterr().err == "tiedjax: /root/c.yaml: Permission denied\n"
+    assert cli.main(["train", "/elsewhere/c.yaml"]) == 1
+    assert capsys.readouterr().err == "tiedjax: /elsewhere/c.yaml: Permission denied\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -134,6 +134,7 @@ class _OfRun:
         return tokenizer
 
     def params(self, abstract: dict[str, Any]) -> dict[str, Any]:
+        """As `Source` says, from the state of the step."""
         return dict(self._saves.restore(self._step, {"params": abstract})["params"])
 
 

@@ -208,8 +208,12 @@ def _between_seeds(results: Results) -> list[str]:
 
 def _pairs_of_seeds(scores: Mapping[str, float | None]) -> dict[tuple[int, int], float]:
     """Of scores by "SEED to SEED" those that are known, by the two seeds."""
-    pairs = {tuple(map(int, name.split(" to "))): score for name, score in scores.items() if score is not None}
-    return {(first, second): score for (first, second), score in pairs.items()}
+    pairs = {}
+    for name, score in scores.items():
+        first, second = map(int, name.split(" to "))
+        if score is not None:
+            pairs[first, second] = score
+    return pairs
 
 
 def _settings(results: Results, arm: str) -> str:

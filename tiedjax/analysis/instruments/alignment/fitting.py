@@ -306,8 +306,10 @@ def check_fits(x_VD: np.ndarray, y_VE: np.ndarray, fits: Sequence[str]) -> None:
             raise UserError(f"align: the {name} table must have 2 dimensions [V, D], got {list(table.shape)}")
     if len(x_VD) != len(y_VE):
         raise UserError(f"align: the tables must have the same rows, got {len(x_VD)} and {len(y_VE)}")
-    for fit in [fits] if isinstance(fits, str) else fits:
-        if fit not in FITS or isinstance(fits, str):
+    if isinstance(fits, str):
+        raise UserError(f"align: fits must be a list of names, got {fits!r}")
+    for fit in fits:
+        if fit not in FITS:
             raise UserError(f"align: no fit is named {fit!r}; the fits are {', '.join(FITS)}")
         if fit in SQUARE and x_VD.shape[1] != y_VE.shape[1]:
             raise UserError(
